@@ -1,0 +1,78 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* Reports to user space, at a bounded rate: a flood of flows must not become one of events. */
+#ifndef MQTT_FWD_EVENT_H
+#define MQTT_FWD_EVENT_H
+
+#include "conn.h"
+
+#define EVENT_WINDOW_NS 100000000ULL /* 0.1 s */
+
+/* Per CPU and window; 0 turns events off. */
+const volatile __u32 events_per_window = 200;
+
+static __always_inline bool event_allowed(__u64 now)
+{
+	__u32 zero = 0;
+	struct event_budget *budget = bpf_map_lookup_elem(&event_budgets, &zero);
+
+	if (!budget)
+		return false;
+	if (budget->window != now / EVENT_WINDOW_NS) {
+		budget->window = now / EVENT_WINDOW_NS;
+		budget->used = 0;
+	}
+	return budget->used++ < events_per_window;
+}
+
+struct report {
+	__u16 kind; /* enum event_kind */
+	__u16 from_group;
+	__u16 to_group;
+	__u8 by_prediction;
+	__u8 reset;
+	__u64 topic; /* 0: none */
+};
+
+/*
+ * Global rather than static, like the other functions that are not inlined: the verifier
+ * checks a global function once, by its types, not at each call. The price is that every
+ * pointer may be NULL to it.
+ */
+__noinline int report_event(const struct conn *c, const struct report *r)
+{
+	__u64 now = bpf_ktime_get_boot_ns();
+	struct event *e = NULL;
+
+	if (!c || !r)
+		return 0;
+	if (event_allowed(now))
+		e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
+	if (!e) {
+		count(REASON_EVENT_LOST);
+		return 0;
+	}
+	*e = (struct event){
+		.time_ns = now,
+		.client_port = c->key.port,
+		.service = c->key.service,
+		.kind = r->kind,
+		.from_group = r->from_group,
+		.to_group = r->to_group,
+		.v6 = c->v6,
+		.by_prediction = r->by_prediction,
+		.reset = r->reset,
+		.topic = r->topic,
+	};
+	__builtin_memcpy(e->client, c->key.addr, sizeof(e->client));
+
+	__u64 topic = r->topic;
+	const struct topic *text = topic ? bpf_map_lookup_elem(&topics, &topic) : NULL;
+	if (text) {
+		e->topic_length = text->length;
+		__builtin_memcpy(e->text, text->text, sizeof(e->text));
+	}
+	bpf_ringbuf_submit(e, 0);
+	return 0;
+}
+
+#endif /* MQTT_FWD_EVENT_H */

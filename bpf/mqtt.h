@@ -1,0 +1,560 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * MQTT control packets in a TCP stream of which each packet shows a piece.
+ *
+ * A flow keeps the first sequence number that its parser still wants (`next_seq`) and what
+ * that byte is (`parser`). Payloads are not read: next_seq jumps over them, so segments that
+ * lie wholly inside one cost a comparison, in whatever order they come.
+ *
+ * The same rules, in Rust and without the verifier, are in tests/support/model.rs; the two
+ * are compared on random streams.
+ */
+#ifndef MQTT_FWD_MQTT_H
+#define MQTT_FWD_MQTT_H
+
+#include "learn.h"
+#include "parse.h"
+
+enum mqtt_type {
+	MQTT_CONNECT = 1,
+	MQTT_PUBLISH = 3,
+	MQTT_PUBACK = 4,
+	MQTT_PUBREC = 5,
+	MQTT_PUBREL = 6,
+	MQTT_PUBCOMP = 7,
+	MQTT_SUBSCRIBE = 8,
+	MQTT_UNSUBSCRIBE = 10,
+	MQTT_PINGREQ = 12,
+	MQTT_DISCONNECT = 14,
+	MQTT_AUTH = 15,
+};
+
+/* Frames are linear (no xdp.frags), hence smaller than this; the verifier wants to see it. */
+#define FRAME_MASK 0x3fff
+/* A run of this many segments beyond a hole is believed. */
+#define RUN_BELIEVED 3
+/* … and may go on to teach if it lies within what the client can have sent meanwhile. */
+#define RUN_SEQ_WINDOW (1 << 20)
+#define RUN_ACK_WINDOW (1 << 16)
+
+struct parse {
+	struct xdp_md *ctx;
+	struct work *w;
+	struct flow *f;
+	const struct conn *c;
+	const struct service_table *t;
+	const struct service *svc;
+};
+
+static __always_inline const __u8 *frame_at(struct xdp_md *ctx, __u32 offset, __u32 length)
+{
+	const __u8 *p = frame_start(ctx);
+
+	p += offset & FRAME_MASK;
+	return (void *)(p + length) <= frame_end(ctx) ? p : NULL;
+}
+
+/*
+ * May a client send a control packet that begins so? Types and flags: MQTT 3.1.1 §2.2.1 and
+ * §2.2.2, MQTT 5 §2.1. The shortest remaining lengths follow from the variable headers.
+ */
+static __always_inline bool type_valid(__u8 type)
+{
+	switch (type >> 4) {
+	case MQTT_PUBLISH:
+		return (type & 0x06) != 0x06; /* QoS 3 */
+	case MQTT_PUBREL:
+	case MQTT_SUBSCRIBE:
+	case MQTT_UNSUBSCRIBE:
+		return (type & 0x0f) == 0x02;
+	case MQTT_CONNECT:
+	case MQTT_PUBACK:
+	case MQTT_PUBREC:
+	case MQTT_PUBCOMP:
+	case MQTT_PINGREQ:
+	case MQTT_DISCONNECT:
+	case MQTT_AUTH:
+		return (type & 0x0f) == 0;
+	default:
+		return false;
+	}
+}
+
+static __always_inline bool length_valid(__u8 type, __u32 remaining)
+{
+	switch (type >> 4) {
+	case MQTT_PINGREQ:
+		return remaining == 0;
+	case MQTT_CONNECT:
+		return remaining >= 12;
+	case MQTT_SUBSCRIBE:
+	case MQTT_UNSUBSCRIBE:
+		return remaining >= 5;
+	case MQTT_PUBLISH:
+	case MQTT_PUBACK:
+	case MQTT_PUBREC:
+	case MQTT_PUBREL:
+	case MQTT_PUBCOMP:
+		return remaining >= 2;
+	default:
+		return true;
+	}
+}
+
+/* Does a topic of this length leave room for the packet identifier that QoS > 0 needs? */
+static __always_inline bool topic_fits(__u8 type, __u32 topic, __u32 remaining)
+{
+	return 2 + topic + (type & 0x06 ? 2 : 0) <= remaining;
+}
+
+enum header_state { HEADER_WHOLE, HEADER_CUT, HEADER_MALFORMED };
+
+struct header {
+	__u32 length; /* of the fixed header, and of a PUBLISH's topic length field */
+	__u32 remaining;
+	__u32 topic; /* PUBLISH: length of the topic */
+	__u8 type;
+};
+
+/* Reads the header at `offset` if all of it lies before `end`. */
+static __always_inline enum header_state read_header(struct xdp_md *ctx, __u32 offset, __u32 end,
+						     struct header *h)
+{
+	const __u8 *p = frame_at(ctx, offset, 2);
+
+	if (!p || offset + 2 > end)
+		return HEADER_CUT;
+	h->type = p[0];
+	h->remaining = p[1] & 0x7f;
+	h->length = 2;
+	h->topic = 0;
+	if (!type_valid(h->type))
+		return HEADER_MALFORMED;
+
+	__u8 last = p[1];
+	for (int i = 1; i < 4; i++) {
+		if (!(last & 0x80))
+			break;
+		p = frame_at(ctx, offset + h->length, 1);
+		if (!p || offset + h->length + 1 > end)
+			return HEADER_CUT;
+		last = *p;
+		h->remaining |= (__u32)(last & 0x7f) << (7 * i);
+		h->length++;
+	}
+	if (last & 0x80 || !length_valid(h->type, h->remaining))
+		return HEADER_MALFORMED;
+	if (h->type >> 4 != MQTT_PUBLISH)
+		return HEADER_WHOLE;
+
+	p = frame_at(ctx, offset + h->length, 2);
+	if (!p || offset + h->length + 2 > end)
+		return HEADER_CUT;
+	h->topic = p[0] << 8 | p[1];
+	if (!topic_fits(h->type, h->topic, h->remaining))
+		return HEADER_MALFORMED;
+	h->length += 2;
+	h->remaining -= 2;
+	return HEADER_WHOLE;
+}
+
+/* The hash of a topic that lies in the frame and is at most TOPIC_TEXT_MAX long; 0: it does not. */
+static __always_inline __u64 topic_hash(const struct parse *p, __u32 offset, __u32 length)
+{
+	const void *end = frame_end(p->ctx);
+	const __u8 *pos = frame_start(p->ctx);
+	__u32 left = length;
+	struct siphash h;
+
+	siphash_init(&h, p->t->topic_key[0] ^ p->svc->id, p->t->topic_key[1]);
+	pos += offset & FRAME_MASK;
+	for (int i = 0; i < TOPIC_TEXT_MAX / 8; i++) {
+		if (left < 8)
+			break;
+		/* Or clang computes with `end`, which the verifier forbids. */
+		barrier_var(pos);
+		if ((void *)(pos + 8) > end)
+			return 0;
+		siphash_word(&h, load_le64(pos));
+		pos += 8;
+		left -= 8;
+	}
+
+	__u64 tail = 0;
+	if (left) {
+		/* The eight bytes that end with the topic: headers lie before it, always. */
+		pos = frame_at(p->ctx, offset + length - 8, 8);
+		if (!pos)
+			return 0;
+		tail = load_le64(pos) >> (64 - 8 * (left & 7));
+	}
+	return siphash_final(&h, tail, length);
+}
+
+static __always_inline void count_publish(const struct flow *f)
+{
+	count(f->flags & FLOW_ASTRAY ? REASON_MISPREDICTED : REASON_PUBLISH);
+}
+
+/* The topic in w->stream is complete: whose is it, and what follows for flow and client? */
+static __always_inline void publish_judge(struct parse *p)
+{
+	struct topic_stream *s = &p->w->stream;
+	struct flow *f = p->f;
+
+	topic_level_end(s, p->t);
+
+	__u64 hash = siphash_stream_final(&s->whole);
+	struct binding to = { .group = route_group(s->state, p->svc) };
+	__u32 key = to.group;
+	const struct group *g = bpf_map_lookup_elem(&groups, &key);
+	to.epoch = g ? g->epoch : 0;
+
+	f->topic = hash;
+	f->generation = s->generation;
+	topic_store(p->w, hash, &to, p->svc, s->generation);
+
+	bool may_reset = false;
+	if (f->flags & FLOW_SYN_SEEN)
+		may_reset = learn(p->c, f, hash, &to, s->generation);
+	f->flags |= FLOW_PUBLISHED;
+
+	if (f->group == to.group) {
+		f->flags &= ~FLOW_ASTRAY;
+		f->flags |= FLOW_AGREED;
+		count(REASON_PUBLISH);
+		return;
+	}
+
+	struct report r = {
+		.kind = EVENT_MISPREDICTED,
+		.from_group = f->group,
+		.to_group = to.group,
+		.topic = hash,
+	};
+	count(REASON_MISPREDICTED);
+	if (may_reset && to.epoch && p->svc->on_misprediction == MISPREDICTION_RESET) {
+		/*
+		 * The right group's broker does not know this connection and answers with RST;
+		 * the client opens a new one, which is bound by what was just learned.
+		 */
+		f->group = to.group;
+		f->epoch = to.epoch;
+		f->flags |= FLOW_RESET;
+		r.reset = true;
+		count(REASON_RESET);
+	} else {
+		f->flags |= FLOW_ASTRAY;
+	}
+	report_event(p->c, &r);
+}
+
+static __always_inline void malformed(struct parse *p)
+{
+	struct report r = { .kind = EVENT_UNFRAMED, .from_group = p->f->group,
+			    .to_group = p->f->group };
+
+	/* A broker closes such a connection; should it go on, it has to prove itself anew. */
+	p->f->flags |= FLOW_UNSYNCED;
+	p->f->flags &= ~FLOW_SYN_SEEN;
+	p->f->tiled = 0;
+	count(REASON_MALFORMED);
+	report_event(p->c, &r);
+	p->w->offset = p->w->end;
+}
+
+/* Jumps over what is left of the control packet in hand. */
+static __always_inline void packet_end(struct parse *p, __u32 left)
+{
+	p->f->parser = PARSER_TYPE;
+	p->w->offset += left;
+}
+
+/* The first control packet of a flow must be CONNECT (MQTT 3.1.1 §3.1): TLS, say, is not. */
+static __always_inline bool connect_missing(struct parse *p, __u8 type)
+{
+	if (p->f->flags & FLOW_CONNECTED || !(p->f->flags & FLOW_SYN_SEEN))
+		return false;
+	if (type == MQTT_CONNECT << 4) {
+		p->f->flags |= FLOW_CONNECTED;
+		return false;
+	}
+	struct report r = { .kind = EVENT_UNFRAMED, .from_group = p->f->group,
+			    .to_group = p->f->group };
+
+	p->f->flags |= FLOW_OPAQUE;
+	count(REASON_NOT_MQTT);
+	report_event(p->c, &r);
+	p->w->offset = p->w->end;
+	return true;
+}
+
+static __always_inline void topic_start(struct parse *p, __u32 length, __u32 left)
+{
+	p->f->parser = PARSER_TOPIC;
+	p->f->topic_left = length;
+	p->f->remaining = left;
+	topic_begin(&p->w->stream, p->t, p->svc);
+}
+
+/*
+ * One control packet whose header, and topic if it is a known one, lie in this segment: all
+ * but a few. Returns false, having changed nothing, if it has to be taken byte by byte.
+ */
+static __noinline int parse_whole(struct parse *p)
+{
+	struct work *w = p->w;
+	struct flow *f = p->f;
+	struct header h;
+
+	switch (read_header(p->ctx, w->offset, w->end, &h)) {
+	case HEADER_CUT:
+		return false;
+	case HEADER_MALFORMED:
+		if (!connect_missing(p, h.type))
+			malformed(p);
+		return true;
+	case HEADER_WHOLE:
+		break;
+	}
+	if (connect_missing(p, h.type))
+		return true;
+	if (h.type >> 4 != MQTT_PUBLISH) {
+		packet_end(p, h.length + h.remaining);
+		return true;
+	}
+	if (h.topic == 0) {
+		/* MQTT 5 §3.3.2.3.4: a topic alias stands for a topic of this flow. */
+		count_publish(f);
+		packet_end(p, h.length + h.remaining);
+		return true;
+	}
+	if (f->topic && f->generation == p->t->generation && h.topic <= TOPIC_TEXT_MAX &&
+	    w->offset + h.length + h.topic <= w->end &&
+	    topic_hash(p, w->offset + h.length, h.topic) == f->topic) {
+		count_publish(f);
+		packet_end(p, h.length + h.remaining);
+		return true;
+	}
+	w->offset += h.length;
+	f->type = h.type;
+	topic_start(p, h.topic, h.remaining - h.topic);
+	return true;
+}
+
+/* Up to eight bytes of a topic. */
+static __always_inline void parse_topic(struct parse *p)
+{
+	struct work *w = p->w;
+	struct flow *f = p->f;
+
+	for (int i = 0; i < 8; i++) {
+		const __u8 *byte = frame_at(p->ctx, w->offset, 1);
+		if (f->topic_left == 0 || w->offset >= w->end || !byte)
+			break;
+		topic_byte(&w->stream, p->t, p->svc, *byte);
+		f->topic_left--;
+		w->offset++;
+	}
+	if (f->topic_left == 0) {
+		publish_judge(p);
+		packet_end(p, f->remaining);
+	}
+}
+
+/* One byte of a header that is split over segments. */
+static __always_inline void parse_byte(struct parse *p, __u8 byte)
+{
+	struct flow *f = p->f;
+
+	p->w->offset++;
+	switch (f->parser) {
+	case PARSER_TYPE:
+		if (connect_missing(p, byte))
+			return;
+		if (!type_valid(byte)) {
+			malformed(p);
+			return;
+		}
+		f->type = byte;
+		f->remaining = 0;
+		f->shift = 0;
+		f->parser = PARSER_LENGTH;
+		return;
+	case PARSER_LENGTH:
+		f->remaining |= (__u32)(byte & 0x7f) << (f->shift & 31);
+		f->shift += 7;
+		if (byte & 0x80) {
+			if (f->shift > 21)
+				malformed(p);
+			return;
+		}
+		if (!length_valid(f->type, f->remaining))
+			malformed(p);
+		else if (f->type >> 4 == MQTT_PUBLISH)
+			f->parser = PARSER_TOPIC_LENGTH_HIGH;
+		else
+			packet_end(p, f->remaining);
+		return;
+	case PARSER_TOPIC_LENGTH_HIGH:
+		f->topic_left = byte << 8;
+		f->parser = PARSER_TOPIC_LENGTH_LOW;
+		return;
+	default:
+		f->topic_left |= byte;
+		if (!topic_fits(f->type, f->topic_left, f->remaining)) {
+			malformed(p);
+		} else if (f->topic_left == 0) {
+			count_publish(f);
+			packet_end(p, f->remaining - 2);
+		} else {
+			topic_start(p, f->topic_left, f->remaining - 2 - f->topic_left);
+		}
+	}
+}
+
+static long parse_step(__u32 index, void *arg)
+{
+	struct parse *p = arg;
+	struct work *w = p->w;
+	const __u8 *byte;
+
+	(void)index;
+	if (w->offset >= w->end || p->f->flags & FLOW_RESET)
+		return 1;
+	if (p->f->parser == PARSER_TYPE && parse_whole(p))
+		return 0;
+	if (p->f->parser == PARSER_TOPIC) {
+		parse_topic(p);
+		return 0;
+	}
+	byte = frame_at(p->ctx, w->offset, 1);
+	if (!byte)
+		return 1;
+	parse_byte(p, *byte);
+	return 0;
+}
+
+/* ---- evidence: does the segment consist of whole control packets, from first to last byte? ---- */
+
+static long tile_step(__u32 index, void *arg)
+{
+	struct parse *p = arg;
+	struct work *w = p->w;
+	struct header h;
+
+	(void)index;
+	if (w->tile >= w->end)
+		return 1;
+	if (read_header(p->ctx, w->tile, w->end, &h) != HEADER_WHOLE) {
+		w->tile = FRAME_MASK;
+		return 1;
+	}
+	w->tile += h.length + h.remaining;
+	return 0;
+}
+
+static __noinline int segment_tiles(struct parse *p)
+{
+	p->w->tile = p->c->payload;
+	p->w->end = p->c->payload + p->c->payload_length;
+	/* The shortest control packet has two bytes. */
+	bpf_loop(p->c->payload_length / 2 + 1, tile_step, p, 0);
+	return p->w->tile == p->w->end;
+}
+
+static __always_inline void resynced(struct parse *p, __u32 next_seq)
+{
+	struct report r = { .kind = EVENT_RESYNCED, .from_group = p->f->group,
+			    .to_group = p->f->group };
+
+	p->f->next_seq = next_seq;
+	p->f->parser = PARSER_TYPE;
+	p->f->flags &= ~FLOW_UNSYNCED;
+	p->f->tiled = 0;
+	count(REASON_RESYNCED);
+	report_event(p->c, &r);
+}
+
+/* A segment behind a hole. The hole may still be filled; a long run of evidence says it won't. */
+static __always_inline void segment_ahead(struct parse *p, __u32 end_seq)
+{
+	struct flow *f = p->f;
+
+	count(REASON_SEGMENT_AHEAD);
+	if (f->tiled && p->c->seq - f->run_start < f->run_end - f->run_start)
+		return; /* inside the run: a repetition */
+	if (f->tiled && p->c->seq != f->run_end)
+		f->tiled = 0;
+	if (!segment_tiles(p))
+		return;
+	if (!f->tiled)
+		f->run_start = p->c->seq;
+	f->run_end = end_seq;
+	f->tiled++;
+	if (f->tiled < RUN_BELIEVED)
+		return;
+	if (f->run_start - f->next_seq > RUN_SEQ_WINDOW || p->c->ack - f->ack > RUN_ACK_WINDOW)
+		f->flags &= ~FLOW_SYN_SEEN;
+	resynced(p, end_seq);
+}
+
+/* What the segment's payload says, for flow, client and counters. Global (see event.h). */
+__noinline int mqtt_segment(struct xdp_md *ctx, struct flow *f, const struct conn *c,
+			    const struct service_table *t, const struct service *svc)
+{
+	__u32 zero = 0;
+	struct work *w = bpf_map_lookup_elem(&work, &zero);
+	struct parse p = { .ctx = ctx, .w = w, .f = f, .c = c, .t = t, .svc = svc };
+	__u32 end_seq;
+
+	if (!w || !f || !c || !t || !svc || f->flags & (FLOW_OPAQUE | FLOW_RESET))
+		return 0;
+	end_seq = c->seq + c->payload_length;
+	if (f->flags & FLOW_UNSYNCED) {
+		if (segment_tiles(&p))
+			resynced(&p, end_seq);
+		return 0;
+	}
+
+	__s32 skip = f->next_seq - c->seq;
+	if (skip >= (__s32)c->payload_length) {
+		count(REASON_SEGMENT_OLD);
+		return 0;
+	}
+	if (skip < 0) {
+		segment_ahead(&p, end_seq);
+		return 0;
+	}
+
+	w->offset = c->payload + skip;
+	w->end = c->payload + c->payload_length;
+	if (f->parser == PARSER_TOPIC) {
+		const struct topic_stream *s = bpf_map_lookup_elem(&topic_streams, &c->key);
+		if (s) {
+			w->stream = *s;
+		} else {
+			count(REASON_TOPIC_LOST);
+			w->offset += f->topic_left;
+			packet_end(&p, f->remaining);
+		}
+	}
+
+	/* One packet a segment is the rule: spare it the loop. */
+	if (f->parser != PARSER_TYPE || !parse_whole(&p) || w->offset < w->end)
+		bpf_loop(c->payload_length + 1, parse_step, &p, 0);
+
+	f->next_seq = c->seq + (w->offset - c->payload);
+	f->ack = c->ack;
+	if (f->parser == PARSER_TOPIC)
+		bpf_map_update_elem(&topic_streams, &c->key, &w->stream, BPF_ANY);
+	if (f->tiled && f->next_seq == f->run_start && f->parser == PARSER_TYPE) {
+		/* The hole is filled, and what came after it has been here already. */
+		f->next_seq = f->run_end;
+		f->tiled = 0;
+		count(REASON_RESYNCED);
+	}
+	return 0;
+}
+
+#endif /* MQTT_FWD_MQTT_H */
