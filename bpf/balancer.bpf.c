@@ -31,6 +31,12 @@ MAP(vip_stats, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct lb_stats, DEFAULT_VIPS);
 MAP(balancer_stats, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct lb_stats, BALANCER_STATS);
 MAP(mqtt_service_vips, BPF_MAP_TYPE_HASH, struct vip_definition, struct vip_definition, 1024);
 
+struct exported_types {
+	enum balancer_limits balancer_limits;
+	enum balancer_stat balancer_stat;
+};
+EXPORT_TYPES(exported_types);
+
 /* What the balancer has to know of a packet. Of an ICMP error: of the packet it is about. */
 struct packet {
 	struct connection conn;

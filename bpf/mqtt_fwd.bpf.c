@@ -16,6 +16,18 @@
 #include "mqtt.h"
 #include "parse.h"
 
+struct exported_types {
+	struct event event;
+	enum limits limits;
+	enum client_flags client_flags;
+	enum event_kind event_kind;
+	enum flow_flags flow_flags;
+	enum misprediction_policy misprediction_policy;
+	enum parser parser;
+	enum reason reason;
+};
+EXPORT_TYPES(exported_types);
+
 /* The generation of services and routes that is in force. */
 static __always_inline const struct service_table *table_in_force(void)
 {

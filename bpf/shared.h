@@ -79,7 +79,8 @@ struct group {
 	__be32 vip[4]; /* IPv4 in vip[0] */
 	__u16 epoch; /* 0: free. Whoever remembers another epoch means an earlier group. */
 	__u16 service; /* service.id */
-	__u8 pad[4];
+	__u16 last_epoch; /* of a free one: the next is another than any before */
+	__u16 pad;
 	char name[GROUP_NAME_MAX];
 };
 SIZE_IS(struct group, 56);
@@ -234,5 +235,11 @@ struct event {
 	__u8 text[TOPIC_TEXT_MAX];
 };
 SIZE_IS(struct event, 48 + TOPIC_TEXT_MAX);
+
+/*
+ * BTF, and with it the skeleton, has only types that something uses. EXPORT_TYPES(struct)
+ * makes it have those that are otherwise only used inside functions.
+ */
+#define EXPORT_TYPES(type) const volatile struct type type __attribute__((used))
 
 #endif /* MQTT_FWD_SHARED_H */

@@ -1,1 +1,7 @@
-fn main(){}
+//! `mqtt-fwd`: see `mqtt-fwd --help`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    mqtt_fwd::cli::main()
+}

@@ -1,0 +1,82 @@
+//! Compiles `bpf/` into skeletons, `proto/` into tonic code and `bpf/reason.h` into a table.
+
+use std::env;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail};
+use libbpf_cargo::SkeletonBuilder;
+
+const PROGRAMS: [&str; 4] = ["xdp_root", "mqtt_fwd", "balancer", "decap"];
+
+fn main() -> Result<()> {
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    // libbpf-cargo says nothing about what it read.
+    println!("cargo:rerun-if-changed=bpf");
+    println!("cargo:rerun-if-changed=proto");
+    println!("cargo:rerun-if-env-changed=CLANG");
+
+    for program in PROGRAMS {
+        compile_bpf(program, &out)?;
+    }
+    generate_reasons(Path::new("bpf/reason.h"), &out.join("reasons.rs"))?;
+
+    // protox, so that nobody needs protoc.
+    let files = protox::compile(["proto/katran.proto"], ["proto"])?;
+    tonic_prost_build::configure().compile_fds(files)?;
+    Ok(())
+}
+
+fn compile_bpf(program: &str, out: &Path) -> Result<()> {
+    let arch = env::var("CARGO_CFG_TARGET_ARCH")?;
+    // libbpf's own headers (bpf_helpers.h), where libbpf-sys has unpacked them.
+    let libbpf = env::var("DEP_BPF_INCLUDE").context("libbpf-sys tells no include directory")?;
+    let source = format!("bpf/{program}.bpf.c");
+    let mut builder = SkeletonBuilder::new();
+    builder
+        .source(&source)
+        // mcpu=v3 (kernel 5.1): 32-bit instructions, which clang before 20 does not use unasked.
+        .clang_args([
+            "-mcpu=v3".to_owned(),
+            "-Wall".to_owned(),
+            "-Wextra".to_owned(),
+            "-Werror".to_owned(),
+            format!("-I{libbpf}"),
+            // UAPI's <asm/types.h>, of the target, lies in Debian's multiarch directory.
+            "-idirafter".to_owned(),
+            format!("/usr/include/{arch}-linux-gnu"),
+        ])
+        .obj(out.join(format!("{program}.bpf.o")));
+    if let Ok(clang) = env::var("CLANG") {
+        builder.clang(clang);
+    }
+    builder
+        .build_and_generate(out.join(format!("{program}.skel.rs")))
+        .with_context(|| format!("compiling {source}"))
+}
+
+/// Turns the `VERDICT(NAME, "text")` and `NOTE(NAME, "text")` lines into a Rust table.
+fn generate_reasons(header: &Path, to: &Path) -> Result<()> {
+    let text = fs::read_to_string(header)?;
+    let mut rows = String::new();
+    for line in text.lines().map(str::trim) {
+        for (kind, is_verdict) in [("VERDICT(", true), ("NOTE(", false)] {
+            let Some(rest) = line.strip_prefix(kind) else { continue };
+            let Some((name, rest)) = rest.split_once(", \"") else { continue };
+            let Some((description, _)) = rest.split_once("\")") else {
+                bail!("{}: cannot read the line: {line}", header.display());
+            };
+            let label = name.to_lowercase();
+            writeln!(
+                rows,
+                "    Reason {{ name: {label:?}, is_verdict: {is_verdict}, text: {description:?} }},"
+            )?;
+        }
+    }
+    if rows.is_empty() {
+        bail!("{}: no reasons found", header.display());
+    }
+    fs::write(to, format!("pub const REASONS: &[Reason] = &[\n{rows}];\n"))?;
+    Ok(())
+}

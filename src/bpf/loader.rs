@@ -1,0 +1,434 @@
+//! Loads the programs, adopts or makes their pinned maps, and undoes it.
+//!
+//! The order is such that packets never meet half a chain: maps, program, its position, and
+//! only then the root on the interface. What fails midway takes its own new pins back.
+
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::path::{Path, PathBuf};
+
+use libbpf_rs::skel::{OpenSkel, Skel, SkelBuilder};
+use libbpf_rs::{MapCore as _, MapHandle, OpenMapMut, Program};
+use tracing::{debug, info};
+
+use super::chain::{self, Chain};
+use super::pins::{self, Pins};
+use super::skeletons::balancer::BalancerSkelBuilder;
+use super::skeletons::mqtt_fwd::MqttFwdSkelBuilder;
+use super::skeletons::xdp_root::XdpRootSkelBuilder;
+use super::types::balancer_limits;
+use super::xdp::{self, ProgramInfo};
+use super::{BpfError, Result};
+use crate::config::{Config, MapSizes};
+
+/// What [`load`] found and did, for people.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The root was there already, ours or Katran's.
+    pub root_reused: bool,
+    /// Maps whose contents were taken over.
+    pub adopted: Vec<String>,
+    /// The program now at `mqtt_fwd`'s position.
+    pub program: ProgramInfo,
+}
+
+/// What [`unload`] left in place, and why.
+#[derive(Debug, Default)]
+pub struct Unloaded {
+    /// What was removed.
+    pub removed: Vec<String>,
+    /// What stays, with the reason.
+    pub kept: Vec<String>,
+}
+
+/// Pins made so far; taken back unless everything succeeded.
+#[derive(Default)]
+struct NewPins {
+    paths: Vec<PathBuf>,
+    keep: bool,
+}
+
+impl Drop for NewPins {
+    fn drop(&mut self) {
+        if !self.keep {
+            for path in self.paths.iter().rev() {
+                let _ = pins::remove_pin(path);
+            }
+        }
+    }
+}
+
+fn check_root() -> Result<()> {
+    if nix::unistd::geteuid().is_root() { Ok(()) } else { Err(BpfError::NotRoot) }
+}
+
+/// Loads `mqtt_fwd` into its position and attaches the root, as far as that is not so yet.
+pub fn load(config: &Config, replace_maps: bool) -> Result<Loaded> {
+    check_root()?;
+    let pins = config.pins();
+    pins.check()?;
+    xdp::interface_index(&config.interface)?;
+    let _lock = pins.lock()?;
+
+    let existing = Chain::open(&pins)?;
+    let attached = xdp::attached(&config.interface)?;
+    let root_reused = check_attached(config, &pins, existing.as_ref(), attached.as_ref())?;
+    if let Some(chain) = &existing {
+        check_position(&pins, chain, chain::MQTT_FWD, "mqtt_fwd")?;
+    }
+
+    let mut new_pins = NewPins::default();
+    let mut storage = MaybeUninit::uninit();
+    let mut open = open_skeleton(MqttFwdSkelBuilder::default(), "mqtt_fwd", &mut storage)?;
+    if let Some(rodata) = open.maps.rodata_data.as_deref_mut() {
+        // Windows of 0.1 s, and every CPU has its own.
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from) as u32;
+        rodata.events_per_window = config.events_per_second.div_ceil(10 * cpus);
+    }
+    let sizes = |name: &str| mqtt_fwd_map_size(&config.maps, name);
+    let place = |name: &str| pins.map(name);
+    let adopted = adopt_maps(open.open_object_mut(), &place, &sizes, replace_maps)?;
+    let mut skel =
+        open.load().map_err(|source| BpfError::Load { object: "mqtt_fwd", source })?;
+    pin_new_maps(skel.object_mut(), &place, &adopted, &mut new_pins)?;
+
+    let chain = Chain::open(&pins)?.ok_or_else(|| BpfError::NotLoaded {
+        path: pins.root_array().to_owned(),
+        what: "the program array vanished",
+    })?;
+    pin_program(&mut skel.progs.mqtt_fwd, &pins.program("mqtt_fwd"), &mut new_pins)?;
+    chain.set(chain::MQTT_FWD, skel.progs.mqtt_fwd.as_fd())?;
+    if !root_reused {
+        attach_root(config, &pins, &chain, &mut new_pins)?;
+    }
+    new_pins.keep = true;
+
+    let program = ProgramInfo::by_fd(skel.progs.mqtt_fwd.as_fd()).ok_or(BpfError::NotLoaded {
+        path: pins.program("mqtt_fwd"),
+        what: "the program vanished",
+    })?;
+    info!(interface = config.interface, id = program.id, root_reused, "mqtt_fwd is in the chain");
+    Ok(Loaded { root_reused, adopted, program })
+}
+
+/// Loads the embedded balancer into its position; its maps stay what they were.
+pub fn load_balancer(config: &Config, replace_maps: bool) -> Result<ProgramInfo> {
+    check_root()?;
+    let pins = config.pins();
+    pins.check()?;
+    let _lock = pins.lock()?;
+    pins::make_dir(&pins.balancer_dir())?;
+    let chain = Chain::open(&pins)?.ok_or_else(|| BpfError::NotLoaded {
+        path: pins.root_array().to_owned(),
+        what: "there is no chain",
+    })?;
+    check_position(&pins, &chain, chain::BALANCER, "balancer_ingress")?;
+
+    let mut new_pins = NewPins::default();
+    let mut storage = MaybeUninit::uninit();
+    let mut open = open_skeleton(BalancerSkelBuilder::default(), "balancer", &mut storage)?;
+    let sizes = |name: &str| balancer_map_size(&config.maps, name);
+    let place = |name: &str| match name {
+        "mqtt_service_vips" => pins.service_vips(),
+        _ => pins.balancer_dir().join(name),
+    };
+    let adopted = adopt_maps(open.open_object_mut(), &place, &sizes, replace_maps)?;
+    let mut skel = open.load().map_err(|source| BpfError::Load { object: "balancer", source })?;
+    pin_new_maps(skel.object_mut(), &place, &adopted, &mut new_pins)?;
+    pin_program(&mut skel.progs.balancer_ingress, &pins.program("balancer_ingress"), &mut new_pins)?;
+    chain.set(chain::BALANCER, skel.progs.balancer_ingress.as_fd())?;
+    new_pins.keep = true;
+
+    ProgramInfo::by_fd(skel.progs.balancer_ingress.as_fd()).ok_or(BpfError::NotLoaded {
+        path: pins.program("balancer_ingress"),
+        what: "the program vanished",
+    })
+}
+
+/// Takes out exactly what is ours: our programs, our pins, and the root if nobody else needs it.
+pub fn unload(config: &Config) -> Result<Unloaded> {
+    check_root()?;
+    let pins = config.pins();
+    pins.check()?;
+    let _lock = pins.lock()?;
+    let mut report = Unloaded::default();
+
+    let chain = Chain::open(&pins)?;
+    if let Some(chain) = &chain {
+        for (position, name) in
+            [(chain::MQTT_FWD, "mqtt_fwd"), (chain::BALANCER, "balancer_ingress")]
+        {
+            match check_position(&pins, chain, position, name) {
+                Ok(Some(program)) => {
+                    chain.clear(position)?;
+                    report.removed.push(format!("{} (id {})", program.name, program.id));
+                }
+                Ok(None) => {}
+                Err(foreign) => report.kept.push(foreign.to_string()),
+            }
+        }
+    }
+    detach_root(config, &pins, chain.as_ref(), &mut report)?;
+
+    for dir in [pins.balancer_dir(), pins.dir()] {
+        for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|t| !t.is_dir())
+                && pins::remove_pin(&entry.path())?
+            {
+                debug!(path = %entry.path().display(), "unpinned");
+            }
+        }
+    }
+    if pins::remove_pin(&pins.service_vips())? {
+        report.removed.push(pins.service_vips().display().to_string());
+    }
+    pins.remove_dirs();
+    Ok(report)
+}
+
+fn detach_root(
+    config: &Config,
+    pins: &Pins,
+    chain: Option<&Chain>,
+    report: &mut Unloaded,
+) -> Result<()> {
+    let Some(root) = pinned_program(&pins.program("xdp_root")) else {
+        if let Some(chain) = chain
+            && xdp::attached(&config.interface).ok().flatten().is_none()
+            && (0..chain::POSITIONS).all(|p| chain.program(p).is_none())
+            && pins::remove_pin(pins.root_array())?
+        {
+            report.removed.push(pins.root_array().display().to_string());
+        }
+        return Ok(());
+    };
+    let others: Vec<_> = chain
+        .iter()
+        .flat_map(|c| (0..chain::POSITIONS).filter_map(|p| c.program(p)))
+        .map(|p| format!("{} (id {})", p.name, p.id))
+        .collect();
+    if !others.is_empty() {
+        report.kept.push(format!("xdp_root and its chain: {} needs them", others.join(", ")));
+        return Ok(());
+    }
+    // The interface may be gone, and the program with it.
+    if xdp::detach(&config.interface, root.id).unwrap_or(false) {
+        report.removed.push(format!("xdp_root (id {}) on {}", root.id, config.interface));
+    }
+    if pins::remove_pin(pins.root_array())? {
+        report.removed.push(pins.root_array().display().to_string());
+    }
+    Ok(())
+}
+
+/// Is the root on the interface already? A program that does not use the chain is in the way.
+fn check_attached(
+    config: &Config,
+    pins: &Pins,
+    chain: Option<&Chain>,
+    attached: Option<&ProgramInfo>,
+) -> Result<bool> {
+    let Some(program) = attached else { return Ok(false) };
+    let uses_chain =
+        chain.and_then(Chain::map_id).is_some_and(|id| program.map_ids.contains(&id));
+    if uses_chain {
+        return Ok(true);
+    }
+    Err(BpfError::ForeignXdp {
+        interface: config.interface.clone(),
+        program: program.name.clone(),
+        id: program.id,
+        root_array: pins.root_array().to_owned(),
+    })
+}
+
+/// The program at a position if it is ours, `None` if the position is free.
+fn check_position(
+    pins: &Pins,
+    chain: &Chain,
+    position: u32,
+    name: &str,
+) -> Result<Option<ProgramInfo>> {
+    let Some(there) = chain.program(position) else { return Ok(None) };
+    let ours = pinned_program(&pins.program(name)).is_some_and(|pinned| pinned.id == there.id)
+        || shares_our_maps(pins, name, &there);
+    if ours {
+        return Ok(Some(there));
+    }
+    Err(BpfError::ForeignProgram {
+        root_array: pins.root_array().to_owned(),
+        position,
+        program: there.name,
+        id: there.id,
+    })
+}
+
+/// A program whose pin was lost (killed between the two steps) is still known by its maps.
+fn shares_our_maps(pins: &Pins, name: &str, program: &ProgramInfo) -> bool {
+    let map = match name {
+        "mqtt_fwd" => pins.map("flows"),
+        _ => pins.balancer_dir().join("connections"),
+    };
+    MapHandle::from_pinned_path(map)
+        .and_then(|map| libbpf_rs::MapInfo::new(map.as_fd()))
+        .is_ok_and(|info| program.map_ids.contains(&info.info.id))
+}
+
+/// The program pinned at a path.
+pub fn pinned_program(path: &Path) -> Option<ProgramInfo> {
+    let fd = path.exists().then(|| Program::fd_from_pinned_path(path).ok()).flatten()?;
+    ProgramInfo::by_fd(fd.as_fd())
+}
+
+fn open_skeleton<'obj, B: SkelBuilder<'obj>>(
+    builder: B,
+    object: &'static str,
+    storage: &'obj mut MaybeUninit<libbpf_rs::OpenObject>,
+) -> Result<B::Output> {
+    builder.open(storage).map_err(|source| BpfError::Load { object, source })
+}
+
+/// libbpf's own maps (.rodata, .bss) belong to the program and go with it.
+fn is_internal(name: &str) -> bool {
+    name.contains('.')
+}
+
+/// Sets the sizes, and takes over maps that are pinned already. Returns those.
+fn adopt_maps(
+    object: &mut libbpf_rs::OpenObject,
+    place: &dyn Fn(&str) -> PathBuf,
+    size: &dyn Fn(&str) -> Option<u32>,
+    replace: bool,
+) -> Result<Vec<String>> {
+    let mut adopted = Vec::new();
+    for mut map in object.maps_mut() {
+        let name = map.name().to_string_lossy().into_owned();
+        if is_internal(&name) {
+            continue;
+        }
+        let failed = |action| {
+            let map = name.clone();
+            move |source| BpfError::Map { map, action, source }
+        };
+        if let Some(entries) = size(&name) {
+            map.set_max_entries(entries).map_err(failed("setting its size"))?;
+        }
+        let path = place(&name);
+        if !path.exists() {
+            continue;
+        }
+        let pinned = MapHandle::from_pinned_path(&path).map_err(|source| BpfError::Pin {
+            path: path.clone(),
+            action: "opening",
+            source,
+        })?;
+        let (found, wanted) = (describe_pinned(&pinned), describe_wanted(&map));
+        // Katran's program array may have more positions than ours.
+        let fits = found == wanted || name == "root_array";
+        if fits {
+            map.reuse_fd(pinned.as_fd()).map_err(failed("taking over the pinned one"))?;
+            adopted.push(name);
+        } else if replace {
+            info!(path = %path.display(), %found, %wanted, "replacing the pinned map");
+            pins::remove_pin(&path)?;
+        } else {
+            return Err(BpfError::MapMismatch { path, found, wanted });
+        }
+    }
+    Ok(adopted)
+}
+
+fn describe_pinned(map: &MapHandle) -> String {
+    let (k, v, n) = (map.key_size(), map.value_size(), map.max_entries());
+    format!("{:?} {k} B → {v} B × {n}", map.map_type())
+}
+
+fn describe_wanted(map: &OpenMapMut<'_>) -> String {
+    let (k, v, n) = (map.key_size(), map.value_size(), map.max_entries());
+    format!("{:?} {k} B → {v} B × {n}", map.map_type())
+}
+
+fn pin_new_maps(
+    object: &mut libbpf_rs::Object,
+    place: &dyn Fn(&str) -> PathBuf,
+    adopted: &[String],
+    new_pins: &mut NewPins,
+) -> Result<()> {
+    for mut map in object.maps_mut() {
+        let name = map.name().to_string_lossy().into_owned();
+        if is_internal(&name) || adopted.contains(&name) || name == "work" {
+            continue;
+        }
+        let path = place(&name);
+        map.pin(&path).map_err(|source| BpfError::Pin {
+            path: path.clone(),
+            action: "pinning",
+            source,
+        })?;
+        new_pins.paths.push(path);
+    }
+    Ok(())
+}
+
+/// Pins a program in place of an earlier one, whose descriptor the chain holds until it is replaced.
+fn pin_program(
+    program: &mut libbpf_rs::ProgramMut<'_>,
+    path: &Path,
+    new_pins: &mut NewPins,
+) -> Result<()> {
+    let had_one = pins::remove_pin(path)?;
+    program.pin(path).map_err(|source| BpfError::Pin {
+        path: path.to_owned(),
+        action: "pinning",
+        source,
+    })?;
+    if !had_one {
+        new_pins.paths.push(path.to_owned());
+    }
+    Ok(())
+}
+
+fn attach_root(
+    config: &Config,
+    pins: &Pins,
+    chain: &Chain,
+    new_pins: &mut NewPins,
+) -> Result<()> {
+    let failed = |source| BpfError::Load { object: "xdp_root", source };
+    let mut storage = MaybeUninit::uninit();
+    let mut open = open_skeleton(XdpRootSkelBuilder::default(), "xdp_root", &mut storage)?;
+    open.maps.root_array.reuse_fd(chain.map().as_fd()).map_err(failed)?;
+    let mut skel = open.load().map_err(failed)?;
+    let root: BorrowedFd<'_> = skel.progs.xdp_root.as_fd();
+    xdp::attach(&config.interface, root, config.xdp_mode)?;
+    let pinned = pin_program(&mut skel.progs.xdp_root, &pins.program("xdp_root"), new_pins);
+    if pinned.is_err()
+        && let Some(program) = ProgramInfo::by_fd(skel.progs.xdp_root.as_fd())
+    {
+        let _ = xdp::detach(&config.interface, program.id);
+    }
+    pinned
+}
+
+fn mqtt_fwd_map_size(sizes: &MapSizes, name: &str) -> Option<u32> {
+    Some(match name {
+        "mqtt_client_ip_to_topic" | "mqtt_client6_to_topic" => sizes.clients,
+        "flows" | "flows6" => sizes.flows,
+        "flows_closing" | "flows6_closing" => sizes.closing_flows,
+        "topics" => sizes.topics,
+        // Two generations at a time.
+        "mqtt_topic_to_vip" | "route_states" => 2 * sizes.route_states,
+        "groups" | "mqtt_service_vips" => sizes.groups,
+        _ => return None,
+    })
+}
+
+fn balancer_map_size(sizes: &MapSizes, name: &str) -> Option<u32> {
+    Some(match name {
+        "vip_map" | "vip_stats" => sizes.vips,
+        "ch_rings" => sizes.vips * balancer_limits::RING_SIZE.0,
+        "connections" => sizes.flows,
+        "mqtt_service_vips" => sizes.groups,
+        _ => return None,
+    })
+}

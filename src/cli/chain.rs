@@ -1,0 +1,46 @@
+//! `load` and `unload`.
+
+use clap::Args;
+
+use super::table::line;
+use crate::bpf::loader;
+use crate::config::Config;
+use crate::sidecar::Error;
+
+#[derive(Debug, Args)]
+pub struct Load {
+    /// Give up the contents of pinned maps whose size is not the configured one
+    #[arg(long)]
+    replace_maps: bool,
+}
+
+impl Load {
+    pub fn run(&self, config: &Config) -> Result<(), Error> {
+        let loaded = loader::load(config, self.replace_maps)?;
+        let root = if loaded.root_reused { "the root that was there" } else { "our xdp_root" };
+        line(&format!(
+            "mqtt_fwd (id {}) is at position 1 of {}, on {} with {root}",
+            loaded.program.id,
+            config.pins().root_array().display(),
+            config.interface
+        ));
+        if !loaded.adopted.is_empty() {
+            line(&format!("taken over: {}", loaded.adopted.join(", ")));
+        }
+        Ok(())
+    }
+}
+
+pub fn unload(config: &Config) -> Result<(), Error> {
+    let report = loader::unload(config)?;
+    for what in &report.removed {
+        line(&format!("removed {what}"));
+    }
+    for what in &report.kept {
+        line(&format!("kept {what}"));
+    }
+    if report.removed.is_empty() && report.kept.is_empty() {
+        line(&format!("nothing of ours is on {}", config.interface));
+    }
+    Ok(())
+}

@@ -1,0 +1,93 @@
+//! `check` and `routes`: what the configuration means.
+
+use clap::Args;
+use serde::Serialize;
+
+use super::table::{self, line};
+use crate::config::{Config, Service};
+use crate::routes::filter::{TopicFilter, most_specific};
+use crate::sidecar::Error;
+
+pub fn check(config: &Config) -> Result<(), Error> {
+    line(&format!("{}: valid", config.path.display()));
+    for service in &config.services {
+        let reals: usize = service.groups.iter().map(|g| g.reals.len()).sum();
+        line(&format!(
+            "service {} at {}: {} routes to {} groups with {reals} reals, default group {}",
+            service.name,
+            std::net::SocketAddr::new(service.addr, service.port),
+            service.routes.len(),
+            service.groups.len(),
+            service.default_group
+        ));
+    }
+    Ok(())
+}
+
+#[derive(Debug, Args)]
+pub struct Routes {
+    /// Say which route this topic takes, of each service
+    #[arg(long, value_name = "TOPIC")]
+    topic: Option<String>,
+
+    #[command(flatten)]
+    output: table::Output,
+}
+
+#[derive(Serialize)]
+struct Row {
+    service: String,
+    topic: String,
+    group: String,
+    vip: String,
+}
+
+impl Routes {
+    pub fn run(&self, config: &Config) -> Result<(), Error> {
+        let rows: Vec<Row> = config
+            .services
+            .iter()
+            .flat_map(|service| match &self.topic {
+                Some(topic) => vec![taken(service, topic)],
+                None => all(service),
+            })
+            .collect();
+        if self.output.json {
+            table::json(&rows);
+        } else {
+            table::print(
+                &["service", "topic", "group", "group vip"],
+                rows.into_iter().map(|r| vec![r.service, r.topic, r.group, r.vip]),
+            );
+        }
+        Ok(())
+    }
+}
+
+fn row(service: &Service, topic: String, group: &str) -> Row {
+    Row {
+        service: service.name.clone(),
+        topic,
+        group: group.to_owned(),
+        vip: service.group(group).map(|g| g.vip.to_string()).unwrap_or_default(),
+    }
+}
+
+fn all(service: &Service) -> Vec<Row> {
+    let mut rows: Vec<Row> = service
+        .routes
+        .iter()
+        .map(|route| row(service, route.filter.to_string(), &route.group))
+        .collect();
+    rows.push(row(service, "(all else)".to_owned(), &service.default_group));
+    rows
+}
+
+fn taken(service: &Service, topic: &str) -> Row {
+    let filters = service.routes.iter().map(|r| &r.filter);
+    let found: Option<&TopicFilter> = most_specific(filters, topic);
+    match found.and_then(|f| service.routes.iter().find(|r| r.filter == *f)) {
+        Some(route) => row(service, route.filter.to_string(), &route.group),
+        None => row(service, "(all else)".to_owned(), &service.default_group),
+    }
+}

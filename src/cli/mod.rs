@@ -1,0 +1,163 @@
+//! The command line. One file a subcommand; all it does itself is reading arguments and printing.
+
+mod chain;
+mod explain;
+mod real;
+mod sidecar;
+mod status;
+mod table;
+mod tables;
+mod trace;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, Parser, Subcommand};
+
+use crate::config::{Config, ConfigError};
+use crate::sidecar::Error;
+
+/// Done.
+const DONE: u8 = 0;
+/// Something failed that is not the user's input.
+const FAILED: u8 = 1;
+/// The command line or the configuration is wrong.
+const USAGE: u8 = 2;
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "mqtt-fwd",
+    version,
+    about = "MQTT load balancing by topic, at XDP speed, in front of Katran",
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage or configuration.\n\
+                  Start with `mqtt-fwd check`, then `mqtt-fwd run`; docs/ has the rest."
+)]
+struct Cli {
+    /// The configuration file
+    #[arg(
+        short,
+        long,
+        global = true,
+        env = "MQTT_FWD_CONFIG",
+        default_value = "/etc/mqtt-fwd/config.toml",
+        value_name = "FILE"
+    )]
+    config: PathBuf,
+
+    /// What to log to standard error: error, warn, info, debug or trace
+    #[arg(long, global = true, env = "MQTT_FWD_LOG", default_value = "info", value_name = "LEVEL")]
+    log: String,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Check the configuration and say what it means
+    Check,
+    /// Put mqtt_fwd into the chain on the interface (loader.sh)
+    Load(chain::Load),
+    /// Take everything of ours out again
+    Unload,
+    /// Bring groups, reals, services and routes to what the configuration says (userspace.sh)
+    Apply(sidecar::Apply),
+    /// Load, apply and watch, in the foreground; SIGHUP reads the configuration again
+    Run,
+    /// Run only the embedded balancer, in the foreground
+    Balancer,
+    /// Show chain, services, balancer and counters
+    Status(table::Output),
+    /// Show clients with their predictions
+    Clients(table::Output),
+    /// Show flows with their groups
+    Flows(table::Output),
+    /// Show routes, or the one for a topic
+    Routes(explain::Routes),
+    /// Show groups with their reals and traffic
+    Groups(table::Output),
+    /// Show what packets met, by reason
+    Counters(tables::Counters),
+    /// Print events as they happen: bound, learned, mispredicted, … (debug.sh)
+    Trace(trace::Trace),
+    /// Prepare a broker host for direct server return, or undo it
+    Real(real::Real),
+    /// Make the other end of a veth pair take what a native XDP program sends
+    VethPeer(real::VethPeer),
+    /// Print a shell's completions
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    // clap ends the process with 2 on wrong usage, and with 0 after --help.
+    let cli = Cli::parse();
+    if let Err(problem) = crate::telemetry::init(&cli.log) {
+        eprintln!("mqtt-fwd: {problem}");
+        return USAGE.into();
+    }
+    match run(cli) {
+        Ok(()) => DONE.into(),
+        Err(error) => {
+            eprintln!("mqtt-fwd: {error}");
+            exit_code(&error).into()
+        }
+    }
+}
+
+fn exit_code(error: &Error) -> u8 {
+    match error {
+        Error::Config(ConfigError::Unreadable { .. }) | Error::Config(_) => USAGE,
+        _ => FAILED,
+    }
+}
+
+fn run(cli: Cli) -> Result<(), Error> {
+    let config = || Config::load(&cli.config);
+    match cli.command {
+        Command::Check => explain::check(&config()?),
+        Command::Load(args) => args.run(&config()?),
+        Command::Unload => chain::unload(&config()?),
+        Command::Apply(args) => args.run(&config()?),
+        Command::Run => sidecar::run(config()?),
+        Command::Balancer => sidecar::balancer(&config()?),
+        Command::Status(output) => status::run(&config()?, output),
+        Command::Clients(output) => tables::clients(&config()?, output),
+        Command::Flows(output) => tables::flows(&config()?, output),
+        Command::Routes(args) => args.run(&config()?),
+        Command::Groups(output) => tables::groups(&config()?, output),
+        Command::Counters(args) => args.run(&config()?),
+        Command::Trace(args) => args.run(&config()?),
+        Command::Real(args) => args.run(),
+        Command::VethPeer(args) => args.run(),
+        Command::Completions { shell } => {
+            clap_complete::generate(
+                shell,
+                &mut Cli::command(),
+                "mqtt-fwd",
+                &mut std::io::stdout(),
+            );
+            Ok(())
+        }
+    }
+}
+
+/// An executor for commands that talk to the balancer.
+fn block_on<T>(future: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    tokio::runtime::Runtime::new()
+        .map_err(|source| Error::Io { what: "starting the executor".to_owned(), source })?
+        .block_on(future)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,91 @@
+//! `real` and `veth-peer`: hosts beside the balancer.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand, ValueEnum};
+
+use super::table::line;
+use crate::config::XdpMode;
+use crate::real;
+use crate::sidecar::Error;
+
+#[derive(Debug, Args)]
+pub struct Real {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Unwrap the balancer's packets and answer as MQTT_VIP
+    Up {
+        /// Interface that the balancer's packets come in on
+        #[arg(long)]
+        interface: String,
+        /// Address of a service; may be repeated
+        #[arg(long = "vip", required = true, value_name = "ADDRESS")]
+        vips: Vec<IpAddr>,
+        /// How the unwrapping program runs
+        #[arg(long, value_enum, default_value_t = Mode::Native)]
+        xdp_mode: Mode,
+        /// MSS to advertise to clients; default: what leaves room to wrap; 0: leave routes alone
+        #[arg(long, value_name = "BYTES")]
+        advmss: Option<u32>,
+        /// Mount point of bpffs
+        #[arg(long, default_value = "/sys/fs/bpf")]
+        bpffs: PathBuf,
+    },
+    /// Undo that
+    Down {
+        /// The interface given to `up`
+        #[arg(long)]
+        interface: String,
+        /// Mount point of bpffs
+        #[arg(long, default_value = "/sys/fs/bpf")]
+        bpffs: PathBuf,
+    },
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Mode {
+    Native,
+    Generic,
+}
+
+impl Real {
+    pub fn run(self) -> Result<(), Error> {
+        let done = match self.action {
+            Action::Up { interface, vips, xdp_mode, advmss, bpffs } => {
+                let mode = match xdp_mode {
+                    Mode::Native => XdpMode::Native,
+                    Mode::Generic => XdpMode::Generic,
+                };
+                real::up(&real::Real { interface, vips, mode, bpffs, advmss })?
+            }
+            Action::Down { interface, bpffs } => real::down(&interface, &bpffs)?,
+        };
+        for what in &done {
+            line(what);
+        }
+        if done.is_empty() {
+            line("nothing to do");
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct VethPeer {
+    /// The other end's interface, in this network namespace
+    #[arg(long)]
+    interface: String,
+}
+
+impl VethPeer {
+    pub fn run(&self) -> Result<(), Error> {
+        real::veth_peer_up(&self.interface)?;
+        line(&format!("{} takes what native XDP sends", self.interface));
+        Ok(())
+    }
+}

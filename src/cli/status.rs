@@ -1,0 +1,177 @@
+//! `status`: is everything where it should be, and what goes through it?
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use super::block_on;
+use super::table::{self, Output, line};
+use crate::balancer::client::Client;
+use crate::bpf::chain::{self, Chain};
+use crate::bpf::reasons::REASONS;
+use crate::bpf::xdp;
+use crate::config::{Config, XdpMode};
+use crate::sidecar::datapath::Datapath;
+use crate::sidecar::{Error, apply, view};
+
+#[derive(Serialize)]
+struct Status {
+    interface: String,
+    attached: Option<String>,
+    mode: Option<&'static str>,
+    positions: Vec<Option<String>>,
+    generation: Option<u32>,
+    services: Vec<ServiceStatus>,
+    balancer: String,
+    balancer_ok: bool,
+    clients: Option<usize>,
+    flows: Option<usize>,
+    counters: BTreeMap<&'static str, u64>,
+    healthy: bool,
+}
+
+#[derive(Serialize)]
+struct ServiceStatus {
+    name: String,
+    address: String,
+    in_force: bool,
+    max_packet: Option<u16>,
+}
+
+/// Counters by name.
+pub fn counters_json(counters: &[u64]) -> BTreeMap<&'static str, u64> {
+    REASONS.iter().map(|r| r.name).zip(counters.iter().copied()).collect()
+}
+
+pub fn run(config: &Config, output: Output) -> Result<(), Error> {
+    let status = read(config)?;
+    if output.json {
+        table::json(&status);
+    } else {
+        print(&status);
+    }
+    Ok(())
+}
+
+fn read(config: &Config) -> Result<Status, Error> {
+    let program = |p: &xdp::ProgramInfo| format!("{} (id {})", p.name, p.id);
+    let attached = xdp::attached(&config.interface)?;
+    let chain = Chain::open(&config.pins())?;
+    let positions: Vec<_> = (0..chain::POSITIONS)
+        .map(|i| chain.as_ref().and_then(|c| c.program(i)).as_ref().map(program))
+        .collect();
+    let datapath = Datapath::open(&config.pins()).ok();
+    let (balancer_ok, balancer) = balancer(config);
+    let services = services(config, datapath.as_ref())?;
+    let counters = datapath.as_ref().map(Datapath::counters).transpose()?.unwrap_or_default();
+    let count = |d: &Datapath| {
+        (
+            view::count(&d.clients) + view::count(&d.clients6),
+            view::count(&d.flows)
+                + view::count(&d.flows6)
+                + view::count(&d.flows_closing)
+                + view::count(&d.flows6_closing),
+        )
+    };
+    let counts = datapath.as_ref().map(count);
+    Ok(Status {
+        interface: config.interface.clone(),
+        healthy: attached.is_some()
+            && positions[chain::MQTT_FWD as usize].is_some()
+            && positions[chain::BALANCER as usize].is_some()
+            && balancer_ok
+            && services.iter().all(|s| s.in_force),
+        mode: attached.as_ref().and(xdp::attached_mode(&config.interface)).map(|m| match m {
+            XdpMode::Native => "native",
+            XdpMode::Generic => "generic",
+        }),
+        attached: attached.as_ref().map(program),
+        positions,
+        generation: datapath.as_ref().map(Datapath::generation).transpose()?,
+        services,
+        balancer,
+        balancer_ok,
+        clients: counts.map(|c| c.0),
+        flows: counts.map(|c| c.1),
+        counters: counters_json(&counters),
+    })
+}
+
+fn balancer(config: &Config) -> (bool, String) {
+    let kind = format!("{:?}", config.balancer).to_lowercase();
+    let at = format!("{kind} at {}", config.balancer_endpoint);
+    let difference = block_on(async {
+        let mut client = Client::connect(&config.balancer_endpoint).await?;
+        Ok(apply::difference(config, &mut client).await?)
+    });
+    match difference {
+        Ok(None) => (true, format!("{at}: as configured")),
+        Ok(Some(difference)) => (false, format!("{at}: {difference}; `mqtt-fwd apply` mends it")),
+        Err(e) => (false, e.to_string()),
+    }
+}
+
+fn services(config: &Config, datapath: Option<&Datapath>) -> Result<Vec<ServiceStatus>, Error> {
+    let table = datapath.map(Datapath::service_table).transpose()?.unwrap_or_default();
+    let in_force = &table.service[..usize::from(table.count)];
+    Ok(config
+        .services
+        .iter()
+        .map(|service| {
+            let there = in_force.iter().find(|s| {
+                s.addr == crate::bpf::types::addr_words(service.addr)
+                    && u16::from_be(s.port) == service.port
+            });
+            ServiceStatus {
+                name: service.name.clone(),
+                address: std::net::SocketAddr::new(service.addr, service.port).to_string(),
+                in_force: there.is_some(),
+                max_packet: there.map(|s| s.max_packet),
+            }
+        })
+        .collect())
+}
+
+fn print(status: &Status) {
+    let or_none = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".to_owned());
+    line(&format!(
+        "{}: {}",
+        status.interface,
+        if status.healthy { "healthy" } else { "NOT HEALTHY" }
+    ));
+    line(&format!(
+        "root       {}{}",
+        or_none(&status.attached),
+        status.mode.map(|m| format!(", {m} XDP")).unwrap_or_default()
+    ));
+    for (position, program) in status.positions.iter().enumerate() {
+        line(&format!("  [{position}]      {}", or_none(program)));
+    }
+    line(&format!("balancer   {}", status.balancer));
+    for service in &status.services {
+        line(&match (service.in_force, service.max_packet) {
+            (true, Some(max)) => {
+                format!("service    {} at {}, packets up to {max} B", service.name, service.address)
+            }
+            _ => format!(
+                "service    {} at {}: NOT IN FORCE; `mqtt-fwd apply` puts it there",
+                service.name, service.address
+            ),
+        });
+    }
+    let number = |n: Option<usize>| n.map_or_else(|| "-".to_owned(), |n| n.to_string());
+    line(&format!(
+        "learned    {} clients, {} flows, generation {}",
+        number(status.clients),
+        number(status.flows),
+        status.generation.map_or_else(|| "-".to_owned(), |n| n.to_string())
+    ));
+    line("");
+    let seen = REASONS.iter().filter(|r| status.counters.get(r.name).is_some_and(|n| *n > 0));
+    table::print(
+        &["reason", ">count", "meaning"],
+        seen.map(|r| {
+            vec![r.name.to_owned(), status.counters[r.name].to_string(), r.text.to_owned()]
+        }),
+    );
+}

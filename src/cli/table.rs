@@ -1,0 +1,85 @@
+//! Tables for people, JSON for programs.
+
+use clap::Args;
+use comfy_table::{Cell, CellAlignment, ContentArrangement, Table};
+use serde::Serialize;
+
+/// How to print.
+#[derive(Debug, Args, Clone, Copy)]
+pub struct Output {
+    /// Print JSON instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Prints a value as JSON.
+pub fn json(value: &impl Serialize) {
+    match serde_json::to_string_pretty(value) {
+        Ok(text) => line(&text),
+        Err(e) => eprintln!("mqtt-fwd: {e}"),
+    }
+}
+
+/// Prints a line; a reader that went away (`| head`) is no error.
+pub fn line(text: &str) {
+    use std::io::Write as _;
+    if writeln!(std::io::stdout(), "{text}").is_err() {
+        std::process::exit(0);
+    }
+}
+
+/// Prints a table without frames: columns that line up, as `ss` and `kubectl` print them.
+/// A column whose name begins with `>` is aligned to the right.
+pub fn print(columns: &[&str], rows: impl IntoIterator<Item = Vec<String>>) {
+    let mut table = Table::new();
+    table.load_preset(comfy_table::presets::NOTHING);
+    table.set_content_arrangement(ContentArrangement::Disabled);
+    table.set_header(columns.iter().map(|c| Cell::new(c.trim_start_matches('>').to_uppercase())));
+    let mut any = false;
+    for row in rows {
+        table.add_row(row);
+        any = true;
+    }
+    for (i, name) in columns.iter().enumerate() {
+        if let Some(column) = table.column_mut(i) {
+            column.set_padding((0, 2));
+            if name.starts_with('>') {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+    }
+    for text in table.lines() {
+        line(text.trim_end());
+    }
+    if !any {
+        line("(none)");
+    }
+}
+
+/// A flag of a table's row.
+pub fn mark(is: bool, text: &str) -> String {
+    if is { text.to_owned() } else { "-".to_owned() }
+}
+
+/// Seconds as people say them.
+pub fn age(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{}m{:02}s", seconds / 60, seconds % 60),
+        3600..86_400 => format!("{}h{:02}m", seconds / 3600, seconds % 3600 / 60),
+        _ => format!("{}d{:02}h", seconds / 86_400, seconds % 86_400 / 3600),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::age;
+
+    #[test]
+    fn ages_have_two_units() {
+        assert_eq!(age(59), "59s");
+        assert_eq!(age(61), "1m01s");
+        assert_eq!(age(3 * 3600 + 62), "3h01m");
+        assert_eq!(age(86_400 * 2 + 3600), "2d01h");
+    }
+}

@@ -1,0 +1,60 @@
+//! Errors of the configuration, for the person who has to mend it.
+
+use std::fmt;
+use std::path::PathBuf;
+
+/// Why a configuration is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error("{path}: {source}; name the file with --config or MQTT_FWD_CONFIG")]
+    Unreadable {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It is not TOML.
+    #[error("{path}: not valid TOML: {source}")]
+    Syntax {
+        /// Which.
+        path: PathBuf,
+        /// Where and what.
+        source: Box<toml::de::Error>,
+    },
+    /// It is TOML, but not a configuration.
+    #[error("{}", list(.path, .problems))]
+    Invalid {
+        /// Which.
+        path: PathBuf,
+        /// All that is wrong with it.
+        problems: Vec<Problem>,
+    },
+}
+
+/// One thing that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// Path of the key, such as `service[0].group[1].vip`.
+    pub key: String,
+    /// Its value as written; empty if it is missing.
+    pub value: String,
+    /// What is wrong and how to mend it.
+    pub text: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.value.is_empty() {
+            write!(f, "{}: {}", self.key, self.text)
+        } else {
+            write!(f, "{} = {}: {}", self.key, self.value, self.text)
+        }
+    }
+}
+
+fn list(path: &std::path::Path, problems: &[Problem]) -> String {
+    let lines: Vec<String> =
+        problems.iter().map(|p| format!("{}: {p}", path.display())).collect();
+    lines.join("\n")
+}

@@ -1,0 +1,327 @@
+//! From a TOML table to a [`Config`]: what the keys are, and what has to hold between them.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use toml::Table;
+
+use super::reader::Reader;
+use super::{
+    BalancerKind, Config, ConfigError, Group, MapSizes, OnMisprediction, Problem, Real, Route,
+    Service, XdpMode,
+};
+use crate::bpf::types::limits;
+use crate::routes::compile;
+use crate::routes::filter::TopicFilter;
+
+/// Linux' IFNAMSIZ, less the terminating zero.
+const INTERFACE_NAME_MAX: usize = 15;
+const NAME_MAX: usize = limits::GROUP_NAME_MAX.0 as usize - 1;
+
+pub fn config(path: &Path, table: &Table) -> Result<Config, ConfigError> {
+    let problems = RefCell::default();
+    let r = Reader::new(table, &problems);
+
+    let interface = r.required("interface", "eth0", |text| {
+        if text.is_empty() || text.len() > INTERFACE_NAME_MAX || text.contains(['/', ' ']) {
+            return Err("not an interface name; `ip link` lists them".to_owned());
+        }
+        Ok(text.to_owned())
+    });
+    let xdp_mode = r
+        .choice("xdp_mode", &[("native", XdpMode::Native), ("generic", XdpMode::Generic)])
+        .unwrap_or(XdpMode::Native);
+    let bpffs = r.parsed("bpffs", absolute).unwrap_or_else(|| PathBuf::from("/sys/fs/bpf"));
+    let root_array = r.parsed("root_array", absolute);
+    r.required_text("balancer", "embedded");
+    let balancer = r
+        .choice("balancer", &[("embedded", BalancerKind::Embedded), ("katran", BalancerKind::Katran)])
+        .unwrap_or(BalancerKind::Embedded);
+    let balancer_endpoint = r
+        .parsed("balancer_endpoint", endpoint)
+        .unwrap_or_else(|| "127.0.0.1:50051".to_owned());
+    let gateway_mac = r.parsed("gateway_mac", mac);
+    if balancer == BalancerKind::Embedded && gateway_mac.is_none() && !table.contains_key("gateway_mac")
+    {
+        r.problem(
+            "gateway_mac",
+            "is missing; the embedded balancer sends to the gateway's MAC address: \
+             `ip neigh` shows it",
+        );
+    }
+    let watch_interval_s = r.number("watch_interval_s", 1..=3600).unwrap_or(1);
+    let events_per_second = r.number("events_per_second", 0..=1_000_000).unwrap_or(2000);
+    let maps = r.table("maps").map_or_else(MapSizes::default, map_sizes);
+
+    let services: Vec<Service> = r.tables("service").into_iter().filter_map(service).collect();
+    if table.get("service").is_none() {
+        r.problem("service", "there is none; describe one with [[service]]");
+    }
+    across_services(&services, &maps, &problems);
+    r.finish();
+
+    let problems = problems.into_inner();
+    match interface {
+        Some(interface) if problems.is_empty() => Ok(Config {
+            path: path.to_owned(),
+            interface,
+            xdp_mode,
+            bpffs,
+            root_array,
+            balancer,
+            balancer_endpoint,
+            gateway_mac,
+            watch_interval_s,
+            events_per_second,
+            maps,
+            services,
+        }),
+        _ => Err(ConfigError::Invalid { path: path.to_owned(), problems }),
+    }
+}
+
+#[allow(clippy::needless_pass_by_value)] // the reader ends here
+fn map_sizes(r: Reader<'_>) -> MapSizes {
+    let d = MapSizes::default();
+    let sizes = MapSizes {
+        clients: r.number("clients", 1..=100_000_000).unwrap_or(d.clients),
+        flows: r.number("flows", 1..=100_000_000).unwrap_or(d.flows),
+        closing_flows: r.number("closing_flows", 1..=100_000_000).unwrap_or(d.closing_flows),
+        topics: r.number("topics", 1..=10_000_000).unwrap_or(d.topics),
+        route_states: r.number("route_states", 16..=10_000_000).unwrap_or(d.route_states),
+        groups: r.number("groups", 1..=60_000).unwrap_or(d.groups),
+        vips: r.number("vips", 1..=512).unwrap_or(d.vips),
+    };
+    r.finish();
+    sizes
+}
+
+fn service(r: Reader<'_>) -> Option<Service> {
+    let name = r.required("name", "mqtt", name_text);
+    let addr = r.required("address", "10.1.50.200", address);
+    let port = r.number("port", 1..=65_535).unwrap_or(1883);
+    let max_packet = r.number("max_packet", 576..=9000);
+    let on_misprediction = r
+        .choice(
+            "on_misprediction",
+            &[("reset", OnMisprediction::Reset), ("keep", OnMisprediction::Keep)],
+        )
+        .unwrap_or(OnMisprediction::Reset);
+
+    let group_readers = r.tables("group");
+    if group_readers.is_empty() {
+        r.problem("group", "there is none; describe one with [[service.group]]");
+    }
+    let complete = group_readers.len();
+    let groups: Vec<Group> =
+        group_readers.into_iter().filter_map(|g| group(g, addr)).collect();
+    // Names of groups that are wrong in themselves would only make routes look wrong, too.
+    let complete = complete == groups.len();
+    for (i, g) in groups.iter().enumerate() {
+        if groups[..i].iter().any(|other| other.name == g.name) {
+            r.problem("group", format!("two groups are named {:?}; rename one", g.name));
+        }
+    }
+    let known = |group: &str| {
+        if !complete || groups.iter().any(|g| g.name == group) {
+            return Ok(group.to_owned());
+        }
+        let names: Vec<_> = groups.iter().map(|g| format!("{:?}", g.name)).collect();
+        Err(format!("no such group in this service; there are {}", names.join(", ")))
+    };
+
+    let default_group = r.required("default_group", "default", known);
+    let mut routes = Vec::new();
+    for route in r.tables("route") {
+        let filter = route.required("topic", "measurements/#", |text| {
+            TopicFilter::parse(text).map_err(|e| e.to_string())
+        });
+        let group = route.required("group", "default", known);
+        if let (Some(filter), Some(group)) = (filter, group) {
+            routes.push(Route { filter, group });
+        }
+        route.finish();
+    }
+    for twice in duplicates(&routes) {
+        r.problem("route", format!("topic {twice:?} is routed twice; remove one of the two"));
+    }
+    r.finish();
+    Some(Service {
+        name: name?,
+        addr: addr?,
+        port,
+        default_group: default_group?,
+        max_packet,
+        on_misprediction,
+        groups,
+        routes,
+    })
+}
+
+fn duplicates(routes: &[Route]) -> Vec<String> {
+    let mut seen = HashMap::new();
+    for route in routes {
+        *seen.entry(route.filter.to_string()).or_insert(0u32) += 1;
+    }
+    let mut twice: Vec<_> = seen.into_iter().filter(|(_, n)| *n > 1).map(|(t, _)| t).collect();
+    twice.sort();
+    twice
+}
+
+fn group(r: Reader<'_>, service: Option<IpAddr>) -> Option<Group> {
+    let name = r.required("name", "temperature", name_text);
+    let vip = r.required("vip", "10.1.50.1", address);
+    if let (Some(vip), Some(service)) = (vip, service)
+        && vip.is_ipv4() != service.is_ipv4()
+    {
+        r.problem(
+            "vip",
+            "is of another IP version than its service; the datapath rewrites one into the other, \
+             so give the group an address of the service's version",
+        );
+    }
+
+    let mut reals: Vec<Real> = Vec::new();
+    let mut complete = true;
+    let readers = r.tables("reals");
+    if readers.is_empty() {
+        r.problem("reals", "there is none; write reals = [{ address = \"10.1.3.201\" }]");
+    }
+    for real in readers {
+        let addr = real.required("address", "10.1.3.201", address);
+        // Katran's ring weighs by repetition; larger numbers only slow its building.
+        let weight = real.number("weight", 1..=1000).unwrap_or(1);
+        match addr {
+            Some(addr) if reals.iter().any(|known| known.addr == addr) => {
+                real.problem("address", "is in this group twice; raise its weight instead");
+            }
+            Some(addr) if addr.is_ipv4() && vip.is_some_and(|v| v.is_ipv6()) => {
+                real.problem(
+                    "address",
+                    "an IPv4 real cannot get packets of an IPv6 VIP; give its IPv6 address",
+                );
+            }
+            Some(addr) => reals.push(Real { addr, weight }),
+            None => complete = false,
+        }
+        real.finish();
+    }
+    r.finish();
+    complete.then_some(())?;
+    Some(Group { name: name?, vip: vip?, reals })
+}
+
+/// What has to hold between services.
+fn across_services(services: &[Service], maps: &MapSizes, problems: &RefCell<Vec<Problem>>) {
+    let complain = |key: String, value: String, text: String| {
+        problems.borrow_mut().push(Problem { key, value, text });
+    };
+    let max_services = limits::MAX_SERVICES.0 as usize;
+    if services.len() > max_services {
+        complain(
+            "service".to_owned(),
+            format!("{} of them", services.len()),
+            format!("the datapath compares services one by one; at most {max_services}"),
+        );
+    }
+
+    let mut names: HashMap<&str, usize> = HashMap::new();
+    // Service addresses and group VIPs share one space: the balancer knows only VIPs.
+    let mut owners: HashMap<(IpAddr, u16), String> = HashMap::new();
+    for (i, service) in services.iter().enumerate() {
+        if let Some(first) = names.insert(&service.name, i) {
+            complain(
+                format!("service[{i}].name"),
+                format!("{:?}", service.name),
+                format!("service[{first}] has this name already"),
+            );
+        }
+        let mut claim = |key: String, addr: IpAddr| {
+            if let Some(owner) = owners.insert((addr, service.port), key.clone()) {
+                complain(
+                    key,
+                    format!("{addr}:{}", service.port),
+                    format!(
+                        "{owner} has this address already; every service and every group needs its own"
+                    ),
+                );
+            }
+        };
+        claim(format!("service[{i}].address"), service.addr);
+        for (j, group) in service.groups.iter().enumerate() {
+            claim(format!("service[{i}].group[{j}].vip"), group.vip);
+        }
+        for problem in compile::problems(service, maps.route_states) {
+            complain(format!("service[{i}].route"), String::new(), problem);
+        }
+    }
+    let groups: usize = services.iter().map(|s| s.groups.len()).sum();
+    if groups > maps.groups as usize {
+        complain(
+            "maps.groups".to_owned(),
+            maps.groups.to_string(),
+            format!("there are {groups} groups; raise it to at least that"),
+        );
+    }
+}
+
+fn name_text(text: &str) -> Result<String, String> {
+    if text.is_empty() || text.len() > NAME_MAX {
+        return Err(format!("must be 1 to {NAME_MAX} bytes long"));
+    }
+    if text.chars().any(|c| c.is_control() || c.is_whitespace()) {
+        return Err("must not have spaces or control characters".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
+fn address(text: &str) -> Result<IpAddr, String> {
+    let addr: IpAddr = text
+        .parse()
+        .map_err(|_| "not an IP address; write it like \"10.1.50.1\" or \"fd00::1\"".to_owned())?;
+    if addr.is_unspecified() || addr.is_multicast() || addr.is_loopback() {
+        return Err("not an address that a host can have on a network".to_owned());
+    }
+    if let IpAddr::V6(v6) = addr
+        && v6.to_ipv4_mapped().is_some()
+    {
+        return Err("write a mapped IPv4 address as plain IPv4".to_owned());
+    }
+    Ok(addr)
+}
+
+fn absolute(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    if path.is_absolute() { Ok(path) } else { Err("must be an absolute path".to_owned()) }
+}
+
+fn endpoint(text: &str) -> Result<String, String> {
+    let problem = || "write it like \"127.0.0.1:50051\" or \"unix:/run/katran.sock\"".to_owned();
+    if let Some(path) = text.strip_prefix("unix:") {
+        return if path.starts_with('/') { Ok(text.to_owned()) } else { Err(problem()) };
+    }
+    let (host, port) = text.rsplit_once(':').ok_or_else(problem)?;
+    let port: u16 = port.parse().map_err(|_| problem())?;
+    if host.is_empty() || host.contains('/') || port == 0 {
+        return Err(problem());
+    }
+    Ok(text.to_owned())
+}
+
+fn mac(text: &str) -> Result<[u8; 6], String> {
+    parse_mac(text)
+        .ok_or_else(|| "not a MAC address; write it like \"02:00:5e:10:00:01\"".to_owned())
+}
+
+/// Six pairs of hexadecimal digits; all zero is what Katran makes of nonsense, so not that.
+pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts.next().filter(|p| p.len() == 2)?;
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    (parts.next().is_none() && mac != [0; 6]).then_some(mac)
+}

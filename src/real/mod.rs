@@ -1,0 +1,173 @@
+//! A broker host: takes the balancer's packets out of their wrapping and answers clients as
+//! MQTT_VIP. Everything is undone by [`down`].
+
+mod ip;
+mod sysctl;
+
+use std::mem::MaybeUninit;
+use std::net::IpAddr;
+use std::os::fd::AsFd as _;
+use std::path::Path;
+
+use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
+
+use crate::bpf::maps::Table;
+use crate::bpf::pins::{self, Pins};
+use crate::bpf::skeletons::decap::DecapSkelBuilder;
+use crate::bpf::skeletons::xdp_root::XdpRootSkelBuilder;
+use crate::bpf::types::{addr_words, address};
+use crate::bpf::xdp;
+use crate::bpf::{BpfError, Result, loader};
+use crate::config::XdpMode;
+
+/// IP and TCP headers without options.
+const HEADERS_V4: u32 = 20 + 20;
+const HEADERS_V6: u32 = 40 + 20;
+/// What IPIP towards an IPv6 real adds; IPv4 adds less.
+const ENCAPSULATION: u32 = 40;
+
+/// What a broker host has to know.
+#[derive(Debug, Clone)]
+pub struct Real {
+    /// The interface that the balancer's packets come in on.
+    pub interface: String,
+    /// The services' addresses.
+    pub vips: Vec<IpAddr>,
+    /// Native or generic XDP.
+    pub mode: XdpMode,
+    /// bpffs.
+    pub bpffs: std::path::PathBuf,
+    /// MSS to advertise; `None`: what leaves room for the encapsulation; 0: leave routes alone.
+    pub advmss: Option<u32>,
+}
+
+fn pins_of(bpffs: &Path, interface: &str) -> Pins {
+    Pins::new(bpffs, interface, None)
+}
+
+/// Prepares the host. Repeatable: what is so already stays.
+pub fn up(real: &Real) -> Result<Vec<String>> {
+    let mut done = Vec::new();
+    attach_decap(real, &mut done)?;
+    for vip in &real.vips {
+        if ip::add_to_loopback(*vip)? {
+            done.push(format!("{vip} on lo"));
+        }
+    }
+    // Packets of clients come in and answers go out by different ways: that is what direct
+    // server return means, and what strict reverse path filtering refuses.
+    for (key, value) in sysctl::wanted(&real.interface) {
+        if sysctl::set(&real.interface, &key, value)? {
+            done.push(format!("{key} = {value}"));
+        }
+    }
+    if real.advmss != Some(0) {
+        let mtu = xdp::interface_mtu(&real.interface)?;
+        for v6 in [false, true] {
+            if !real.vips.iter().any(|vip| vip.is_ipv6() == v6) {
+                continue;
+            }
+            let headers = if v6 { HEADERS_V6 } else { HEADERS_V4 };
+            let mss = real.advmss.unwrap_or(mtu.saturating_sub(headers + ENCAPSULATION));
+            done.extend(ip::set_advmss(&real.interface, v6, Some(mss))?);
+        }
+    }
+    Ok(done)
+}
+
+/// Undoes [`up`].
+pub fn down(interface: &str, bpffs: &Path) -> Result<Vec<String>> {
+    let mut done = Vec::new();
+    let pins = pins_of(bpffs, interface);
+    pins.check()?;
+    let vips: Vec<IpAddr> = Table::<address, u8>::open(&pins.map("decap_vips"))
+        .map(|table| table.keys().map(|key| vip_of(&key)).collect())
+        .unwrap_or_default();
+    for v6 in [false, true] {
+        if vips.iter().any(|vip| vip.is_ipv6() == v6) {
+            done.extend(ip::set_advmss(interface, v6, None)?);
+        }
+    }
+    done.extend(sysctl::restore(interface)?);
+    for vip in vips {
+        if ip::remove_from_loopback(vip)? {
+            done.push(format!("{vip} off lo"));
+        }
+    }
+    if let Some(program) = loader::pinned_program(&pins.program("decap"))
+        && xdp::detach(interface, program.id).unwrap_or(false)
+    {
+        done.push(format!("decap (id {}) off {interface}", program.id));
+    }
+    for path in [pins.map("decap_vips"), pins.map("decap_counters"), pins.program("decap")] {
+        pins::remove_pin(&path)?;
+    }
+    pins.remove_dirs();
+    Ok(done)
+}
+
+fn vip_key(vip: IpAddr) -> address {
+    address { addr: addr_words(vip) }
+}
+
+fn vip_of(key: &address) -> IpAddr {
+    let v6 = key.addr[1..].iter().any(|w| *w != 0);
+    crate::bpf::types::words_addr(key.addr, v6)
+}
+
+fn attach_decap(real: &Real, done: &mut Vec<String>) -> Result<()> {
+    let pins = pins_of(&real.bpffs, &real.interface);
+    pins.check()?;
+    xdp::interface_index(&real.interface)?;
+    let _lock = pins.lock()?;
+    let attached = xdp::attached(&real.interface)?;
+    let pinned = loader::pinned_program(&pins.program("decap"));
+    let ours = matches!((&attached, &pinned), (Some(a), Some(p)) if a.id == p.id);
+    if let (Some(program), false) = (&attached, ours) {
+        return Err(BpfError::ForeignXdp {
+            interface: real.interface.clone(),
+            program: program.name.clone(),
+            id: program.id,
+            root_array: pins.root_array().to_owned(),
+        });
+    }
+    if !ours {
+        // Pins of a program that is not attached any more.
+        for path in [pins.map("decap_vips"), pins.map("decap_counters"), pins.program("decap")] {
+            pins::remove_pin(&path)?;
+        }
+        let failed = |source| BpfError::Load { object: "decap", source };
+        let mut storage = MaybeUninit::uninit();
+        let open = DecapSkelBuilder::default().open(&mut storage).map_err(failed)?;
+        let mut skel = open.load().map_err(failed)?;
+        let table = Table::<address, u8>::of(&skel.maps.decap_vips)?;
+        for vip in &real.vips {
+            table.put(&vip_key(*vip), &1)?;
+        }
+        xdp::attach(&real.interface, skel.progs.decap.as_fd(), real.mode)?;
+        done.push(format!("decap on {}", real.interface));
+        let pin = |source| BpfError::Pin { path: pins.dir(), action: "pinning", source };
+        skel.maps.decap_vips.pin(pins.map("decap_vips")).map_err(pin)?;
+        skel.maps.decap_counters.pin(pins.map("decap_counters")).map_err(pin)?;
+        skel.progs.decap.pin(pins.program("decap")).map_err(pin)?;
+        return Ok(());
+    }
+    let table = Table::<address, u8>::open(&pins.map("decap_vips"))?;
+    for vip in &real.vips {
+        table.put(&vip_key(*vip), &1)?;
+    }
+    Ok(())
+}
+
+/// Puts a program that passes everything on the other end of a veth pair. What a native XDP
+/// program sends back (`XDP_TX`) arrives there only if there is a native program, too.
+pub fn veth_peer_up(interface: &str) -> Result<()> {
+    if xdp::attached(interface)?.is_some() {
+        return Ok(());
+    }
+    let failed = |source| BpfError::Load { object: "xdp_root", source };
+    let mut storage = MaybeUninit::uninit();
+    let open = XdpRootSkelBuilder::default().open(&mut storage).map_err(failed)?;
+    let skel = open.load().map_err(failed)?;
+    xdp::attach(interface, skel.progs.xdp_root.as_fd(), XdpMode::Native)
+}

@@ -1,0 +1,75 @@
+//! The pinned maps of `mqtt_fwd`.
+
+use crate::bpf;
+use crate::bpf::maps::Table;
+use crate::bpf::pins::Pins;
+use crate::bpf::types::{
+    client, client4, client6, flow, flow4, flow6, group, route_edge, route_state, service_table,
+    topic, vip_definition,
+};
+
+/// Handles on the maps; see `bpf/maps.h` for what they hold.
+#[derive(Debug)]
+#[allow(missing_docs)] // documented there
+pub struct Datapath {
+    pub generation: Table<u32, u32>,
+    pub services: Table<u32, service_table>,
+    pub groups: Table<u32, group>,
+    pub route_edges: Table<route_edge, u32>,
+    pub route_states: Table<u32, route_state>,
+    pub service_vips: Table<vip_definition, vip_definition>,
+    pub topics: Table<u64, topic>,
+    pub clients: Table<client4, client>,
+    pub clients6: Table<client6, client>,
+    pub flows: Table<flow4, flow>,
+    pub flows6: Table<flow6, flow>,
+    pub flows_closing: Table<flow4, flow>,
+    pub flows6_closing: Table<flow6, flow>,
+    pub counters: Table<u32, u64>,
+}
+
+impl Datapath {
+    /// Opens what [`crate::bpf::loader::load`] pinned.
+    pub fn open(pins: &Pins) -> bpf::Result<Self> {
+        Ok(Self {
+            generation: Table::open(&pins.map("generation"))?,
+            services: Table::open(&pins.map("services"))?,
+            groups: Table::open(&pins.map("groups"))?,
+            route_edges: Table::open(&pins.map("mqtt_topic_to_vip"))?,
+            route_states: Table::open(&pins.map("route_states"))?,
+            service_vips: Table::open(&pins.map("mqtt_service_vips"))?,
+            topics: Table::open(&pins.map("topics"))?,
+            clients: Table::open(&pins.map("mqtt_client_ip_to_topic"))?,
+            clients6: Table::open(&pins.map("mqtt_client6_to_topic"))?,
+            flows: Table::open(&pins.map("flows"))?,
+            flows6: Table::open(&pins.map("flows6"))?,
+            flows_closing: Table::open(&pins.map("flows_closing"))?,
+            flows6_closing: Table::open(&pins.map("flows6_closing"))?,
+            counters: Table::open(&pins.map("counters"))?,
+        })
+    }
+
+    /// The number of the generation in force; 0: nothing was applied yet.
+    pub fn generation(&self) -> bpf::Result<u32> {
+        Ok(self.generation.get(&0)?.unwrap_or_default())
+    }
+
+    /// The services in force.
+    pub fn service_table(&self) -> bpf::Result<service_table> {
+        let side = self.generation()? & 1;
+        Ok(self.services.get(&side)?.unwrap_or_default())
+    }
+
+    /// All groups that are alive, with their numbers.
+    pub fn groups(&self) -> bpf::Result<Vec<(u16, group)>> {
+        let all = self.groups.entries()?;
+        Ok(all.into_iter().filter(|(_, g)| g.epoch != 0).map(|(id, g)| (id as u16, g)).collect())
+    }
+
+    /// The reasons' counters, summed over CPUs, in the order of [`crate::bpf::reasons::REASONS`].
+    pub fn counters(&self) -> bpf::Result<Vec<u64>> {
+        (0..self.counters.max_entries())
+            .map(|i| Ok(self.counters.get_per_cpu(&i)?.iter().sum()))
+            .collect()
+    }
+}
