@@ -27,8 +27,10 @@ static __always_inline __u32 route_step(__u32 state, __u64 level)
 
 static __always_inline __u16 route_group(__u32 state, const struct service *svc)
 {
-	const struct route_state *s = bpf_map_lookup_elem(&route_states, &state);
+	const struct route_state *s = NULL;
 
+	if (state != ROUTE_DEAD)
+		s = bpf_map_lookup_elem(&route_states, &state);
 	return s && s->group != NO_GROUP ? s->group : svc->default_group;
 }
 

@@ -98,6 +98,10 @@ impl Client {
             Code::Unavailable | Code::DeadlineExceeded | Code::Unknown => {
                 BalancerError::Unreachable { endpoint, reason: status.message().to_owned() }
             }
+            // tonic's own word for CALL_TIMEOUT; Katran's CANCELLED has no text.
+            Code::Cancelled if status.message() == "Timeout expired" => {
+                BalancerError::Unreachable { endpoint, reason: "no answer in time".to_owned() }
+            }
             _ => BalancerError::Refused {
                 call,
                 reason: Some(status.message().to_owned()).filter(|m| !m.is_empty()),

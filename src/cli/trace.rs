@@ -60,10 +60,10 @@ impl Trace {
                     return ControlFlow::Continue(());
                 }
                 if names.group_now(event.to_group).is_none() {
-                    // A group that came after we began.
-                    names = Names::read(config, &datapath).unwrap_or_else(|_| {
-                        unreachable!("maps that were open can still be read")
-                    });
+                    // Perhaps a group that came after we began.
+                    if let Ok(now) = Names::read(config, &datapath) {
+                        names = now;
+                    }
                 }
                 self.print(event, &names);
                 left -= 1;

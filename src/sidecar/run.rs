@@ -27,7 +27,7 @@ pub async fn run(mut config: Config) -> Result<()> {
     loader::load(&config, false)?;
     let datapath = Datapath::open(&config.pins())?;
     let mut server = match config.balancer {
-        BalancerKind::Embedded => Some(Box::pin(serve(&config).await?)),
+        BalancerKind::Embedded => Some(tokio::spawn(serve(&config).await?)),
         BalancerKind::Katran => None,
     };
 
@@ -49,9 +49,12 @@ pub async fn run(mut config: Config) -> Result<()> {
                 watch.in_force = false;
             }
             ended = served => {
-                return ended.map_err(|e| Error::Io {
+                let ended = ended.map_err(std::io::Error::other).and_then(|served| {
+                    served.map_err(std::io::Error::other)
+                });
+                return ended.map_err(|source| Error::Io {
                     what: format!("serving at {}", config.balancer_endpoint),
-                    source: std::io::Error::other(e),
+                    source,
                 });
             }
             () = pause => {}

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0 OR MIT
+# shellcheck shell=bash
+# What the scripts share: talking, waiting, and installing what is missing.
+
+TOP=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export TOP
+
+RUST_WANTED=1.88
+
+say() { printf '==> %s\n' "$*" >&2; }
+die() {
+	printf '%s: %s\n' "${0##*/}" "$*" >&2
+	exit 1
+}
+
+need_root() {
+	[ "$(id -u)" = 0 ] || die "needs root (network namespaces, BPF): run it with sudo"
+}
+
+# wait_for SECONDS WHAT COMMAND…: polls until the command succeeds.
+wait_for() {
+	local deadline=$((SECONDS + $1)) what=$2
+	shift 2
+	until "$@" >/dev/null 2>&1; do
+		[ "$SECONDS" -lt "$deadline" ] || die "gave up waiting for $what"
+		sleep 0.05
+	done
+}
+
+# Packages for building, and for the lab. Installs only what is missing.
+install_packages() {
+	local wanted=(clang llvm make gcc pkg-config libelf-dev zlib1g-dev linux-libc-dev libc6-dev
+		iproute2 ethtool mosquitto mosquitto-clients python3 python3-paho-mqtt tcpdump procps
+		util-linux ca-certificates curl)
+	local missing=() package
+	for package in "${wanted[@]}"; do
+		dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' ||
+			missing+=("$package")
+	done
+	[ ${#missing[@]} -eq 0 ] && return
+	command -v apt-get >/dev/null || die "not Debian or Ubuntu; please install: ${missing[*]}"
+	say "installing with apt: ${missing[*]}"
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+		"${missing[@]}" >/dev/null
+	# The package starts a broker of its own, which nobody asked for.
+	if [[ " ${missing[*]} " == *" mosquitto "* ]] && command -v systemctl >/dev/null; then
+		systemctl disable --now mosquitto >/dev/null 2>&1 || true
+	fi
+}
+
+rust_is_recent() {
+	local version
+	command -v cargo >/dev/null || return 1
+	version=$(rustc --version 2>/dev/null | cut -d' ' -f2)
+	[ "$(printf '%s\n%s\n' "$RUST_WANTED" "$version" | sort -V | head -n1)" = "$RUST_WANTED" ]
+}
+
+install_rust() {
+	[ -f "$HOME/.cargo/env" ] && . "$HOME/.cargo/env"
+	rust_is_recent && return
+	if apt-cache show rustup >/dev/null 2>&1; then
+		say "installing Rust with apt's rustup (cargo $RUST_WANTED or later is needed)"
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq rustup >/dev/null
+		rustup -q default stable
+	else
+		say "installing Rust with rustup from https://sh.rustup.rs (cargo $RUST_WANTED or later is needed)"
+		curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs |
+			sh -s -- -y -q --profile minimal
+		. "$HOME/.cargo/env"
+	fi
+	rust_is_recent || die "cargo is still older than $RUST_WANTED: $(cargo --version 2>&1)"
+}
+
+install_all() {
+	install_packages
+	install_rust
+}
+
+build() {
+	say "building (cargo build --release)"
+	(cd "$TOP" && cargo build --release --locked --quiet)
+}
