@@ -410,7 +410,8 @@ fn attach_root(
     pinned
 }
 
-fn mqtt_fwd_map_size(sizes: &MapSizes, name: &str) -> Option<u32> {
+/// How many entries a map of `mqtt_fwd` has; `None`: as many as `bpf/` says.
+pub fn mqtt_fwd_map_size(sizes: &MapSizes, name: &str) -> Option<u32> {
     Some(match name {
         "mqtt_client_ip_to_topic" | "mqtt_client6_to_topic" => sizes.clients,
         "flows" | "flows6" => sizes.flows,
@@ -423,7 +424,8 @@ fn mqtt_fwd_map_size(sizes: &MapSizes, name: &str) -> Option<u32> {
     })
 }
 
-fn balancer_map_size(sizes: &MapSizes, name: &str) -> Option<u32> {
+/// The same for the embedded balancer.
+pub fn balancer_map_size(sizes: &MapSizes, name: &str) -> Option<u32> {
     Some(match name {
         "vip_map" | "vip_stats" => sizes.vips,
         "ch_rings" => sizes.vips * balancer_limits::RING_SIZE.0,

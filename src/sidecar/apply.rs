@@ -24,9 +24,7 @@ pub async fn apply(config: &Config, datapath: &Datapath, client: &mut Client) ->
 
 /// Does what a plan says.
 pub async fn carry_out(plan: &Plan, datapath: &Datapath, client: &mut Client) -> Result<()> {
-    for (group, service) in &plan.add_service_vips {
-        datapath.service_vips.put(&plan::map_key(*group), &plan::map_key(*service))?;
-    }
+    add_service_vips(plan, datapath)?;
     let mut done = Vec::new();
     for step in &plan.before {
         if let Err(error) = call(client, step).await {
@@ -35,6 +33,29 @@ pub async fn carry_out(plan: &Plan, datapath: &Datapath, client: &mut Client) ->
         }
         done.push(step);
     }
+    change_groups(plan, datapath)?;
+    for step in &plan.after {
+        call(client, step).await?;
+    }
+    remove_service_vips(plan, datapath)
+}
+
+/// The part of a plan that is not the balancer's.
+pub fn carry_out_maps(plan: &Plan, datapath: &Datapath) -> Result<()> {
+    add_service_vips(plan, datapath)?;
+    change_groups(plan, datapath)?;
+    remove_service_vips(plan, datapath)
+}
+
+fn add_service_vips(plan: &Plan, datapath: &Datapath) -> Result<()> {
+    for (group, service) in &plan.add_service_vips {
+        datapath.service_vips.put(&plan::map_key(*group), &plan::map_key(*service))?;
+    }
+    Ok(())
+}
+
+/// Adds groups, switches to the new services and routes, and only then removes groups.
+fn change_groups(plan: &Plan, datapath: &Datapath) -> Result<()> {
     for id in &plan.new_groups {
         datapath.groups.put(&u32::from(*id), &group::from(&plan.identities.entries[id]))?;
     }
@@ -48,9 +69,10 @@ pub async fn carry_out(plan: &Plan, datapath: &Datapath, client: &mut Client) ->
             datapath.groups.put(&key, &freed)?;
         }
     }
-    for step in &plan.after {
-        call(client, step).await?;
-    }
+    Ok(())
+}
+
+fn remove_service_vips(plan: &Plan, datapath: &Datapath) -> Result<()> {
     for vip in &plan.remove_service_vips {
         datapath.service_vips.remove(&plan::map_key(*vip))?;
     }

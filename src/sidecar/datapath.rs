@@ -3,6 +3,7 @@
 use crate::bpf;
 use crate::bpf::maps::Table;
 use crate::bpf::pins::Pins;
+use crate::bpf::skeletons::mqtt_fwd::MqttFwdMaps;
 use crate::bpf::types::{
     client, client4, client6, flow, flow4, flow6, group, route_edge, route_state, service_table,
     topic, vip_definition,
@@ -46,6 +47,26 @@ impl Datapath {
             flows_closing: Table::open(&pins.map("flows_closing"))?,
             flows6_closing: Table::open(&pins.map("flows6_closing"))?,
             counters: Table::open(&pins.map("counters"))?,
+        })
+    }
+
+    /// The maps of an object that is loaded but not pinned.
+    pub fn of(maps: &MqttFwdMaps<'_>) -> bpf::Result<Self> {
+        Ok(Self {
+            generation: Table::of(&maps.generation)?,
+            services: Table::of(&maps.services)?,
+            groups: Table::of(&maps.groups)?,
+            route_edges: Table::of(&maps.mqtt_topic_to_vip)?,
+            route_states: Table::of(&maps.route_states)?,
+            service_vips: Table::of(&maps.mqtt_service_vips)?,
+            topics: Table::of(&maps.topics)?,
+            clients: Table::of(&maps.mqtt_client_ip_to_topic)?,
+            clients6: Table::of(&maps.mqtt_client6_to_topic)?,
+            flows: Table::of(&maps.flows)?,
+            flows6: Table::of(&maps.flows6)?,
+            flows_closing: Table::of(&maps.flows_closing)?,
+            flows6_closing: Table::of(&maps.flows6_closing)?,
+            counters: Table::of(&maps.counters)?,
         })
     }
 

@@ -9,7 +9,6 @@ use super::{Error, Result};
 use crate::bpf::types::{
     addr_words, limits, misprediction_policy, route_edge, route_state, service, service_table,
 };
-use crate::bpf::xdp;
 use crate::config::{Config, OnMisprediction, Service};
 use crate::routes::compile::{Automaton, DEAD};
 use crate::routes::filter::TopicFilter;
@@ -54,13 +53,15 @@ pub fn state_range(generation: u32, capacity: u32) -> (u32, u32) {
 }
 
 impl Image {
-    /// Makes the image for `generation`. `capacity`: how many states the map has in all.
+    /// Makes the image for `generation`. `capacity`: how many states the map has in all; `mtu`:
+    /// of the interface, from which services have their largest packet.
     pub fn build(
         config: &Config,
         identities: &Identities,
         keys: Keys,
         generation: u32,
         capacity: u32,
+        mtu: u32,
     ) -> Result<Self> {
         let mut image = Self {
             table: service_table {
@@ -73,7 +74,6 @@ impl Image {
             edges: BTreeMap::new(),
         };
         let (mut next_state, end) = state_range(generation, capacity);
-        let mtu = xdp::interface_mtu(&config.interface)?;
 
         // The datapath compares IPv4 services first, by one word each.
         let (v4, v6): (Vec<&Service>, Vec<&Service>) =

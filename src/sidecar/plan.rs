@@ -12,6 +12,7 @@ use super::image::{self, Image};
 use crate::balancer::Vip;
 use crate::balancer::client::{BalancerError, Client};
 use crate::bpf::types::{limits, route_edge, vip_definition, vip_key, words_addr};
+use crate::bpf::xdp;
 use crate::config::Config;
 
 /// A call to the balancer.
@@ -128,12 +129,19 @@ pub fn wanted_vips(config: &Config) -> BTreeMap<Vip, (BTreeMap<IpAddr, u32>, Vip
 
 /// Compares configuration, maps and balancer.
 pub async fn plan(config: &Config, datapath: &Datapath, client: &mut Client) -> Result<Plan> {
+    let mut plan = plan_maps(config, datapath, xdp::interface_mtu(&config.interface)?)?;
+    plan_balancer(&mut plan, &wanted_vips(config), client).await?;
+    Ok(plan)
+}
+
+/// Compares configuration and maps alone.
+pub fn plan_maps(config: &Config, datapath: &Datapath, mtu: u32) -> Result<Plan> {
     let identities = Identities::assign(config, datapath)?;
     let wanted = wanted_vips(config);
     let service_vips = current_service_vips(datapath)?;
     let current: BTreeMap<u16, _> = datapath.groups()?.into_iter().collect();
 
-    let mut plan = Plan {
+    Ok(Plan {
         add_service_vips: wanted
             .iter()
             .filter(|(vip, (_, service))| service_vips.get(vip) != Some(service))
@@ -146,7 +154,7 @@ pub async fn plan(config: &Config, datapath: &Datapath, client: &mut Client) -> 
             .filter(|(id, entry)| current.get(id).is_none_or(|g| g.epoch != entry.epoch))
             .map(|(id, _)| *id)
             .collect(),
-        switch: changed_image(config, datapath, &identities)?,
+        switch: changed_image(config, datapath, &identities, mtu)?,
         remove_groups: current
             .iter()
             .filter(|(id, _)| !identities.entries.contains_key(id))
@@ -159,9 +167,7 @@ pub async fn plan(config: &Config, datapath: &Datapath, client: &mut Client) -> 
             .filter(|vip| !wanted.contains_key(vip))
             .copied()
             .collect(),
-    };
-    plan_balancer(&mut plan, &wanted, client).await?;
-    Ok(plan)
+    })
 }
 
 async fn plan_balancer(
@@ -222,21 +228,22 @@ fn changed_image(
     config: &Config,
     datapath: &Datapath,
     identities: &Identities,
+    mtu: u32,
 ) -> Result<Option<Image>> {
     let generation = datapath.generation()?;
     let capacity = datapath.route_states.max_entries();
     if generation == 0 {
-        let first = Image::build(config, identities, image::random_keys()?, 1, capacity)?;
+        let first = Image::build(config, identities, image::random_keys()?, 1, capacity, mtu)?;
         return Ok(Some(first));
     }
     let table = datapath.service_table()?;
     let keys = image::keys_of(&table);
-    let same = Image::build(config, identities, keys, generation, capacity)?;
+    let same = Image::build(config, identities, keys, generation, capacity, mtu)?;
     if in_force(datapath, &same)? {
         return Ok(None);
     }
     let next = generation.checked_add(1).unwrap_or(2);
-    Ok(Some(Image::build(config, identities, keys, next, capacity)?))
+    Ok(Some(Image::build(config, identities, keys, next, capacity, mtu)?))
 }
 
 /// Do the maps hold exactly this image?

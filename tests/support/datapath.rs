@@ -1,0 +1,231 @@
+//! The real programs, loaded into this kernel and run packet by packet (BPF_PROG_TEST_RUN).
+
+use std::collections::BTreeMap;
+use std::mem::MaybeUninit;
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::path::Path;
+
+use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
+use libbpf_rs::{MapCore as _, MapFlags, OpenObject, ProgramInput};
+use mqtt_fwd::bpf::chain;
+use mqtt_fwd::bpf::reasons::REASONS;
+use mqtt_fwd::bpf::skeletons::mqtt_fwd::{MqttFwdSkel, MqttFwdSkelBuilder};
+use mqtt_fwd::bpf::types::Pod as _;
+use mqtt_fwd::config::{Config, MapSizes};
+use mqtt_fwd::sidecar::datapath::Datapath;
+use mqtt_fwd::sidecar::view::{self, Names};
+use mqtt_fwd::sidecar::{apply, plan};
+
+pub const XDP_DROP: u32 = 1;
+pub const XDP_PASS: u32 = 2;
+pub const XDP_TX: u32 = 3;
+
+/// What the sentinel in the balancer's position says. A packet has this verdict only if the
+/// jump to position 2 was really taken.
+pub const JUMPED: u32 = 4; // XDP_REDIRECT: nothing here returns it by itself
+
+pub const SERVICE: &str = "10.1.50.200:1883";
+pub const SERVICE6: &str = "[fd01:50::200]:1883";
+
+/// Two services, IPv4 and IPv6, with groups a, b and default, of VIPs .1, .2 and .250.
+pub const CONFIG: &str = r#"
+interface = "lo"
+balancer = "embedded"
+gateway_mac = "02:00:00:00:00:09"
+
+[[service]]
+name = "mqtt"
+address = "10.1.50.200"
+default_group = "default"
+max_packet = 1480
+group = [
+    { name = "a", vip = "10.1.50.1", reals = [{ address = "10.1.3.201" }] },
+    { name = "b", vip = "10.1.50.2", reals = [{ address = "10.1.3.202" }] },
+    { name = "default", vip = "10.1.50.250", reals = [{ address = "10.1.3.203" }] },
+]
+route = [
+    { topic = "sensor/a", group = "a" },
+    { topic = "sensor/b", group = "b" },
+    { topic = "wild/+/a", group = "a" },
+    { topic = "tree/#", group = "b" },
+    { topic = "tree/leaf", group = "a" },
+    { topic = "$SYS/#", group = "b" },
+]
+
+[[service]]
+name = "mqtt6"
+address = "fd01:50::200"
+default_group = "default"
+max_packet = 1460
+group = [
+    { name = "a", vip = "fd01:50::1", reals = [{ address = "fd01:3::201" }] },
+    { name = "b", vip = "fd01:50::2", reals = [{ address = "fd01:3::202" }] },
+    { name = "default", vip = "fd01:50::250", reals = [{ address = "fd01:3::203" }] },
+]
+route = [
+    { topic = "sensor/a", group = "a" },
+    { topic = "sensor/b", group = "b" },
+]
+"#;
+
+pub fn config(text: &str) -> Config {
+    Config::parse(Path::new("test.toml"), text).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// Loads `r0 = verdict; exit` as an XDP program.
+pub fn sentinel(verdict: u32) -> OwnedFd {
+    let instructions = [
+        libbpf_sys::bpf_insn {
+            code: (libbpf_sys::BPF_ALU64 | libbpf_sys::BPF_MOV | libbpf_sys::BPF_K) as u8,
+            imm: verdict.cast_signed(),
+            ..Default::default()
+        },
+        libbpf_sys::bpf_insn {
+            code: (libbpf_sys::BPF_JMP | libbpf_sys::BPF_EXIT) as u8,
+            ..Default::default()
+        },
+    ];
+    let mut options = libbpf_sys::bpf_prog_load_opts {
+        sz: size_of::<libbpf_sys::bpf_prog_load_opts>() as u64,
+        // All programs of a prog array have to have the same one.
+        expected_attach_type: libbpf_sys::BPF_XDP,
+        ..Default::default()
+    };
+    // SAFETY: pointers are valid for the lengths given, for the whole call.
+    let fd = unsafe {
+        libbpf_sys::bpf_prog_load(
+            libbpf_sys::BPF_PROG_TYPE_XDP,
+            c"sentinel".as_ptr(),
+            c"GPL".as_ptr(),
+            instructions.as_ptr(),
+            instructions.len() as u64,
+            &raw mut options,
+        )
+    };
+    assert!(fd >= 0, "loading the sentinel: {fd}");
+    // SAFETY: the kernel just gave us this descriptor.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// What became of a packet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome {
+    pub verdict: u32,
+    pub packet: Vec<u8>,
+}
+
+/// `mqtt_fwd` with a configuration in force and a sentinel behind it.
+pub struct Fixture {
+    pub skel: MqttFwdSkel<'static>,
+    pub datapath: Datapath,
+    pub config: Config,
+    sentinel: OwnedFd,
+}
+
+impl Fixture {
+    pub fn new() -> Self {
+        Self::with(CONFIG)
+    }
+
+    pub fn with(text: &str) -> Self {
+        Self::sized(
+            text,
+            &MapSizes {
+                clients: 4096,
+                flows: 4096,
+                closing_flows: 1024,
+                topics: 4096,
+                route_states: 4096,
+                groups: 64,
+                vips: 16,
+            },
+        )
+    }
+
+    pub fn sized(text: &str, sizes: &MapSizes) -> Self {
+        libbpf_rs::set_print(None);
+        let storage: &'static mut MaybeUninit<OpenObject> = Box::leak(Box::new(MaybeUninit::uninit()));
+        let mut open = MqttFwdSkelBuilder::default().open(storage).unwrap();
+        for mut map in open.open_object_mut().maps_mut() {
+            let name = map.name().to_string_lossy().into_owned();
+            if let Some(size) = mqtt_fwd::bpf::loader::mqtt_fwd_map_size(sizes, &name) {
+                map.set_max_entries(size).unwrap();
+            }
+        }
+        let skel = open.load().unwrap_or_else(|e| {
+            panic!("mqtt_fwd does not load (root? clang?): {e}");
+        });
+        let datapath = Datapath::of(&skel.maps).unwrap();
+        let fixture =
+            Self { skel, datapath, config: config(text), sentinel: sentinel(JUMPED) };
+        fixture.set_balancer(true);
+        fixture.apply();
+        fixture
+    }
+
+    /// Brings the maps to `self.config`.
+    pub fn apply(&self) {
+        let plan = plan::plan_maps(&self.config, &self.datapath, 1500).unwrap();
+        apply::carry_out_maps(&plan, &self.datapath).unwrap();
+    }
+
+    /// Is somebody in the balancer's position?
+    pub fn set_balancer(&self, there: bool) {
+        let array = &self.skel.maps.root_array;
+        if there {
+            let fd = self.sentinel.as_raw_fd().cast_unsigned();
+            array.update(chain::BALANCER.bytes(), fd.bytes(), MapFlags::ANY).unwrap();
+        } else {
+            array.delete(chain::BALANCER.bytes()).unwrap();
+        }
+    }
+
+    pub fn send(&self, packet: &[u8]) -> Outcome {
+        let mut out = vec![0; packet.len() + 256];
+        let input = ProgramInput {
+            data_in: Some(packet),
+            data_out: Some(&mut out),
+            ..ProgramInput::default()
+        };
+        let output = self.skel.progs.mqtt_fwd.test_run(input).unwrap();
+        let verdict = output.return_value;
+        let length = output.data.as_deref().map_or(0, <[u8]>::len);
+        out.truncate(length);
+        Outcome { verdict, packet: out }
+    }
+
+    /// Counters that are not zero, by name.
+    pub fn counters(&self) -> BTreeMap<&'static str, u64> {
+        let values = self.datapath.counters().unwrap();
+        REASONS.iter().map(|r| r.name).zip(values).filter(|(_, n)| *n > 0).collect()
+    }
+
+    /// Sends a packet and says by what the counters rose.
+    pub fn send_counting(&self, packet: &[u8]) -> (Outcome, BTreeMap<&'static str, u64>) {
+        let before = self.counters();
+        let outcome = self.send(packet);
+        let rose = self
+            .counters()
+            .into_iter()
+            .map(|(name, n)| (name, n - before.get(name).copied().unwrap_or(0)))
+            .filter(|(_, n)| *n > 0)
+            .collect();
+        (outcome, rose)
+    }
+
+    pub fn names(&self) -> Names {
+        Names::read(&self.config, &self.datapath).unwrap()
+    }
+
+    pub fn client(&self, addr: &str) -> Option<view::ClientRow> {
+        let addr: std::net::IpAddr = addr.parse().unwrap();
+        let rows = view::clients(&self.datapath, &self.names()).unwrap();
+        rows.into_iter().find(|row| row.client == addr)
+    }
+
+    pub fn flow(&self, client: SocketAddr) -> Option<view::FlowRow> {
+        let rows = view::flows(&self.datapath, &self.names()).unwrap();
+        rows.into_iter().find(|row| row.client == client)
+    }
+}

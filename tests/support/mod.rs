@@ -1,0 +1,7 @@
+//! What the tests of the datapath share.
+
+#![allow(dead_code)] // every test binary uses its own part
+
+pub mod datapath;
+pub mod mqtt;
+pub mod packet;
