@@ -4,4 +4,5 @@
 
 pub mod datapath;
 pub mod mqtt;
+pub mod net;
 pub mod packet;
