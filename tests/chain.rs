@@ -38,7 +38,7 @@ fn load_is_repeatable_and_unload_leaves_nothing() {
 fn packets_go_root_mqtt_fwd_balancer_and_are_wrapped_for_a_real() {
     let net = Net::new();
     net.ok(&["load"]);
-    let syn = net.syn("10.1.1.1", 4000);
+    let syn = Net::syn("10.1.1.1", 4000);
     // Nobody is at position 2: the stack gets the packet as it came.
     let outcome = net.through_root(&syn);
     assert_eq!((outcome.verdict, outcome.packet), (XDP_PASS, syn.clone()));
@@ -63,7 +63,7 @@ fn packets_go_root_mqtt_fwd_balancer_and_are_wrapped_for_a_real() {
 #[test]
 fn the_sidecar_may_die_and_come_back_and_forwarding_goes_on() {
     let net = Net::new();
-    let syn = net.syn("10.1.1.1", 4000);
+    let syn = Net::syn("10.1.1.1", 4000);
     {
         let mut run = net.spawn(&["run"]);
         wait_for("the sidecar", || net.mqtt_fwd(&["status"]).status.success().then_some(()));
@@ -167,22 +167,30 @@ fn a_real_is_prepared_and_put_back() {
     let net = Net::new();
     let up = |net: &Net| {
         net.ok(&[
-            "real", "up", "--interface", "eth0", "--vip", "10.1.50.200", "--vip", "fd01:50::200",
-            "--bpffs", net.bpf("").to_str().unwrap(),
+            "real",
+            "up",
+            "--interface",
+            "eth0",
+            "--vip",
+            "10.1.50.200",
+            "--vip",
+            "fd01:50::200",
+            "--bpffs",
+            net.bpf("").to_str().unwrap(),
         ])
     };
     net.sh("ip addr add 10.1.3.201/24 dev eth0; ip route add default via 10.1.3.101; \
             echo 1 > /proc/sys/net/ipv4/conf/eth0/rp_filter");
     let done = up(&net);
     assert!(done.contains("route default advmss 1420"), "{done}");
-    net.sh("ip addr show lo | grep -q 10.1.50.200/32; ip addr show lo | grep -q fd01:50::200/128; \
+    net.sh(
+        "ip addr show lo | grep -q 10.1.50.200/32; ip addr show lo | grep -q fd01:50::200/128; \
             ip route | grep -q 'default via 10.1.3.101 dev eth0 advmss 1420'; \
             ip link show eth0 | grep -q xdp; \
-            test $(cat /proc/sys/net/ipv4/conf/eth0/rp_filter) = 2");
+            test $(cat /proc/sys/net/ipv4/conf/eth0/rp_filter) = 2",
+    );
     assert_eq!(up(&net).trim(), "nothing to do");
-    net.ok(&[
-        "real", "down", "--interface", "eth0", "--bpffs", net.bpf("").to_str().unwrap(),
-    ]);
+    net.ok(&["real", "down", "--interface", "eth0", "--bpffs", net.bpf("").to_str().unwrap()]);
     net.sh("! ip addr show lo | grep -q 10.1.50.200; ! ip route | grep -q advmss; \
             ! ip link show eth0 | grep -q xdp; \
             test $(cat /proc/sys/net/ipv4/conf/eth0/rp_filter) = 1");

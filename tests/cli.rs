@@ -68,7 +68,13 @@ fn problems_between_services_are_named() {
     let route = |topic: &str| format!("{{ topic = {topic:?}, group = \"d\" }}, ");
     let text = [
         "interface = \"eth0\"\nbalancer = \"katran\"\n".to_owned(),
-        service("one", "10.1.50.200", "10.1.50.1", "fd01:3::1", &[route("#"), route("+/#")].concat()),
+        service(
+            "one",
+            "10.1.50.200",
+            "10.1.50.1",
+            "fd01:3::1",
+            &[route("#"), route("+/#")].concat(),
+        ),
         service("one", "10.1.50.201", "10.1.50.1", "10.1.3.1", ""),
         service("six", "fd01:50::200", "10.1.50.2", "10.1.3.1", ""),
         service("six too", "fd01:50::201", "fd01:50::2", "10.1.3.1", ""),
@@ -114,8 +120,7 @@ fn a_configuration_that_is_not_there_or_not_toml_is_named() {
 
 #[test]
 fn wrong_usage_ends_with_2() {
-    let output =
-        Command::new(env!("CARGO_BIN_EXE_mqtt-fwd")).arg("lod").output().unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_mqtt-fwd")).arg("lod").output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8(output.stderr).unwrap().contains("'load'"));
 }

@@ -12,7 +12,7 @@ use support::net::{Background, CONFIG, Net, wait_for};
 
 struct Server {
     client: Client,
-    _server: Background,
+    process: Background,
     net: Net,
 }
 
@@ -22,7 +22,7 @@ async fn start() -> Server {
     let server = net.spawn(&["balancer"]);
     let endpoint = format!("unix:{}/balancer.sock", net.dir.display());
     wait_for("the server", || std::os::unix::net::UnixStream::connect(&endpoint[5..]).ok());
-    Server { client: Client::connect(&endpoint).await.unwrap(), _server: server, net }
+    Server { client: Client::connect(&endpoint).await.unwrap(), process: server, net }
 }
 
 fn vip(text: &str) -> Vip {
@@ -107,9 +107,9 @@ async fn a_restarted_server_still_has_its_state() {
     let v = vip("10.1.50.1");
     s.client.add_vip(v, GROUP_FLAG).await.unwrap();
     s.client.add_reals(v, &reals(&[("10.1.3.1", 2)])).await.unwrap();
-    s._server.signal("KILL");
-    s._server.wait();
-    s._server = s.net.spawn(&["balancer"]);
+    s.process.signal("KILL");
+    s.process.wait();
+    s.process = s.net.spawn(&["balancer"]);
     let path = s.net.dir.join("balancer.sock");
     wait_for("the server", || std::os::unix::net::UnixStream::connect(&path).ok());
     let mut client = Client::connect(s.client.endpoint()).await.unwrap();

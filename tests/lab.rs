@@ -369,7 +369,18 @@ fn subscribers_can_connect() {
     let lab = Lab::up(&config(ONE_REAL_EACH, &[]), &[]);
     let subscriber = lab
         .script("exec")
-        .args(["c1", "timeout", "20", "mosquitto_sub", "-h", "10.1.50.200", "-t", "news", "-C", "1"])
+        .args([
+            "c1",
+            "timeout",
+            "20",
+            "mosquitto_sub",
+            "-h",
+            "10.1.50.200",
+            "-t",
+            "news",
+            "-C",
+            "1",
+        ])
         .stdout(std::process::Stdio::piped())
         .spawn()
         .unwrap();

@@ -80,6 +80,7 @@ impl<'a> Conn<'a> {
     }
 }
 
+#[allow(clippy::unnecessary_wraps)] // to be compared with what may be missing
 fn predicted(topic: &str, group: &str) -> Option<(String, String)> {
     Some((topic.to_owned(), group.to_owned()))
 }
@@ -225,10 +226,7 @@ fn reordered_segments_are_caught_up_with() {
     c.data(&mqtt::connect(4));
     let publish = mqtt::publish(b"sensor/c", 0, b"1");
     let (hole, length) = (c.sent, publish.len() as u32);
-    assert_eq!(
-        c.data_at(hole + length, &publish),
-        seen("default", &["data 1", "segment_ahead 1"])
-    );
+    assert_eq!(c.data_at(hole + length, &publish), seen("default", &["data 1", "segment_ahead 1"]));
     assert_eq!(c.prediction(), None, "data beyond a hole must not teach");
     assert_eq!(
         c.data_at(hole, &publish),

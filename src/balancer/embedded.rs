@@ -213,11 +213,8 @@ impl Embedded {
     /// The number of a real, a new one if it has none. Connections of the table go on naming a
     /// number after its real was removed, so numbers are used again only when there is no other.
     fn real_number(&self, addr: IpAddr) -> Result<u32> {
-        let wanted = real_definition {
-            addr: addr_words(addr),
-            v6: addr.is_ipv6().into(),
-            pad: [0; 3],
-        };
+        let wanted =
+            real_definition { addr: addr_words(addr), v6: addr.is_ipv6().into(), pad: [0; 3] };
         let used: BTreeSet<u32> =
             self.members.entries()?.into_iter().map(|(key, _)| key.real_num).collect();
         let (mut never_used, mut no_longer_used) = (None, None);

@@ -66,10 +66,9 @@ fn vip_of(vip: Option<&proto::Vip>) -> Result<Vip, Status> {
 
 fn reals_of(reals: &[proto::Real]) -> Result<BTreeMap<IpAddr, u32>, Status> {
     let real = |real: &proto::Real| {
-        let addr = real
-            .address
-            .parse()
-            .map_err(|_| Status::invalid_argument(format!("{:?} is no IP address", real.address)))?;
+        let addr = real.address.parse().map_err(|_| {
+            Status::invalid_argument(format!("{:?} is no IP address", real.address))
+        })?;
         let weight = u32::try_from(real.weight)
             .map_err(|_| Status::invalid_argument(format!("{} is no weight", real.weight)))?;
         Ok((addr, weight))
@@ -78,7 +77,8 @@ fn reals_of(reals: &[proto::Real]) -> Result<BTreeMap<IpAddr, u32>, Status> {
 }
 
 fn flags_of(flags: i64) -> Result<u32, Status> {
-    u32::try_from(flags).map_err(|_| Status::invalid_argument(format!("{flags:#x} is over 32 bits")))
+    u32::try_from(flags)
+        .map_err(|_| Status::invalid_argument(format!("{flags:#x} is over 32 bits")))
 }
 
 fn stats((v1, v2): (u64, u64)) -> Response<proto::Stats> {

@@ -88,8 +88,7 @@ pub fn load(config: &Config, replace_maps: bool) -> Result<Loaded> {
     let sizes = |name: &str| mqtt_fwd_map_size(&config.maps, name);
     let place = |name: &str| pins.map(name);
     let adopted = adopt_maps(open.open_object_mut(), &place, &sizes, replace_maps)?;
-    let mut skel =
-        open.load().map_err(|source| BpfError::Load { object: "mqtt_fwd", source })?;
+    let mut skel = open.load().map_err(|source| BpfError::Load { object: "mqtt_fwd", source })?;
     pin_new_maps(skel.object_mut(), &place, &adopted, &mut new_pins)?;
 
     let chain = Chain::open(&pins)?.ok_or_else(|| BpfError::NotLoaded {
@@ -135,7 +134,11 @@ pub fn load_balancer(config: &Config, replace_maps: bool) -> Result<ProgramInfo>
     let adopted = adopt_maps(open.open_object_mut(), &place, &sizes, replace_maps)?;
     let mut skel = open.load().map_err(|source| BpfError::Load { object: "balancer", source })?;
     pin_new_maps(skel.object_mut(), &place, &adopted, &mut new_pins)?;
-    pin_program(&mut skel.progs.balancer_ingress, &pins.program("balancer_ingress"), &mut new_pins)?;
+    pin_program(
+        &mut skel.progs.balancer_ingress,
+        &pins.program("balancer_ingress"),
+        &mut new_pins,
+    )?;
     chain.set(chain::BALANCER, skel.progs.balancer_ingress.as_fd())?;
     new_pins.keep = true;
 
@@ -172,9 +175,7 @@ pub fn unload(config: &Config) -> Result<Unloaded> {
 
     for dir in [pins.balancer_dir(), pins.dir()] {
         for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
-            if entry.file_type().is_ok_and(|t| !t.is_dir())
-                && pins::remove_pin(&entry.path())?
-            {
+            if entry.file_type().is_ok_and(|t| !t.is_dir()) && pins::remove_pin(&entry.path())? {
                 debug!(path = %entry.path().display(), "unpinned");
             }
         }
@@ -229,8 +230,7 @@ fn check_attached(
     attached: Option<&ProgramInfo>,
 ) -> Result<bool> {
     let Some(program) = attached else { return Ok(false) };
-    let uses_chain =
-        chain.and_then(Chain::map_id).is_some_and(|id| program.map_ids.contains(&id));
+    let uses_chain = chain.and_then(Chain::map_id).is_some_and(|id| program.map_ids.contains(&id));
     if uses_chain {
         return Ok(true);
     }
@@ -388,12 +388,7 @@ fn pin_program(
     Ok(())
 }
 
-fn attach_root(
-    config: &Config,
-    pins: &Pins,
-    chain: &Chain,
-    new_pins: &mut NewPins,
-) -> Result<()> {
+fn attach_root(config: &Config, pins: &Pins, chain: &Chain, new_pins: &mut NewPins) -> Result<()> {
     let failed = |source| BpfError::Load { object: "xdp_root", source };
     let mut storage = MaybeUninit::uninit();
     let mut open = open_skeleton(XdpRootSkelBuilder::default(), "xdp_root", &mut storage)?;

@@ -36,14 +36,16 @@ impl<K: Pod, V: Pod> Table<K, V> {
     /// Wraps a map of a loaded object.
     pub fn of(map: &libbpf_rs::MapMut<'_>) -> Result<Self> {
         let name = map.name().to_string_lossy().into_owned();
-        let handle = MapHandle::try_from(map)
-            .map_err(|source| BpfError::Map { map: name.clone(), action: "opening", source })?;
+        let handle = MapHandle::try_from(map).map_err(|source| BpfError::Map {
+            map: name.clone(),
+            action: "opening",
+            source,
+        })?;
         Ok(Self::new(handle, name).unwrap_or_else(|e| panic!("skeleton and types differ: {e}")))
     }
 
     fn new(map: MapHandle, name: String) -> Result<Self, String> {
-        if map.key_size() as usize != size_of::<K>()
-            || map.value_size() as usize != size_of::<V>()
+        if map.key_size() as usize != size_of::<K>() || map.value_size() as usize != size_of::<V>()
         {
             return Err(format!("{} B → {} B", map.key_size(), map.value_size()));
         }
@@ -56,16 +58,13 @@ impl<K: Pod, V: Pod> Table<K, V> {
 
     /// The value at `key`.
     pub fn get(&self, key: &K) -> Result<Option<V>> {
-        let value =
-            self.map.lookup(key.bytes(), MapFlags::ANY).map_err(self.failed("reading"))?;
+        let value = self.map.lookup(key.bytes(), MapFlags::ANY).map_err(self.failed("reading"))?;
         Ok(value.map(|bytes| V::from_bytes(&bytes)))
     }
 
     /// Sets the value at `key`.
     pub fn put(&self, key: &K, value: &V) -> Result<()> {
-        self.map
-            .update(key.bytes(), value.bytes(), MapFlags::ANY)
-            .map_err(self.failed("writing"))
+        self.map.update(key.bytes(), value.bytes(), MapFlags::ANY).map_err(self.failed("writing"))
     }
 
     /// Sets many values with few calls.
@@ -118,9 +117,7 @@ impl<K: Pod, V: Pod> Table<K, V> {
     /// Sets a per-CPU map's values at `key`, one for each CPU.
     pub fn put_per_cpu(&self, key: &K, values: &[V]) -> Result<()> {
         let values: Vec<Vec<u8>> = values.iter().map(|v| v.bytes().to_vec()).collect();
-        self.map
-            .update_percpu(key.bytes(), &values, MapFlags::ANY)
-            .map_err(self.failed("writing"))
+        self.map.update_percpu(key.bytes(), &values, MapFlags::ANY).map_err(self.failed("writing"))
     }
 
     /// Capacity.

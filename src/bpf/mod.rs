@@ -14,7 +14,9 @@ use std::path::PathBuf;
 /// What can go wrong between here and the kernel, each with the way out of it.
 #[derive(Debug, thiserror::Error)]
 pub enum BpfError {
-    #[error("this needs root: loading BPF programs takes CAP_BPF and CAP_NET_ADMIN; run it with sudo")]
+    #[error(
+        "this needs root: loading BPF programs takes CAP_BPF and CAP_NET_ADMIN; run it with sudo"
+    )]
     NotRoot,
     #[error("{path}: no bpffs is mounted there; mount it with `mount -t bpf bpf {path}`")]
     NoBpffs { path: PathBuf },
@@ -49,7 +51,9 @@ pub enum BpfError {
     Locked { path: PathBuf },
     #[error("{path}: {what}; run `mqtt-fwd load` first")]
     NotLoaded { path: PathBuf, what: &'static str },
-    #[error("loading {object}: {source}; the log above has the kernel's reason (more with --log debug)")]
+    #[error(
+        "loading {object}: {source}; the log above has the kernel's reason (more with --log debug)"
+    )]
     Load { object: &'static str, source: libbpf_rs::Error },
     #[error("map {map}: {action}: {source}")]
     Map { map: String, action: &'static str, source: libbpf_rs::Error },

@@ -74,8 +74,8 @@ impl Pins {
 
     /// Is there a bpffs, and nothing of another version on it?
     pub fn check(&self) -> Result<()> {
-        let is_bpffs = statfs(&self.bpffs)
-            .is_ok_and(|s| s.filesystem_type() == FsType(BPF_FS_MAGIC as _));
+        let is_bpffs =
+            statfs(&self.bpffs).is_ok_and(|s| s.filesystem_type() == FsType(BPF_FS_MAGIC as _));
         if !is_bpffs {
             return Err(BpfError::NoBpffs { path: self.bpffs.clone() });
         }
@@ -91,8 +91,11 @@ impl Pins {
     pub fn lock(&self) -> Result<Flock<File>> {
         let dir = self.interface_dir();
         make_dir(&self.dir())?;
-        let file = File::open(&dir)
-            .map_err(|source| BpfError::Io { path: dir.clone(), action: "opening", source })?;
+        let file = File::open(&dir).map_err(|source| BpfError::Io {
+            path: dir.clone(),
+            action: "opening",
+            source,
+        })?;
         Flock::lock(file, FlockArg::LockExclusiveNonblock)
             .map_err(|_| BpfError::Locked { path: dir })
     }

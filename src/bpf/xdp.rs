@@ -144,7 +144,7 @@ pub fn detach(interface: &str, id: u32) -> Result<bool> {
 pub fn attached_mode(interface: &str) -> Option<XdpMode> {
     let index = interface_index(interface).ok()?;
     let stdin = std::io::stdin();
-    [XdpMode::Native, XdpMode::Generic].into_iter().find(|mode| {
-        Xdp::new(stdin.as_fd()).query_id(index, flags(*mode)).is_ok_and(|id| id != 0)
-    })
+    [XdpMode::Native, XdpMode::Generic]
+        .into_iter()
+        .find(|mode| Xdp::new(stdin.as_fd()).query_id(index, flags(*mode)).is_ok_and(|id| id != 0))
 }

@@ -6,9 +6,8 @@ use serde::Serialize;
 use super::table::{self, line};
 use crate::config::{Config, Service};
 use crate::routes::filter::{TopicFilter, most_specific};
-use crate::sidecar::Error;
 
-pub fn check(config: &Config) -> Result<(), Error> {
+pub fn check(config: &Config) {
     line(&format!("{}: valid", config.path.display()));
     for service in &config.services {
         let reals: usize = service.groups.iter().map(|g| g.reals.len()).sum();
@@ -21,7 +20,6 @@ pub fn check(config: &Config) -> Result<(), Error> {
             service.default_group
         ));
     }
-    Ok(())
 }
 
 #[derive(Debug, Args)]
@@ -43,7 +41,7 @@ struct Row {
 }
 
 impl Routes {
-    pub fn run(&self, config: &Config) -> Result<(), Error> {
+    pub fn run(&self, config: &Config) {
         let rows: Vec<Row> = config
             .services
             .iter()
@@ -60,7 +58,6 @@ impl Routes {
                 rows.into_iter().map(|r| vec![r.service, r.topic, r.group, r.vip]),
             );
         }
-        Ok(())
     }
 }
 

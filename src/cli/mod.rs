@@ -14,7 +14,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
 
-use crate::config::{Config, ConfigError};
+use crate::config::Config;
 use crate::sidecar::Error;
 
 /// Done.
@@ -110,7 +110,7 @@ pub fn main() -> ExitCode {
 
 fn exit_code(error: &Error) -> u8 {
     match error {
-        Error::Config(ConfigError::Unreadable { .. }) | Error::Config(_) => USAGE,
+        Error::Config(_) => USAGE,
         _ => FAILED,
     }
 }
@@ -118,7 +118,10 @@ fn exit_code(error: &Error) -> u8 {
 fn run(cli: Cli) -> Result<(), Error> {
     let config = || Config::load(&cli.config);
     match cli.command {
-        Command::Check => explain::check(&config()?),
+        Command::Check => {
+            explain::check(&config()?);
+            Ok(())
+        }
         Command::Load(args) => args.run(&config()?),
         Command::Unload => chain::unload(&config()?),
         Command::Apply(args) => args.run(&config()?),
@@ -127,19 +130,20 @@ fn run(cli: Cli) -> Result<(), Error> {
         Command::Status(output) => status::run(&config()?, output),
         Command::Clients(output) => tables::clients(&config()?, output),
         Command::Flows(output) => tables::flows(&config()?, output),
-        Command::Routes(args) => args.run(&config()?),
-        Command::Groups(output) => tables::groups(&config()?, output),
+        Command::Routes(args) => {
+            args.run(&config()?);
+            Ok(())
+        }
+        Command::Groups(output) => {
+            tables::groups(&config()?, output);
+            Ok(())
+        }
         Command::Counters(args) => args.run(&config()?),
         Command::Trace(args) => args.run(&config()?),
         Command::Real(args) => args.run(),
         Command::VethPeer(args) => args.run(),
         Command::Completions { shell } => {
-            clap_complete::generate(
-                shell,
-                &mut Cli::command(),
-                "mqtt-fwd",
-                &mut std::io::stdout(),
-            );
+            clap_complete::generate(shell, &mut Cli::command(), "mqtt-fwd", &mut std::io::stdout());
             Ok(())
         }
     }

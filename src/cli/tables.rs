@@ -71,7 +71,7 @@ struct GroupRow {
     bytes: Option<u64>,
 }
 
-pub fn groups(config: &Config, output: Output) -> Result<(), Error> {
+pub fn groups(config: &Config, output: Output) {
     let mut rows = Vec::new();
     let balancer = block_on(async {
         let mut client = Client::connect(&config.balancer_endpoint).await?;
@@ -106,23 +106,15 @@ pub fn groups(config: &Config, output: Output) -> Result<(), Error> {
     }
     if output.json {
         table::json(&rows);
-        return Ok(());
+        return;
     }
     let number = |n: Option<u64>| n.map_or_else(|| "?".to_owned(), |n| n.to_string());
     table::print(
         &["service", "group", "group vip", "reals", ">packets", ">bytes"],
         rows.into_iter().map(|r| {
-            vec![
-                r.service,
-                r.group,
-                r.vip,
-                r.reals.join(", "),
-                number(r.packets),
-                number(r.bytes),
-            ]
+            vec![r.service, r.group, r.vip, r.reals.join(", "), number(r.packets), number(r.bytes)]
         }),
     );
-    Ok(())
 }
 
 fn real_text(addr: std::net::IpAddr, weight: u32) -> String {

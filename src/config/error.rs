@@ -54,7 +54,6 @@ impl fmt::Display for Problem {
 }
 
 fn list(path: &std::path::Path, problems: &[Problem]) -> String {
-    let lines: Vec<String> =
-        problems.iter().map(|p| format!("{}: {p}", path.display())).collect();
+    let lines: Vec<String> = problems.iter().map(|p| format!("{}: {p}", path.display())).collect();
     lines.join("\n")
 }

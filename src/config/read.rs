@@ -37,13 +37,17 @@ pub fn config(path: &Path, table: &Table) -> Result<Config, ConfigError> {
     let root_array = r.parsed("root_array", absolute);
     r.required_text("balancer", "embedded");
     let balancer = r
-        .choice("balancer", &[("embedded", BalancerKind::Embedded), ("katran", BalancerKind::Katran)])
+        .choice(
+            "balancer",
+            &[("embedded", BalancerKind::Embedded), ("katran", BalancerKind::Katran)],
+        )
         .unwrap_or(BalancerKind::Embedded);
-    let balancer_endpoint = r
-        .parsed("balancer_endpoint", endpoint)
-        .unwrap_or_else(|| "127.0.0.1:50051".to_owned());
+    let balancer_endpoint =
+        r.parsed("balancer_endpoint", endpoint).unwrap_or_else(|| "127.0.0.1:50051".to_owned());
     let gateway_mac = r.parsed("gateway_mac", mac);
-    if balancer == BalancerKind::Embedded && gateway_mac.is_none() && !table.contains_key("gateway_mac")
+    if balancer == BalancerKind::Embedded
+        && gateway_mac.is_none()
+        && !table.contains_key("gateway_mac")
     {
         r.problem(
             "gateway_mac",
@@ -115,8 +119,7 @@ fn service(r: Reader<'_>) -> Option<Service> {
         r.problem("group", "there is none; describe one with [[service.group]]");
     }
     let complete = group_readers.len();
-    let groups: Vec<Group> =
-        group_readers.into_iter().filter_map(|g| group(g, addr)).collect();
+    let groups: Vec<Group> = group_readers.into_iter().filter_map(|g| group(g, addr)).collect();
     // Names of groups that are wrong in themselves would only make routes look wrong, too.
     let complete = complete == groups.len();
     for (i, g) in groups.iter().enumerate() {

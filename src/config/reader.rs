@@ -29,11 +29,7 @@ impl<'a> Reader<'a> {
     /// Reports a problem with the value of `key`.
     pub fn problem(&self, key: &str, text: impl Into<String>) {
         let value = self.table.get(key).map(short).unwrap_or_default();
-        self.problems.borrow_mut().push(Problem {
-            key: self.key(key),
-            value,
-            text: text.into(),
-        });
+        self.problems.borrow_mut().push(Problem { key: self.key(key), value, text: text.into() });
     }
 
     fn get(&self, key: &'static str) -> Option<&'a Value> {

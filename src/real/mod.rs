@@ -88,7 +88,7 @@ pub fn down(interface: &str, bpffs: &Path) -> Result<Vec<String>> {
             done.extend(ip::set_advmss(interface, v6, None)?);
         }
     }
-    done.extend(sysctl::restore(interface)?);
+    done.extend(sysctl::restore(interface));
     for vip in vips {
         if ip::remove_from_loopback(vip)? {
             done.push(format!("{vip} off lo"));

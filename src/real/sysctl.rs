@@ -36,7 +36,7 @@ pub fn set(interface: &str, key: &str, value: i32) -> Result<bool> {
 }
 
 /// Puts back what was there before.
-pub fn restore(interface: &str) -> Result<Vec<String>> {
+pub fn restore(interface: &str) -> Vec<String> {
     let mut done = Vec::new();
     for (key, before) in read_notes(interface) {
         let path = PathBuf::from("/proc/sys").join(&key);
@@ -46,7 +46,7 @@ pub fn restore(interface: &str) -> Result<Vec<String>> {
         }
     }
     let _ = fs::remove_file(notes_path(interface));
-    Ok(done)
+    done
 }
 
 /// Notes are kept by network namespace: interfaces of two may have the same name.

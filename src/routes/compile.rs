@@ -246,7 +246,11 @@ impl Compiler {
         }
         let mut order: Vec<_> = count.into_iter().collect();
         order.sort_by_key(|(filter, n)| (std::cmp::Reverse(*n), *filter));
-        order.iter().take(3).map(|(filter, _)| format!("{:?}", filters[*filter].to_string())).collect()
+        order
+            .iter()
+            .take(3)
+            .map(|(filter, _)| format!("{:?}", filters[*filter].to_string()))
+            .collect()
     }
 }
 
@@ -323,9 +327,8 @@ mod tests {
 
     #[test]
     fn a_hundred_thousand_literal_routes_are_as_many_states() {
-        let filters: Vec<TopicFilter> = (0..100_000)
-            .map(|i| format!("site/{}/{i}", i % 100).parse().unwrap())
-            .collect();
+        let filters: Vec<TopicFilter> =
+            (0..100_000).map(|i| format!("site/{}/{i}", i % 100).parse().unwrap()).collect();
         let automaton = Automaton::compile(&filters.iter().collect::<Vec<_>>(), 200_000).unwrap();
         assert!(automaton.states.len() < 101_000, "{}", automaton.states.len());
         let edges = automaton.edge_index();
@@ -344,8 +347,7 @@ mod tests {
             })
             .collect();
         let filters: Vec<TopicFilter> = texts.iter().map(|t| t.parse().unwrap()).collect();
-        let error =
-            Automaton::compile(&filters.iter().collect::<Vec<_>>(), 1000).unwrap_err();
+        let error = Automaton::compile(&filters.iter().collect::<Vec<_>>(), 1000).unwrap_err();
         assert_eq!(error.limit, 1000);
         assert_eq!(error.worst.len(), 3);
     }

@@ -74,8 +74,11 @@ fn ended_by(error: &libbpf_rs::Error) -> bool {
 }
 
 fn lock(dir: &Path) -> Result<Flock<File>> {
-    let file = File::open(dir)
-        .map_err(|source| BpfError::Io { path: dir.to_owned(), action: "opening", source })?;
+    let file = File::open(dir).map_err(|source| BpfError::Io {
+        path: dir.to_owned(),
+        action: "opening",
+        source,
+    })?;
     Flock::lock(file, FlockArg::LockExclusiveNonblock)
         .map_err(|_| BpfError::Locked { path: dir.to_owned() })
 }

@@ -62,8 +62,7 @@ impl Identities {
     /// Keeps the numbers of what there was already, and gives free ones to the rest.
     pub fn assign(config: &Config, datapath: &Datapath) -> bpf::Result<Self> {
         let table = datapath.service_table()?;
-        let old_services: BTreeMap<(IpAddr, u16), u16> = table.service
-            [..usize::from(table.count)]
+        let old_services: BTreeMap<(IpAddr, u16), u16> = table.service[..usize::from(table.count)]
             .iter()
             .map(|s| ((words_addr(s.addr, s.v6 != 0), u16::from_be(s.port)), s.id))
             .collect();
@@ -81,7 +80,7 @@ impl Identities {
         }
         for service in &config.services {
             let key = (service.addr, service.port);
-            let free = (0..).find(|id| {
+            let free = (0..=u16::MAX).find(|id| {
                 !identities.services.values().chain(old_services.values()).any(|used| used == id)
             });
             identities.services.entry(key).or_insert_with(|| free.unwrap_or_default());
@@ -115,12 +114,8 @@ impl Identities {
                         wanted: "room for the new groups beside the old ones".to_owned(),
                     });
                 };
-                let entry = Entry {
-                    vip: group.vip,
-                    epoch,
-                    service: service_id,
-                    name: group.name.clone(),
-                };
+                let entry =
+                    Entry { vip: group.vip, epoch, service: service_id, name: group.name.clone() };
                 identities.groups.insert(key, id);
                 identities.entries.insert(id, entry);
             }

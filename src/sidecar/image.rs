@@ -121,10 +121,9 @@ impl Image {
         group_id: &dyn Fn(&str) -> Option<u16>,
     ) -> Result<(u32, u32)> {
         let filters: Vec<&TopicFilter> = svc.routes.iter().map(|r| &r.filter).collect();
-        let failed =
-            |problem: String| Error::Service { service: svc.name.clone(), problem };
-        let automaton = Automaton::compile(&filters, end - *next_state)
-            .map_err(|e| failed(e.to_string()))?;
+        let failed = |problem: String| Error::Service { service: svc.name.clone(), problem };
+        let automaton =
+            Automaton::compile(&filters, end - *next_state).map_err(|e| failed(e.to_string()))?;
         let base = *next_state;
         // The dead state is shared, the others follow each other.
         let place = |state: u32| if state == DEAD { DEAD } else { base + state - 1 };
@@ -165,15 +164,14 @@ impl Image {
     /// The group of a topic, by the same walk as the datapath's.
     pub fn route(&self, service: &service, topic: &[u8]) -> u16 {
         let keys = keys_of(&self.table);
-        let mut state = if topic.first() == Some(&b'$') {
-            service.start_dollar
-        } else {
-            service.start
-        };
+        let mut state =
+            if topic.first() == Some(&b'$') { service.start_dollar } else { service.start };
         for level in topic.split(|byte| *byte == b'/') {
-            state = self.edges.get(&(state, keys.level(level))).copied().unwrap_or_else(|| {
-                self.states.get(&state).map_or(DEAD, |(other, _)| *other)
-            });
+            state = self
+                .edges
+                .get(&(state, keys.level(level)))
+                .copied()
+                .unwrap_or_else(|| self.states.get(&state).map_or(DEAD, |(other, _)| *other));
         }
         match self.states.get(&state) {
             Some((_, group)) if *group != limits::NO_GROUP.0 as u16 => *group,

@@ -191,10 +191,8 @@ async fn plan_balancer(
             .filter(|(addr, weight)| has.get(addr) != Some(weight))
             .map(|(addr, weight)| (*addr, *weight))
             .collect();
-        let remove: BTreeMap<_, _> = has
-            .into_iter()
-            .filter(|(addr, _)| !reals.contains_key(addr))
-            .collect();
+        let remove: BTreeMap<_, _> =
+            has.into_iter().filter(|(addr, _)| !reals.contains_key(addr)).collect();
         if !add.is_empty() {
             plan.before.push(Call::AddReals(*vip, add));
         }

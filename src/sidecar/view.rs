@@ -134,9 +134,10 @@ impl Topics<'_> {
 pub fn clients(datapath: &Datapath, names: &Names) -> Result<Vec<ClientRow>> {
     let mut topics = Topics { datapath, seen: BTreeMap::new() };
     let now = boot_time().as_secs();
-    let v4 = datapath.clients.entries()?.into_iter().map(|(key, c): (client4, client)| {
-        (key.service, IpAddr::from(key.addr.to_ne_bytes()), c)
-    });
+    let v4 =
+        datapath.clients.entries()?.into_iter().map(|(key, c): (client4, client)| {
+            (key.service, IpAddr::from(key.addr.to_ne_bytes()), c)
+        });
     let v6 = datapath
         .clients6
         .entries()?
@@ -165,13 +166,11 @@ pub fn clients(datapath: &Datapath, names: &Names) -> Result<Vec<ClientRow>> {
 pub fn flows(datapath: &Datapath, names: &Names) -> Result<Vec<FlowRow>> {
     let mut topics = Topics { datapath, seen: BTreeMap::new() };
     let mut all = Vec::new();
-    for (key, f) in datapath.flows.entries()?.into_iter().chain(datapath.flows_closing.entries()?)
-    {
+    for (key, f) in datapath.flows.entries()?.into_iter().chain(datapath.flows_closing.entries()?) {
         let key: flow4 = key;
         all.push((key.service, IpAddr::from(key.addr.to_ne_bytes()), key.port, f));
     }
-    for (key, f) in
-        datapath.flows6.entries()?.into_iter().chain(datapath.flows6_closing.entries()?)
+    for (key, f) in datapath.flows6.entries()?.into_iter().chain(datapath.flows6_closing.entries()?)
     {
         let key: flow6 = key;
         all.push((key.service, words_addr(key.addr, true), key.port, f));

@@ -165,7 +165,8 @@ impl Fixture {
 
     pub fn sized(text: &str, sizes: &MapSizes) -> Self {
         libbpf_rs::set_print(None);
-        let storage: &'static mut MaybeUninit<OpenObject> = Box::leak(Box::new(MaybeUninit::uninit()));
+        let storage: &'static mut MaybeUninit<OpenObject> =
+            Box::leak(Box::new(MaybeUninit::uninit()));
         let mut open = MqttFwdSkelBuilder::default().open(storage).unwrap();
         for mut map in open.open_object_mut().maps_mut() {
             let name = map.name().to_string_lossy().into_owned();
@@ -177,8 +178,7 @@ impl Fixture {
             panic!("mqtt_fwd does not load (root? clang?): {e}");
         });
         let datapath = Datapath::of(&skel.maps).unwrap();
-        let fixture =
-            Self { skel, datapath, config: config(text), sentinel: sentinel(JUMPED) };
+        let fixture = Self { skel, datapath, config: config(text), sentinel: sentinel(JUMPED) };
         fixture.set_balancer(true);
         fixture.apply();
         fixture

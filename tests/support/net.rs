@@ -17,11 +17,7 @@ pub struct Net {
 
 fn sh(command: &str) {
     let output = Command::new("sh").args(["-ec", command]).output().unwrap();
-    assert!(
-        output.status.success(),
-        "{command}\n{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    assert!(output.status.success(), "{command}\n{}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// The configuration of these tests, with a place for its paths and for more keys.
@@ -56,11 +52,7 @@ route = [{ topic = "sensor/a", group = "a" }]
 
 impl Net {
     pub fn new() -> Self {
-        let name = format!(
-            "mft{}-{}",
-            std::process::id(),
-            NEXT.fetch_add(1, Ordering::Relaxed)
-        );
+        let name = format!("mft{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let dir = std::env::temp_dir().join(&name);
         sh(&format!(
             "mkdir -p {dir}/bpf; mount -t bpf bpf {dir}/bpf; ip netns add {name}; \
@@ -132,11 +124,7 @@ impl Net {
 
     pub fn sh(&self, command: &str) {
         let output = self.command("sh").args(["-ec", command]).output().unwrap();
-        assert!(
-            output.status.success(),
-            "{command}\n{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        assert!(output.status.success(), "{command}\n{}", String::from_utf8_lossy(&output.stderr));
     }
 
     /// The command line in the background, ended with the value.
@@ -155,14 +143,13 @@ impl Net {
 
     /// Sends a packet through what is attached to eth0, as its pinned root says.
     pub fn through_root(&self, packet: &[u8]) -> Outcome {
-        let fd = libbpf_rs::Program::fd_from_pinned_path(
-            self.bpf("mqtt_fwd/eth0/v1/prog_xdp_root"),
-        )
-        .unwrap();
+        let fd =
+            libbpf_rs::Program::fd_from_pinned_path(self.bpf("mqtt_fwd/eth0/v1/prog_xdp_root"))
+                .unwrap();
         super::datapath::test_run(&fd, packet, 1).0
     }
 
-    pub fn syn(&self, client: &str, port: u16) -> Vec<u8> {
+    pub fn syn(client: &str, port: u16) -> Vec<u8> {
         let client: SocketAddr = format!("{client}:{port}").parse().unwrap();
         let service: SocketAddr = super::datapath::SERVICE.parse().unwrap();
         super::packet::tcp(client, service, 1000, 0, |h| h.syn = true, &[])

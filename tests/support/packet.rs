@@ -23,14 +23,12 @@ pub fn tcp(
     let eth = PacketBuilder::ethernet2(CLIENT_MAC, LB_MAC);
     let mut packet = Vec::new();
     match (src.ip(), dst.ip()) {
-        (IpAddr::V4(src), IpAddr::V4(dst)) => eth
-            .ipv4(src.octets(), dst.octets(), 64)
-            .tcp_header(header)
-            .write(&mut packet, payload),
-        (IpAddr::V6(src), IpAddr::V6(dst)) => eth
-            .ipv6(src.octets(), dst.octets(), 64)
-            .tcp_header(header)
-            .write(&mut packet, payload),
+        (IpAddr::V4(src), IpAddr::V4(dst)) => {
+            eth.ipv4(src.octets(), dst.octets(), 64).tcp_header(header).write(&mut packet, payload)
+        }
+        (IpAddr::V6(src), IpAddr::V6(dst)) => {
+            eth.ipv6(src.octets(), dst.octets(), 64).tcp_header(header).write(&mut packet, payload)
+        }
         _ => panic!("{src} and {dst} are of two families"),
     }
     .unwrap();
@@ -57,14 +55,12 @@ pub fn tcp_checksum_right(packet: &[u8]) -> bool {
     let Some(etherparse::TransportSlice::Tcp(tcp)) = sliced.transport else { return false };
     let payload = tcp.payload();
     let expected = match sliced.net.unwrap() {
-        etherparse::NetSlice::Ipv4(ip) => tcp.to_header().calc_checksum_ipv4(
-            &ip.header().to_header(),
-            payload,
-        ),
-        etherparse::NetSlice::Ipv6(ip) => tcp.to_header().calc_checksum_ipv6(
-            &ip.header().to_header(),
-            payload,
-        ),
+        etherparse::NetSlice::Ipv4(ip) => {
+            tcp.to_header().calc_checksum_ipv4(&ip.header().to_header(), payload)
+        }
+        etherparse::NetSlice::Ipv6(ip) => {
+            tcp.to_header().calc_checksum_ipv6(&ip.header().to_header(), payload)
+        }
         etherparse::NetSlice::Arp(_) => return false,
     };
     tcp.to_header().checksum == expected.unwrap()
