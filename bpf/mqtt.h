@@ -37,6 +37,8 @@ enum mqtt_type {
 #define RUN_SEQ_WINDOW (1 << 20)
 #define RUN_ACK_WINDOW (1 << 16)
 
+#define FLOW_UNPARSED (FLOW_OPAQUE | FLOW_RESET)
+
 struct parse {
 	struct xdp_md *ctx;
 	struct work *w;
@@ -508,7 +510,7 @@ __noinline int mqtt_segment(struct xdp_md *ctx, struct flow *f, const struct con
 	struct parse p = { .ctx = ctx, .w = w, .f = f, .c = c, .t = t, .svc = svc };
 	__u32 end_seq;
 
-	if (!w || !f || !c || !t || !svc || f->flags & (FLOW_OPAQUE | FLOW_RESET))
+	if (!w || !f || !c || !t || !svc || f->flags & FLOW_UNPARSED)
 		return 0;
 	end_seq = c->seq + c->payload_length;
 	if (f->flags & FLOW_UNSYNCED) {
@@ -548,7 +550,8 @@ __noinline int mqtt_segment(struct xdp_md *ctx, struct flow *f, const struct con
 	f->ack = c->ack;
 	if (f->parser == PARSER_TOPIC)
 		bpf_map_update_elem(&topic_streams, &c->key, &w->stream, BPF_ANY);
-	if (f->tiled && f->next_seq == f->run_start && f->parser == PARSER_TYPE) {
+	if (f->tiled && f->next_seq == f->run_start && f->parser == PARSER_TYPE &&
+	    !(f->flags & FLOW_UNPARSED)) {
 		/* The hole is filled, and what came after it has been here already. */
 		f->next_seq = f->run_end;
 		f->tiled = 0;

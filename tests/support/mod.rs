@@ -3,6 +3,7 @@
 #![allow(dead_code)] // every test binary uses its own part
 
 pub mod datapath;
+pub mod model;
 pub mod mqtt;
 pub mod net;
 pub mod packet;
