@@ -4,7 +4,8 @@ mod support;
 
 use std::net::SocketAddr;
 
-use support::datapath::{Fixture, JUMPED, SERVICE, SERVICE6, XDP_PASS};
+use mqtt_fwd::bpf::types::client4;
+use support::datapath::{CONFIG, Fixture, JUMPED, SERVICE, SERVICE6, XDP_PASS, XDP_TX};
 use support::{mqtt, packet};
 
 /// A client's connection: sends its stream in whatever pieces the test wants.
@@ -537,4 +538,195 @@ fn full_maps_forget_the_oldest_and_go_on() {
     }
     assert_eq!(f.counters().get("map_full"), None);
     assert_eq!(f.counters().get("flow_new"), Some(&20_000));
+}
+
+#[test]
+fn a_flow_found_again_teaches_only_if_it_can_be_the_same_client() {
+    // Rule 8: acknowledgements and sequence numbers have to be near those before the hole.
+    for (gap, ack, teaches) in [(1000, 78, true), (1000, 90_000, false), (2 << 20, 78, false)] {
+        let f = Fixture::new();
+        let mut c = Conn::open(&f, "10.1.1.1:4000");
+        c.data(&mqtt::connect(4));
+        let publish = mqtt::publish(b"sensor/c", 0, b"1");
+        c.sent += gap;
+        for _ in 0..4 {
+            let seq = c.next_seq();
+            c.seen(&packet::tcp(c.client, c.service, seq, ack, |_| {}, &publish));
+            c.sent += publish.len() as u32;
+        }
+        assert_eq!(f.counters().get("resynced"), Some(&1));
+        assert_eq!(c.prediction().is_some(), teaches, "gap {gap}, ack {ack}");
+    }
+}
+
+#[test]
+fn a_mixed_client_s_flow_is_not_reset_once_it_was_right() {
+    for agreed in [false, true] {
+        let f = Fixture::new();
+        for (port, topic) in [(4000, b"sensor/a"), (4001, b"sensor/b"), (4002, b"sensor/a")] {
+            let mut c = Conn::open(&f, &format!("10.1.1.1:{port}"));
+            c.data(&mqtt::connect(4));
+            c.data(&mqtt::publish(topic, 0, b"1"));
+        }
+        assert!(f.client("10.1.1.1").unwrap().mixed);
+        // As if its last reset were long ago.
+        let service = f.datapath.service_table().unwrap().service[0].id;
+        let key = client4 { addr: u32::from_ne_bytes([10, 1, 1, 1]), service, pad: 0 };
+        let mut entry = f.datapath.clients.get(&key).unwrap().unwrap();
+        entry.reset_s = 0;
+        f.datapath.clients.put(&key, &entry).unwrap();
+
+        let mut c = Conn::open(&f, "10.1.1.1:4003");
+        c.data(&mqtt::connect(4));
+        if agreed {
+            c.data(&mqtt::publish(b"sensor/a", 0, b"1"));
+        }
+        let counters = c.data(&mqtt::publish(b"sensor/b", 0, b"1")).counters;
+        assert_eq!(counters.contains(&"reset 1".to_owned()), !agreed, "{counters:?}");
+    }
+}
+
+#[test]
+fn a_service_may_keep_mispredicted_flows_where_they_are() {
+    let f = Fixture::with(&CONFIG.replace("max_packet", "on_misprediction = \"keep\"\nmax_packet"));
+    let mut c = Conn::open(&f, "10.1.1.1:4000");
+    c.data(&mqtt::connect(4));
+    for _ in 0..2 {
+        let seen = c.data(&mqtt::publish(b"sensor/a", 0, b"1"));
+        assert_eq!(seen.group, "default");
+        assert!(seen.counters.contains(&"mispredicted 1".to_owned()));
+    }
+    assert!(f.flow(c.client).unwrap().astray);
+}
+
+#[test]
+fn a_syn_on_a_closed_flow_is_a_new_flow() {
+    let f = Fixture::new();
+    let mut c = Conn::open(&f, "10.1.1.1:4000");
+    c.flagged(|h| h.rst = true);
+    assert_eq!(c.syn(), seen("default", &["flow_new 1"]));
+    assert_eq!(f.flow(c.client).unwrap().state, "opening");
+}
+
+#[test]
+fn a_packet_too_large_to_be_wrapped_is_answered_with_icmp() {
+    // design: size on the wire. Quotes the packet as it came, from MQTT_VIP.
+    let f = Fixture::new();
+    for (client, service, limit) in
+        [("10.1.1.1:4000", SERVICE, 1480usize), ("[fd01:1::1]:4000", SERVICE6, 1460)]
+    {
+        let (client, service): (SocketAddr, SocketAddr) =
+            (client.parse().unwrap(), service.parse().unwrap());
+        let headers = if client.is_ipv4() { 40 } else { 60 };
+        let df = |mut packet: Vec<u8>| {
+            if client.is_ipv4() && packet[20] & 0x40 == 0 {
+                packet[20] |= 0x40;
+                let check = u16::from_be_bytes([packet[24], packet[25]]);
+                packet[24..26].copy_from_slice(&(check.wrapping_sub(0x4000)).to_be_bytes());
+            }
+            packet
+        };
+        let of_length = |length: usize| {
+            df(packet::tcp(client, service, 1, 77, |_| {}, &vec![b'x'; length - headers]))
+        };
+        let (fits, counters) = f.send_counting(&of_length(limit));
+        assert_eq!(fits.verdict, JUMPED);
+        assert!(!counters.contains_key("too_big"));
+
+        let sent = of_length(limit + 1);
+        let (outcome, counters) = f.send_counting(&sent);
+        assert_eq!(outcome.verdict, XDP_TX);
+        assert_eq!(counters.into_iter().collect::<Vec<_>>(), [("too_big", 1)]);
+        let reply = outcome.packet;
+        assert_eq!(reply[..6], packet::CLIENT_MAC);
+        assert_eq!(reply[6..12], packet::LB_MAC);
+        assert_eq!(packet::dst(&reply), client.ip());
+        assert!(packet::ip_checksum_right(&reply));
+        if client.is_ipv4() {
+            assert_eq!(reply.len(), 14 + 576);
+            assert_eq!(reply[26..30], [10, 1, 50, 200], "from MQTT_VIP");
+            let icmp = &reply[34..];
+            assert_eq!(icmp[..2], [3, 4]);
+            assert_eq!(u16::from_be_bytes([icmp[6], icmp[7]]), 1480);
+            assert_eq!(packet::checksum(&[icmp]), 0);
+            assert_eq!(icmp[8..], sent[14..14 + 548]);
+        } else {
+            assert_eq!(reply.len(), 14 + 1280);
+            let icmp = &reply[54..];
+            assert_eq!(icmp[..2], [2, 0]);
+            assert_eq!(u32::from_be_bytes([icmp[4], icmp[5], icmp[6], icmp[7]]), 1460);
+            let length = (icmp.len() as u32).to_be_bytes();
+            assert_eq!(packet::checksum(&[&reply[22..54], &length, &[0, 0, 0, 58], icmp]), 0);
+            assert_eq!(icmp[8..], sent[14..14 + 1232]);
+        }
+    }
+    // Without DF it is the network's to fragment (RFC 791).
+    let (client, service): (SocketAddr, SocketAddr) =
+        ("10.1.1.1:4000".parse().unwrap(), SERVICE.parse().unwrap());
+    let mut sent = packet::tcp(client, service, 1, 77, |_| {}, &[b'x'; 1460]);
+    sent[20] &= !0x40;
+    let (outcome, counters) = f.send_counting(&sent);
+    assert_eq!(outcome.verdict, JUMPED);
+    assert_eq!(counters.get("too_big_no_df"), Some(&1));
+}
+
+#[test]
+fn an_icmp_error_about_a_flow_goes_to_its_group() {
+    let f = Fixture::new();
+    // The client's flow is bound to a, not to the default.
+    for client in ["10.1.1.1:4000", "[fd01:1::1]:4000"] {
+        let mut first = Conn::open(&f, client);
+        first.data(&mqtt::connect(4));
+        first.data(&mqtt::publish(b"sensor/a", 0, b"1"));
+        let c = Conn::open(&f, &client.replace("4000", "4001"));
+        // What a router between real and client says about a packet service → client.
+        let quoted = packet::tcp(c.service, c.client, 9, 9, |_| {}, &[b'x'; 100]);
+        let builder = etherparse::PacketBuilder::ethernet2(packet::CLIENT_MAC, packet::LB_MAC);
+        let mut sent = Vec::new();
+        match (c.client.ip(), c.service.ip()) {
+            (std::net::IpAddr::V4(_), std::net::IpAddr::V4(service)) => builder
+                .ipv4([10, 1, 9, 9], service.octets(), 64)
+                .icmpv4(etherparse::Icmpv4Type::DestinationUnreachable(
+                    etherparse::icmpv4::DestUnreachableHeader::FragmentationNeeded {
+                        next_hop_mtu: 1300,
+                    },
+                ))
+                .write(&mut sent, &quoted[14..]),
+            (_, std::net::IpAddr::V6(service)) => builder
+                .ipv6(
+                    "fd01:9::9".parse::<std::net::Ipv6Addr>().unwrap().octets(),
+                    service.octets(),
+                    64,
+                )
+                .icmpv6(etherparse::Icmpv6Type::PacketTooBig { mtu: 1300 })
+                .write(&mut sent, &quoted[14..]),
+            _ => unreachable!(),
+        }
+        .unwrap();
+
+        assert_eq!(c.seen(&sent), seen("a", &["icmp_error 1"]));
+        // The quoted source is the group VIP, too: that is what Katran looks up.
+        let out = f.send(&sent).packet;
+        let at = if c.client.is_ipv4() { 42 + 12 } else { 62 + 8 };
+        let vip = if c.client.is_ipv4() { &[10, 1, 50, 1][..] } else { &[0xfd, 0x01, 0, 0x50][..] };
+        assert_eq!(out[at..at + 4], *vip);
+        // Checksums of ICMP and of the quoted header stay, to be right again when it is put back.
+        let mut restored = out.clone();
+        let dst = if c.client.is_ipv4() { 30..34 } else { 38..54 };
+        restored[dst.clone()].copy_from_slice(&sent[dst]);
+        let length = if c.client.is_ipv4() { 4 } else { 16 };
+        restored[at..at + length].copy_from_slice(&sent[at..at + length]);
+        restored[24..26].copy_from_slice(&sent[24..26]);
+        assert_eq!(restored, sent);
+
+        f.set_balancer(false);
+        assert_eq!(f.send(&sent).packet, sent, "without a balancer it is as it came");
+        f.set_balancer(true);
+
+        // About a flow that is not known, or not a service's: not ours to send anywhere.
+        let mut unknown = sent.clone();
+        let port = if c.client.is_ipv4() { 42 + 20 + 2 } else { 62 + 40 + 2 };
+        unknown[port] ^= 1;
+        assert_eq!(f.send(&unknown).packet, unknown);
+    }
 }

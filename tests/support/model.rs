@@ -153,8 +153,9 @@ impl<'a> Model<'a> {
     }
 
     fn route(&self, topic: &[u8]) -> String {
-        let topic = std::str::from_utf8(topic).unwrap();
-        most_specific(self.service.routes.iter().map(|r| &r.filter), topic)
+        // A topic that is not UTF-8 is nobody's literal, and as good as any other for wildcards.
+        let topic = String::from_utf8_lossy(topic);
+        most_specific(self.service.routes.iter().map(|r| &r.filter), &topic)
             .and_then(|filter| self.service.routes.iter().find(|r| r.filter == *filter))
             .map_or_else(|| self.service.default_group.clone(), |r| r.group.clone())
     }
