@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 use libbpf_cargo::SkeletonBuilder;
 
-const PROGRAMS: [&str; 4] = ["xdp_root", "mqtt_fwd", "balancer", "decap"];
+const PROGRAMS: [&str; 5] = ["xdp_root", "mqtt_fwd", "balancer", "decap", "rewind"];
 
 fn main() -> Result<()> {
     let out = PathBuf::from(env::var("OUT_DIR")?);

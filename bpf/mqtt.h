@@ -204,9 +204,13 @@ static __always_inline void publish_judge(struct parse *p)
 	struct topic_stream *s = &p->w->stream;
 	struct flow *f = p->f;
 
-	topic_level_end(s, p->t);
-
 	__u64 hash = siphash_stream_final(&s->whole);
+	if (hash == f->topic && s->generation == f->generation) {
+		count_publish(f);
+		return;
+	}
+
+	topic_level_end(s, p->t);
 	struct binding to = { .group = route_group(s->state, p->svc) };
 	__u32 key = to.group;
 	const struct group *g = bpf_map_lookup_elem(&groups, &key);

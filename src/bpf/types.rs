@@ -58,7 +58,7 @@ pod! {
     client6 = 20,
     connection = 40,
     event = 48 + 256,
-    flow = 48,
+    flow = 72,
     flow4 = 8,
     flow6 = 20,
     gateway = 8,

@@ -1,0 +1,346 @@
+//! Nanoseconds a packet (BPF_PROG_TEST_RUN), each as the difference to the bare chain in the same
+//! run. The chain is `rewind` → `mqtt_fwd` → the end; the bare one is `rewind` → the end. Runs
+//! of the two take turns, and the median of the differences is printed.
+//!
+//! `rewind` (bpf/rewind.bpf.c) makes the packet of the last run the next packet of a client.
+
+#[path = "../tests/support/mod.rs"]
+#[allow(unused)]
+mod support;
+
+#[allow(warnings, clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks)]
+mod rewind {
+    include!(concat!(env!("OUT_DIR"), "/rewind.skel.rs"));
+}
+
+use std::mem::MaybeUninit;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+
+use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
+use libbpf_rs::{MapCore as _, MapFlags, OpenObject};
+use mqtt_fwd::bpf::chain;
+use mqtt_fwd::bpf::maps::Table;
+use mqtt_fwd::bpf::skeletons::balancer::BalancerSkelBuilder;
+use mqtt_fwd::bpf::types::{
+    Pod as _, addr_words, real_definition, vip_definition, vip_key, vip_meta,
+};
+use mqtt_fwd::bpf::xdp::ProgramInfo;
+use mqtt_fwd::config::MapSizes;
+use rewind::{RewindSkel, RewindSkelBuilder};
+use support::datapath::{Fixture, SERVICE, SERVICE6, XDP_TX, sentinel, test_run};
+use support::{mqtt, packet};
+
+const ROUNDS: usize = 7;
+const REPEAT: u32 = 400_000;
+const MILLION: u32 = 1 << 20;
+
+/// Everything belongs to the default group, so that nothing is mispredicted.
+const CONFIG: &str = r#"
+interface = "lo"
+balancer = "embedded"
+gateway_mac = "02:00:00:00:00:09"
+events_per_second = 0
+
+[[service]]
+name = "mqtt"
+address = "10.1.50.200"
+default_group = "default"
+max_packet = 1480
+group = [{ name = "default", vip = "10.1.50.250", reals = [{ address = "10.1.3.203" }] }]
+route = [{ topic = "site/+/#", group = "default" }, { topic = "site/+/x", group = "default" }]
+
+[[service]]
+name = "mqtt6"
+address = "fd01:50::200"
+default_group = "default"
+max_packet = 1460
+group = [{ name = "default", vip = "fd01:50::250", reals = [{ address = "fd01:3::203" }] }]
+"#;
+
+#[derive(Clone)]
+struct Case {
+    packet: Vec<u8>,
+    dst: IpAddr,
+    src: IpAddr,
+    clients: u32,
+    seq_step: u32,
+    topic_offset: u32,
+}
+
+struct Bench {
+    fixture: Fixture,
+    end: OwnedFd,
+}
+
+fn load_rewind(case: &Case, wrapped: u16, fixture: &Fixture) -> RewindSkel<'static> {
+    let storage: &'static mut MaybeUninit<OpenObject> = Box::leak(Box::new(MaybeUninit::uninit()));
+    let mut open = RewindSkelBuilder::default().open(storage).unwrap();
+    let rodata = open.maps.rodata_data.as_deref_mut().unwrap();
+    rodata.clients_mask = case.clients - 1;
+    rodata.seq_step = case.seq_step;
+    rodata.topic_offset = case.topic_offset;
+    rodata.wrapped = wrapped;
+    rodata.dst = addr_words(case.dst);
+    rodata.src = addr_words(case.src);
+    open.maps.root_array.reuse_fd(fixture.skel.maps.root_array.as_fd()).unwrap();
+    open.load().unwrap()
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+impl Bench {
+    fn put(&self, position: u32, program: BorrowedFd<'_>) {
+        let fd = program.as_raw_fd().cast_unsigned();
+        let array = &self.fixture.skel.maps.root_array;
+        array.update(position.bytes(), fd.bytes(), MapFlags::ANY).unwrap();
+    }
+
+    /// Average of one call, with `program` behind `rewind`.
+    fn run(&self, rewind: &RewindSkel<'_>, program: BorrowedFd<'_>, packet: &[u8]) -> f64 {
+        self.put(chain::MQTT_FWD, program);
+        let repeat = REPEAT.max(2 * (rewind.maps.rodata_data.as_ref().unwrap().clients_mask + 1));
+        let (outcome, ns) = test_run(&rewind.progs.rewind.as_fd(), packet, repeat);
+        assert_eq!(outcome.verdict, XDP_TX, "the chain was left early: {:02x?}", outcome.packet);
+        f64::from(ns)
+    }
+
+    /// Sends every client's next packet once, so that flows and topics are there.
+    fn round(&self, rewind: &RewindSkel<'_>, packet: &[u8], clients: u32) {
+        self.put(chain::MQTT_FWD, self.fixture.skel.progs.mqtt_fwd.as_fd());
+        test_run(&rewind.progs.rewind.as_fd(), packet, clients);
+    }
+
+    /// Nanoseconds that mqtt_fwd adds.
+    fn measure(&self, case: &Case, prepare: impl Fn(&RewindSkel<'_>)) -> f64 {
+        let rewind = load_rewind(case, 0, &self.fixture);
+        // The bare chain has one of its own: mqtt_fwd must see every sequence number.
+        let bare = load_rewind(case, 0, &self.fixture);
+        prepare(&rewind);
+        let mqtt_fwd = self.fixture.skel.progs.mqtt_fwd.as_fd();
+        self.run(&rewind, mqtt_fwd, &case.packet);
+        let differences = (0..ROUNDS)
+            .map(|_| {
+                let bare = self.run(&bare, self.end.as_fd(), &case.packet);
+                self.run(&rewind, mqtt_fwd, &case.packet) - bare
+            })
+            .collect();
+        median(differences)
+    }
+}
+
+fn client_addr(v6: bool) -> SocketAddr {
+    if v6 { "[fd01:1::]:4000" } else { "11.0.0.0:4000" }.parse().unwrap()
+}
+
+fn case(v6: bool, clients: u32, payload: &[u8]) -> Case {
+    let service: SocketAddr = if v6 { SERVICE6 } else { SERVICE }.parse().unwrap();
+    let client = client_addr(v6);
+    Case {
+        packet: packet::tcp(client, service, 0, 7, |_| {}, payload),
+        dst: service.ip(),
+        src: client.ip(),
+        clients,
+        seq_step: payload.len() as u32,
+        topic_offset: 0,
+    }
+}
+
+/// The embedded balancer alone, one established flow.
+fn balancer_cost(bench: &Bench, v6: bool) -> (f64, u32) {
+    let storage: &'static mut MaybeUninit<OpenObject> = Box::leak(Box::new(MaybeUninit::uninit()));
+    let open = BalancerSkelBuilder::default().open(storage).unwrap();
+    let skel = open.load().unwrap();
+    // The group's VIP, as mqtt_fwd hands it on: with the service's address to put back.
+    let (service, vip, real): (SocketAddr, IpAddr, IpAddr) = if v6 {
+        (SERVICE6.parse().unwrap(), "fd01:50::250".parse().unwrap(), "fd01:3::203".parse().unwrap())
+    } else {
+        (SERVICE.parse().unwrap(), "10.1.50.250".parse().unwrap(), "10.1.3.203".parse().unwrap())
+    };
+    let vips: Table<vip_definition, vip_meta> = Table::of(&skel.maps.vip_map).unwrap();
+    let flags = mqtt_fwd::sidecar::plan::GROUP_FLAG;
+    vips.put(&vip_key(vip, 1883), &vip_meta { flags, vip_num: 0 }).unwrap();
+    let services: Table<vip_definition, vip_definition> =
+        Table::of(&skel.maps.mqtt_service_vips).unwrap();
+    services.put(&vip_key(vip, 1883), &vip_key(service.ip(), 1883)).unwrap();
+    let reals: Table<u32, real_definition> = Table::of(&skel.maps.reals).unwrap();
+    let definition = real_definition { addr: addr_words(real), v6: v6.into(), pad: [0; 3] };
+    reals.put(&1, &definition).unwrap();
+    let rings: Table<u32, u32> = Table::of(&skel.maps.ch_rings).unwrap();
+    rings.put_all(&(0..65_537).map(|i| (i, 1)).collect::<Vec<_>>()).unwrap();
+
+    let ack = Case { dst: vip, ..case(v6, 1, &[]) };
+    let wrapped = if v6 { 40 } else { 20 };
+    let (plain, stripping) =
+        (load_rewind(&ack, 0, &bench.fixture), load_rewind(&ack, wrapped, &bench.fixture));
+    let room = |payload: &[u8]| {
+        // The first run takes off what is not there yet.
+        let mut packet = vec![0; usize::from(wrapped)];
+        packet.extend(payload);
+        packet
+    };
+    let balancer = skel.progs.balancer_ingress.as_fd();
+    let costs = (0..ROUNDS)
+        .map(|_| {
+            let bare = bench.run(&plain, bench.end.as_fd(), &ack.packet);
+            let wrap = bench.run(&stripping, stripping.progs.bare_wrap.as_fd(), &room(&ack.packet));
+            // Taking off is the bench's, putting on is the balancer's: half each.
+            let strip = (wrap - bare) / 2.0;
+            bench.run(&stripping, balancer, &room(&ack.packet)) - bare - strip
+        })
+        .collect();
+    (median(costs), ProgramInfo::by_fd(balancer).map_or(0, |p| p.instructions))
+}
+
+fn publishes() -> Vec<(&'static str, Case)> {
+    let topic = |length: usize| {
+        let mut topic = b"site/7/".to_vec();
+        topic.resize(length, b'x');
+        topic
+    };
+    let mut cases = Vec::new();
+    for clients in [1, MILLION] {
+        for (name, length) in [
+            ("PUBLISH, same topic of 8 B", 8),
+            ("PUBLISH, same topic of 24 B", 24),
+            ("PUBLISH, same topic of 80 B", 80),
+            ("PUBLISH, same topic of 256 B", 256),
+        ] {
+            let payload = mqtt::publish(&topic(length), 0, b"21.5");
+            cases.push((name, case(false, clients, &payload)));
+        }
+        for (name, length) in [
+            ("PUBLISH, new topic of 8 B", 8),
+            ("PUBLISH, new topic of 24 B, 3 levels, wildcard", 24),
+            ("PUBLISH, new topic of 80 B", 80),
+            ("PUBLISH, new topic of 256 B", 256),
+        ] {
+            let payload = mqtt::publish(&topic(length), 0, b"21.5");
+            let mut changed = case(false, clients, &payload);
+            changed.topic_offset = (changed.packet.len() - b"21.5".len() - 1) as u32;
+            cases.push((name, changed));
+        }
+        let name = "10 PUBLISHes in a segment";
+        let ten = mqtt::publish(&topic(24), 0, b"21.5").repeat(10);
+        cases.push((name, case(false, clients, &ten)));
+    }
+    let name = "PUBLISH, same topic of 24 B, IPv6";
+    let payload = mqtt::publish(&topic(24), 0, b"21.5");
+    cases.push((name, case(true, 1, &payload)));
+    cases
+}
+
+fn main() {
+    // `cargo test --benches` runs this, too; it is not a test.
+    if !std::env::args().any(|a| a == "--bench") {
+        return;
+    }
+    let sizes = MapSizes {
+        clients: MILLION,
+        flows: MILLION,
+        closing_flows: 1024,
+        topics: 65_536,
+        route_states: 1000,
+        groups: 64,
+        vips: 16,
+    };
+    let fixture = Fixture::sized(CONFIG, &sizes);
+    let bench = Bench { fixture, end: sentinel(XDP_TX) };
+    bench.put(chain::BALANCER, bench.end.as_fd());
+
+    let info = ProgramInfo::by_fd(bench.fixture.skel.progs.mqtt_fwd.as_fd()).unwrap();
+    let (balancer4, instructions) = balancer_cost(&bench, false);
+    let (balancer6, _) = balancer_cost(&bench, true);
+    let filter = std::env::args().skip(1).find(|a| !a.starts_with('-')).unwrap_or_default();
+    println!("mqtt_fwd: {} instructions; embedded balancer: {instructions}", info.instructions);
+    println!("{:52}{:>10}{:>10}{:>12}", "", "flows", "ns", "× balancer");
+    let line = |name: &str, clients: u32, ns: f64, v6: bool| {
+        let ratio = ns / if v6 { balancer6 } else { balancer4 };
+        println!("{name:52}{clients:>10}{ns:>10.0}{ratio:>12.2}");
+    };
+    line("embedded balancer, established ACK", 1, balancer4, false);
+    line("embedded balancer, established ACK, IPv6", 1, balancer6, true);
+
+    let wanted = |name: &str| name.contains(&filter);
+    if wanted("not ours") {
+        let others = Case { dst: "10.1.50.201".parse().unwrap(), ..case(false, 1, &[]) };
+        line("not ours", 1, bench.measure(&others, |_| {}), false);
+    }
+
+    for v6 in [false, true] {
+        for clients in [1, MILLION] {
+            let name = if v6 { "established ACK, IPv6" } else { "established ACK" };
+            if !wanted(name) {
+                continue;
+            }
+            let ack = case(v6, clients, &[]);
+            let ns = bench.measure(&ack, |rewind| bench.round(rewind, &ack.packet, clients));
+            line(name, clients, ns, v6);
+        }
+    }
+    for clients in [1, MILLION] {
+        // Without a prediction: these clients never published. Each round has other ISNs.
+        for (name, src) in [("SYN, no prediction", "12.0.0.0"), ("SYN, prediction", "11.0.0.0")] {
+            if !wanted(name) {
+                continue;
+            }
+            let service: SocketAddr = SERVICE.parse().unwrap();
+            let client = SocketAddr::new(src.parse().unwrap(), 4001);
+            let syn = Case {
+                packet: packet::tcp(client, service, 0, 0, |h| h.syn = true, &[]),
+                src: client.ip(),
+                seq_step: 1000,
+                ..case(false, clients, &[])
+            };
+            let learn = |_: &RewindSkel<'_>| {
+                if src == "11.0.0.0" {
+                    open_and_publish(&bench, false, clients, &mqtt::publish(b"t", 0, b""));
+                }
+            };
+            line(name, clients, bench.measure(&syn, learn), false);
+        }
+    }
+    for (name, publish) in publishes().into_iter().filter(|(name, _)| wanted(name)) {
+        let v6 = publish.dst.is_ipv6();
+        let ns = bench.measure(&publish, |rewind| {
+            let next = open_and_publish(&bench, v6, publish.clients, &[]);
+            rewind_to(rewind, next);
+        });
+        line(name, publish.clients, ns, v6);
+    }
+}
+
+/// Opens a flow of each client and sends CONNECT; then `payload`, if any. The next sequence number.
+fn open_and_publish(bench: &Bench, v6: bool, clients: u32, payload: &[u8]) -> u32 {
+    let service: SocketAddr = if v6 { SERVICE6 } else { SERVICE }.parse().unwrap();
+    let client = client_addr(v6);
+    let mut seq = 0u32;
+    let connect = mqtt::connect(4);
+    for (syn, payload) in [(true, &[][..]), (false, &connect), (false, payload)] {
+        if !syn && payload.is_empty() {
+            continue;
+        }
+        let step = Case {
+            packet: packet::tcp(client, service, 0, 7, |h| h.syn = syn, payload),
+            seq_step: 0,
+            ..case(v6, clients, &[])
+        };
+        let rewind = load_rewind(&step, 0, &bench.fixture);
+        rewind_to(&rewind, seq);
+        bench.round(&rewind, &step.packet, clients);
+        seq += if syn { 1 } else { payload.len() as u32 };
+    }
+    seq
+}
+
+/// The first packet of `rewind` has this sequence number.
+fn rewind_to(rewind: &RewindSkel<'_>, seq: u32) {
+    let rodata = rewind.maps.rodata_data.as_ref().unwrap();
+    // Rounds begin with client 0, and with it the step: client, seq, rounds.
+    let before = seq.wrapping_sub(rodata.seq_step);
+    let value = [0u32, before, 0].map(u32::to_ne_bytes).concat();
+    rewind.maps.bss.update(0u32.bytes(), &value, MapFlags::ANY).unwrap();
+}
