@@ -19,6 +19,7 @@ pub struct Segment {
 }
 
 #[derive(Debug, Clone)]
+#[allow(clippy::struct_excessive_bools)]
 pub struct Flow {
     pub group: String,
     pub topic: Option<Vec<u8>>,
@@ -141,6 +142,14 @@ fn tiles(mut payload: &[u8]) -> bool {
         payload = rest;
     }
     true
+}
+
+/// Of a PUBLISH whose header is longer than all but its topic can be.
+fn topic_complete(header: &[u8]) -> bool {
+    let varint = header[1..].iter().take_while(|b| *b & 0x80 != 0).count() + 1;
+    let at = 1 + varint;
+    let length = u16::from_be_bytes([header[at], header[at + 1]]);
+    header.len() >= at + 2 + usize::from(length)
 }
 
 impl<'a> Model<'a> {
@@ -296,7 +305,7 @@ impl<'a> Model<'a> {
                 flow.connected = true;
             }
             // A topic is the only long part; do not look at all of it again at each byte.
-            if flow.header.len() > 8 && !self.complete(flow) {
+            if flow.header.len() > 8 && !topic_complete(&flow.header) {
                 continue;
             }
             match parse(&flow.header) {
@@ -318,13 +327,6 @@ impl<'a> Model<'a> {
             }
         }
         flow.next = segment.seq.wrapping_add(at as u32);
-    }
-
-    fn complete(&self, flow: &Flow) -> bool {
-        let varint = flow.header[1..].iter().take_while(|b| *b & 0x80 != 0).count() + 1;
-        let at = 1 + varint;
-        let length = u16::from_be_bytes([flow.header[at], flow.header[at + 1]]);
-        flow.header.len() >= at + 2 + usize::from(length)
     }
 
     fn publish(&mut self, client: u32, flow: &mut Flow, topic: Vec<u8>) {
