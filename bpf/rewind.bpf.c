@@ -17,7 +17,8 @@ struct {
 	__uint(max_entries, ROOT_ARRAY_SIZE);
 } root_array SEC(".maps");
 
-const volatile __u32 clients_mask; /* number of clients, a power of two, less one */
+const volatile __u32 clients = 1;
+const volatile __u32 clients_mask; /* the next power of two, less one */
 const volatile __u32 seq_step; /* bytes of payload, or how far ISNs lie apart */
 const volatile __u32 topic_offset; /* in the frame: a byte that changes each round; 0: none */
 const volatile __u16 wrapped; /* bytes that a balancer put in front; 0: none */
@@ -74,8 +75,14 @@ int rewind(struct xdp_md *ctx)
 			return XDP_ABORTED;
 		*p = 'a' + (rounds & 7);
 	}
-	/* Hull and Dobell: full period for a power of two. */
-	client = (client * 1664525 + 1013904223) & clients_mask;
+	/* Hull and Dobell: full period for a power of two, of which what is too much is left out. */
+	__u32 next = client;
+	for (int i = 0; i < 64; i++) {
+		next = (next * 1664525 + 1013904223) & clients_mask;
+		if (next < clients)
+			break;
+	}
+	client = next;
 	bpf_tail_call(ctx, &root_array, POSITION_MQTT_FWD);
 	return XDP_ABORTED;
 }

@@ -62,8 +62,9 @@ pub struct MapSizes {
 impl Default for MapSizes {
     fn default() -> Self {
         Self {
-            clients: 1_000_000,
-            flows: 1_000_000,
+            // A power of two: the kernel makes as many hash buckets, so nothing is wasted.
+            clients: 1 << 20,
+            flows: 1 << 20,
             closing_flows: 65_536,
             topics: 65_536,
             route_states: 500_000,
