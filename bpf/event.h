@@ -75,4 +75,14 @@ __noinline int report_event(const struct conn *c, const struct report *r)
 	return 0;
 }
 
+/* About the flow itself: it stays with its group. In a frame of its own, to spare callers'. */
+__noinline int report_flow(const struct conn *c, const struct flow *f, enum event_kind kind)
+{
+	if (!c || !f)
+		return 0;
+
+	struct report r = { .kind = kind, .from_group = f->group, .to_group = f->group };
+	return report_event(c, &r);
+}
+
 #endif /* MQTT_FWD_EVENT_H */

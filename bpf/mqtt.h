@@ -48,6 +48,12 @@ struct parse {
 	const struct service *svc;
 };
 
+/* What is left to read of a segment, as offsets from the start of the frame. */
+struct span {
+	__u32 offset;
+	__u32 end;
+};
+
 static __always_inline const __u8 *frame_at(struct xdp_md *ctx, __u32 offset, __u32 length)
 {
 	const __u8 *p = frame_start(ctx);
@@ -199,7 +205,7 @@ static __always_inline void count_publish(const struct flow *f)
 }
 
 /* The topic in w->stream is complete: whose is it, and what follows for flow and client? */
-static __always_inline void publish_judge(struct parse *p)
+static __always_inline void publish_judge(const struct parse *p)
 {
 	struct topic_stream *s = &p->w->stream;
 	struct flow *f = p->f;
@@ -255,29 +261,26 @@ static __always_inline void publish_judge(struct parse *p)
 	report_event(p->c, &r);
 }
 
-static __always_inline void malformed(struct parse *p)
+static __always_inline void malformed(const struct parse *p, struct span *s)
 {
-	struct report r = { .kind = EVENT_UNFRAMED, .from_group = p->f->group,
-			    .to_group = p->f->group };
-
 	/* A broker closes such a connection; should it go on, it has to prove itself anew. */
 	p->f->flags |= FLOW_UNSYNCED;
 	p->f->flags &= ~FLOW_SYN_SEEN;
 	p->f->tiled = 0;
 	count(REASON_MALFORMED);
-	report_event(p->c, &r);
-	p->w->offset = p->w->end;
+	report_flow(p->c, p->f, EVENT_UNFRAMED);
+	s->offset = s->end;
 }
 
 /* Jumps over what is left of the control packet in hand. */
-static __always_inline void packet_end(struct parse *p, __u32 left)
+static __always_inline void packet_end(const struct parse *p, struct span *s, __u32 left)
 {
 	p->f->parser = PARSER_TYPE;
-	p->w->offset += left;
+	s->offset += left;
 }
 
 /* The first control packet of a flow must be CONNECT (MQTT 3.1.1 §3.1): TLS, say, is not. */
-static __always_inline bool connect_missing(struct parse *p, __u8 type)
+static __always_inline bool connect_missing(const struct parse *p, struct span *s, __u8 type)
 {
 	if (p->f->flags & FLOW_CONNECTED || !(p->f->flags & FLOW_SYN_SEEN))
 		return false;
@@ -285,17 +288,14 @@ static __always_inline bool connect_missing(struct parse *p, __u8 type)
 		p->f->flags |= FLOW_CONNECTED;
 		return false;
 	}
-	struct report r = { .kind = EVENT_UNFRAMED, .from_group = p->f->group,
-			    .to_group = p->f->group };
-
 	p->f->flags |= FLOW_OPAQUE;
 	count(REASON_NOT_MQTT);
-	report_event(p->c, &r);
-	p->w->offset = p->w->end;
+	report_flow(p->c, p->f, EVENT_UNFRAMED);
+	s->offset = s->end;
 	return true;
 }
 
-static __always_inline void topic_start(struct parse *p, __u32 length, __u32 left)
+static __always_inline void topic_start(const struct parse *p, __u32 length, __u32 left)
 {
 	p->f->parser = PARSER_TOPIC;
 	p->f->topic_left = length;
@@ -307,79 +307,88 @@ static __always_inline void topic_start(struct parse *p, __u32 length, __u32 lef
  * One control packet whose header, and topic if it is a known one, lie in this segment: all
  * but a few. Returns false, having changed nothing, if it has to be taken byte by byte.
  */
-static __noinline int parse_whole(struct parse *p)
+static __always_inline bool parse_whole(const struct parse *p, struct span *s)
 {
-	struct work *w = p->w;
 	struct flow *f = p->f;
 	struct header h;
 
-	switch (read_header(p->ctx, w->offset, w->end, &h)) {
+	switch (read_header(p->ctx, s->offset, s->end, &h)) {
 	case HEADER_CUT:
 		return false;
 	case HEADER_MALFORMED:
-		if (!connect_missing(p, h.type))
-			malformed(p);
+		if (!connect_missing(p, s, h.type))
+			malformed(p, s);
 		return true;
 	case HEADER_WHOLE:
 		break;
 	}
-	if (connect_missing(p, h.type))
+	if (connect_missing(p, s, h.type))
 		return true;
 	if (h.type >> 4 != MQTT_PUBLISH) {
-		packet_end(p, h.length + h.remaining);
+		packet_end(p, s, h.length + h.remaining);
 		return true;
 	}
 	if (h.topic == 0) {
 		/* MQTT 5 §3.3.2.3.4: a topic alias stands for a topic of this flow. */
 		count_publish(f);
-		packet_end(p, h.length + h.remaining);
+		packet_end(p, s, h.length + h.remaining);
 		return true;
 	}
 	if (f->topic && f->generation == p->t->generation && h.topic <= TOPIC_TEXT_MAX &&
-	    w->offset + h.length + h.topic <= w->end &&
-	    topic_hash(p, w->offset + h.length, h.topic) == f->topic) {
+	    s->offset + h.length + h.topic <= s->end &&
+	    topic_hash(p, s->offset + h.length, h.topic) == f->topic) {
 		count_publish(f);
-		packet_end(p, h.length + h.remaining);
+		packet_end(p, s, h.length + h.remaining);
 		return true;
 	}
-	w->offset += h.length;
+	s->offset += h.length;
 	f->type = h.type;
 	topic_start(p, h.topic, h.remaining - h.topic);
 	return true;
 }
 
-/* Up to eight bytes of a topic. */
-static __always_inline void parse_topic(struct parse *p)
+/* The same in a frame of its own, with everything in registers. */
+static __noinline int parse_first(const struct parse *p, struct span *s)
 {
-	struct work *w = p->w;
+	const struct parse local = *p;
+	struct span left = *s;
+	bool whole = parse_whole(&local, &left);
+
+	*s = left;
+	return whole;
+}
+
+/* Up to eight bytes of a topic. */
+static __always_inline void parse_topic(const struct parse *p, struct span *s)
+{
 	struct flow *f = p->f;
 
 	for (int i = 0; i < 8; i++) {
-		const __u8 *byte = frame_at(p->ctx, w->offset, 1);
-		if (f->topic_left == 0 || w->offset >= w->end || !byte)
+		const __u8 *byte = frame_at(p->ctx, s->offset, 1);
+		if (f->topic_left == 0 || s->offset >= s->end || !byte)
 			break;
-		topic_byte(&w->stream, p->t, p->svc, *byte);
+		topic_byte(&p->w->stream, p->t, p->svc, *byte);
 		f->topic_left--;
-		w->offset++;
+		s->offset++;
 	}
 	if (f->topic_left == 0) {
 		publish_judge(p);
-		packet_end(p, f->remaining);
+		packet_end(p, s, f->remaining);
 	}
 }
 
 /* One byte of a header that is split over segments. */
-static __always_inline void parse_byte(struct parse *p, __u8 byte)
+static __always_inline void parse_byte(const struct parse *p, struct span *s, __u8 byte)
 {
 	struct flow *f = p->f;
 
-	p->w->offset++;
+	s->offset++;
 	switch (f->parser) {
 	case PARSER_TYPE:
-		if (connect_missing(p, byte))
+		if (connect_missing(p, s, byte))
 			return;
 		if (!type_valid(byte)) {
-			malformed(p);
+			malformed(p, s);
 			return;
 		}
 		f->type = byte;
@@ -392,15 +401,15 @@ static __always_inline void parse_byte(struct parse *p, __u8 byte)
 		f->shift += 7;
 		if (byte & 0x80) {
 			if (f->shift > 21)
-				malformed(p);
+				malformed(p, s);
 			return;
 		}
 		if (!length_valid(f->type, f->remaining))
-			malformed(p);
+			malformed(p, s);
 		else if (f->type >> 4 == MQTT_PUBLISH)
 			f->parser = PARSER_TOPIC_LENGTH_HIGH;
 		else
-			packet_end(p, f->remaining);
+			packet_end(p, s, f->remaining);
 		return;
 	case PARSER_TOPIC_LENGTH_HIGH:
 		f->topic_left = byte << 8;
@@ -409,10 +418,10 @@ static __always_inline void parse_byte(struct parse *p, __u8 byte)
 	default:
 		f->topic_left |= byte;
 		if (!topic_fits(f->type, f->topic_left, f->remaining)) {
-			malformed(p);
+			malformed(p, s);
 		} else if (f->topic_left == 0) {
 			count_publish(f);
-			packet_end(p, f->remaining - 2);
+			packet_end(p, s, f->remaining - 2);
 		} else {
 			topic_start(p, f->topic_left, f->remaining - 2 - f->topic_left);
 		}
@@ -421,23 +430,23 @@ static __always_inline void parse_byte(struct parse *p, __u8 byte)
 
 static long parse_step(__u32 index, void *arg)
 {
-	struct parse *p = arg;
-	struct work *w = p->w;
+	const struct parse *p = arg;
+	/* In the map, not on the stack, between the steps (see struct work). */
+	struct span s = { .offset = p->w->offset, .end = p->w->end };
 	const __u8 *byte;
 
 	(void)index;
-	if (w->offset >= w->end || p->f->flags & FLOW_RESET)
+	if (s.offset >= s.end || p->f->flags & FLOW_RESET)
 		return 1;
-	if (p->f->parser == PARSER_TYPE && parse_whole(p))
-		return 0;
 	if (p->f->parser == PARSER_TOPIC) {
-		parse_topic(p);
-		return 0;
+		parse_topic(p, &s);
+	} else if (p->f->parser != PARSER_TYPE || !parse_whole(p, &s)) {
+		byte = frame_at(p->ctx, s.offset, 1);
+		if (!byte)
+			return 1;
+		parse_byte(p, &s, *byte);
 	}
-	byte = frame_at(p->ctx, w->offset, 1);
-	if (!byte)
-		return 1;
-	parse_byte(p, *byte);
+	p->w->offset = s.offset;
 	return 0;
 }
 
@@ -471,15 +480,12 @@ static __noinline int segment_tiles(struct parse *p)
 
 static __always_inline void resynced(struct parse *p, __u32 next_seq)
 {
-	struct report r = { .kind = EVENT_RESYNCED, .from_group = p->f->group,
-			    .to_group = p->f->group };
-
 	p->f->next_seq = next_seq;
 	p->f->parser = PARSER_TYPE;
 	p->f->flags &= ~FLOW_UNSYNCED;
 	p->f->tiled = 0;
 	count(REASON_RESYNCED);
-	report_event(p->c, &r);
+	report_flow(p->c, p->f, EVENT_RESYNCED);
 }
 
 /* A segment behind a hole. The hole may still be filled; a long run of evidence says it won't. */
@@ -533,24 +539,27 @@ __noinline int mqtt_segment(struct xdp_md *ctx, struct flow *f, const struct con
 		return 0;
 	}
 
-	w->offset = c->payload + skip;
-	w->end = c->payload + c->payload_length;
+	struct span s = { .offset = c->payload + skip, .end = c->payload + c->payload_length };
 	if (f->parser == PARSER_TOPIC) {
-		const struct topic_stream *s = bpf_map_lookup_elem(&topic_streams, &c->key);
-		if (s) {
-			w->stream = *s;
+		const struct topic_stream *stream = bpf_map_lookup_elem(&topic_streams, &c->key);
+		if (stream) {
+			w->stream = *stream;
 		} else {
 			count(REASON_TOPIC_LOST);
-			w->offset += f->topic_left;
-			packet_end(&p, f->remaining);
+			s.offset += f->topic_left;
+			packet_end(&p, &s, f->remaining);
 		}
 	}
 
-	/* One packet a segment is the rule: spare it the loop. */
-	if (f->parser != PARSER_TYPE || !parse_whole(&p) || w->offset < w->end)
+	/* One whole packet a segment is the rule: spare it the loop. */
+	if (f->parser != PARSER_TYPE || !parse_first(&p, &s) || s.offset < s.end) {
+		w->offset = s.offset;
+		w->end = s.end;
 		bpf_loop(c->payload_length + 1, parse_step, &p, 0);
+		s.offset = w->offset;
+	}
 
-	f->next_seq = c->seq + (w->offset - c->payload);
+	f->next_seq = c->seq + (s.offset - c->payload);
 	f->ack = c->ack;
 	if (f->parser == PARSER_TOPIC)
 		bpf_map_update_elem(&topic_streams, &c->key, &w->stream, BPF_ANY);
