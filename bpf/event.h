@@ -24,26 +24,29 @@ static __always_inline bool event_allowed(__u64 now)
 	return budget->used++ < events_per_window;
 }
 
-struct report {
-	__u16 kind; /* enum event_kind */
-	__u16 from_group;
-	__u16 to_group;
-	__u8 by_prediction;
-	__u8 reset;
-	__u64 topic; /* 0: none */
+enum report_how {
+	REPORT_BY_PREDICTION = 1 << 0,
+	REPORT_RESET = 1 << 1,
 };
+
+/* The two groups of a report, in one argument: there are five at most. */
+static __always_inline __u32 from_to(__u16 from, __u16 to)
+{
+	return from | (__u32)to << 16;
+}
 
 /*
  * Global rather than static, like the other functions that are not inlined: the verifier
  * checks a global function once, by its types, not at each call. The price is that every
  * pointer may be NULL to it.
  */
-__noinline int report_event(const struct conn *c, const struct report *r)
+__noinline int report_event(const struct conn *c, enum event_kind kind, __u32 from_to, __u64 topic,
+			    enum report_how how)
 {
 	__u64 now = bpf_ktime_get_boot_ns();
 	struct event *e = NULL;
 
-	if (!c || !r)
+	if (!c)
 		return 0;
 	if (event_allowed(now))
 		e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
@@ -55,17 +58,16 @@ __noinline int report_event(const struct conn *c, const struct report *r)
 		.time_ns = now,
 		.client_port = c->key.port,
 		.service = c->key.service,
-		.kind = r->kind,
-		.from_group = r->from_group,
-		.to_group = r->to_group,
+		.kind = kind,
+		.from_group = from_to,
+		.to_group = from_to >> 16,
 		.v6 = c->v6,
-		.by_prediction = r->by_prediction,
-		.reset = r->reset,
-		.topic = r->topic,
+		.by_prediction = how & REPORT_BY_PREDICTION ? 1 : 0,
+		.reset = how & REPORT_RESET ? 1 : 0,
+		.topic = topic,
 	};
 	__builtin_memcpy(e->client, c->key.addr, sizeof(e->client));
 
-	__u64 topic = r->topic;
 	const struct topic *text = topic ? bpf_map_lookup_elem(&topics, &topic) : NULL;
 	if (text) {
 		e->topic_length = text->length;
@@ -75,14 +77,11 @@ __noinline int report_event(const struct conn *c, const struct report *r)
 	return 0;
 }
 
-/* About the flow itself: it stays with its group. In a frame of its own, to spare callers'. */
-__noinline int report_flow(const struct conn *c, const struct flow *f, enum event_kind kind)
+/* About the flow itself: it stays with its group. */
+static __always_inline void report_flow(const struct conn *c, const struct flow *f,
+					enum event_kind kind)
 {
-	if (!c || !f)
-		return 0;
-
-	struct report r = { .kind = kind, .from_group = f->group, .to_group = f->group };
-	return report_event(c, &r);
+	report_event(c, kind, from_to(f->group, f->group), 0, 0);
 }
 
 #endif /* MQTT_FWD_EVENT_H */

@@ -123,7 +123,12 @@ __noinline int learn(const struct conn *c, const struct flow *f, __u64 hash,
 		client->group = to->group;
 		client->epoch = to->epoch;
 	} else {
-		struct client fresh = {
+		__u32 zero = 0;
+		struct work *w = bpf_map_lookup_elem(&work, &zero);
+
+		if (!w)
+			return !hit;
+		w->client = (struct client){
 			.topic = hash,
 			.groups_seen = bit,
 			.learned_s = now_s(),
@@ -131,7 +136,7 @@ __noinline int learn(const struct conn *c, const struct flow *f, __u64 hash,
 			.group = to->group,
 			.epoch = to->epoch,
 		};
-		if (client_store(c, &fresh))
+		if (client_store(c, &w->client))
 			count(REASON_MAP_FULL);
 		client = client_find(c);
 		if (!client)
@@ -148,14 +153,8 @@ __noinline int learn(const struct conn *c, const struct flow *f, __u64 hash,
 		}
 	}
 	if (changed) {
-		struct report r = {
-			.kind = EVENT_LEARNED,
-			.from_group = f->group,
-			.to_group = to->group,
-			.topic = hash,
-		};
 		count(REASON_LEARNED);
-		report_event(c, &r);
+		report_event(c, EVENT_LEARNED, from_to(f->group, to->group), hash, 0);
 	}
 	if (hit)
 		return false;

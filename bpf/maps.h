@@ -95,6 +95,7 @@ struct work {
 	__u32 tiles;
 	struct topic_stream stream;
 	struct topic topic;
+	struct client client;
 };
 MAP(work, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct work, 1);
 

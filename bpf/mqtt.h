@@ -167,14 +167,15 @@ static __always_inline enum header_state read_header(struct xdp_md *ctx, __u32 o
 }
 
 /* The hash of a topic that lies in the frame and is at most TOPIC_TEXT_MAX long; 0: it does not. */
-static __always_inline __u64 topic_hash(const struct parse *p, __u32 offset, __u32 length)
+static __always_inline __u64 topic_hash(struct xdp_md *ctx, const struct service_table *t,
+					const struct service *svc, __u32 offset, __u32 length)
 {
-	const void *end = frame_end(p->ctx);
-	const __u8 *pos = frame_start(p->ctx);
+	const void *end = frame_end(ctx);
+	const __u8 *pos = frame_start(ctx);
 	__u32 left = length;
 	struct siphash h;
 
-	siphash_init(&h, p->t->topic_key[0] ^ p->svc->id, p->t->topic_key[1]);
+	siphash_init(&h, t->topic_key[0] ^ svc->id, t->topic_key[1]);
 	pos += offset & FRAME_MASK;
 	for (int i = 0; i < TOPIC_TEXT_MAX / 8; i++) {
 		if (left < 8)
@@ -191,12 +192,22 @@ static __always_inline __u64 topic_hash(const struct parse *p, __u32 offset, __u
 	__u64 tail = 0;
 	if (left) {
 		/* The eight bytes that end with the topic: headers lie before it, always. */
-		pos = frame_at(p->ctx, offset + length - 8, 8);
+		pos = frame_at(ctx, offset + length - 8, 8);
 		if (!pos)
 			return 0;
 		tail = load_le64(pos) >> (64 - 8 * (left & 7));
 	}
 	return siphash_final(&h, tail, length);
+}
+
+/* Is this PUBLISH's topic the one that the flow published last, under the same routes? */
+static __always_inline bool topic_again(struct xdp_md *ctx, const struct flow *f,
+					const struct service_table *t, const struct service *svc,
+					const struct span *s, const struct header *h)
+{
+	return f->topic && f->generation == t->generation && h->topic <= TOPIC_TEXT_MAX &&
+	       s->offset + h->length + h->topic <= s->end &&
+	       topic_hash(ctx, t, svc, s->offset + h->length, h->topic) == f->topic;
 }
 
 static __always_inline void count_publish(const struct flow *f)
@@ -238,12 +249,8 @@ static __always_inline void publish_judge(const struct parse *p)
 		return;
 	}
 
-	struct report r = {
-		.kind = EVENT_MISPREDICTED,
-		.from_group = f->group,
-		.to_group = to.group,
-		.topic = hash,
-	};
+	__u32 groups = from_to(f->group, to.group);
+	enum report_how how = 0;
 	count(REASON_MISPREDICTED);
 	if (may_reset && to.epoch && p->svc->on_misprediction == MISPREDICTION_RESET) {
 		/*
@@ -253,12 +260,12 @@ static __always_inline void publish_judge(const struct parse *p)
 		f->group = to.group;
 		f->epoch = to.epoch;
 		f->flags |= FLOW_RESET;
-		r.reset = true;
+		how = REPORT_RESET;
 		count(REASON_RESET);
 	} else {
 		f->flags |= FLOW_ASTRAY;
 	}
-	report_event(p->c, &r);
+	report_event(p->c, EVENT_MISPREDICTED, groups, hash, how);
 }
 
 static __always_inline void malformed(const struct parse *p, struct span *s)
@@ -334,9 +341,7 @@ static __always_inline bool parse_whole(const struct parse *p, struct span *s)
 		packet_end(p, s, h.length + h.remaining);
 		return true;
 	}
-	if (f->topic && f->generation == p->t->generation && h.topic <= TOPIC_TEXT_MAX &&
-	    s->offset + h.length + h.topic <= s->end &&
-	    topic_hash(p, s->offset + h.length, h.topic) == f->topic) {
+	if (topic_again(p->ctx, f, p->t, p->svc, s, &h)) {
 		count_publish(f);
 		packet_end(p, s, h.length + h.remaining);
 		return true;
@@ -347,15 +352,24 @@ static __always_inline bool parse_whole(const struct parse *p, struct span *s)
 	return true;
 }
 
-/* The same in a frame of its own, with everything in registers. */
-static __noinline int parse_first(const struct parse *p, struct span *s)
+/*
+ * Almost every packet: a PUBLISH with the topic of the last one. It needs nothing but what is
+ * passed here, so it has a way of its own past the loop. Returns false, having changed nothing,
+ * if the packet is another.
+ */
+static __noinline int publish_again(struct xdp_md *ctx, const struct flow *f,
+				    const struct service_table *t, const struct service *svc,
+				    struct span *s)
 {
-	const struct parse local = *p;
 	struct span left = *s;
-	bool whole = parse_whole(&local, &left);
+	struct header h;
 
-	*s = left;
-	return whole;
+	if (read_header(ctx, left.offset, left.end, &h) != HEADER_WHOLE ||
+	    h.type >> 4 != MQTT_PUBLISH || !topic_again(ctx, f, t, svc, &left, &h))
+		return false;
+	count_publish(f);
+	s->offset = left.offset + h.length + h.remaining;
+	return true;
 }
 
 /* Up to eight bytes of a topic. */
@@ -469,63 +483,100 @@ static long tile_step(__u32 index, void *arg)
 	return 0;
 }
 
-static __noinline int segment_tiles(struct parse *p)
+static __always_inline bool segment_tiles(struct xdp_md *ctx, const struct conn *c)
 {
-	p->w->tile = p->c->payload;
-	p->w->end = p->c->payload + p->c->payload_length;
+	__u32 zero = 0;
+	struct work *w = bpf_map_lookup_elem(&work, &zero);
+	struct parse p = { .ctx = ctx, .w = w };
+
+	if (!w)
+		return false;
+	w->tile = c->payload;
+	w->end = c->payload + c->payload_length;
 	/* The shortest control packet has two bytes. */
-	bpf_loop(p->c->payload_length / 2 + 1, tile_step, p, 0);
-	return p->w->tile == p->w->end;
+	bpf_loop(c->payload_length / 2 + 1, tile_step, &p, 0);
+	return w->tile == w->end;
 }
 
-static __always_inline void resynced(struct parse *p, __u32 next_seq)
+static __always_inline void resynced(struct flow *f, const struct conn *c)
 {
-	p->f->next_seq = next_seq;
-	p->f->parser = PARSER_TYPE;
-	p->f->flags &= ~FLOW_UNSYNCED;
-	p->f->tiled = 0;
+	f->next_seq = c->seq + c->payload_length;
+	f->parser = PARSER_TYPE;
+	f->flags &= ~FLOW_UNSYNCED;
+	f->tiled = 0;
 	count(REASON_RESYNCED);
-	report_flow(p->c, p->f, EVENT_RESYNCED);
+	report_flow(c, f, EVENT_RESYNCED);
+}
+
+/* A segment of a flow whose packets' beginnings are not known. */
+static __noinline int segment_unsynced(struct xdp_md *ctx, struct flow *f, const struct conn *c)
+{
+	if (segment_tiles(ctx, c))
+		resynced(f, c);
+	return 0;
 }
 
 /* A segment behind a hole. The hole may still be filled; a long run of evidence says it won't. */
-static __always_inline void segment_ahead(struct parse *p, __u32 end_seq)
+static __noinline int segment_ahead(struct xdp_md *ctx, struct flow *f, const struct conn *c)
 {
-	struct flow *f = p->f;
-
 	count(REASON_SEGMENT_AHEAD);
-	if (f->tiled && p->c->seq - f->run_start < f->run_end - f->run_start)
-		return; /* inside the run: a repetition */
-	if (f->tiled && p->c->seq != f->run_end)
+	if (f->tiled && c->seq - f->run_start < f->run_end - f->run_start)
+		return 0; /* inside the run: a repetition */
+	if (f->tiled && c->seq != f->run_end)
 		f->tiled = 0;
-	if (!segment_tiles(p))
-		return;
+	if (!segment_tiles(ctx, c))
+		return 0;
 	if (!f->tiled)
-		f->run_start = p->c->seq;
-	f->run_end = end_seq;
+		f->run_start = c->seq;
+	f->run_end = c->seq + c->payload_length;
 	f->tiled++;
 	if (f->tiled < RUN_BELIEVED)
-		return;
-	if (f->run_start - f->next_seq > RUN_SEQ_WINDOW || p->c->ack - f->ack > RUN_ACK_WINDOW)
+		return 0;
+	if (f->run_start - f->next_seq > RUN_SEQ_WINDOW || c->ack - f->ack > RUN_ACK_WINDOW)
 		f->flags &= ~FLOW_SYN_SEEN;
-	resynced(p, end_seq);
+	resynced(f, c);
+	return 0;
+}
+
+/* ---- a segment ---- */
+
+/* The rest of a segment, packet by packet, whatever they are. */
+static __always_inline void parse_segment(struct xdp_md *ctx, struct flow *f, const struct conn *c,
+					  const struct service_table *t,
+					  const struct service *svc, struct span *s)
+{
+	__u32 zero = 0;
+	struct work *w = bpf_map_lookup_elem(&work, &zero);
+	struct parse p = { .ctx = ctx, .w = w, .f = f, .c = c, .t = t, .svc = svc };
+
+	if (!w)
+		return;
+	if (f->parser == PARSER_TOPIC) {
+		const struct topic_stream *stream = bpf_map_lookup_elem(&topic_streams, &c->key);
+		if (stream) {
+			w->stream = *stream;
+		} else {
+			count(REASON_TOPIC_LOST);
+			s->offset += f->topic_left;
+			packet_end(&p, s, f->remaining);
+		}
+	}
+	w->offset = s->offset;
+	w->end = s->end;
+	bpf_loop(c->payload_length + 1, parse_step, &p, 0);
+	s->offset = w->offset;
+	if (f->parser == PARSER_TOPIC)
+		bpf_map_update_elem(&topic_streams, &c->key, &w->stream, BPF_ANY);
 }
 
 /* What the segment's payload says, for flow, client and counters. Global (see event.h). */
 __noinline int mqtt_segment(struct xdp_md *ctx, struct flow *f, const struct conn *c,
 			    const struct service_table *t, const struct service *svc)
 {
-	__u32 zero = 0;
-	struct work *w = bpf_map_lookup_elem(&work, &zero);
-	struct parse p = { .ctx = ctx, .w = w, .f = f, .c = c, .t = t, .svc = svc };
-	__u32 end_seq;
-
-	if (!w || !f || !c || !t || !svc || f->flags & FLOW_UNPARSED)
+	if (!f || !c || !t || !svc || f->flags & FLOW_UNPARSED)
 		return 0;
-	end_seq = c->seq + c->payload_length;
 	if (f->flags & FLOW_UNSYNCED) {
-		if (segment_tiles(&p))
-			resynced(&p, end_seq);
+		segment_unsynced(ctx, f, c);
 		return 0;
 	}
 
@@ -535,34 +586,16 @@ __noinline int mqtt_segment(struct xdp_md *ctx, struct flow *f, const struct con
 		return 0;
 	}
 	if (skip < 0) {
-		segment_ahead(&p, end_seq);
+		segment_ahead(ctx, f, c);
 		return 0;
 	}
 
 	struct span s = { .offset = c->payload + skip, .end = c->payload + c->payload_length };
-	if (f->parser == PARSER_TOPIC) {
-		const struct topic_stream *stream = bpf_map_lookup_elem(&topic_streams, &c->key);
-		if (stream) {
-			w->stream = *stream;
-		} else {
-			count(REASON_TOPIC_LOST);
-			s.offset += f->topic_left;
-			packet_end(&p, &s, f->remaining);
-		}
-	}
-
-	/* One whole packet a segment is the rule: spare it the loop. */
-	if (f->parser != PARSER_TYPE || !parse_first(&p, &s) || s.offset < s.end) {
-		w->offset = s.offset;
-		w->end = s.end;
-		bpf_loop(c->payload_length + 1, parse_step, &p, 0);
-		s.offset = w->offset;
-	}
+	if (f->parser != PARSER_TYPE || !publish_again(ctx, f, t, svc, &s) || s.offset < s.end)
+		parse_segment(ctx, f, c, t, svc, &s);
 
 	f->next_seq = c->seq + (s.offset - c->payload);
 	f->ack = c->ack;
-	if (f->parser == PARSER_TOPIC)
-		bpf_map_update_elem(&topic_streams, &c->key, &w->stream, BPF_ANY);
 	if (f->tiled && f->next_seq == f->run_start && f->parser == PARSER_TYPE &&
 	    !(f->flags & FLOW_UNPARSED)) {
 		/* The hole is filled, and what came after it has been here already. */

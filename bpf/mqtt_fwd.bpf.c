@@ -144,7 +144,6 @@ __noinline int flow_open(const struct conn *c, const struct service_table *t,
 		return 0;
 
 	struct flow f = { .next_seq = c->seq + 1, .ack = c->ack };
-	struct report r = { .kind = EVENT_BOUND, .from_group = NO_GROUP };
 	struct client *client;
 
 	predict(c, t, svc, b);
@@ -156,11 +155,9 @@ __noinline int flow_open(const struct conn *c, const struct service_table *t,
 	if (flow_store(c, &f))
 		count(REASON_MAP_FULL);
 
-	r.to_group = b->group;
-	r.by_prediction = b->predicted;
 	client = b->predicted ? client_find(c) : NULL;
-	r.topic = client ? client->topic : 0;
-	report_event(c, &r);
+	report_event(c, EVENT_BOUND, from_to(NO_GROUP, b->group), client ? client->topic : 0,
+		     b->predicted ? REPORT_BY_PREDICTION : 0);
 	return 0;
 }
 

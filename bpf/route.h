@@ -11,7 +11,8 @@
 /* State 0 is a dead end: no route can match any more. */
 #define ROUTE_DEAD 0
 
-static __always_inline __u32 route_step(__u32 state, __u64 level)
+/* Not inlined: its key does not belong on the stack of the parser, which is deep enough. */
+__noinline __u32 route_step(__u32 state, __u64 level)
 {
 	if (state == ROUTE_DEAD)
 		return ROUTE_DEAD;

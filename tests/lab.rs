@@ -364,6 +364,39 @@ fn large_messages_arrive_whole_with_advmss_and_no_icmp_is_needed() {
 }
 
 #[test]
+fn a_smaller_mtu_towards_the_client_is_found_out_by_the_right_real() {
+    // Routers between real and client know only MQTT_VIP: their ICMP errors come to the balancer.
+    let lab = Lab::up(&config(ONE_REAL_EACH, &[("sensor/a", "a")]), &[]);
+    // c1 is behind a link of 1300 B; it does not know, and so advertises an MSS that is too large.
+    for family in ["-4", "-6"] {
+        let (address, via) =
+            if family == "-4" { ("10.1.1.1/32", "br1") } else { ("fd01:1::1/128", "br1") };
+        lab.ok("gw", &["ip", family, "route", "add", address, "dev", via, "mtu", "lock", "1300"]);
+    }
+    // Bind its address to group a, so that a subscriber of that address is r1's.
+    for host in ["10.1.50.200", "fd01:50::200"] {
+        for _ in 0..2 {
+            lab.exec("c1", &["mosquitto_pub", "-h", host, "-t", "sensor/a", "-m", "x"]);
+        }
+        let subscriber = lab
+            .script("exec")
+            .args(["c1", "timeout", "20", "mosquitto_sub", "-h", host, "-t", "big", "-C", "1"])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let before = lab.counter("icmp_error");
+        // The broker at r1 gets a message of 20 kB for it, from its own host.
+        let publish = "head -c 20000 /dev/zero | tr '\\0' x | mosquitto_pub -h 127.0.0.1 -t big -s";
+        wait_for("an ICMP error through the balancer", || {
+            lab.ok("r1", &["sh", "-c", publish]);
+            (lab.counter("icmp_error") > before).then_some(())
+        });
+        let output = subscriber.wait_with_output().unwrap();
+        assert_eq!(output.stdout.len(), 20_001, "the whole message and a line end");
+    }
+}
+
+#[test]
 fn subscribers_can_connect() {
     // Another limit: the prototype's clients could only publish.
     let lab = Lab::up(&config(ONE_REAL_EACH, &[]), &[]);

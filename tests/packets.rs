@@ -730,3 +730,35 @@ fn an_icmp_error_about_a_flow_goes_to_its_group() {
         assert_eq!(f.send(&unknown).packet, unknown);
     }
 }
+
+#[test]
+fn a_hundred_thousand_routes_load_and_route() {
+    let routes: Vec<String> = (0..100_000)
+        .map(|i| {
+            let group = if i % 2 == 0 { "a" } else { "b" };
+            format!("{{ topic = \"site/{}/dev{i}\", group = \"{group}\" }}", i % 100)
+        })
+        .collect();
+    let route =
+        format!("route = [{{ topic = \"site/+/#\", group = \"a\" }}, {}]", routes.join(", "));
+    let start = CONFIG.find("route = [").unwrap();
+    let end = start + CONFIG[start..].find("\n]\n").unwrap() + 3;
+    let text = CONFIG.replace(&CONFIG[start..end], &format!("{route}\n"));
+    let sizes = mqtt_fwd::config::MapSizes::default();
+    let f = Fixture::sized(&text, &sizes);
+    for (i, (topic, group)) in [
+        ("site/7/dev77707", "b"),
+        ("site/8/dev77707", "a"),
+        ("site/8/dev8", "a"),
+        ("site/7", "a"),
+        ("sight/7", "default"),
+    ]
+    .iter()
+    .enumerate()
+    {
+        let mut c = Conn::open(&f, &format!("10.1.1.{}:4000", i + 1));
+        c.data(&mqtt::connect(4));
+        c.data(&mqtt::publish(topic.as_bytes(), 0, b"1"));
+        assert_eq!(c.prediction(), predicted(topic, group));
+    }
+}
