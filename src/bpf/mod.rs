@@ -49,6 +49,8 @@ pub enum BpfError {
     OtherVersion { path: PathBuf, ours: &'static str },
     #[error("{path}: another mqtt-fwd is loading or unloading there; try again when it is done")]
     Locked { path: PathBuf },
+    #[error("{path}: another `mqtt-fwd trace` reads the events; end that one first")]
+    EventsTaken { path: PathBuf },
     #[error("{path}: {what}; run `mqtt-fwd load` first")]
     NotLoaded { path: PathBuf, what: &'static str },
     #[error(

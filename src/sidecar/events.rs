@@ -80,5 +80,5 @@ fn lock(dir: &Path) -> Result<Flock<File>> {
         source,
     })?;
     Flock::lock(file, FlockArg::LockExclusiveNonblock)
-        .map_err(|_| BpfError::Locked { path: dir.to_owned() })
+        .map_err(|_| BpfError::EventsTaken { path: dir.to_owned() })
 }

@@ -24,11 +24,16 @@ pub async fn run(mut config: Config) -> Result<()> {
     let mut int = on(SignalKind::interrupt())?;
     let mut hup = on(SignalKind::hangup())?;
 
+    // Listening first: whoever serves there already keeps its programs in their positions.
+    let incoming = match config.balancer {
+        BalancerKind::Embedded => Some(listen(&config.balancer_endpoint).await?),
+        BalancerKind::Katran => None,
+    };
     loader::load(&config, false)?;
     let datapath = Datapath::open(&config.pins())?;
-    let mut server = match config.balancer {
-        BalancerKind::Embedded => Some(tokio::spawn(serve(&config).await?)),
-        BalancerKind::Katran => None,
+    let mut server = match incoming {
+        Some(incoming) => Some(tokio::spawn(serve(&config, incoming)?)),
+        None => None,
     };
 
     let mut watch = Watch::default();
@@ -68,7 +73,7 @@ pub async fn run(mut config: Config) -> Result<()> {
 pub async fn run_balancer(config: &Config) -> Result<()> {
     let mut term = on(SignalKind::terminate())?;
     let mut int = on(SignalKind::interrupt())?;
-    let server = serve(config).await?;
+    let server = serve(config, listen(&config.balancer_endpoint).await?)?;
     tokio::select! {
         _ = term.recv() => Ok(()),
         _ = int.recv() => Ok(()),
@@ -83,30 +88,34 @@ fn on(kind: SignalKind) -> Result<tokio::signal::unix::Signal> {
     signal(kind).map_err(|source| Error::Io { what: "signal handler".to_owned(), source })
 }
 
-/// Loads the embedded balancer and listens; the future serves.
-async fn serve(
-    config: &Config,
-) -> Result<impl Future<Output = Result<(), tonic::transport::Error>> + use<>> {
-    let endpoint = config.balancer_endpoint.clone();
+enum Incoming {
+    Tcp(TcpListenerStream),
+    Unix(UnixListenerStream),
+}
+
+async fn listen(endpoint: &str) -> Result<Incoming> {
     let failed = |source: std::io::Error| Error::Io {
         what: format!("listening at {endpoint} (is another balancer running?)"),
         source,
     };
-    // Listening first: whoever else serves here keeps its program in its position.
-    enum Incoming {
-        Tcp(TcpListenerStream),
-        Unix(UnixListenerStream),
-    }
-    let incoming = if let Some(path) = endpoint.strip_prefix("unix:") {
+    if let Some(path) = endpoint.strip_prefix("unix:") {
         // A socket that nobody listens on any more is in the way of the next one.
         if std::os::unix::net::UnixStream::connect(path).is_err() {
             let _ = std::fs::remove_file(path);
         }
-        Incoming::Unix(UnixListenerStream::new(UnixListener::bind(path).map_err(failed)?))
+        let listener = UnixListener::bind(path).map_err(failed)?;
+        Ok(Incoming::Unix(UnixListenerStream::new(listener)))
     } else {
-        Incoming::Tcp(TcpListenerStream::new(TcpListener::bind(&endpoint).await.map_err(failed)?))
-    };
+        let listener = TcpListener::bind(endpoint).await.map_err(failed)?;
+        Ok(Incoming::Tcp(TcpListenerStream::new(listener)))
+    }
+}
 
+/// Loads the embedded balancer; the future serves.
+fn serve(
+    config: &Config,
+    incoming: Incoming,
+) -> Result<impl Future<Output = Result<(), tonic::transport::Error>> + use<>> {
     loader::load_balancer(config, false)?;
     let balancer = Embedded::open(&config.pins())?;
     if let Some(mac) = config.gateway_mac {
