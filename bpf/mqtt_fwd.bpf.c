@@ -13,8 +13,8 @@
 #include "icmp.h"
 #include "learn.h"
 #include "maps.h"
-#include "mqtt.h"
 #include "parse.h"
+#include "stream.h"
 
 struct exported_types {
 	struct event event;

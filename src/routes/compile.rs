@@ -98,6 +98,13 @@ impl Automaton {
         self.states[state as usize].accepts
     }
 
+    /// The filters that some topic leads to.
+    pub fn used(&self) -> BTreeSet<usize> {
+        let states = self.states.iter().enumerate();
+        // Every topic has a level, so none ends where the first begins.
+        states.filter(|(i, _)| *i != self.start as usize).filter_map(|(_, s)| s.accepts).collect()
+    }
+
     /// The edges by what they are looked up by.
     pub fn edge_index(&self) -> HashMap<(u32, &str), u32> {
         self.edges.iter().map(|e| ((e.state, e.level.as_str()), e.next)).collect()
@@ -261,14 +268,7 @@ pub fn problems(service: &Service, limit: Limit) -> Vec<String> {
         Ok(automaton) => automaton,
         Err(e) => return vec![e.to_string()],
     };
-    let used: BTreeSet<usize> = automaton
-        .states
-        .iter()
-        .enumerate()
-        // Every topic has a level, so none ends where the first begins.
-        .filter(|(i, _)| *i != automaton.start as usize)
-        .filter_map(|(_, s)| s.accepts)
-        .collect();
+    let used = automaton.used();
     let mut never: Vec<_> = filters
         .iter()
         .enumerate()
@@ -305,13 +305,7 @@ mod tests {
 
     fn never(texts: &[&str]) -> Vec<usize> {
         let (filters, automaton) = compile(texts);
-        let used: BTreeSet<usize> = automaton
-            .states
-            .iter()
-            .enumerate()
-            .filter(|(i, _)| *i != automaton.start as usize)
-            .filter_map(|(_, s)| s.accepts)
-            .collect();
+        let used = automaton.used();
         (0..filters.len()).filter(|i| !used.contains(i)).collect()
     }
 
