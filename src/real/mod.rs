@@ -132,7 +132,8 @@ fn attach_decap(real: &Real, done: &mut Vec<String>) -> Result<()> {
         });
     }
     if !ours {
-        // Pins of a program that is not attached any more.
+        // Pins and notes of a program that is not attached any more.
+        sysctl::forget(&real.interface);
         for path in [pins.map("decap_vips"), pins.map("decap_counters"), pins.program("decap")] {
             pins::remove_pin(&path)?;
         }

@@ -45,8 +45,13 @@ pub fn restore(interface: &str) -> Vec<String> {
             done.push(format!("{key} = {before}"));
         }
     }
-    let _ = fs::remove_file(notes_path(interface));
+    forget(interface);
     done
+}
+
+/// Forgets what is noted: of a namespace that had this one's number before.
+pub fn forget(interface: &str) {
+    let _ = fs::remove_file(notes_path(interface));
 }
 
 /// Notes are kept by network namespace: interfaces of two may have the same name.
