@@ -213,6 +213,7 @@ fn what_is_not_mqtt_is_left_alone() {
         ("remaining length of five bytes", &[0x30, 0xff, 0xff, 0xff, 0xff, 0x01]),
         ("topic longer than its packet", &[0x30, 0x04, 0, 9, b'a', b'b']),
         ("PINGREQ with a body", &[0xc0, 0x01, 0]),
+        ("QoS 1 without room for its identifier", &[0x32, 0x04, 0, 2, b'a', b'b']),
     ];
     for (i, (what, bytes)) in table.iter().enumerate() {
         for pieces in [bytes.len(), 1] {
