@@ -29,7 +29,8 @@ MAP(connections, BPF_MAP_TYPE_LRU_HASH, struct connection, __u32, 1 << 20);
 MAP(ctl_array, BPF_MAP_TYPE_ARRAY, __u32, struct gateway, 1);
 MAP(vip_stats, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct lb_stats, DEFAULT_VIPS);
 MAP(balancer_stats, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct lb_stats, BALANCER_STATS);
-MAP(mqtt_service_vips, BPF_MAP_TYPE_HASH, struct vip_definition, struct vip_definition, 1024);
+MAP(mqtt_service_vips, BPF_MAP_TYPE_HASH, struct vip_definition, struct vip_definition,
+    MAX_GROUP_VIPS);
 
 struct exported_types {
 	enum balancer_limits balancer_limits;

@@ -6,6 +6,12 @@
 #include "event.h"
 #include "route.h"
 
+struct binding {
+	__u16 group;
+	__u16 epoch; /* 0: no usable group */
+	__u32 predicted;
+};
+
 /* A mixed client's flows are reset for a misprediction this often at most: its next topic
  * is as likely to be wrong again, and a client that is reset all the time gets nothing done.
  */
@@ -21,12 +27,6 @@ static __always_inline void saturating_inc16(__u16 *n)
 	if (*n != 0xffff)
 		*n += 1;
 }
-
-struct binding {
-	__u16 group;
-	__u16 epoch; /* 0: no usable group */
-	__u32 predicted;
-};
 
 /*
  * The group that a flow of this client is bound to as long as nothing better is known. A

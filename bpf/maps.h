@@ -54,7 +54,7 @@ MAP(route_states, BPF_MAP_TYPE_ARRAY, __u32, struct route_state, 1 << 19);
  * Not read here: the balancer puts the service's address back with it. It lives in this
  * object so that it exists, pinned, whichever of the two is loaded first.
  */
-MAP(mqtt_service_vips, BPF_MAP_TYPE_HASH, struct vip_definition, struct vip_definition, 1024);
+MAP(mqtt_service_vips, BPF_MAP_TYPE_HASH, struct vip_definition, struct vip_definition, MAX_GROUP_VIPS);
 
 /* ---- state: written here ---- */
 
@@ -71,6 +71,16 @@ MAP(flows6, BPF_MAP_TYPE_LRU_HASH, struct flow6, struct flow, 1 << 20);
  */
 MAP(flows_closing, BPF_MAP_TYPE_LRU_HASH, struct flow4, struct flow, 1 << 16);
 MAP(flows6_closing, BPF_MAP_TYPE_LRU_HASH, struct flow6, struct flow, 1 << 16);
+
+/* Bindings of flows of both families, in front of the maps above (see binding.h). */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	/* Its elements begin on a page then, so that each set is one cache line. */
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct binding_set);
+	__uint(max_entries, 1 << 16);
+} bindings SEC(".maps");
 
 /* A topic in the hands of the parser. */
 struct topic_stream {

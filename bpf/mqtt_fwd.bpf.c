@@ -8,6 +8,7 @@
  *
  * Every packet ends in verdict() or in too_big_*(), each with one reason.
  */
+#include "binding.h"
 #include "conn.h"
 #include "csum.h"
 #include "icmp.h"
@@ -144,9 +145,17 @@ __noinline int flow_open(const struct conn *c, const struct service_table *t,
 		return 0;
 
 	struct flow f = { .next_seq = c->seq + 1, .ack = c->ack };
+	/* Seen from its middle: its group may be known all the same, if `flows` is too small. */
+	__u32 known = syn ? 0 : binding_find(c, t);
+	const struct group *g = group_of_binding(known);
 	struct client *client;
 
-	predict(c, t, svc, b);
+	if (g) {
+		b->group = binding_group(known);
+		b->epoch = g->epoch;
+	} else {
+		predict(c, t, svc, b);
+	}
 	f.group = b->group;
 	f.epoch = b->epoch;
 	f.flags = syn ? FLOW_SYN_SEEN : FLOW_UNSYNCED;
@@ -154,6 +163,7 @@ __noinline int flow_open(const struct conn *c, const struct service_table *t,
 		f.flags |= FLOW_PREDICTED;
 	if (flow_store(c, &f))
 		count(REASON_MAP_FULL);
+	binding_keep(c, t, b->group, b->epoch);
 
 	client = b->predicted ? client_find(c) : NULL;
 	report_event(c, EVENT_BOUND, from_to(NO_GROUP, b->group), client ? client->topic : 0,
@@ -172,6 +182,7 @@ __noinline int flow_rebind(const struct conn *c, const struct service_table *t,
 	predict(c, t, svc, &b);
 	f->group = b.group;
 	f->epoch = b.epoch;
+	binding_keep(c, t, b.group, b.epoch);
 	count(REASON_GROUP_GONE);
 	return 0;
 }
@@ -182,9 +193,16 @@ static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 					  const bool v6)
 {
 	bool syn = tcp->syn, ends = tcp->fin || tcp->rst;
+	bool bare = !c->payload_length && !syn && !ends;
 	enum reason reason = c->payload_length ? REASON_DATA : REASON_NO_DATA;
 	const struct group *g;
 	struct flow *f;
+
+	if (bare) {
+		g = group_of_binding(binding_find(c, t));
+		if (g)
+			return to_group(ctx, g, svc, v6, reason);
+	}
 
 	if (v6) {
 		f = bpf_map_lookup_elem(&flows6, &c->key);
@@ -213,6 +231,8 @@ static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 		return to_group(ctx, g, svc, v6, reason);
 	} else if (c->payload_length) {
 		mqtt_segment(ctx, f, c, t, svc);
+		if (f->flags & FLOW_RESET)
+			binding_keep(c, t, f->group, f->epoch);
 	}
 
 	g = group_alive(f->group, f->epoch);
@@ -221,6 +241,8 @@ static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 		g = group_alive(f->group, f->epoch);
 		if (!g)
 			return verdict(ctx, REASON_NO_GROUP_VIP);
+	} else if (bare) {
+		binding_keep(c, t, f->group, f->epoch);
 	}
 	if (ends && !(f->flags & FLOW_CLOSING))
 		flow_close(c, f);

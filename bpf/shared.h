@@ -18,6 +18,9 @@ enum limits {
 	TOPIC_TEXT_MAX = 256,
 	GROUP_NAME_MAX = 32,
 	ROOT_ARRAY_SIZE = 3,
+	/* Size of mqtt_service_vips, the same in katran-patches/: a Katran may have made the map. */
+	MAX_GROUP_VIPS = 4096,
+	BINDING_WAYS = 8, /* slots of a binding_set */
 	POSITION_MQTT_FWD = 1,
 	POSITION_BALANCER = 2,
 	/* route_state.group: no route of the configuration ends here. */
@@ -211,6 +214,12 @@ struct topic {
 	__u8 text[TOPIC_TEXT_MAX];
 };
 SIZE_IS(struct topic, 16 + 4 + TOPIC_TEXT_MAX);
+
+/* A set of the cache of bindings: one cache line. */
+struct binding_set {
+	__u64 slot[BINDING_WAYS]; /* group, epoch and flow, see binding.h; 0: free */
+};
+SIZE_IS(struct binding_set, 64);
 
 /* ---- events ------------------------------------------------------------------------------ */
 

@@ -169,6 +169,40 @@ fn a_flow_whose_group_is_removed_gets_another() {
 }
 
 #[test]
+fn segments_without_data_follow_their_flow_wherever_it_is_moved() {
+    for client in ["10.1.1.1:4000", "[fd01:1::1]:4000"] {
+        let f = Fixture::new();
+        let mut c = Conn::open(&f, client);
+        assert_eq!(c.flagged(|_| {}), seen("default", &["no_data 1"]));
+        c.data(&mqtt::connect(4));
+        assert_eq!(c.data(&mqtt::publish(b"sensor/a", 0, b"1")).group, "a");
+        assert_eq!(c.flagged(|_| {}), seen("a", &["no_data 1"]));
+
+        // Another flow of the client, which is then predicted to be b's.
+        let other = Conn::open(&f, &client.replace("4000", "4001"));
+        let mut b = Conn::open(&f, &client.replace("4000", "4002"));
+        b.data(&mqtt::connect(4));
+        b.data(&mqtt::publish(b"sensor/b", 0, b"1"));
+        assert_eq!(other.flagged(|_| {}), seen("a", &["no_data 1"]));
+
+        // Forgotten by `flows`, as if it were full: the flow still is where it was.
+        for key in f.datapath.flows.keys() {
+            f.datapath.flows.remove(&key).unwrap();
+        }
+        for key in f.datapath.flows6.keys() {
+            f.datapath.flows6.remove(&key).unwrap();
+        }
+        assert_eq!(other.flagged(|_| {}), seen("a", &["no_data 1"]));
+        assert_eq!(other.data_at(0, &mqtt::connect(4)).group, "a");
+
+        // A new flow of the same addresses is predicted anew.
+        let mut again = Conn { isn: 77, ..Conn::new(&f, &client.replace("4000", "4001")) };
+        assert_eq!(again.syn(), seen("b", &["flow_predicted 1"]));
+        assert_eq!(again.flagged(|_| {}), seen("b", &["no_data 1"]));
+    }
+}
+
+#[test]
 fn full_maps_forget_the_oldest_and_go_on() {
     let f = Fixture::new();
     for i in 0..20_000u32 {

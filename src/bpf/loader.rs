@@ -16,7 +16,7 @@ use super::pins::{self, Pins};
 use super::skeletons::balancer::BalancerSkelBuilder;
 use super::skeletons::mqtt_fwd::MqttFwdSkelBuilder;
 use super::skeletons::xdp_root::XdpRootSkelBuilder;
-use super::types::balancer_limits;
+use super::types::{balancer_limits, limits};
 use super::xdp::{self, ProgramInfo};
 use super::{BpfError, Result};
 use crate::config::{Config, MapSizes};
@@ -81,6 +81,7 @@ pub fn load(config: &Config, replace_maps: bool) -> Result<Loaded> {
     let mut storage = MaybeUninit::uninit();
     let mut open = open_skeleton(MqttFwdSkelBuilder::default(), "mqtt_fwd", &mut storage)?;
     if let Some(rodata) = open.maps.rodata_data.as_deref_mut() {
+        rodata.binding_set_bits = binding_sets(&config.maps).ilog2();
         // Windows of 0.1 s, and every CPU has its own.
         let cpus = std::thread::available_parallelism().map_or(1, usize::from) as u32;
         rodata.events_per_window = config.events_per_second.div_ceil(10 * cpus);
@@ -405,16 +406,22 @@ fn attach_root(config: &Config, pins: &Pins, chain: &Chain, new_pins: &mut NewPi
     pinned
 }
 
+/// Sets of the cache of bindings: a slot a flow, and as many sets as its keys need (`binding.h`).
+pub fn binding_sets(sizes: &MapSizes) -> u32 {
+    (sizes.flows.next_power_of_two() / limits::BINDING_WAYS.0).max(1 << 16)
+}
+
 /// How many entries a map of `mqtt_fwd` has; `None`: as many as `bpf/` says.
 pub fn mqtt_fwd_map_size(sizes: &MapSizes, name: &str) -> Option<u32> {
     Some(match name {
         "mqtt_client_ip_to_topic" | "mqtt_client6_to_topic" => sizes.clients,
         "flows" | "flows6" => sizes.flows,
+        "bindings" => binding_sets(sizes),
         "flows_closing" | "flows6_closing" => sizes.closing_flows,
         "topics" => sizes.topics,
         // Two generations at a time.
         "mqtt_topic_to_vip" | "route_states" => 2 * sizes.route_states,
-        "groups" | "mqtt_service_vips" => sizes.groups,
+        "groups" => sizes.groups,
         _ => return None,
     })
 }
@@ -425,7 +432,6 @@ pub fn balancer_map_size(sizes: &MapSizes, name: &str) -> Option<u32> {
         "vip_map" | "vip_stats" => sizes.vips,
         "ch_rings" => sizes.vips * balancer_limits::RING_SIZE.0,
         "connections" => sizes.flows,
-        "mqtt_service_vips" => sizes.groups,
         _ => return None,
     })
 }

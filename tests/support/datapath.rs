@@ -174,6 +174,8 @@ impl Fixture {
                 map.set_max_entries(size).unwrap();
             }
         }
+        let rodata = open.maps.rodata_data.as_deref_mut().unwrap();
+        rodata.binding_set_bits = mqtt_fwd::bpf::loader::binding_sets(sizes).ilog2();
         let skel = open.load().unwrap_or_else(|e| {
             panic!("mqtt_fwd does not load (root? clang?): {e}");
         });
