@@ -30,7 +30,7 @@ struct {
 	__uint(max_entries, DECAP_COUNTERS);
 } decap_counters SEC(".maps");
 
-const volatile __u16 gue_port = 9886; /* host order; Katran's GUE_DPORT; 0: none */
+const volatile __u16 gue_port = 6080; /* host order; Katran's GUE_DPORT, unless built with another */
 
 static __always_inline void count(__u32 counter)
 {
@@ -96,7 +96,7 @@ static __always_inline int unwrap_by(struct xdp_md *ctx, struct cursor *c, __u8 
 {
 	if (protocol == IPPROTO_IPIP || protocol == IPPROTO_IPV6)
 		return unwrap(ctx, c, outer);
-	if (protocol == IPPROTO_UDP && gue_port) {
+	if (protocol == IPPROTO_UDP) {
 		const struct udphdr *udp = parse_udp(c);
 		if (udp && udp->dest == bpf_htons(gue_port))
 			return unwrap(ctx, c, outer + sizeof(*udp));

@@ -187,10 +187,10 @@ fn a_real_is_prepared_and_put_back() {
     net.sh("ip addr add 10.1.3.201/24 dev eth0; ip route add default via 10.1.3.101; \
             echo 1 > /proc/sys/net/ipv4/conf/eth0/rp_filter");
     let done = up(&net);
-    assert!(done.contains("route default advmss 1420"), "{done}");
+    assert!(done.contains("route default advmss 1412"), "{done}");
     net.sh(
         "ip addr show lo | grep -q 10.1.50.200/32; ip addr show lo | grep -q fd01:50::200/128; \
-            ip route | grep -q 'default via 10.1.3.101 dev eth0 advmss 1420'; \
+            ip route | grep -q 'default via 10.1.3.101 dev eth0 advmss 1412'; \
             ip link show eth0 | grep -q xdp; \
             test $(cat /proc/sys/net/ipv4/conf/eth0/rp_filter) = 2",
     );

@@ -31,6 +31,26 @@ pub enum BalancerKind {
     Katran,
 }
 
+/// What a balancer puts around packets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Encapsulation {
+    /// An IP header.
+    Ipip,
+    /// An IP and a UDP header (GUE variant 1).
+    Gue,
+}
+
+impl Encapsulation {
+    /// Bytes that it adds towards a real.
+    pub fn bytes(self, real_v6: bool) -> u16 {
+        let ip = if real_v6 { 40 } else { 20 };
+        match self {
+            Self::Ipip => ip,
+            Self::Gue => ip + 8,
+        }
+    }
+}
+
 /// What happens to a flow whose PUBLISH belongs to another group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnMisprediction {
@@ -91,6 +111,8 @@ pub struct Config {
     pub balancer: BalancerKind,
     /// Where its gRPC service listens: `host:port` or `unix:/path`.
     pub balancer_endpoint: String,
+    /// What it puts around packets.
+    pub encapsulation: Encapsulation,
     /// MAC address of the gateway towards the reals (embedded balancer).
     pub gateway_mac: Option<[u8; 6]>,
     /// Seconds between two looks at the balancer.
@@ -181,9 +203,8 @@ impl Service {
         self.groups.iter().find(|g| g.name == name)
     }
 
-    /// Bytes that encapsulation adds to a packet of this service, at most.
-    pub fn encapsulation(&self) -> u16 {
-        let v6_real = self.groups.iter().flat_map(|g| &g.reals).any(|r| r.addr.is_ipv6());
-        if v6_real { 40 } else { 20 }
+    /// Has it an IPv6 real? Towards those, more is put around packets.
+    pub fn has_v6_real(&self) -> bool {
+        self.groups.iter().flat_map(|g| &g.reals).any(|r| r.addr.is_ipv6())
     }
 }

@@ -9,8 +9,8 @@ use toml::Table;
 
 use super::reader::Reader;
 use super::{
-    BalancerKind, Config, ConfigError, Group, MapSizes, OnMisprediction, Problem, Real, Route,
-    Service, XdpMode,
+    BalancerKind, Config, ConfigError, Encapsulation, Group, MapSizes, OnMisprediction, Problem,
+    Real, Route, Service, XdpMode,
 };
 use crate::bpf::types::limits;
 use crate::routes::compile;
@@ -44,6 +44,12 @@ pub fn config(path: &Path, table: &Table) -> Result<Config, ConfigError> {
         .unwrap_or(BalancerKind::Embedded);
     let balancer_endpoint =
         r.parsed("balancer_endpoint", endpoint).unwrap_or_else(|| "127.0.0.1:50051".to_owned());
+    let encapsulation = r
+        .choice("encapsulation", &[("ipip", Encapsulation::Ipip), ("gue", Encapsulation::Gue)])
+        .unwrap_or(Encapsulation::Ipip);
+    if balancer == BalancerKind::Embedded && encapsulation != Encapsulation::Ipip {
+        r.problem("encapsulation", "= \"gue\": the embedded balancer has only \"ipip\"");
+    }
     let gateway_mac = r.parsed("gateway_mac", mac);
     if balancer == BalancerKind::Embedded
         && gateway_mac.is_none()
@@ -76,6 +82,7 @@ pub fn config(path: &Path, table: &Table) -> Result<Config, ConfigError> {
             root_array,
             balancer,
             balancer_endpoint,
+            encapsulation,
             gateway_mac,
             watch_interval_s,
             events_per_second,
@@ -95,7 +102,7 @@ fn map_sizes(r: Reader<'_>) -> MapSizes {
         closing_flows: r.number("closing_flows", 1..=100_000_000).unwrap_or(d.closing_flows),
         topics: r.number("topics", 1..=10_000_000).unwrap_or(d.topics),
         route_states: r.number("route_states", 16..=10_000_000).unwrap_or(d.route_states),
-        groups: r.number("groups", 1..=60_000).unwrap_or(d.groups),
+        groups: r.number("groups", 1..=limits::MAX_GROUP_VIPS.0.into()).unwrap_or(d.groups),
         vips: r.number("vips", 1..=512).unwrap_or(d.vips),
     };
     r.finish();

@@ -23,8 +23,8 @@ use crate::config::XdpMode;
 /// IP and TCP headers without options.
 const HEADERS_V4: u32 = 20 + 20;
 const HEADERS_V6: u32 = 40 + 20;
-/// What IPIP towards an IPv6 real adds; IPv4 adds less.
-const ENCAPSULATION: u32 = 40;
+/// The most that a balancer adds: GUE towards an IPv6 real.
+const ENCAPSULATION: u32 = 40 + 8;
 
 /// What a broker host has to know.
 #[derive(Debug, Clone)]

@@ -181,7 +181,7 @@ impl Image {
 }
 
 fn max_packet(config: &Config, svc: &Service, mtu: u32) -> Result<u16> {
-    let room = mtu.saturating_sub(u32::from(svc.encapsulation()));
+    let room = mtu.saturating_sub(u32::from(config.encapsulation.bytes(svc.has_v6_real())));
     if let Some(limit) = svc.max_packet {
         if u32::from(limit) > mtu {
             return Err(Error::Service {
