@@ -1,4 +1,5 @@
-//! Katran's gRPC interface as our client uses it, against the embedded server.
+//! Katran's gRPC interface as our client uses it: against the embedded server, against its
+//! imitation of Katran's manners, and against a real one (see support/server.rs).
 
 mod support;
 
@@ -8,21 +9,23 @@ use std::net::IpAddr;
 use mqtt_fwd::balancer::Vip;
 use mqtt_fwd::balancer::client::{BalancerError, Client};
 use mqtt_fwd::sidecar::plan::GROUP_FLAG;
-use support::net::{Background, CONFIG, Net, wait_for};
+use support::net::{Background, CONFIG, Net};
+use support::server::Kind;
 
 struct Server {
     client: Client,
     process: Background,
     net: Net,
+    kind: Kind,
 }
 
-async fn start() -> Server {
+async fn start(kind: Kind) -> Server {
     let net = Net::new();
+    net.write_config(&kind.config(CONFIG));
     net.ok(&["load"]);
-    let server = net.spawn(&["balancer"]);
     let endpoint = format!("unix:{}/balancer.sock", net.dir.display());
-    wait_for("the server", || std::os::unix::net::UnixStream::connect(&endpoint[5..]).ok());
-    Server { client: Client::connect(&endpoint).await.unwrap(), process: server, net }
+    let process = kind.start(&net, &endpoint);
+    Server { client: Client::connect(&endpoint).await.unwrap(), process, net, kind }
 }
 
 fn vip(text: &str) -> Vip {
@@ -33,11 +36,12 @@ fn reals(list: &[(&str, u32)]) -> BTreeMap<IpAddr, u32> {
     list.iter().map(|(addr, weight)| (addr.parse().unwrap(), *weight)).collect()
 }
 
-fn refused(result: Result<(), BalancerError>) -> String {
+/// What was refused, and the reason, which only the embedded balancer gives.
+fn refused(result: Result<(), BalancerError>) -> (String, String) {
     match result {
         Err(BalancerError::Refused { call, reason, causes }) => {
             assert!(!causes.is_empty());
-            format!("{call}: {}", reason.unwrap_or_default())
+            (call, reason.unwrap_or_default())
         }
         other => panic!("{other:?}"),
     }
@@ -45,31 +49,41 @@ fn refused(result: Result<(), BalancerError>) -> String {
 
 #[tokio::test]
 async fn vips_come_and_go() {
-    let mut s = start().await;
+    for kind in Kind::all() {
+        vips(start(kind).await).await;
+    }
+}
+
+async fn vips(mut s: Server) {
     assert!(s.client.vips().await.unwrap().is_empty());
     for v in [vip("10.1.50.1"), vip("fd01:50::1")] {
         s.client.add_vip(v, GROUP_FLAG | 1).await.unwrap();
         assert_eq!(s.client.vip_flags(v).await.unwrap(), GROUP_FLAG | 1);
         s.client.modify_vip(v, 1, false).await.unwrap();
         assert_eq!(s.client.vip_flags(v).await.unwrap(), GROUP_FLAG);
-        assert_eq!(
-            refused(s.client.add_vip(v, 0).await),
-            format!("addVip {v} (flags 0x0): there is a VIP {v} already")
-        );
+        let (call, reason) = refused(s.client.add_vip(v, 0).await);
+        assert_eq!(call, format!("addVip {v} (flags 0x0)"));
+        assert_eq!(reason, s.kind.reason(&format!("there is a VIP {v} already")));
     }
     assert_eq!(s.client.vips().await.unwrap(), [vip("10.1.50.1"), vip("fd01:50::1")].into());
     s.client.del_vip(vip("10.1.50.1")).await.unwrap();
-    let gone = refused(s.client.del_vip(vip("10.1.50.1")).await);
-    assert!(gone.ends_with("there is no VIP 10.1.50.1:1883/tcp"), "{gone}");
+    let (call, reason) = refused(s.client.del_vip(vip("10.1.50.1")).await);
+    assert_eq!(call, "delVip 10.1.50.1:1883/tcp");
+    assert_eq!(reason, s.kind.reason("there is no VIP 10.1.50.1:1883/tcp"));
     assert_eq!(s.client.vips().await.unwrap(), [vip("fd01:50::1")].into());
 }
 
 #[tokio::test]
 async fn reals_are_added_weighed_and_removed_in_batches() {
-    let mut s = start().await;
+    for kind in Kind::all() {
+        batches(start(kind).await).await;
+    }
+}
+
+async fn batches(mut s: Server) {
     let v = vip("10.1.50.1");
-    let none = refused(s.client.add_reals(v, &reals(&[("10.1.3.1", 1)])).await);
-    assert!(none.contains("there is no VIP"), "{none}");
+    let (_, reason) = refused(s.client.add_reals(v, &reals(&[("10.1.3.1", 1)])).await);
+    assert_eq!(reason, s.kind.reason(&format!("there is no VIP {v}")));
     s.client.add_vip(v, 0).await.unwrap();
     let three = reals(&[("10.1.3.1", 1), ("10.1.3.2", 5), ("fd01:3::1", 1)]);
     s.client.add_reals(v, &three).await.unwrap();
@@ -78,40 +92,43 @@ async fn reals_are_added_weighed_and_removed_in_batches() {
     assert_eq!(s.client.reals(v).await.unwrap()[&"10.1.3.1".parse::<IpAddr>().unwrap()], 7);
     s.client.del_reals(v, &reals(&[("10.1.3.2", 0), ("fd01:3::1", 0)])).await.unwrap();
     assert_eq!(s.client.reals(v).await.unwrap(), reals(&[("10.1.3.1", 7)]));
-    let unknown = refused(s.client.del_reals(v, &reals(&[("10.1.3.9", 0)])).await);
-    assert!(unknown.contains("has no real 10.1.3.9"), "{unknown}");
+    let unknown = s.client.del_reals(v, &reals(&[("10.1.3.9", 0)])).await;
+    if s.kind == Kind::Embedded {
+        assert!(refused(unknown).1.contains("has no real 10.1.3.9"));
+    } else {
+        assert!(unknown.is_ok(), "Katran says yes, and does nothing");
+    }
+    assert_eq!(s.client.reals(v).await.unwrap(), reals(&[("10.1.3.1", 7)]));
 }
 
 #[tokio::test]
 async fn what_katran_would_break_on_is_refused_with_a_reason() {
-    let mut s = start().await;
+    let mut s = start(Kind::Embedded).await;
     let v6 = vip("fd01:50::1");
     s.client.add_vip(v6, 0).await.unwrap();
-    let mixed = refused(s.client.add_reals(v6, &reals(&[("10.1.3.1", 1)])).await);
+    let (_, mixed) = refused(s.client.add_reals(v6, &reals(&[("10.1.3.1", 1)])).await);
     assert!(mixed.contains("IPv4 and cannot get packets of the IPv6 VIP"), "{mixed}");
-    let weightless = refused(s.client.add_reals(v6, &reals(&[("fd01:3::1", 0)])).await);
+    let (_, weightless) = refused(s.client.add_reals(v6, &reals(&[("fd01:3::1", 0)])).await);
     assert!(weightless.contains("weight must be at least 1"), "{weightless}");
     let udp = Vip { protocol: 17, ..v6 };
-    let refusal = refused(s.client.add_vip(udp, 0).await);
+    let (_, refusal) = refused(s.client.add_vip(udp, 0).await);
     assert!(refusal.contains("only TCP"), "{refusal}");
     for i in 2..=8 {
         s.client.add_vip(vip(&format!("10.1.50.{i}")), 0).await.unwrap();
     }
-    let full = refused(s.client.add_vip(vip("10.1.50.9"), 0).await);
+    let (_, full) = refused(s.client.add_vip(vip("10.1.50.9"), 0).await);
     assert!(full.contains("8 VIPs already"), "{full}");
 }
 
 #[tokio::test]
-async fn a_restarted_server_still_has_its_state() {
-    let mut s = start().await;
+async fn a_restarted_embedded_server_still_has_its_state() {
+    let mut s = start(Kind::Embedded).await;
     let v = vip("10.1.50.1");
     s.client.add_vip(v, GROUP_FLAG).await.unwrap();
     s.client.add_reals(v, &reals(&[("10.1.3.1", 2)])).await.unwrap();
     s.process.signal("KILL");
     s.process.wait();
-    s.process = s.net.spawn(&["balancer"]);
-    let path = s.net.dir.join("balancer.sock");
-    wait_for("the server", || std::os::unix::net::UnixStream::connect(&path).ok());
+    s.process = s.kind.start(&s.net, s.client.endpoint());
     let mut client = Client::connect(s.client.endpoint()).await.unwrap();
     assert_eq!(client.reals(v).await.unwrap(), reals(&[("10.1.3.1", 2)]));
     assert_eq!(client.vip_flags(v).await.unwrap(), GROUP_FLAG);
@@ -119,7 +136,12 @@ async fn a_restarted_server_still_has_its_state() {
 
 #[tokio::test]
 async fn apply_plans_does_reads_back_and_is_idempotent() {
-    let mut s = start().await;
+    for kind in Kind::all() {
+        apply(start(kind).await).await;
+    }
+}
+
+async fn apply(mut s: Server) {
     // An operator's own VIP on the same balancer is none of our business.
     let theirs = vip("10.1.60.1");
     s.client.add_vip(theirs, 0).await.unwrap();
@@ -154,7 +176,7 @@ async fn apply_plans_does_reads_back_and_is_idempotent() {
     let smaller = CONFIG
         .replace("{ topic = \"sensor/a\", group = \"a\" }", "")
         .replace("{ name = \"a\", vip = \"10.1.50.1\"", "{ name = \"b\", vip = \"10.1.50.2\"");
-    s.net.write_config(&smaller);
+    s.net.write_config(&s.kind.config(&smaller));
     let change = s.net.ok(&["apply"]);
     assert!(change.contains("balancer: remove VIP 10.1.50.1:1883/tcp"), "{change}");
     assert_eq!(
@@ -165,7 +187,13 @@ async fn apply_plans_does_reads_back_and_is_idempotent() {
 
 #[tokio::test]
 async fn a_refused_vip_leaves_what_was_in_force() {
-    let mut s = start().await;
+    // A real Katran has room for 512.
+    for kind in [Kind::Embedded, Kind::Imitation] {
+        full(start(kind).await).await;
+    }
+}
+
+async fn full(mut s: Server) {
     s.net.ok(&["apply"]);
     let before = s.client.vips().await.unwrap();
     // As many VIPs as fit; the configuration wants two more.
@@ -176,12 +204,12 @@ async fn a_refused_vip_leaves_what_was_in_force() {
         "group = [",
         "group = [{ name = \"c\", vip = \"10.1.50.3\", reals = [{ address = \"10.1.3.203\" }] },",
     );
-    s.net.write_config(&larger);
+    s.net.write_config(&s.kind.config(&larger));
     let error = s.net.fails(1, &["apply"]);
     assert!(error.contains("refused addVip 10.1.50.3:1883/tcp"), "{error}");
     assert!(error.contains("likely causes: "), "{error}");
     assert!(before.is_subset(&s.client.vips().await.unwrap()));
-    s.net.write_config(CONFIG);
+    s.net.write_config(&s.kind.config(CONFIG));
     // Nothing of the failed attempt is in force: only its note for the balancer is to remove.
     let after = s.net.ok(&["apply"]);
     assert!(!after.contains("generation"), "{after}");

@@ -1,6 +1,9 @@
 //! The prototype's tests, with real clients (mosquitto_pub, paho) and real brokers (mosquitto) in
 //! the lab of namespaces. Each test says which of the prototype's it is, and which of its
 //! limitations it no longer has.
+//!
+//! With the embedded balancer; where KATRAN_SERVER and KATRAN_BALANCER name a Katran (see
+//! scripts/lab), with that.
 
 mod support;
 
@@ -55,6 +58,7 @@ impl Lab {
             .script("up")
             .args(["--config", file.to_str().unwrap()])
             .args(options)
+            .args(std::env::var_os("KATRAN_SERVER").map(|_| "--katran"))
             .output()
             .unwrap();
         std::fs::remove_file(&file).unwrap();

@@ -11,9 +11,9 @@ use std::time::Duration;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
-use super::Vip;
 use super::proto::katran_service_client::KatranServiceClient;
 use super::proto::{self, Action};
+use super::{Spelling, Vip, mac_text};
 
 /// Why a balancer did not do what it was asked to.
 #[derive(Debug, thiserror::Error)]
@@ -26,10 +26,16 @@ pub enum BalancerError {
     #[error("balancer refused {call}{}; {causes}", .reason.as_ref().map(|r| format!(": {r}")).unwrap_or_default())]
     Refused { call: String, reason: Option<String>, causes: &'static str },
     #[error(
-        "balancer at {endpoint} does not hold what was written to it: {difference}; does another \
-         server or another client share this address?"
+        "balancer at {endpoint} does not hold what was written to it: {difference}; likely \
+         causes: it has as many reals as it can have, or another server or another client \
+         shares this address"
     )]
     Disagrees { endpoint: String, difference: String },
+    #[error(
+        "balancer has {vip} under the spelling {spelling}, which to Katran is another VIP over the \
+         same packets; remove it: mqtt-fwd katran del-vip {spelling}"
+    )]
+    Misspelt { vip: Vip, spelling: Spelling },
     #[error("balancer lists {what}, which cannot be: {problem}")]
     Nonsense { what: String, problem: String },
 }
@@ -95,7 +101,7 @@ impl Client {
         let endpoint = self.endpoint.clone();
         move |status| match status.code() {
             Code::Unavailable | Code::DeadlineExceeded | Code::Unknown => {
-                BalancerError::Unreachable { endpoint, reason: status.message().to_owned() }
+                BalancerError::Unreachable { endpoint, reason: innermost(&status) }
             }
             // tonic's own word for CALL_TIMEOUT; Katran's CANCELLED has no text.
             Code::Cancelled if status.message() == "Timeout expired" => {
@@ -111,13 +117,19 @@ impl Client {
 
     /// All VIPs.
     pub async fn vips(&mut self) -> Result<BTreeSet<Vip>, BalancerError> {
+        Ok(self.spellings().await?.into_iter().map(|(vip, _)| vip).collect())
+    }
+
+    /// All VIPs, each as the balancer spells it.
+    pub async fn spellings(&mut self) -> Result<Vec<(Vip, Spelling)>, BalancerError> {
         let failed = self.failed("getAllVips".to_owned(), CAUSES_READ);
         let reply = self.rpc.get_all_vips(proto::Empty {}).await.map_err(failed)?;
         let parse = |vip: &proto::Vip| {
-            Vip::try_from(vip).map_err(|problem| BalancerError::Nonsense {
+            let parsed = Vip::try_from(vip).map_err(|problem| BalancerError::Nonsense {
                 what: format!("VIP {}:{}", vip.address, vip.port),
                 problem,
-            })
+            })?;
+            Ok((parsed, Spelling(vip.clone())))
         };
         reply.into_inner().vips.iter().map(parse).collect()
     }
@@ -131,9 +143,10 @@ impl Client {
     }
 
     /// Removes a VIP. This is the only way to stop its traffic.
-    pub async fn del_vip(&mut self, vip: Vip) -> Result<(), BalancerError> {
-        let failed = self.failed(format!("delVip {vip}"), CAUSES_UNKNOWN_VIP);
-        self.rpc.del_vip(proto::Vip::from(vip)).await.map_err(failed).map(drop)
+    pub async fn del_vip(&mut self, vip: impl Into<Spelling>) -> Result<(), BalancerError> {
+        let spelling = vip.into();
+        let failed = self.failed(format!("delVip {spelling}"), CAUSES_UNKNOWN_VIP);
+        self.rpc.del_vip(spelling.0).await.map_err(failed).map(drop)
     }
 
     /// Sets or clears bits of a VIP's flags.
@@ -229,6 +242,20 @@ impl Client {
         Ok(reply.into_inner().into())
     }
 
+    /// Packets that went by the table for CPUs that have none of their own.
+    pub async fn lru_fallback_stats(&mut self) -> Result<Stats, BalancerError> {
+        let failed = self.failed("getLruFallbackStats".to_owned(), CAUSES_READ);
+        let reply = self.rpc.get_lru_fallback_stats(proto::Empty {}).await.map_err(failed)?;
+        Ok(reply.into_inner().into())
+    }
+
+    /// ICMP "too big" that the balancer sent: IPv4, IPv6.
+    pub async fn icmp_too_big_stats(&mut self) -> Result<Stats, BalancerError> {
+        let failed = self.failed("getIcmpTooBigStats".to_owned(), CAUSES_READ);
+        let reply = self.rpc.get_icmp_too_big_stats(proto::Empty {}).await.map_err(failed)?;
+        Ok(reply.into_inner().into())
+    }
+
     /// Misses of the connection table: SYNs, and others.
     pub async fn lru_miss_stats(&mut self) -> Result<Stats, BalancerError> {
         let failed = self.failed("getLruMissStats".to_owned(), CAUSES_READ);
@@ -240,6 +267,13 @@ impl Client {
     pub async fn mac(&mut self) -> Result<String, BalancerError> {
         let failed = self.failed("getMac".to_owned(), CAUSES_READ);
         Ok(self.rpc.get_mac(proto::Empty {}).await.map_err(failed)?.into_inner().mac)
+    }
+
+    /// Changes the gateway's MAC address.
+    pub async fn change_mac(&mut self, mac: [u8; 6]) -> Result<(), BalancerError> {
+        let mac = mac_text(mac);
+        let failed = self.failed(format!("changeMac {mac}"), CAUSES_READ);
+        self.rpc.change_mac(proto::Mac { mac }).await.map_err(failed).map(drop)
     }
 }
 

@@ -6,10 +6,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tonic::{Request, Response, Status};
 
-use super::Vip;
 use super::embedded::{Embedded, Refusal};
 use super::proto::katran_service_server::{KatranService, KatranServiceServer};
 use super::proto::{self, Action};
+use super::{Vip, mac_text};
 use crate::bpf::types::balancer_stat;
 use crate::config::parse_mac;
 
@@ -100,8 +100,7 @@ impl KatranService for Server {
 
     async fn get_mac(&self, _: Request<proto::Empty>) -> Reply<proto::Mac> {
         let mac = self.balancer().mac().map_err(status)?;
-        let text: Vec<_> = mac.iter().map(|byte| format!("{byte:02x}")).collect();
-        Ok(Response::new(proto::Mac { mac: text.join(":") }))
+        Ok(Response::new(proto::Mac { mac: mac_text(mac) }))
     }
 
     async fn add_vip(&self, request: Request<proto::VipMeta>) -> Reply<proto::Bool> {

@@ -2,6 +2,7 @@
 
 mod chain;
 mod explain;
+mod katran;
 mod real;
 mod sidecar;
 mod status;
@@ -65,7 +66,7 @@ enum Command {
     /// Load, apply and watch, in the foreground; SIGHUP reads the configuration again
     Run,
     /// Run only the embedded balancer, in the foreground
-    Balancer,
+    Balancer(sidecar::Balancer),
     /// Show chain, services, balancer and counters
     Status(table::Output),
     /// Show clients with their predictions
@@ -80,6 +81,8 @@ enum Command {
     Counters(tables::Counters),
     /// Print events as they happen: bound, learned, mispredicted, … (debug.sh)
     Trace(trace::Trace),
+    /// Show and change what the balancer holds: VIPs, reals, weights, flags, statistics (goclient)
+    Katran(katran::Katran),
     /// Prepare a broker host for direct server return, or undo it
     Real(real::Real),
     /// Make the other end of a veth pair take what a native XDP program sends
@@ -110,7 +113,7 @@ pub fn main() -> ExitCode {
 
 fn exit_code(error: &Error) -> u8 {
     match error {
-        Error::Config(_) => USAGE,
+        Error::Config(_) | Error::Refused(_) => USAGE,
         _ => FAILED,
     }
 }
@@ -126,7 +129,7 @@ fn run(cli: Cli) -> Result<(), Error> {
         Command::Unload => chain::unload(&config()?),
         Command::Apply(args) => args.run(&config()?),
         Command::Run => sidecar::run(config()?),
-        Command::Balancer => sidecar::balancer(&config()?),
+        Command::Balancer(args) => args.run(&config()?),
         Command::Status(output) => status::run(&config()?, output),
         Command::Clients(output) => tables::clients(&config()?, output),
         Command::Flows(output) => tables::flows(&config()?, output),
@@ -140,6 +143,7 @@ fn run(cli: Cli) -> Result<(), Error> {
         }
         Command::Counters(args) => args.run(&config()?),
         Command::Trace(args) => args.run(&config()?),
+        Command::Katran(args) => args.run(config().map_err(Error::from)),
         Command::Real(args) => args.run(),
         Command::VethPeer(args) => args.run(),
         Command::Completions { shell } => {

@@ -7,6 +7,7 @@ use super::table::line;
 use crate::balancer::client::Client;
 use crate::config::{BalancerKind, Config};
 use crate::sidecar::datapath::Datapath;
+use crate::sidecar::run::Manners;
 use crate::sidecar::{self, Error, apply, plan};
 
 #[derive(Debug, Args)]
@@ -44,12 +45,28 @@ pub fn run(config: Config) -> Result<(), Error> {
     block_on(sidecar::run::run(config))
 }
 
-pub fn balancer(config: &Config) -> Result<(), Error> {
+#[derive(Debug, Args)]
+pub struct Balancer {
+    /// For tests: answer as silently as Katran does, and forget everything at the end
+    #[arg(long, hide = true)]
+    imitate_katran: bool,
+}
+
+impl Balancer {
+    pub fn run(&self, config: &Config) -> Result<(), Error> {
+        if self.imitate_katran {
+            return block_on(sidecar::run::run_balancer(config, Manners::Katrans));
+        }
+        embedded_balancer(config)
+    }
+}
+
+fn embedded_balancer(config: &Config) -> Result<(), Error> {
     if config.balancer != BalancerKind::Embedded {
         return Err(Error::Service {
             service: "embedded balancer".to_owned(),
             problem: "the configuration says balancer = \"katran\"; start that instead".to_owned(),
         });
     }
-    block_on(sidecar::run::run_balancer(config))
+    block_on(sidecar::run::run_balancer(config, Manners::Ours))
 }

@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::block_on;
 use super::table::{self, Output, line};
 use crate::balancer::client::Client;
+use crate::balancer::listeners;
 use crate::bpf::chain::{self, Chain};
 use crate::bpf::reasons::REASONS;
 use crate::bpf::xdp;
@@ -105,7 +106,10 @@ fn balancer(config: &Config) -> (bool, String) {
         Ok(apply::difference(config, &mut client).await?)
     });
     match difference {
-        Ok(None) => (true, format!("{at}: as configured")),
+        Ok(None) => match listeners::complaint(&config.balancer_endpoint) {
+            None => (true, format!("{at}: as configured")),
+            Some(complaint) => (false, complaint),
+        },
         Ok(Some(difference)) => (false, format!("{at}: {difference}; `mqtt-fwd apply` mends it")),
         Err(e) => (false, e.to_string()),
     }

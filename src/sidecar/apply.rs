@@ -158,8 +158,9 @@ pub async fn difference(
     config: &Config,
     client: &mut Client,
 ) -> Result<Option<String>, BalancerError> {
-    let present = client.vips().await?;
-    for (vip, (reals, _)) in plan::wanted_vips(config) {
+    let wanted = plan::wanted_vips(config);
+    let present = plan::present_vips(&wanted, client).await?;
+    for (vip, (reals, _)) in wanted {
         if !present.contains(&vip) {
             return Ok(Some(format!("VIP {vip} is missing")));
         }

@@ -15,6 +15,7 @@ pub mod image;
 pub mod plan;
 pub mod run;
 pub mod view;
+pub mod watch;
 
 use crate::balancer::client::BalancerError;
 use crate::bpf::BpfError;
@@ -31,6 +32,9 @@ pub enum Error {
     Balancer(#[from] BalancerError),
     #[error("service {service}: {problem}")]
     Service { service: String, problem: String },
+    /// Input that is well-formed, and would do harm.
+    #[error("{0}")]
+    Refused(String),
     #[error("{what}: {source}")]
     Io { what: String, source: std::io::Error },
 }

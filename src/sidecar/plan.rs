@@ -170,12 +170,25 @@ pub fn plan_maps(config: &Config, datapath: &Datapath, mtu: u32) -> Result<Plan>
     })
 }
 
+/// The balancer's VIPs. Those that are wanted must be spelled as we do, for calls name them so.
+pub async fn present_vips(
+    wanted: &BTreeMap<Vip, (BTreeMap<IpAddr, u32>, Vip)>,
+    client: &mut Client,
+) -> Result<BTreeSet<Vip>, BalancerError> {
+    let all = client.spellings().await?;
+    let odd = all.iter().find(|(vip, text)| wanted.contains_key(vip) && !text.is_canonical());
+    if let Some((vip, spelling)) = odd {
+        return Err(BalancerError::Misspelt { vip: *vip, spelling: spelling.clone() });
+    }
+    Ok(all.into_iter().map(|(vip, _)| vip).collect())
+}
+
 async fn plan_balancer(
     plan: &mut Plan,
     wanted: &BTreeMap<Vip, (BTreeMap<IpAddr, u32>, Vip)>,
     client: &mut Client,
 ) -> Result<(), BalancerError> {
-    let present = client.vips().await?;
+    let present = present_vips(wanted, client).await?;
     for (vip, (reals, _)) in wanted {
         if !present.contains(vip) {
             plan.before.push(Call::AddVip(*vip));

@@ -1,18 +1,20 @@
 //! The sidecar in the foreground: load, apply, watch, until it is told to end. Forwarding does
 //! not depend on it: programs and maps are pinned and stay.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, TcpSocket, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tonic::transport::Server as GrpcServer;
-use tracing::{error, info, warn};
+use tracing::{error, info};
 
 use super::datapath::Datapath;
-use super::{Error, Result, apply};
-use crate::balancer::client::{BalancerError, Client};
-use crate::balancer::embedded::Embedded;
+use super::watch::Watch;
+use super::{Error, Result};
+use crate::balancer::embedded::{Embedded, Refusal};
+use crate::balancer::imitation::Imitation;
 use crate::balancer::server::Server;
 use crate::bpf::chain::{self, Chain};
 use crate::bpf::loader;
@@ -26,13 +28,13 @@ pub async fn run(mut config: Config) -> Result<()> {
 
     // Listening first: whoever serves there already keeps its programs in their positions.
     let incoming = match config.balancer {
-        BalancerKind::Embedded => Some(listen(&config.balancer_endpoint).await?),
+        BalancerKind::Embedded => Some(listen(&config.balancer_endpoint, Manners::Ours).await?),
         BalancerKind::Katran => None,
     };
     loader::load(&config, false)?;
     let datapath = Datapath::open(&config.pins())?;
     let mut server = match incoming {
-        Some(incoming) => Some(tokio::spawn(serve(&config, incoming)?)),
+        Some(incoming) => Some(tokio::spawn(serve(&config, incoming, Manners::Ours)?)),
         None => None,
     };
 
@@ -51,7 +53,7 @@ pub async fn run(mut config: Config) -> Result<()> {
             _ = int.recv() => break,
             _ = hup.recv() => {
                 config = reload(config);
-                watch.in_force = false;
+                watch.configuration_changed();
             }
             ended = served => {
                 let ended = ended.map_err(std::io::Error::other).and_then(|served| {
@@ -69,19 +71,38 @@ pub async fn run(mut config: Config) -> Result<()> {
     Ok(())
 }
 
+/// How the embedded balancer answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Manners {
+    /// Its failures have reasons, and its state outlives it.
+    Ours,
+    /// See [`crate::balancer::imitation`].
+    Katrans,
+}
+
 /// The embedded balancer alone, in the foreground.
-pub async fn run_balancer(config: &Config) -> Result<()> {
+pub async fn run_balancer(config: &Config, manners: Manners) -> Result<()> {
     let mut term = on(SignalKind::terminate())?;
     let mut int = on(SignalKind::interrupt())?;
-    let server = serve(config, listen(&config.balancer_endpoint).await?)?;
+    let server = serve(config, listen(&config.balancer_endpoint, manners).await?, manners)?;
     tokio::select! {
-        _ = term.recv() => Ok(()),
-        _ = int.recv() => Ok(()),
+        _ = term.recv() => end(config, manners),
+        _ = int.recv() => end(config, manners),
         ended = server => ended.map_err(|e| Error::Io {
             what: format!("serving at {}", config.balancer_endpoint),
             source: std::io::Error::other(e),
         }),
     }
+}
+
+/// Katran empties its position when it is told to end, and only then.
+fn end(config: &Config, manners: Manners) -> Result<()> {
+    if manners == Manners::Katrans
+        && let Some(chain) = Chain::open(&config.pins())?
+    {
+        chain.clear(chain::BALANCER)?;
+    }
+    Ok(())
 }
 
 fn on(kind: SignalKind) -> Result<tokio::signal::unix::Signal> {
@@ -93,7 +114,7 @@ enum Incoming {
     Unix(UnixListenerStream),
 }
 
-async fn listen(endpoint: &str) -> Result<Incoming> {
+async fn listen(endpoint: &str, manners: Manners) -> Result<Incoming> {
     let failed = |source: std::io::Error| Error::Io {
         what: format!("listening at {endpoint} (is another balancer running?)"),
         source,
@@ -106,26 +127,44 @@ async fn listen(endpoint: &str) -> Result<Incoming> {
         let listener = UnixListener::bind(path).map_err(failed)?;
         Ok(Incoming::Unix(UnixListenerStream::new(listener)))
     } else {
-        let listener = TcpListener::bind(endpoint).await.map_err(failed)?;
+        let listener = match (manners, endpoint.parse::<SocketAddr>()) {
+            (Manners::Katrans, Ok(addr)) => shared_listener(addr).map_err(failed)?,
+            _ => TcpListener::bind(endpoint).await.map_err(failed)?,
+        };
         Ok(Incoming::Tcp(TcpListenerStream::new(listener)))
     }
+}
+
+/// As gRPC's C++ servers listen: a second one does not fail.
+fn shared_listener(addr: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket.set_reuseaddr(true)?;
+    socket.set_reuseport(true)?;
+    socket.bind(addr)?;
+    socket.listen(1024)
 }
 
 /// Loads the embedded balancer; the future serves.
 fn serve(
     config: &Config,
     incoming: Incoming,
+    manners: Manners,
 ) -> Result<impl Future<Output = Result<(), tonic::transport::Error>> + use<>> {
     loader::load_balancer(config, false)?;
     let balancer = Embedded::open(&config.pins())?;
+    let failed = |e: Refusal| Error::Service {
+        service: "embedded balancer".to_owned(),
+        problem: e.to_string(),
+    };
     if let Some(mac) = config.gateway_mac {
-        balancer.set_mac(mac).map_err(|e| Error::Service {
-            service: "embedded balancer".to_owned(),
-            problem: e.to_string(),
-        })?;
+        balancer.set_mac(mac).map_err(failed)?;
     }
     info!(endpoint = config.balancer_endpoint, "embedded balancer is in the chain");
-    let router = GrpcServer::builder().add_service(Server::service(balancer));
+    let mut builder = GrpcServer::builder();
+    let router = match manners {
+        Manners::Ours => builder.add_service(Server::service(balancer)),
+        Manners::Katrans => builder.add_service(Imitation::service(balancer).map_err(failed)?),
+    };
     Ok(async move {
         match incoming {
             Incoming::Tcp(stream) => router.serve_with_incoming(stream).await,
@@ -150,89 +189,4 @@ fn reload(config: Config) -> Config {
             config
         }
     }
-}
-
-/// What was seen at the last look, so that only changes are logged.
-#[derive(Default)]
-struct Watch {
-    client: Option<Client>,
-    complaint: Option<String>,
-    applied_once: bool,
-    /// The whole configuration was applied, and has not changed since.
-    in_force: bool,
-}
-
-impl Watch {
-    async fn look(&mut self, config: &Config, datapath: &Datapath) {
-        let complaint = match self.apply(config, datapath).await {
-            Ok(()) => chain_complaint(config),
-            Err(e) => Some(e.to_string()),
-        };
-        if complaint != self.complaint {
-            match &complaint {
-                Some(text) if self.applied_once => {
-                    warn!("{text}; forwarding goes on with what is pinned");
-                }
-                Some(text) => warn!("{text}; trying again"),
-                None => info!("all is as configured"),
-            }
-            self.complaint = complaint;
-        }
-    }
-
-    /// Applies whatever differs: the first time everything, later what was lost or changed.
-    async fn apply(&mut self, config: &Config, datapath: &Datapath) -> Result<()> {
-        let mut client = match self.client.take() {
-            Some(client) => client,
-            None => Client::connect(&config.balancer_endpoint).await?,
-        };
-        let plan = if self.in_force {
-            // The maps are ours; only the balancer can have changed.
-            match apply::difference(config, &mut client).await {
-                Ok(None) => {
-                    self.client = Some(client);
-                    return Ok(());
-                }
-                Ok(Some(difference)) => {
-                    warn!("balancer: {difference} (was it restarted?)");
-                    apply::apply(config, datapath, &mut client).await
-                }
-                Err(e) => Err(e.into()),
-            }
-        } else {
-            apply::apply(config, datapath, &mut client).await
-        };
-        // After an error that is the connection's, the next look makes a new one.
-        if !matches!(plan, Err(Error::Balancer(BalancerError::Unreachable { .. }))) {
-            self.client = Some(client);
-        }
-        let plan = plan?;
-        if !plan.is_empty() {
-            if self.applied_once {
-                warn!(steps = plan.lines().len(), "put back what was missing");
-            } else {
-                info!(steps = plan.lines().len(), "applied the configuration");
-            }
-        }
-        self.applied_once = true;
-        self.in_force = true;
-        Ok(())
-    }
-}
-
-fn chain_complaint(config: &Config) -> Option<String> {
-    let pins = config.pins();
-    let chain = match Chain::open(&pins) {
-        Ok(Some(chain)) => chain,
-        Ok(None) => return Some(format!("{} is gone", pins.root_array().display())),
-        Err(e) => return Some(e.to_string()),
-    };
-    let ours = loader::pinned_program(&pins.program("mqtt_fwd")).map(|p| p.id);
-    if chain.program(chain::MQTT_FWD).map(|p| p.id) != ours {
-        return Some("mqtt_fwd is not in its position; `mqtt-fwd load` puts it back".to_owned());
-    }
-    if chain.program(chain::BALANCER).is_none() {
-        return Some("nobody is in the balancer's position".to_owned());
-    }
-    None
 }

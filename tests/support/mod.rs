@@ -8,3 +8,4 @@ pub mod model;
 pub mod mqtt;
 pub mod net;
 pub mod packet;
+pub mod server;

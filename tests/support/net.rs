@@ -129,16 +129,21 @@ impl Net {
 
     /// The command line in the background, ended with the value.
     pub fn spawn(&self, args: &[&str]) -> Background {
-        let log = std::fs::File::create(self.dir.join("background.log")).unwrap();
-        let child = self
-            .command(env!("CARGO_BIN_EXE_mqtt-fwd"))
-            .args(args)
+        let mut command = self.command(env!("CARGO_BIN_EXE_mqtt-fwd"));
+        command.args(args);
+        self.spawn_command(command)
+    }
+
+    pub fn spawn_command(&self, mut command: Command) -> Background {
+        let path = self.dir.join(format!("{}.log", NEXT.fetch_add(1, Ordering::Relaxed)));
+        let log = std::fs::File::create(&path).unwrap();
+        let child = command
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)
             .spawn()
             .unwrap();
-        Background { child, log: self.dir.join("background.log") }
+        Background { child, log: path }
     }
 
     /// Sends a packet through what is attached to eth0, as its pinned root says.
@@ -179,6 +184,10 @@ impl Background {
 
     pub fn signal(&self, signal: &str) {
         sh(&format!("kill -{signal} {}", self.child.id()));
+    }
+
+    pub fn ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
     }
 
     pub fn wait(&mut self) -> Option<i32> {

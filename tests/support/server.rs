@@ -1,0 +1,72 @@
+//! The servers that the contract holds for. A real Katran is one of them where KATRAN_SERVER names
+//! a katran_server_grpc and KATRAN_BALANCER its balancer.bpf.o, with our patches.
+
+use super::net::{Background, Net, wait_for};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Embedded,
+    /// The embedded one, as silent as Katran.
+    Imitation,
+    Katran,
+}
+
+impl Kind {
+    pub fn all() -> Vec<Self> {
+        [&[Self::Embedded][..], &Self::silent()].concat()
+    }
+
+    /// Katran and what imitates it.
+    pub fn silent() -> Vec<Self> {
+        let katran = std::env::var_os("KATRAN_SERVER").map(|_| Self::Katran);
+        [Self::Imitation].into_iter().chain(katran).collect()
+    }
+
+    pub fn config(self, text: &str) -> String {
+        match self {
+            Self::Embedded => text.to_owned(),
+            _ => text.replace("balancer = \"embedded\"", "balancer = \"katran\""),
+        }
+    }
+
+    /// The reason of a refusal, as this server gives it.
+    pub fn reason(self, text: &str) -> String {
+        if self == Self::Embedded { text.to_owned() } else { String::new() }
+    }
+
+    /// Starts it and waits until it listens. The chain has to be there.
+    pub fn start(self, net: &Net, endpoint: &str) -> Background {
+        let server = match self {
+            Self::Embedded => net.spawn(&["balancer"]),
+            Self::Imitation => net.spawn(&["balancer", "--imitate-katran"]),
+            Self::Katran => net.spawn_command(katran(net, endpoint)),
+        };
+        let server = std::cell::RefCell::new(server);
+        let listening = || {
+            let gone = server.borrow_mut().ended();
+            assert!(!gone, "{self:?} ended: {}", server.borrow().log());
+            if let Some(path) = endpoint.strip_prefix("unix:") {
+                return std::os::unix::net::UnixStream::connect(path).ok().map(drop);
+            }
+            let inode = net.mqtt_fwd(&["katran", "--endpoint", endpoint, "mac"]);
+            inode.status.success().then_some(())
+        };
+        wait_for(&format!("{self:?} at {endpoint}"), listening);
+        server.into_inner()
+    }
+}
+
+/// In a mount namespace where /sys/fs/bpf is the test's, for Katran pins maps there.
+fn katran(net: &Net, endpoint: &str) -> std::process::Command {
+    let env = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"));
+    let mut command = net.command("unshare");
+    command.args(["--mount", "sh", "-c", "mount --bind \"$0\" /sys/fs/bpf && exec \"$@\""]);
+    command.arg(net.bpf(""));
+    command.arg(env("KATRAN_SERVER"));
+    command.arg(format!("-balancer_prog={}", env("KATRAN_BALANCER")));
+    command.args(["-intf=eth0", "-hc_forwarding=false", "-map_path=/sys/fs/bpf/jmp_eth0"]);
+    command.args(["-prog_pos=2", "-default_mac=02:00:00:00:00:09", "-lru_size=1000"]);
+    command.args(["-forwarding_cores=0", "-numa_nodes=0", "-shutdown_delay=100"]);
+    command.arg(format!("-server={endpoint}"));
+    command
+}
