@@ -70,3 +70,24 @@ fn katran(net: &Net, endpoint: &str) -> std::process::Command {
     command.arg(format!("-server={endpoint}"));
     command
 }
+
+/// Adds a VIP as nobody of ours would write it. The endpoint is the namespace's own, so this
+/// thread goes there for the call.
+pub fn add_vip_verbatim(net: &Net, endpoint: &str, address: &str, port: u16) {
+    use mqtt_fwd::balancer::proto::katran_service_client::KatranServiceClient;
+    use mqtt_fwd::balancer::proto::{Vip, VipMeta};
+
+    let vip = Vip { address: address.to_owned(), port: port.into(), protocol: libc::IPPROTO_TCP };
+    let request = VipMeta { vip: Some(vip), flags: 0, set_flag: true };
+    let namespace = std::fs::File::open(format!("/run/netns/{}", net.name)).unwrap();
+    let endpoint = format!("http://{endpoint}");
+    let call = move || {
+        nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let mut client = KatranServiceClient::connect(endpoint).await.unwrap();
+            client.add_vip(request).await.unwrap();
+        });
+    };
+    std::thread::spawn(call).join().unwrap();
+}

@@ -1,0 +1,213 @@
+//! The sidecar beside a balancer that is as silent as Katran, and as forgetful: the imitation,
+//! and a real Katran where there is one (see support/server.rs).
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use support::net::{Background, CONFIG, Net, wait_for};
+use support::server::Kind;
+
+/// In the namespace of the test.
+const ENDPOINT: &str = "127.0.0.1:50051";
+
+fn prepare(kind: Kind) -> Net {
+    let net = Net::new();
+    let config = CONFIG.replace("unix:@DIR@/balancer.sock", ENDPOINT);
+    net.write_config(&kind.config(&config));
+    net
+}
+
+fn sidecar(net: &Net) -> Background {
+    let mut command = net.command(env!("CARGO_BIN_EXE_mqtt-fwd"));
+    command.args(["--log", "info", "run"]);
+    net.spawn_command(command)
+}
+
+fn status(net: &Net) -> serde_json::Value {
+    serde_json::from_str(&net.ok(&["status", "--json"])).unwrap()
+}
+
+fn wait_healthy(net: &Net, sidecar: &Background) {
+    wait_for(&format!("health; the sidecar says {}", sidecar.log()), || {
+        status(net)["healthy"].as_bool().unwrap().then_some(())
+    });
+}
+
+#[test]
+fn a_balancer_that_is_down_at_start_is_waited_for() {
+    for kind in Kind::silent() {
+        let net = prepare(kind);
+        let sidecar = sidecar(&net);
+        wait_for("a word about it", || {
+            let log = sidecar.log();
+            (log.contains("not reachable") && log.contains("trying again")).then_some(())
+        });
+        let status = status(&net);
+        assert_eq!(status["healthy"], false);
+        assert!(status["balancer"].as_str().unwrap().contains("is it running"), "{status}");
+        // What has no balancer goes to the stack as it came.
+        assert_eq!(net.through_root(&Net::syn("10.1.1.1", 1)).verdict, support::datapath::XDP_PASS);
+        let _server = kind.start(&net, ENDPOINT);
+        wait_healthy(&net, &sidecar);
+        assert_eq!(net.through_root(&Net::syn("10.1.1.1", 1)).verdict, support::datapath::XDP_TX);
+        assert_eq!(sidecar.log().matches("not reachable").count(), 1, "{}", sidecar.log());
+    }
+}
+
+#[test]
+fn what_a_restarted_balancer_forgot_is_put_back() {
+    for kind in Kind::silent() {
+        let net = prepare(kind);
+        net.ok(&["load"]);
+        let mut server = kind.start(&net, ENDPOINT);
+        let sidecar = sidecar(&net);
+        wait_healthy(&net, &sidecar);
+        for signal in ["KILL", "TERM"] {
+            server.signal(signal);
+            server.wait();
+            // Killed, it leaves its program at work; told to end, it takes it along.
+            let verdict = net.through_root(&Net::syn("10.1.1.1", 1)).verdict;
+            let expected = if signal == "KILL" {
+                support::datapath::XDP_TX
+            } else {
+                support::datapath::XDP_PASS
+            };
+            assert_eq!(verdict, expected, "{kind:?} after SIG{signal}");
+            server = kind.start(&net, ENDPOINT);
+            let started = Instant::now();
+            wait_healthy(&net, &sidecar);
+            // Noticed within 2 s, and put back within one more; a loaded machine gets a little more.
+            assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+            let verdict = net.through_root(&Net::syn("10.1.1.1", 1)).verdict;
+            assert_eq!(verdict, support::datapath::XDP_TX);
+        }
+        assert!(sidecar.log().contains("put back what was missing"), "{}", sidecar.log());
+        assert!(sidecar.log().contains("was it restarted?"), "{}", sidecar.log());
+    }
+}
+
+#[test]
+fn a_second_server_at_the_same_address_is_named_and_configured() {
+    for kind in Kind::silent() {
+        let net = prepare(kind);
+        net.ok(&["load"]);
+        let mut first = kind.start(&net, ENDPOINT);
+        let sidecar = sidecar(&net);
+        wait_healthy(&net, &sidecar);
+        let second = kind.start(&net, ENDPOINT);
+        wait_for(&format!("the state on the second; {}", sidecar.log()), || {
+            sidecar.log().contains("on a second server at the same address").then_some(())
+        });
+        wait_for("a word about both", || {
+            sidecar.log().contains("2 servers listen at 127.0.0.1:50051").then_some(())
+        });
+        let status = status(&net);
+        assert_eq!(status["healthy"], false);
+        assert!(status["balancer"].as_str().unwrap().contains("stop all but one"), "{status}");
+        // The position is the second's, and packets are forwarded again.
+        wait_for("forwarding", || {
+            let verdict = net.through_root(&Net::syn("10.1.1.1", 1)).verdict;
+            (verdict == support::datapath::XDP_TX).then_some(())
+        });
+        first.signal("KILL");
+        first.wait();
+        wait_healthy(&net, &sidecar);
+        drop(second);
+    }
+}
+
+#[test]
+fn another_spelling_of_a_group_is_refused_with_what_mends_it() {
+    let config = CONFIG
+        .replace("unix:@DIR@/balancer.sock", ENDPOINT)
+        .replace("10.1.50.200", "fd01:50::200")
+        .replace("10.1.50.250", "fd01:50::250")
+        .replace("10.1.50.1", "fd01:50::1")
+        .replace("10.1.3.", "fd01:3::");
+    for kind in Kind::silent() {
+        let net = prepare(kind);
+        net.write_config(&kind.config(&config));
+        net.ok(&["load"]);
+        let _server = kind.start(&net, ENDPOINT);
+        support::server::add_vip_verbatim(&net, ENDPOINT, "FD01:50::1", 1883);
+        let error = net.fails(1, &["apply"]);
+        assert!(error.contains("balancer has [fd01:50::1]:1883/tcp under the spelling"), "{error}");
+        let mend = error.split("mqtt-fwd katran ").nth(1).expect("a command");
+        assert_eq!(mend, "del-vip [FD01:50::1]:1883/tcp");
+        let listed = net.ok(&["katran", "list"]);
+        assert!(listed.contains("[FD01:50::1]:1883/tcp (misspelt)"), "{listed}");
+        net.ok(&["katran", "del-vip", "[FD01:50::1]:1883/tcp"]);
+        assert!(net.ok(&["apply"]).contains("read back"));
+    }
+}
+
+#[test]
+fn what_the_balancer_pretends_to_have_done_is_found_by_reading_back() {
+    // The imitation has room for 8 reals, and says yes to the ninth.
+    let net = prepare(Kind::Imitation);
+    net.ok(&["load"]);
+    let _server = Kind::Imitation.start(&net, ENDPOINT);
+    net.ok(&["katran", "add-vip", "10.1.60.1:80"]);
+    for i in 1..=7 {
+        net.ok(&["katran", "add-real", "10.1.60.1:80", &format!("10.1.3.{i}")]);
+    }
+    let error = net.fails(1, &["apply"]);
+    assert!(
+        error.contains("does not hold what was written to it") && error.contains("as many reals"),
+        "{error}"
+    );
+    let error = net.fails(1, &["katran", "add-real", "10.1.60.1:80", "10.1.3.11"]);
+    assert!(error.contains("does not hold what was written to it"), "{error}");
+}
+
+#[test]
+fn an_operator_sees_and_changes_vips_of_others_only() {
+    for kind in Kind::silent() {
+        let net = prepare(kind);
+        net.ok(&["load"]);
+        let _server = kind.start(&net, ENDPOINT);
+        net.ok(&["apply"]);
+        let katran = |args: &[&str]| net.ok(&[&["katran"], args].concat());
+        assert_eq!(
+            katran(&["add-vip", "10.1.60.1:80", "--flag", "no_lru"]),
+            "10.1.60.1:80/tcp has flags NO_LRU\n"
+        );
+        // On one that is there, they are added.
+        katran(&["add-vip", "10.1.60.1:80", "--flag", "0x8"]);
+        assert_eq!(
+            katran(&["clear-flags", "10.1.60.1:80", "NO_LRU"]),
+            "10.1.60.1:80/tcp has flags DPORT_HASH\n"
+        );
+        katran(&["add-real", "10.1.60.1:80", "10.1.3.1", "--weight", "3"]);
+        katran(&["add-real", "10.1.60.1:80", "10.1.3.2"]);
+        assert_eq!(
+            katran(&["list"]),
+            "VIP                   FLAGS       REAL         WEIGHT\n\
+             10.1.50.1:1883/tcp    MQTT_GROUP  10.1.3.201        1\n\
+             \x20                                 10.1.3.202        2\n\
+             10.1.50.250:1883/tcp  MQTT_GROUP  fd01:3::203       1\n\
+             10.1.60.1:80/tcp      DPORT_HASH  10.1.3.1          3\n\
+             \x20                                 10.1.3.2          1\n"
+        );
+        katran(&["del-real", "10.1.60.1:80", "10.1.3.1"]);
+        let refused = |args: &[&str]| net.fails(2, &[&["katran"], args].concat());
+        let last = refused(&["del-real", "10.1.60.1:80", "10.1.3.2"]);
+        assert!(last.contains("is its only real, and would go on getting its packets"), "{last}");
+        let group = refused(&["del-vip", "10.1.50.1:1883"]);
+        assert!(group.contains("is a group of @DIR@/config.toml; change it there"), "{group}");
+        let mixed = refused(&["add-real", "[fd01:60::1]:80", "10.1.3.1"]);
+        assert!(mixed.contains("IPv6 packets cannot go to the IPv4 real"), "{mixed}");
+        katran(&["del-vip", "10.1.60.1:80"]);
+        let gone = net.fails(1, &["katran", "del-vip", "10.1.60.1:80"]);
+        assert!(gone.contains("balancer refused delVip 10.1.60.1:80/tcp; likely cause"), "{gone}");
+
+        assert_eq!(katran(&["mac"]), "02:00:00:00:00:09\n");
+        katran(&["mac", "02:00:00:00:00:0a"]);
+        assert_eq!(katran(&["mac"]), "02:00:00:00:00:0a\n");
+        net.through_root(&Net::syn("10.1.1.1", 1));
+        let stats: serde_json::Value = serde_json::from_str(&katran(&["stats", "--json"])).unwrap();
+        assert_eq!(stats["packets"], 1);
+        assert_eq!(stats["misses_syn"], 1);
+    }
+}
