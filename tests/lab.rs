@@ -431,3 +431,79 @@ fn subscribers_can_connect() {
     let output = subscriber.wait_with_output().unwrap();
     assert_eq!(String::from_utf8(output.stdout).unwrap(), "hello\n");
 }
+
+#[test]
+fn parts_taken_out_and_put_back_cost_no_established_connection() {
+    let lab = Lab::up(&config(ONE_REAL_EACH, &[("sensor/a", "a"), ("sensor/b", "b")]), &[]);
+    let katran = std::env::var_os("KATRAN_SERVER").is_some();
+    let publishers: Vec<(&str, &str, u32)> = ["c1", "c2", "c3", "c4", "c5", "c6"]
+        .into_iter()
+        .zip([("sensor/a", 1), ("sensor/b", 2), ("other", 3)].into_iter().cycle())
+        .map(|(client, (topic, real))| (client, topic, real))
+        .collect();
+    // So that the connections below are right from the start.
+    for (client, topic, _) in &publishers {
+        lab.publish(client, &["--topic", topic, "--qos", "1", "--count", "2"]);
+    }
+    let script = |args: &[&str]| {
+        let output = lab.script(args[0]).args(&args[1..]).output().unwrap();
+        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    let healthy = || {
+        wait_for("health", || {
+            lab.mqtt_fwd(&["status", "--json"]).contains("\"healthy\": true").then_some(())
+        });
+    };
+    let under_way = |at_least: usize| {
+        wait_for("messages to be under way", || {
+            let count = |real: &u32| lab.received().get(real).map_or(0, Vec::len);
+            ([1, 2, 3].iter().map(count).min()? >= at_least).then_some(())
+        });
+    };
+    std::thread::scope(|scope| {
+        let running: Vec<_> = publishers
+            .iter()
+            .map(|(client, topic, _)| {
+                let lab = &lab;
+                scope.spawn(move || {
+                    let args = ["--topic", topic, "--count", "600", "--interval", "0.02"];
+                    lab.publish(client, &args)
+                })
+            })
+            .collect();
+        under_way(50);
+        // A new version: the program is replaced, its maps are taken over.
+        for _ in 0..5 {
+            lab.mqtt_fwd(&["load"]);
+        }
+        // Out and in again; in between, the balancer does not know where packets belong.
+        lab.mqtt_fwd(&["unload", "--keep-state"]);
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        lab.mqtt_fwd(&["load"]);
+        healthy();
+        script(&["sidecar", "kill"]);
+        script(&["sidecar", "start"]);
+        healthy();
+        if katran {
+            for signal in ["kill", "stop"] {
+                script(&["katran", signal]);
+                script(&["katran", "start"]);
+                healthy();
+            }
+        }
+        script(&["sidecar", "stop"]);
+        script(&["sidecar", "start"]);
+        healthy();
+        let still_running = running.iter().filter(|p| !p.is_finished()).count();
+        assert_eq!(still_running, 6, "all of that has to happen under traffic");
+        let connections: Vec<_> = running.into_iter().map(|p| p.join().unwrap()).collect();
+        assert_eq!(connections, [1; 6], "connections of each client");
+    });
+    for (client, topic, real) in &publishers {
+        lab.wait_received(&format!("{topic} {client} 599"));
+        let lines = &lab.received()[real];
+        let missing: Vec<_> =
+            (2..600).filter(|i| !lines.contains(&format!("{topic} {client} {i}"))).collect();
+        assert!(missing.is_empty(), "{client} lost {missing:?}");
+    }
+}

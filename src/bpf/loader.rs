@@ -149,6 +149,24 @@ pub fn load_balancer(config: &Config, replace_maps: bool) -> Result<ProgramInfo>
     })
 }
 
+/// Takes `mqtt_fwd` out of the chain, and nothing else: the next [`load`] finds all flows and
+/// predictions. Until then packets go to the balancer as they came.
+pub fn take_out(config: &Config) -> Result<Unloaded> {
+    check_root()?;
+    let pins = config.pins();
+    pins.check()?;
+    let _lock = pins.lock()?;
+    let mut report = Unloaded::default();
+    let Some(chain) = Chain::open(&pins)? else { return Ok(report) };
+    if let Some(program) = check_position(&pins, &chain, chain::MQTT_FWD, "mqtt_fwd")? {
+        chain.clear(chain::MQTT_FWD)?;
+        pins::remove_pin(&pins.program("mqtt_fwd"))?;
+        report.removed.push(format!("{} (id {})", program.name, program.id));
+        report.kept.push(format!("maps in {}", pins.dir().display()));
+    }
+    Ok(report)
+}
+
 /// Takes out exactly what is ours: our programs, our pins, and the root if nobody else needs it.
 pub fn unload(config: &Config) -> Result<Unloaded> {
     check_root()?;

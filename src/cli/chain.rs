@@ -31,8 +31,23 @@ impl Load {
     }
 }
 
-pub fn unload(config: &Config) -> Result<(), Error> {
-    let report = loader::unload(config)?;
+#[derive(Debug, Args)]
+pub struct Unload {
+    /// Only take mqtt_fwd out of the chain; `load` puts it back with all that it knew
+    #[arg(long)]
+    keep_state: bool,
+}
+
+impl Unload {
+    pub fn run(&self, config: &Config) -> Result<(), Error> {
+        let report =
+            if self.keep_state { loader::take_out(config)? } else { loader::unload(config)? };
+        print(&report, config);
+        Ok(())
+    }
+}
+
+fn print(report: &loader::Unloaded, config: &Config) {
     for what in &report.removed {
         line(&format!("removed {what}"));
     }
@@ -42,5 +57,4 @@ pub fn unload(config: &Config) -> Result<(), Error> {
     if report.removed.is_empty() && report.kept.is_empty() {
         line(&format!("nothing of ours is on {}", config.interface));
     }
-    Ok(())
 }

@@ -59,8 +59,8 @@ enum Command {
     Check,
     /// Put mqtt_fwd into the chain on the interface (loader.sh)
     Load(chain::Load),
-    /// Take everything of ours out again
-    Unload,
+    /// Take everything of ours out again, or only mqtt_fwd
+    Unload(chain::Unload),
     /// Bring groups, reals, services and routes to what the configuration says (userspace.sh)
     Apply(sidecar::Apply),
     /// Load, apply and watch, in the foreground; SIGHUP reads the configuration again
@@ -126,7 +126,7 @@ fn run(cli: Cli) -> Result<(), Error> {
             Ok(())
         }
         Command::Load(args) => args.run(&config()?),
-        Command::Unload => chain::unload(&config()?),
+        Command::Unload(args) => args.run(&config()?),
         Command::Apply(args) => args.run(&config()?),
         Command::Run => sidecar::run(config()?),
         Command::Balancer(args) => args.run(&config()?),
