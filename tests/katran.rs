@@ -104,7 +104,7 @@ fn a_second_server_at_the_same_address_is_named_and_configured() {
         });
         let status = status(&net);
         assert_eq!(status["healthy"], false);
-        assert!(status["balancer"].as_str().unwrap().contains("stop all but one"), "{status}");
+        assert!(status["problems"].to_string().contains("stop all but one"), "{status}");
         // The position is the second's, and packets are forwarded again.
         wait_for("forwarding", || {
             let verdict = net.through_root(&Net::syn("10.1.1.1", 1)).verdict;
@@ -209,5 +209,38 @@ fn an_operator_sees_and_changes_vips_of_others_only() {
         let stats: serde_json::Value = serde_json::from_str(&katran(&["stats", "--json"])).unwrap();
         assert_eq!(stats["packets"], 1);
         assert_eq!(stats["misses_syn"], 1);
+    }
+}
+
+#[test]
+fn unloading_leaves_a_running_balancer_the_map_that_it_uses() {
+    for kind in Kind::silent() {
+        let net = prepare(kind);
+        net.ok(&["load"]);
+        let mut server = kind.start(&net, ENDPOINT);
+        net.ok(&["apply"]);
+        assert_eq!(status(&net)["healthy"], true);
+        if kind == Kind::Katran {
+            let unloaded = net.ok(&["unload"]);
+            assert!(unloaded.contains("mqtt_service_vips: balancer_ingres (id"), "{unloaded}");
+            net.ok(&["load"]);
+            net.ok(&["apply"]);
+            assert_eq!(status(&net)["healthy"], true, "the map is still the same");
+        }
+        // Somebody removes the pin, and the next load makes another map of that name.
+        net.ok(&["unload", "--keep-state"]);
+        std::fs::remove_file(net.bpf("mqtt_service_vips")).unwrap();
+        net.ok(&["load"]);
+        net.ok(&["apply"]);
+        let problem = status(&net)["problems"][0].to_string();
+        assert!(
+            problem.contains("does not use") && problem.contains("katran-patches/"),
+            "{problem}"
+        );
+        server.signal("KILL");
+        server.wait();
+        let _server = kind.start(&net, ENDPOINT);
+        net.ok(&["apply"]);
+        assert_eq!(status(&net)["healthy"], true);
     }
 }

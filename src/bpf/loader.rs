@@ -186,7 +186,12 @@ pub fn unload(config: &Config) -> Result<Unloaded> {
                     report.removed.push(format!("{} (id {})", program.name, program.id));
                 }
                 Ok(None) => {}
-                Err(foreign) => report.kept.push(foreign.to_string()),
+                Err(BpfError::ForeignProgram { program, id, .. }) => {
+                    report
+                        .kept
+                        .push(format!("{program} (id {id}) at position {position}: not ours"));
+                }
+                Err(e) => return Err(e),
             }
         }
     }
@@ -199,8 +204,19 @@ pub fn unload(config: &Config) -> Result<Unloaded> {
             }
         }
     }
-    if pins::remove_pin(&pins.service_vips())? {
-        report.removed.push(pins.service_vips().display().to_string());
+    let user = chain.as_ref().and_then(|chain| chain.program(chain::BALANCER));
+    match user.filter(|program| program.uses_pinned_map(&pins.service_vips())) {
+        // It would go on with its own, and a later one of this name would be another.
+        Some(program) => report.kept.push(format!(
+            "{}: {} (id {}) uses it",
+            pins.service_vips().display(),
+            program.name,
+            program.id
+        )),
+        None if pins::remove_pin(&pins.service_vips())? => {
+            report.removed.push(pins.service_vips().display().to_string());
+        }
+        None => {}
     }
     pins.remove_dirs();
     Ok(report)
@@ -288,9 +304,7 @@ fn shares_our_maps(pins: &Pins, name: &str, program: &ProgramInfo) -> bool {
         "mqtt_fwd" => pins.map("flows"),
         _ => pins.balancer_dir().join("connections"),
     };
-    MapHandle::from_pinned_path(map)
-        .and_then(|map| libbpf_rs::MapInfo::new(map.as_fd()))
-        .is_ok_and(|info| program.map_ids.contains(&info.info.id))
+    program.uses_pinned_map(&map)
 }
 
 /// The program pinned at a path.

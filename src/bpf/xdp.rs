@@ -3,8 +3,9 @@
 use std::mem::size_of;
 use std::net::UdpSocket;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::path::Path;
 
-use libbpf_rs::{Program, Xdp, XdpFlags};
+use libbpf_rs::{MapHandle, MapInfo, Program, Xdp, XdpFlags};
 
 use super::{BpfError, Result};
 use crate::config::XdpMode;
@@ -27,6 +28,13 @@ impl ProgramInfo {
     pub fn by_id(id: u32) -> Option<Self> {
         let fd = Program::fd_from_id(id).ok()?;
         Self::by_fd(fd.as_fd())
+    }
+
+    /// Does the program use the map that is pinned at a path?
+    pub fn uses_pinned_map(&self, path: &Path) -> bool {
+        MapHandle::from_pinned_path(path)
+            .and_then(|map| MapInfo::new(map.as_fd()))
+            .is_ok_and(|info| self.map_ids.contains(&info.info.id))
     }
 
     /// Of a program by its descriptor.

@@ -7,13 +7,12 @@ use serde::Serialize;
 use super::block_on;
 use super::table::{self, Output, line};
 use crate::balancer::client::Client;
-use crate::balancer::listeners;
 use crate::bpf::chain::{self, Chain};
 use crate::bpf::reasons::REASONS;
 use crate::bpf::xdp;
 use crate::config::{Config, XdpMode};
 use crate::sidecar::datapath::Datapath;
-use crate::sidecar::{Error, apply, view};
+use crate::sidecar::{Error, apply, health, view};
 
 #[derive(Serialize)]
 struct Status {
@@ -28,6 +27,7 @@ struct Status {
     clients: Option<usize>,
     flows: Option<usize>,
     counters: BTreeMap<&'static str, u64>,
+    problems: Vec<String>,
     healthy: bool,
 }
 
@@ -75,13 +75,13 @@ fn read(config: &Config) -> Result<Status, Error> {
         )
     };
     let counts = datapath.as_ref().map(count);
+    let problems = health::complaints(config);
     Ok(Status {
         interface: config.interface.clone(),
         healthy: attached.is_some()
-            && positions[chain::MQTT_FWD as usize].is_some()
-            && positions[chain::BALANCER as usize].is_some()
             && balancer_ok
-            && services.iter().all(|s| s.in_force),
+            && services.iter().all(|s| s.in_force)
+            && problems.is_empty(),
         mode: attached.as_ref().and(xdp::attached_mode(&config.interface)).map(|m| match m {
             XdpMode::Native => "native",
             XdpMode::Generic => "generic",
@@ -95,6 +95,7 @@ fn read(config: &Config) -> Result<Status, Error> {
         clients: counts.map(|c| c.0),
         flows: counts.map(|c| c.1),
         counters: counters_json(&counters),
+        problems,
     })
 }
 
@@ -106,10 +107,7 @@ fn balancer(config: &Config) -> (bool, String) {
         Ok(apply::difference(config, &mut client).await?)
     });
     match difference {
-        Ok(None) => match listeners::complaint(&config.balancer_endpoint) {
-            None => (true, format!("{at}: as configured")),
-            Some(complaint) => (false, complaint),
-        },
+        Ok(None) => (true, format!("{at}: as configured")),
         Ok(Some(difference)) => (false, format!("{at}: {difference}; `mqtt-fwd apply` mends it")),
         Err(e) => (false, e.to_string()),
     }
@@ -143,6 +141,9 @@ fn print(status: &Status) {
         status.interface,
         if status.healthy { "healthy" } else { "NOT HEALTHY" }
     ));
+    for problem in &status.problems {
+        line(&format!("problem    {problem}"));
+    }
     line(&format!(
         "root       {}{}",
         or_none(&status.attached),

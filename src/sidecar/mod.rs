@@ -10,6 +10,7 @@
 pub mod apply;
 pub mod datapath;
 pub mod events;
+pub mod health;
 pub mod identity;
 pub mod image;
 pub mod plan;

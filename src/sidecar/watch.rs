@@ -3,11 +3,8 @@
 use tracing::{info, warn};
 
 use super::datapath::Datapath;
-use super::{Result, apply};
+use super::{Result, apply, health};
 use crate::balancer::client::{BalancerError, Client};
-use crate::balancer::listeners;
-use crate::bpf::chain::{self, Chain};
-use crate::bpf::loader;
 use crate::config::{BalancerKind, Config};
 
 /// What was seen at the last look, so that only changes are logged.
@@ -29,9 +26,7 @@ impl Watch {
     /// Looks once.
     pub async fn look(&mut self, config: &Config, datapath: &Datapath) {
         let complaint = match self.apply(config, datapath).await {
-            Ok(()) => {
-                chain_complaint(config).or_else(|| listeners::complaint(&config.balancer_endpoint))
-            }
+            Ok(()) => Some(health::complaints(config).join("; ")).filter(|text| !text.is_empty()),
             Err(e) if self.applied_once => {
                 Some(format!("{e}; forwarding goes on with what is pinned"))
             }
@@ -98,25 +93,4 @@ async fn look_at_balancer(
             Ok((other, Some(format!("{difference} on a second server at the same address"))))
         }
     }
-}
-
-fn chain_complaint(config: &Config) -> Option<String> {
-    let pins = config.pins();
-    let chain = match Chain::open(&pins) {
-        Ok(Some(chain)) => chain,
-        Ok(None) => return Some(format!("{} is gone", pins.root_array().display())),
-        Err(e) => return Some(e.to_string()),
-    };
-    let ours = loader::pinned_program(&pins.program("mqtt_fwd")).map(|p| p.id);
-    if chain.program(chain::MQTT_FWD).map(|p| p.id) != ours {
-        return Some("mqtt_fwd is not in its position; `mqtt-fwd load` puts it back".to_owned());
-    }
-    if chain.program(chain::BALANCER).is_none() {
-        return Some(
-            "nobody is in the balancer's position, and packets go to this host's own stack; \
-             start the balancer again"
-                .to_owned(),
-        );
-    }
-    None
 }

@@ -1,0 +1,44 @@
+//! Is everything in its place? What `run` watches and `status` shows.
+
+use crate::balancer::listeners;
+use crate::bpf::chain::{self, Chain};
+use crate::bpf::loader;
+use crate::config::Config;
+
+/// What is wrong, each with what to do about it; the balancer's state is not looked at.
+pub fn complaints(config: &Config) -> Vec<String> {
+    let pins = config.pins();
+    let chain = match Chain::open(&pins) {
+        Ok(Some(chain)) => chain,
+        Ok(None) => {
+            let path = pins.root_array().display();
+            return vec![format!("there is no {path}; `mqtt-fwd load` makes it")];
+        }
+        Err(e) => return vec![e.to_string()],
+    };
+    let mut complaints = Vec::new();
+    let ours = loader::pinned_program(&pins.program("mqtt_fwd")).map(|p| p.id);
+    if ours.is_none() || chain.program(chain::MQTT_FWD).map(|p| p.id) != ours {
+        complaints.push("mqtt_fwd is not in its position; `mqtt-fwd load` puts it back".to_owned());
+    }
+    match chain.program(chain::BALANCER) {
+        None => complaints.push(
+            "nobody is in the balancer's position, and packets go to this host's own stack; \
+             start the balancer"
+                .to_owned(),
+        ),
+        Some(program) if !program.uses_pinned_map(&pins.service_vips()) => {
+            complaints.push(format!(
+                "{} (id {}) does not use {}, so reals get packets with a group's VIP inside: is it \
+                 built with katran-patches/, and started with the same bpffs? restart it if the \
+                 map was made anew",
+                program.name,
+                program.id,
+                pins.service_vips().display()
+            ));
+        }
+        Some(_) => {}
+    }
+    complaints.extend(listeners::complaint(&config.balancer_endpoint));
+    complaints
+}

@@ -1,0 +1,217 @@
+//! katran-patches/apply, on a source tree that has what matters of Katran's, in our words. Where
+//! KATRAN_SOURCE names a real one, on that, too.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const BALANCER: &str = "katran/lib/bpf/balancer.bpf.c";
+const HEADER: &str = "katran/lib/bpf/mqtt_service.h";
+const INCLUDE: &str = "#include \"katran/lib/bpf/mqtt_service.h\"\n";
+const CALL: &str =
+    "  mqtt_restore_service(\n      data + nh_off, data_end, is_ipv6, &pckt, &vip, vip_info);\n";
+
+/// A program with the same names in the same order, and some traps around them.
+const SOURCE: &str = r#"/* process_packet() { PCKT_DATA_LEN } */
+#include <stddef.h>
+#include "katran/lib/bpf/balancer_consts.h"
+#include "katran/lib/bpf/handle_icmp.h"
+#include "katran/lib/bpf/pckt_encap.h"
+
+static int other(struct xdp_md* xdp) {
+  // { an unbalanced brace in a comment, and PCKT_DATA_LEN
+  const char* text = "} process_packet(";
+  return PCKT_DATA_LEN(xdp) > MAX_PCKT_SIZE;
+}
+
+static int process_packet(struct xdp_md* xdp, __u64 nh_off, bool is_ipv6) {
+  void *data = 0, *data_end = 0;
+  struct packet_description pckt = {};
+  struct vip_definition vip = {};
+  struct vip_meta* vip_info = bpf_map_lookup_elem(&vip_map, &vip);
+  if (!vip_info) {
+#ifdef CIDR_VIP
+    vip_info = other(xdp);
+#endif
+    vip_info = bpf_map_lookup_elem(&vip_map, &vip);
+  }
+
+  __u64 length = PCKT_DATA_LEN(xdp);
+  if (length > MAX_PCKT_SIZE) {
+    return XDP_DROP;
+  }
+  return XDP_TX;
+}
+"#;
+
+struct Tree(tempfile::TempDir);
+
+impl Tree {
+    fn new(source: &str) -> Self {
+        let tree = Self(tempfile::tempdir().unwrap());
+        std::fs::create_dir_all(tree.path("katran/lib/bpf")).unwrap();
+        tree.write(BALANCER, source);
+        tree.write("katran/lib/bpf/balancer_consts.h", "#define F_LAST (1 << 9)\n");
+        tree
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        std::fs::write(self.path(name), text).unwrap();
+    }
+
+    fn read(&self, name: &str) -> String {
+        std::fs::read_to_string(self.path(name)).unwrap()
+    }
+
+    /// What it says, or what it refuses with.
+    fn apply(&self, options: &[&str]) -> Result<String, String> {
+        apply(self.0.path(), options)
+    }
+}
+
+fn apply(tree: &Path, options: &[&str]) -> Result<String, String> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("katran-patches/apply");
+    let output = Command::new(script).args(options).arg(tree).output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    if output.status.success() { Ok(text(output.stdout)) } else { Err(text(output.stderr)) }
+}
+
+#[test]
+fn the_lines_go_where_their_surroundings_say_and_come_out_again() {
+    let tree = Tree::new(SOURCE);
+    assert!(tree.apply(&["--check"]).unwrap_err().contains("not applied"));
+    let said = tree.apply(&[]).unwrap();
+    assert!(said.contains("applied (another Katran, places found by name)"), "{said}");
+
+    let judged = "  __u64 length = PCKT_DATA_LEN(xdp);\n";
+    let expected = SOURCE
+        .replace(
+            "#include \"katran/lib/bpf/pckt",
+            &format!("{INCLUDE}#include \"katran/lib/bpf/pckt"),
+        )
+        .replace(judged, &format!("{CALL}{judged}"));
+    assert_eq!(tree.read(BALANCER), expected);
+    assert!(tree.read(HEADER).contains("mqtt_restore_service("));
+
+    assert!(tree.apply(&[]).unwrap().contains("applied already, and right"));
+    assert!(tree.apply(&["--check"]).unwrap().contains("applied, and right"));
+    assert!(tree.apply(&["--revert"]).unwrap().contains("taken out"));
+    assert_eq!(tree.read(BALANCER), SOURCE);
+    assert!(!tree.path(HEADER).exists());
+    assert!(tree.apply(&["--revert"]).unwrap().contains("nothing to take out"));
+}
+
+#[test]
+fn where_the_surroundings_are_not_there_nothing_is_changed() {
+    let size = "  __u64 length = PCKT_DATA_LEN(xdp);\n";
+    let lookup = "    vip_info = bpf_map_lookup_elem(&vip_map, &vip);\n";
+    let cases = [
+        (
+            SOURCE.replace("process_packet(struct", "handle_packet(struct"),
+            "not exactly one function",
+        ),
+        (SOURCE.replace("&vip_map", "&vips"), "does not look into vip_map"),
+        (
+            SOURCE.replace("PCKT_DATA_LEN", "LENGTH").replace("MAX_PCKT_SIZE", "2000"),
+            "does not judge",
+        ),
+        (
+            SOURCE.replace(lookup, "").replace(size, &format!("{size}{lookup}")),
+            "before the VIP is known",
+        ),
+        (SOURCE.replace(size, &format!("#ifdef X\n{size}#endif\n")), "in a branch only"),
+        (
+            SOURCE.replace(size, "  if (vip_info) {\n  __u64 length = PCKT_DATA_LEN(xdp);\n  }\n"),
+            "in a branch only",
+        ),
+        (SOURCE.replace("nh_off", "offset"), "has no nh_off"),
+        (SOURCE.replace("length = PCKT", "length =\n      PCKT"), "in the middle of a statement"),
+        (SOURCE.replace("katran/lib/bpf/", ""), "to put our include behind"),
+    ];
+    for (source, why) in cases {
+        let tree = Tree::new(&source);
+        let refusal = tree.apply(&[]).unwrap_err();
+        assert!(refusal.contains(why), "{why:?} expected: {refusal}");
+        assert_eq!(refusal.lines().count(), 1, "{refusal}");
+        assert_eq!(tree.read(BALANCER), source);
+        assert!(!tree.path(HEADER).exists());
+    }
+}
+
+#[test]
+fn what_was_moved_or_changed_afterwards_is_noticed() {
+    let patched = {
+        let tree = Tree::new(SOURCE);
+        tree.apply(&[]).unwrap();
+        tree.read(BALANCER)
+    };
+    // Into the wrong function; only the include; a changed header; a flag that is taken.
+    let moved = patched.replace(CALL, "").replace("  return PCKT", &format!("{CALL}  return PCKT"));
+    let tree = Tree::new(&moved);
+    assert!(tree.apply(&["--check"]).unwrap_err().contains("not where they belong"));
+    assert!(tree.apply(&[]).unwrap_err().contains("not where they belong"));
+    tree.apply(&["--revert"]).unwrap();
+    assert_eq!(tree.read(BALANCER), SOURCE);
+    tree.apply(&[]).unwrap();
+    assert_eq!(tree.read(BALANCER), patched);
+
+    tree.write(HEADER, "/* another */\n");
+    assert!(tree.apply(&["--check"]).unwrap_err().contains("missing or another version"));
+
+    let tree = Tree::new(&patched.replace(CALL, ""));
+    assert!(tree.apply(&[]).unwrap_err().contains("only some of our lines are there"));
+
+    let tree = Tree::new(SOURCE);
+    tree.write("katran/lib/bpf/balancer_consts.h", "#define F_NEW (1 << 30)\n");
+    assert!(tree.apply(&[]).unwrap_err().contains("F_NEW is bit 30, too"));
+    assert_eq!(tree.read(BALANCER), SOURCE);
+
+    let tree = Tree::new(SOURCE);
+    tree.write(HEADER, "/* somebody's */\n");
+    assert!(tree.apply(&[]).unwrap_err().contains("is not ours"));
+    let nothing = tempfile::tempdir().unwrap();
+    assert!(
+        apply(nothing.path(), &[]).unwrap_err().contains("give the top of a Katran source tree")
+    );
+}
+
+#[test]
+fn the_patches_only_add() {
+    let patches = Path::new(env!("CARGO_MANIFEST_DIR")).join("katran-patches");
+    for entry in std::fs::read_dir(patches).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|e| e != "patch") {
+            continue;
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        let hunks = text.split_once("\n@@").unwrap().1;
+        let foreign: Vec<_> = hunks
+            .lines()
+            .skip(1)
+            .filter(|l| !l.starts_with('+') && !(l.starts_with("@@ ") && l.ends_with(" @@")))
+            .collect();
+        assert!(foreign.is_empty(), "{}: {foreign:?}", path.display());
+    }
+}
+
+/// On the commit that the patches are made for, the result is the very file that they name.
+#[test]
+fn a_real_katran_takes_them() {
+    let Some(source) = std::env::var_os("KATRAN_SOURCE") else {
+        return; // scripts/test --katran says what to set
+    };
+    let tree = Tree::new(&std::fs::read_to_string(Path::new(&source).join(BALANCER)).unwrap());
+    tree.apply(&["--revert"]).unwrap();
+    let original = tree.read(BALANCER);
+    for shift in ["", "/* a line more */\n"] {
+        tree.write(BALANCER, &format!("{shift}{original}"));
+        tree.apply(&[]).unwrap();
+        tree.apply(&["--check"]).unwrap();
+        assert_eq!(tree.read(BALANCER).matches(CALL).count(), 1);
+        tree.apply(&["--revert"]).unwrap();
+        assert_eq!(tree.read(BALANCER), format!("{shift}{original}"));
+    }
+}
