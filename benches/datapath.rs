@@ -4,14 +4,10 @@
 //!
 //! `rewind` (bpf/rewind.bpf.c) makes the packet of the last run the next packet of a client.
 
+mod common;
 #[path = "../tests/support/mod.rs"]
 #[allow(unused)]
 mod support;
-
-#[allow(warnings, clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks)]
-mod rewind {
-    include!(concat!(env!("OUT_DIR"), "/rewind.skel.rs"));
-}
 
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, SocketAddr};
@@ -31,8 +27,6 @@ use rewind::{RewindSkel, RewindSkelBuilder};
 use support::datapath::{Fixture, SERVICE, SERVICE6, XDP_TX, sentinel, test_run};
 use support::{mqtt, packet};
 
-const ROUNDS: usize = 7;
-const REPEAT: u32 = 400_000;
 const MILLION: u32 = 1_000_000;
 
 /// Everything belongs to the default group, so that nothing is mispredicted.
@@ -57,81 +51,6 @@ default_group = "default"
 max_packet = 1460
 group = [{ name = "default", vip = "fd01:50::250", reals = [{ address = "fd01:3::203" }] }]
 "#;
-
-#[derive(Clone)]
-struct Case {
-    packet: Vec<u8>,
-    dst: IpAddr,
-    src: IpAddr,
-    clients: u32,
-    seq_step: u32,
-    topic_offset: u32,
-}
-
-struct Bench {
-    fixture: Fixture,
-    end: OwnedFd,
-}
-
-fn load_rewind(case: &Case, wrapped: u16, fixture: &Fixture) -> RewindSkel<'static> {
-    let storage: &'static mut MaybeUninit<OpenObject> = Box::leak(Box::new(MaybeUninit::uninit()));
-    let mut open = RewindSkelBuilder::default().open(storage).unwrap();
-    let rodata = open.maps.rodata_data.as_deref_mut().unwrap();
-    rodata.clients = case.clients;
-    rodata.clients_mask = case.clients.next_power_of_two() - 1;
-    rodata.seq_step = case.seq_step;
-    rodata.topic_offset = case.topic_offset;
-    rodata.wrapped = wrapped;
-    rodata.dst = addr_words(case.dst);
-    rodata.src = addr_words(case.src);
-    open.maps.root_array.reuse_fd(fixture.skel.maps.root_array.as_fd()).unwrap();
-    open.load().unwrap()
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-impl Bench {
-    fn put(&self, position: u32, program: BorrowedFd<'_>) {
-        let fd = program.as_raw_fd().cast_unsigned();
-        let array = &self.fixture.skel.maps.root_array;
-        array.update(position.bytes(), fd.bytes(), MapFlags::ANY).unwrap();
-    }
-
-    /// Average of one call, with `program` behind `rewind`.
-    fn run(&self, rewind: &RewindSkel<'_>, program: BorrowedFd<'_>, packet: &[u8]) -> f64 {
-        self.put(chain::MQTT_FWD, program);
-        let repeat = REPEAT.max(2 * rewind.maps.rodata_data.as_ref().unwrap().clients);
-        let (outcome, ns) = test_run(&rewind.progs.rewind.as_fd(), packet, repeat);
-        assert_eq!(outcome.verdict, XDP_TX, "the chain was left early: {:02x?}", outcome.packet);
-        f64::from(ns)
-    }
-
-    /// Sends every client's next packet once, so that flows and topics are there.
-    fn round(&self, rewind: &RewindSkel<'_>, packet: &[u8], clients: u32) {
-        self.put(chain::MQTT_FWD, self.fixture.skel.progs.mqtt_fwd.as_fd());
-        test_run(&rewind.progs.rewind.as_fd(), packet, clients);
-    }
-
-    /// Nanoseconds that mqtt_fwd adds.
-    fn measure(&self, case: &Case, prepare: impl Fn(&RewindSkel<'_>)) -> f64 {
-        let rewind = load_rewind(case, 0, &self.fixture);
-        // The bare chain has one of its own: mqtt_fwd must see every sequence number.
-        let bare = load_rewind(case, 0, &self.fixture);
-        prepare(&rewind);
-        let mqtt_fwd = self.fixture.skel.progs.mqtt_fwd.as_fd();
-        self.run(&rewind, mqtt_fwd, &case.packet);
-        let differences = (0..ROUNDS)
-            .map(|_| {
-                let bare = self.run(&bare, self.end.as_fd(), &case.packet);
-                self.run(&rewind, mqtt_fwd, &case.packet) - bare
-            })
-            .collect();
-        median(differences)
-    }
-}
 
 fn client_addr(v6: bool) -> SocketAddr {
     if v6 { "[fd01:1::]:4000" } else { "11.0.0.0:4000" }.parse().unwrap()

@@ -155,29 +155,7 @@ fn an_icmp_error_about_a_flow_goes_to_its_group() {
         first.data(&mqtt::publish(b"sensor/a", 0, b"1"));
         let c = Conn::open(&f, &client.replace("4000", "4001"));
         // What a router between real and client says about a packet service → client.
-        let quoted = packet::tcp(c.service, c.client, 9, 9, |_| {}, &[b'x'; 100]);
-        let builder = etherparse::PacketBuilder::ethernet2(packet::CLIENT_MAC, packet::LB_MAC);
-        let mut sent = Vec::new();
-        match (c.client.ip(), c.service.ip()) {
-            (std::net::IpAddr::V4(_), std::net::IpAddr::V4(service)) => builder
-                .ipv4([10, 1, 9, 9], service.octets(), 64)
-                .icmpv4(etherparse::Icmpv4Type::DestinationUnreachable(
-                    etherparse::icmpv4::DestUnreachableHeader::FragmentationNeeded {
-                        next_hop_mtu: 1300,
-                    },
-                ))
-                .write(&mut sent, &quoted[14..]),
-            (_, std::net::IpAddr::V6(service)) => builder
-                .ipv6(
-                    "fd01:9::9".parse::<std::net::Ipv6Addr>().unwrap().octets(),
-                    service.octets(),
-                    64,
-                )
-                .icmpv6(etherparse::Icmpv6Type::PacketTooBig { mtu: 1300 })
-                .write(&mut sent, &quoted[14..]),
-            _ => unreachable!(),
-        }
-        .unwrap();
+        let sent = packet::icmp_error(c.service, c.client);
 
         assert_eq!(c.seen(&sent), seen("a", &["icmp_error 1"]));
         // The quoted source is the group VIP, too: that is what Katran looks up.

@@ -4,6 +4,7 @@
 
 pub mod conn;
 pub mod datapath;
+pub mod katran_object;
 pub mod model;
 pub mod mqtt;
 pub mod net;

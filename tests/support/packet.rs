@@ -35,6 +35,29 @@ pub fn tcp(
     packet
 }
 
+/// What a router between real and client says about a packet service → client that is too big.
+pub fn icmp_error(service: SocketAddr, client: SocketAddr) -> Vec<u8> {
+    let quoted = tcp(service, client, 9, 9, |_| {}, &[b'x'; 100]);
+    let eth = PacketBuilder::ethernet2(CLIENT_MAC, LB_MAC);
+    let mut packet = Vec::new();
+    match service.ip() {
+        IpAddr::V4(addr) => eth
+            .ipv4([10, 1, 9, 9], addr.octets(), 64)
+            .icmpv4(etherparse::Icmpv4Type::DestinationUnreachable(
+                etherparse::icmpv4::DestUnreachableHeader::FragmentationNeeded {
+                    next_hop_mtu: 1300,
+                },
+            ))
+            .write(&mut packet, &quoted[14..]),
+        IpAddr::V6(addr) => eth
+            .ipv6("fd01:9::9".parse::<std::net::Ipv6Addr>().unwrap().octets(), addr.octets(), 64)
+            .icmpv6(etherparse::Icmpv6Type::PacketTooBig { mtu: 1300 })
+            .write(&mut packet, &quoted[14..]),
+    }
+    .unwrap();
+    packet
+}
+
 /// Destination address of a packet's (outer) IP header.
 pub fn dst(packet: &[u8]) -> IpAddr {
     match packet[12..14] {

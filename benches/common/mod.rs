@@ -1,0 +1,97 @@
+//! What the benches share: a packet that `rewind` (bpf/rewind.bpf.c) makes the next packet of a
+//! client, again and again, and what a program behind it costs.
+
+use std::mem::MaybeUninit;
+use std::net::IpAddr;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+
+use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
+use libbpf_rs::{MapCore as _, MapFlags, OpenObject};
+use mqtt_fwd::bpf::chain;
+use mqtt_fwd::bpf::types::{Pod as _, addr_words};
+use rewind::{RewindSkel, RewindSkelBuilder};
+
+use crate::support::datapath::{Fixture, XDP_TX, test_run};
+
+#[allow(warnings, clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks)]
+pub mod rewind {
+    include!(concat!(env!("OUT_DIR"), "/rewind.skel.rs"));
+}
+
+pub const ROUNDS: usize = 7;
+pub const REPEAT: u32 = 400_000;
+
+#[derive(Clone)]
+pub struct Case {
+    pub packet: Vec<u8>,
+    pub dst: IpAddr,
+    pub src: IpAddr,
+    pub clients: u32,
+    pub seq_step: u32,
+    pub topic_offset: u32,
+}
+
+pub struct Bench {
+    pub fixture: Fixture,
+    pub end: OwnedFd,
+}
+
+pub fn load_rewind(case: &Case, wrapped: u16, fixture: &Fixture) -> RewindSkel<'static> {
+    let storage: &'static mut MaybeUninit<OpenObject> = Box::leak(Box::new(MaybeUninit::uninit()));
+    let mut open = RewindSkelBuilder::default().open(storage).unwrap();
+    let rodata = open.maps.rodata_data.as_deref_mut().unwrap();
+    rodata.clients = case.clients;
+    rodata.clients_mask = case.clients.next_power_of_two() - 1;
+    rodata.seq_step = case.seq_step;
+    rodata.topic_offset = case.topic_offset;
+    rodata.wrapped = wrapped;
+    rodata.dst = addr_words(case.dst);
+    rodata.src = addr_words(case.src);
+    open.maps.root_array.reuse_fd(fixture.skel.maps.root_array.as_fd()).unwrap();
+    open.load().unwrap()
+}
+
+pub fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+impl Bench {
+    pub fn put(&self, position: u32, program: BorrowedFd<'_>) {
+        let fd = program.as_raw_fd().cast_unsigned();
+        let array = &self.fixture.skel.maps.root_array;
+        array.update(position.bytes(), fd.bytes(), MapFlags::ANY).unwrap();
+    }
+
+    /// Average of one call, with `program` behind `rewind`.
+    pub fn run(&self, rewind: &RewindSkel<'_>, program: BorrowedFd<'_>, packet: &[u8]) -> f64 {
+        self.put(chain::MQTT_FWD, program);
+        let repeat = REPEAT.max(2 * rewind.maps.rodata_data.as_ref().unwrap().clients);
+        let (outcome, ns) = test_run(&rewind.progs.rewind.as_fd(), packet, repeat);
+        assert_eq!(outcome.verdict, XDP_TX, "the chain was left early: {:02x?}", outcome.packet);
+        f64::from(ns)
+    }
+
+    /// Sends every client's next packet once, so that flows and topics are there.
+    pub fn round(&self, rewind: &RewindSkel<'_>, packet: &[u8], clients: u32) {
+        self.put(chain::MQTT_FWD, self.fixture.skel.progs.mqtt_fwd.as_fd());
+        test_run(&rewind.progs.rewind.as_fd(), packet, clients);
+    }
+
+    /// Nanoseconds that mqtt_fwd adds.
+    pub fn measure(&self, case: &Case, prepare: impl Fn(&RewindSkel<'_>)) -> f64 {
+        let rewind = load_rewind(case, 0, &self.fixture);
+        // The bare chain has one of its own: mqtt_fwd must see every sequence number.
+        let bare = load_rewind(case, 0, &self.fixture);
+        prepare(&rewind);
+        let mqtt_fwd = self.fixture.skel.progs.mqtt_fwd.as_fd();
+        self.run(&rewind, mqtt_fwd, &case.packet);
+        let differences = (0..ROUNDS)
+            .map(|_| {
+                let bare = self.run(&bare, self.end.as_fd(), &case.packet);
+                self.run(&rewind, mqtt_fwd, &case.packet) - bare
+            })
+            .collect();
+        median(differences)
+    }
+}
