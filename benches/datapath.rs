@@ -11,8 +11,10 @@ mod support;
 
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::AsFd as _;
 
+use common::rewind::RewindSkel;
+use common::{Bench, Case, ROUNDS, load_rewind, median};
 use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
 use libbpf_rs::{MapCore as _, MapFlags, OpenObject};
 use mqtt_fwd::bpf::chain;
@@ -23,8 +25,7 @@ use mqtt_fwd::bpf::types::{
 };
 use mqtt_fwd::bpf::xdp::ProgramInfo;
 use mqtt_fwd::config::MapSizes;
-use rewind::{RewindSkel, RewindSkelBuilder};
-use support::datapath::{Fixture, SERVICE, SERVICE6, XDP_TX, sentinel, test_run};
+use support::datapath::{Fixture, SERVICE, SERVICE6, XDP_TX, sentinel};
 use support::{mqtt, packet};
 
 const MILLION: u32 = 1_000_000;
