@@ -68,7 +68,7 @@ enum Command {
     /// Run only the embedded balancer, in the foreground
     Balancer(sidecar::Balancer),
     /// Show chain, services, balancer and counters
-    Status(table::Output),
+    Status(status::Show),
     /// Show clients with their predictions
     Clients(table::Output),
     /// Show flows with their groups
@@ -130,7 +130,7 @@ fn run(cli: Cli) -> Result<(), Error> {
         Command::Apply(args) => args.run(&config()?),
         Command::Run => sidecar::run(config()?),
         Command::Balancer(args) => args.run(&config()?),
-        Command::Status(output) => status::run(&config()?, output),
+        Command::Status(args) => args.run(&config()?),
         Command::Clients(output) => tables::clients(&config()?, output),
         Command::Flows(output) => tables::flows(&config()?, output),
         Command::Routes(args) => {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use clap::Args;
 use serde::Serialize;
 
 use super::block_on;
@@ -44,14 +45,30 @@ pub fn counters_json(counters: &[u64]) -> BTreeMap<&'static str, u64> {
     REASONS.iter().map(|r| r.name).zip(counters.iter().copied()).collect()
 }
 
-pub fn run(config: &Config, output: Output) -> Result<(), Error> {
-    let status = read(config)?;
-    if output.json {
-        table::json(&status);
-    } else {
-        print(&status);
+#[derive(Debug, Args)]
+pub struct Show {
+    /// Print nothing, and end with 1 unless everything is healthy
+    #[arg(long)]
+    check: bool,
+
+    #[command(flatten)]
+    output: Output,
+}
+
+impl Show {
+    pub fn run(&self, config: &Config) -> Result<(), Error> {
+        let status = read(config)?;
+        if self.check && !status.healthy {
+            let problems = [&status.problems[..], &[status.balancer]].concat().join("; ");
+            return Err(Error::Unhealthy { interface: config.interface.clone(), problems });
+        }
+        if self.output.json {
+            table::json(&status);
+        } else if !self.check {
+            print(&status);
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 fn read(config: &Config) -> Result<Status, Error> {

@@ -33,6 +33,8 @@ pub enum Error {
     Balancer(#[from] BalancerError),
     #[error("service {service}: {problem}")]
     Service { service: String, problem: String },
+    #[error("{interface} is not healthy: {problems}")]
+    Unhealthy { interface: String, problems: String },
     /// Input that is well-formed, and would do harm.
     #[error("{0}")]
     Refused(String),
