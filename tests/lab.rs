@@ -507,3 +507,69 @@ fn parts_taken_out_and_put_back_cost_no_established_connection() {
         assert!(missing.is_empty(), "{client} lost {missing:?}");
     }
 }
+
+/// Ethernet frames of a capture file (https://www.tcpdump.org/manpages/pcap-savefile.5.html).
+fn frames(file: &std::path::Path) -> Vec<Vec<u8>> {
+    let bytes = std::fs::read(file).unwrap_or_default();
+    let mut rest = bytes.get(24..).unwrap_or_default();
+    let mut frames = Vec::new();
+    while let Some(length) = rest.get(8..12) {
+        let length = u32::from_ne_bytes(length.try_into().unwrap()) as usize;
+        let Some(frame) = rest.get(16..16 + length) else { break };
+        frames.push(frame.to_vec());
+        rest = &rest[16 + length..];
+    }
+    frames
+}
+
+#[test]
+fn captured_at_the_real_s_door_the_inner_destination_is_the_service() {
+    let lab = Lab::up(&config(ONE_REAL_EACH, &[("sensor/a", "a")]), &[]);
+    let file = PathBuf::from(format!("/run/mqtt-fwd-lab/{}/r1.pcap", lab.name));
+    let mut capture = lab
+        .script("exec")
+        .args([
+            "gw",
+            "tcpdump",
+            "-n",
+            "-U",
+            "--immediate-mode",
+            "-i",
+            "r1",
+            "-w",
+            file.to_str().unwrap(),
+        ])
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_for("tcpdump", || file.metadata().is_ok_and(|m| m.len() >= 24).then_some(()));
+    for host in ["10.1.50.200", "fd01:50::200"] {
+        for _ in 0..2 {
+            let args = ["--host", host, "--topic", "sensor/a", "--qos", "1", "--count", "20"];
+            lab.publish("c1", &args);
+        }
+    }
+    wait_for("the capture", || (frames(&file).len() > 100).then_some(()));
+    let mut services = std::collections::BTreeMap::<String, usize>::new();
+    for frame in frames(&file) {
+        let (protocol, outer) = match frame[12..14] {
+            [0x08, 0x00] => (frame[23], 14 + 20),
+            [0x86, 0xdd] => (frame[20], 14 + 40),
+            _ => continue,
+        };
+        let inner = match protocol {
+            4 | 41 => &frame[outer..],
+            17 => &frame[outer + 8..],
+            _ => continue,
+        };
+        let ether_type = if inner[0] >> 4 == 4 { [0x08, 0x00] } else { [0x86, 0xdd] };
+        let sent = [&frame[..12], &ether_type, inner].concat();
+        assert!(support::packet::ip_checksum_right(&sent));
+        assert!(support::packet::tcp_checksum_right(&sent), "of {}", support::packet::dst(&sent));
+        *services.entry(support::packet::dst(&sent).to_string()).or_default() += 1;
+    }
+    capture.kill().unwrap();
+    capture.wait().unwrap();
+    assert_eq!(services.keys().collect::<Vec<_>>(), ["10.1.50.200", "fd01:50::200"]);
+    assert!(services.values().all(|n| *n >= 10), "{services:?}");
+}
