@@ -97,11 +97,17 @@ impl Lab {
 
     /// scripts/publisher: many messages over one connection. Returns connections that it took.
     fn publish(&self, host: &str, args: &[&str]) -> usize {
+        self.publish_counted(host, args).0
+    }
+
+    /// The same, with the number of messages.
+    fn publish_counted(&self, host: &str, args: &[&str]) -> (usize, u64) {
         let output = self.script("publish").arg(host).args(args).output().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
         assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
         let summary: serde_json::Value = serde_json::from_str(text.trim()).unwrap();
-        summary["connections"].as_array().unwrap().len()
+        let connections = summary["connections"].as_array().unwrap().len();
+        (connections, summary["sent"].as_u64().unwrap())
     }
 
     fn received_file(&self, real: u32) -> PathBuf {
@@ -460,14 +466,15 @@ fn parts_taken_out_and_put_back_cost_no_established_connection() {
             ([1, 2, 3].iter().map(count).min()? >= at_least).then_some(())
         });
     };
-    std::thread::scope(|scope| {
+    let enough = format!("/run/mqtt-fwd-lab/{}/enough", lab.name);
+    let sent: Vec<u64> = std::thread::scope(|scope| {
         let running: Vec<_> = publishers
             .iter()
             .map(|(client, topic, _)| {
                 let lab = &lab;
+                let enough = enough.clone();
                 scope.spawn(move || {
-                    let args = ["--topic", topic, "--count", "600", "--interval", "0.02"];
-                    lab.publish(client, &args)
+                    lab.publish_counted(client, &["--topic", topic, "--until", &enough])
                 })
             })
             .collect();
@@ -494,16 +501,18 @@ fn parts_taken_out_and_put_back_cost_no_established_connection() {
         script(&["sidecar", "stop"]);
         script(&["sidecar", "start"]);
         healthy();
-        let still_running = running.iter().filter(|p| !p.is_finished()).count();
-        assert_eq!(still_running, 6, "all of that has to happen under traffic");
-        let connections: Vec<_> = running.into_iter().map(|p| p.join().unwrap()).collect();
-        assert_eq!(connections, [1; 6], "connections of each client");
+        under_way(50 + lab.received()[&1].len());
+        std::fs::write(&enough, "").unwrap();
+        let results: Vec<_> = running.into_iter().map(|p| p.join().unwrap()).collect();
+        assert!(results.iter().all(|(connections, _)| *connections == 1), "{results:?}");
+        results.into_iter().map(|(_, sent)| sent).collect()
     });
-    for (client, topic, real) in &publishers {
-        lab.wait_received(&format!("{topic} {client} 599"));
+    println!("one connection each; messages sent: {sent:?}");
+    for ((client, topic, real), sent) in publishers.iter().zip(sent) {
+        lab.wait_received(&format!("{topic} {client} {}", sent - 1));
         let lines = &lab.received()[real];
         let missing: Vec<_> =
-            (2..600).filter(|i| !lines.contains(&format!("{topic} {client} {i}"))).collect();
+            (2..sent).filter(|i| !lines.contains(&format!("{topic} {client} {i}"))).collect();
         assert!(missing.is_empty(), "{client} lost {missing:?}");
     }
 }
