@@ -1,167 +1,13 @@
 //! The prototype's tests, with real clients (mosquitto_pub, paho) and real brokers (mosquitto) in
 //! the lab of namespaces. Each test says which of the prototype's it is, and which of its
 //! limitations it no longer has.
-//!
-//! With the embedded balancer; where KATRAN_SERVER and KATRAN_BALANCER name a Katran (see
-//! scripts/lab), with that.
 
 mod support;
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::process::{Command, Output};
-use std::sync::atomic::{AtomicU32, Ordering};
 
+use support::lab::{Lab, ONE_REAL_EACH, config, frames};
 use support::net::wait_for;
-
-static NEXT: AtomicU32 = AtomicU32::new(0);
-
-struct Lab {
-    name: String,
-}
-
-/// A group's name, its VIP's last number, and its reals'.
-type Group = (&'static str, u8, &'static [u8]);
-
-fn config(groups: &[Group], routes: &[(&str, &str)]) -> String {
-    let mut text = "interface = \"eth0\"\nbpffs = \"@BPFFS@\"\nbalancer = \"embedded\"\n\
-                    gateway_mac = \"@GATEWAY_MAC@\"\n[maps]\nclients = 1000\nflows = 1000\n\
-                    topics = 1000\nroute_states = 1000\nvips = 16\n"
-        .to_owned();
-    for (name, address, vip, real) in [
-        ("mqtt", "10.1.50.200", "10.1.50.", "10.1.3."),
-        ("mqtt6", "fd01:50::200", "fd01:50::", "fd01:3::"),
-    ] {
-        text += &format!(
-            "[[service]]\nname = \"{name}\"\naddress = \"{address}\"\ndefault_group = \"default\"\n"
-        );
-        for (group, number, reals) in groups {
-            text += &format!("[[service.group]]\nname = \"{group}\"\nvip = \"{vip}{number}\"\n");
-            for r in *reals {
-                text += &format!("[[service.group.reals]]\naddress = \"{real}{r}\"\n");
-            }
-        }
-        for (topic, group) in routes {
-            text += &format!("[[service.route]]\ntopic = \"{topic}\"\ngroup = \"{group}\"\n");
-        }
-    }
-    text
-}
-
-impl Lab {
-    fn up(config: &str, options: &[&str]) -> Self {
-        let name = format!("t{}x{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let lab = Self { name };
-        let file = std::env::temp_dir().join(format!("{}.toml", lab.name));
-        std::fs::write(&file, config).unwrap();
-        let output = lab
-            .script("up")
-            .args(["--config", file.to_str().unwrap()])
-            .args(options)
-            .args(std::env::var_os("KATRAN_SERVER").map(|_| "--katran"))
-            .output()
-            .unwrap();
-        std::fs::remove_file(&file).unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        lab
-    }
-
-    fn script(&self, command: &str) -> Command {
-        let mut script = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/lab"));
-        script
-            .arg(command)
-            .env("LAB", &self.name)
-            .env("MQTT_FWD", env!("CARGO_BIN_EXE_mqtt-fwd"))
-            .env("MQTT_FWD_LOG", "warn");
-        script
-    }
-
-    fn exec(&self, host: &str, command: &[&str]) -> Output {
-        self.script("exec").arg(host).args(command).output().unwrap()
-    }
-
-    fn ok(&self, host: &str, command: &[&str]) -> String {
-        let output = self.exec(host, command);
-        assert!(
-            output.status.success(),
-            "{host}: {command:?}: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        String::from_utf8(output.stdout).unwrap()
-    }
-
-    /// mosquitto_pub, one message a connection. Being reset is no error of the test.
-    fn publish_once(&self, host: &str, topic: &str, message: &str) {
-        self.exec(host, &["mosquitto_pub", "-h", "10.1.50.200", "-t", topic, "-m", message]);
-    }
-
-    /// scripts/publisher: many messages over one connection. Returns connections that it took.
-    fn publish(&self, host: &str, args: &[&str]) -> usize {
-        self.publish_counted(host, args).0
-    }
-
-    /// The same, with the number of messages.
-    fn publish_counted(&self, host: &str, args: &[&str]) -> (usize, u64) {
-        let output = self.script("publish").arg(host).args(args).output().unwrap();
-        let text = String::from_utf8(output.stdout).unwrap();
-        assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
-        let summary: serde_json::Value = serde_json::from_str(text.trim()).unwrap();
-        let connections = summary["connections"].as_array().unwrap().len();
-        (connections, summary["sent"].as_u64().unwrap())
-    }
-
-    fn received_file(&self, real: u32) -> PathBuf {
-        PathBuf::from(format!("/run/mqtt-fwd-lab/{}/r{real}.received", self.name))
-    }
-
-    /// What brokers got: real → "topic payload" in order.
-    fn received(&self) -> BTreeMap<u32, Vec<String>> {
-        (1..=6)
-            .map(|real| {
-                let text = std::fs::read_to_string(self.received_file(real)).unwrap();
-                let lines: Vec<_> = text
-                    .lines()
-                    .filter(|l| !l.starts_with("lab/"))
-                    .map(|l| l.trim_end_matches('.').to_owned())
-                    .collect();
-                (real, lines)
-            })
-            .filter(|(_, lines)| !lines.is_empty())
-            .collect()
-    }
-
-    /// Waits until a message has arrived, and says where.
-    fn wait_received(&self, message: &str) -> u32 {
-        wait_for(&format!("{message:?} at a broker; there is {:?}", self.received()), || {
-            let all = self.received();
-            all.iter().find(|(_, lines)| lines.iter().any(|l| l == message)).map(|(r, _)| *r)
-        })
-    }
-
-    fn mqtt_fwd(&self, args: &[&str]) -> String {
-        self.ok("lb", &[&["mqtt-fwd"], args].concat())
-    }
-
-    fn counter(&self, name: &str) -> u64 {
-        let counters: serde_json::Value =
-            serde_json::from_str(&self.mqtt_fwd(&["counters", "--json"])).unwrap();
-        counters[name].as_u64().unwrap()
-    }
-}
-
-impl Drop for Lab {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            let log = format!("/run/mqtt-fwd-lab/{}/mqtt-fwd.log", self.name);
-            eprintln!("{}", std::fs::read_to_string(log).unwrap_or_default());
-            eprintln!("{}", self.mqtt_fwd(&["status"]));
-        }
-        let output = self.script("down").output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    }
-}
-
-const ONE_REAL_EACH: &[Group] = &[("a", 1, &[201]), ("b", 2, &[202]), ("default", 250, &[203])];
 
 #[test]
 fn prototype_test_1_a_client_that_changes_its_address_is_learned_anew() {
@@ -515,20 +361,6 @@ fn parts_taken_out_and_put_back_cost_no_established_connection() {
             (2..sent).filter(|i| !lines.contains(&format!("{topic} {client} {i}"))).collect();
         assert!(missing.is_empty(), "{client} lost {missing:?}");
     }
-}
-
-/// Ethernet frames of a capture file (https://www.tcpdump.org/manpages/pcap-savefile.5.html).
-fn frames(file: &std::path::Path) -> Vec<Vec<u8>> {
-    let bytes = std::fs::read(file).unwrap_or_default();
-    let mut rest = bytes.get(24..).unwrap_or_default();
-    let mut frames = Vec::new();
-    while let Some(length) = rest.get(8..12) {
-        let length = u32::from_ne_bytes(length.try_into().unwrap()) as usize;
-        let Some(frame) = rest.get(16..16 + length) else { break };
-        frames.push(frame.to_vec());
-        rest = &rest[16 + length..];
-    }
-    frames
 }
 
 #[test]

@@ -5,6 +5,7 @@
 pub mod conn;
 pub mod datapath;
 pub mod katran_object;
+pub mod lab;
 pub mod model;
 pub mod mqtt;
 pub mod net;
