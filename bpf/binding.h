@@ -105,7 +105,10 @@ __noinline int binding_find(const struct conn *c, const struct service_table *t)
 	return found & ((1 << SLOT_FLOW_SHIFT) - 1);
 }
 
-/* In place of the flow's old binding, or in a free slot, or in a random one. */
+/*
+ * In place of the flow's old binding, or in a free slot, or in a random one. Without an epoch there
+ * is nothing to keep, and what there was is forgotten.
+ */
 __noinline int binding_keep(const struct conn *c, const struct service_table *t, __u16 group,
 			    __u16 epoch)
 {
@@ -123,9 +126,14 @@ __noinline int binding_keep(const struct conn *c, const struct service_table *t,
 			slot = i;
 	}
 	for (int i = 0; i < BINDING_WAYS; i++) {
-		if (slot_is(set->slot[i], flow))
-			slot = i;
+		if (!slot_is(set->slot[i], flow))
+			continue;
+		/* Two, if two CPUs have kept it at once. */
+		set->slot[i] = 0;
+		slot = i;
 	}
+	if (!epoch)
+		return 0;
 	set->slot[slot & (BINDING_WAYS - 1)] =
 		slot_flow(flow) | binding_epoch(epoch) << SLOT_GROUP_BITS | group;
 	return 0;

@@ -77,4 +77,17 @@ static __always_inline void flow_close(const struct conn *c, struct flow *flow)
 	}
 }
 
+/* SYN on a flow that is known: it must not be found among the closing ones any more. */
+static __always_inline void flow_reopen(const struct conn *c, const struct flow *flow)
+{
+	if (!(flow->flags & FLOW_CLOSING))
+		return;
+	if (c->v6) {
+		bpf_map_delete_elem(&flows6_closing, &c->key);
+	} else {
+		struct flow4 key = flow4_of(c);
+		bpf_map_delete_elem(&flows_closing, &key);
+	}
+}
+
 #endif /* MQTT_FWD_CONN_H */

@@ -203,6 +203,33 @@ fn segments_without_data_follow_their_flow_wherever_it_is_moved() {
 }
 
 #[test]
+fn a_flow_that_only_acknowledges_is_not_forgotten_for_idle() {
+    let f = Fixture::new();
+    let subscriber = Conn::open(&f, "10.1.1.1:4000");
+    let idle = Conn::open(&f, "10.1.1.2:4000");
+    for round in 0..40u32 {
+        for i in 0..500u32 {
+            let n = round * 500 + i;
+            let stranger = format!("10.{}.{}.{}:4000", 2 + (n >> 16), (n >> 8) & 255, n & 255);
+            Conn::open(&f, &stranger);
+        }
+        for i in 1..=256 {
+            subscriber.seen(&packet::tcp(
+                subscriber.client,
+                subscriber.service,
+                subscriber.next_seq(),
+                round * 256 + i,
+                |_| {},
+                &[],
+            ));
+        }
+    }
+    assert!(f.flow(idle.client).is_none(), "20,000 flows through 4,096 places push it out");
+    assert!(f.flow(subscriber.client).is_some());
+    assert_eq!(f.counters().get("flow_adopted"), None);
+}
+
+#[test]
 fn full_maps_forget_the_oldest_and_go_on() {
     let f = Fixture::new();
     for i in 0..20_000u32 {
@@ -262,6 +289,7 @@ fn a_syn_on_a_closed_flow_is_a_new_flow() {
     c.flagged(|h| h.rst = true);
     assert_eq!(c.syn(), seen("default", &["flow_new 1"]));
     assert_eq!(f.flow(c.client).unwrap().state, "opening");
+    assert_eq!(f.datapath.flows_closing.keys().count(), 0, "it is not closing any more");
 }
 
 #[test]
