@@ -139,6 +139,84 @@ fn another_spelling_of_a_group_is_refused_with_what_mends_it() {
         assert!(listed.contains("[FD01:50::1]:1883/tcp (misspelt)"), "{listed}");
         net.ok(&["katran", "del-vip", "[FD01:50::1]:1883/tcp"]);
         assert!(net.ok(&["apply"]).contains("read back"));
+
+        // Onto one that is at work: the datapath has one entry for the two, and it is gone with
+        // the deletion. Whoever deletes, the group's is written anew.
+        let sidecar = sidecar(&net);
+        wait_healthy(&net, &sidecar);
+        let syn = support::packet::tcp(
+            "[fd01:1::1]:4000".parse().unwrap(),
+            "[fd01:50::200]:1883".parse().unwrap(),
+            1,
+            0,
+            |h| h.syn = true,
+            &[],
+        );
+        let forwarded = || net.through_root(&syn).verdict == support::datapath::XDP_TX;
+        assert!(forwarded());
+        for ours in [true, false] {
+            support::server::add_vip_verbatim(&net, ENDPOINT, "FD01:50::250", 1883);
+            assert!(!forwarded(), "{kind:?} sends to the other spelling's reals: none");
+            wait_for("a word about it", || {
+                let status = status(&net)["balancer"].to_string();
+                (sidecar.log().contains("under the spelling") && status.contains("spelling"))
+                    .then_some(())
+            });
+            if ours {
+                net.ok(&["katran", "del-vip", "[FD01:50::250]:1883/tcp"]);
+                assert!(forwarded());
+            } else {
+                support::server::del_vip_verbatim(&net, ENDPOINT, "FD01:50::250", 1883);
+            }
+            wait_for(&format!("forwarding; {}", sidecar.log()), || forwarded().then_some(()));
+            wait_healthy(&net, &sidecar);
+        }
+    }
+}
+
+#[test]
+fn what_happened_to_the_interface_or_the_balancer_s_position_is_said() {
+    for kind in Kind::silent() {
+        let net = prepare(kind);
+        net.ok(&["load"]);
+        let mut server = kind.start(&net, ENDPOINT);
+        let sidecar = sidecar(&net);
+        wait_healthy(&net, &sidecar);
+        net.sh("ip link set eth0 xdp off");
+        let error = net.fails(1, &["status", "--check"]);
+        assert!(error.ends_with("`mqtt-fwd load` attaches one"), "{error}");
+        wait_for("a word about it", || {
+            sidecar.log().contains("no XDP program is on eth0").then_some(())
+        });
+        net.ok(&["load"]);
+        wait_healthy(&net, &sidecar);
+        server.signal("TERM");
+        server.wait();
+        wait_for("a word about it", || {
+            let log = sidecar.log();
+            let last = log.lines().last().unwrap();
+            (last.contains("not reachable") && last.contains("this host's own stack")).then_some(())
+        });
+        assert!(!sidecar.log().contains("forwarding goes on"), "{}", sidecar.log());
+    }
+}
+
+#[test]
+fn unloading_in_two_steps_leaves_nothing() {
+    for kind in Kind::silent() {
+        let net = prepare(kind);
+        net.ok(&["load"]);
+        let mut server = kind.start(&net, ENDPOINT);
+        if kind == Kind::Katran {
+            let first = net.ok(&["unload"]);
+            assert!(first.contains("kept xdp_root and its chain"), "{first}");
+        }
+        server.signal("TERM");
+        server.wait();
+        net.ok(&["unload"]);
+        assert!(!net.bpf("jmp_eth0").exists());
+        let output = net.command("ip").args(["link", "show", "eth0"]).output().unwrap();
+        assert!(!String::from_utf8(output.stdout).unwrap().contains("xdp"));
     }
 }
 

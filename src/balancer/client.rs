@@ -124,14 +124,15 @@ impl Client {
     pub async fn spellings(&mut self) -> Result<Vec<(Vip, Spelling)>, BalancerError> {
         let failed = self.failed("getAllVips".to_owned(), CAUSES_READ);
         let reply = self.rpc.get_all_vips(proto::Empty {}).await.map_err(failed)?;
-        let parse = |vip: &proto::Vip| {
-            let parsed = Vip::try_from(vip).map_err(|problem| BalancerError::Nonsense {
-                what: format!("VIP {}:{}", vip.address, vip.port),
-                problem,
-            })?;
-            Ok((parsed, Spelling(vip.clone())))
+        // What cannot be read is none of ours, and must not keep ours from being looked after.
+        let parse = |vip: proto::Vip| match Vip::try_from(&vip) {
+            Ok(parsed) => Some((parsed, Spelling(vip))),
+            Err(problem) => {
+                tracing::debug!("the balancer lists a VIP that cannot be: {problem}");
+                None
+            }
         };
-        reply.into_inner().vips.iter().map(parse).collect()
+        Ok(reply.into_inner().vips.into_iter().filter_map(parse).collect())
     }
 
     /// Adds a VIP that is not there.

@@ -134,9 +134,8 @@ impl KatranService for Imitation {
             return Err(no());
         }
         // Another spelling of it may be there: one entry in the datapath, two VIPs here.
-        if state.balancer.vip_flags(vip).is_err() {
-            state.balancer.add_vip(vip, flags).map_err(|_| no())?;
-        }
+        let _ = state.balancer.del_vip(vip);
+        state.balancer.add_vip(vip, flags).map_err(|_| no())?;
         state.vips.insert(key, Entry { flags, ..Entry::default() });
         Ok(yes())
     }
@@ -165,7 +164,11 @@ impl KatranService for Imitation {
         let mut state = self.state();
         let entry = state.entry(&key)?;
         entry.flags = if request.set_flag { entry.flags | flags } else { entry.flags & !flags };
-        state.balancer.modify_vip(vip_of(&key)?, flags, request.set_flag).map_err(|_| no())?;
+        // The entry in the datapath is written, whether it was there or not.
+        let (flags, reals, vip) = (entry.flags, entry.reals.clone(), vip_of(&key)?);
+        let _ = state.balancer.del_vip(vip);
+        state.balancer.add_vip(vip, flags).map_err(|_| no())?;
+        let _ = state.balancer.add_reals(vip, &reals);
         Ok(yes())
     }
 

@@ -195,10 +195,14 @@ pub fn unload(config: &Config) -> Result<Unloaded> {
             }
         }
     }
-    detach_root(config, &pins, chain.as_ref(), &mut report)?;
+    let root_kept = detach_root(config, &pins, chain.as_ref(), &mut report)?;
 
     for dir in [pins.balancer_dir(), pins.dir()] {
         for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
+            // By it, a later unload knows the root for ours.
+            if root_kept && entry.path() == pins.program("xdp_root") {
+                continue;
+            }
             if entry.file_type().is_ok_and(|t| !t.is_dir()) && pins::remove_pin(&entry.path())? {
                 debug!(path = %entry.path().display(), "unpinned");
             }
@@ -222,12 +226,13 @@ pub fn unload(config: &Config) -> Result<Unloaded> {
     Ok(report)
 }
 
+/// Returns whether our root stays, because somebody else's program needs it.
 fn detach_root(
     config: &Config,
     pins: &Pins,
     chain: Option<&Chain>,
     report: &mut Unloaded,
-) -> Result<()> {
+) -> Result<bool> {
     let Some(root) = pinned_program(&pins.program("xdp_root")) else {
         if let Some(chain) = chain
             && xdp::attached(&config.interface).ok().flatten().is_none()
@@ -236,7 +241,7 @@ fn detach_root(
         {
             report.removed.push(pins.root_array().display().to_string());
         }
-        return Ok(());
+        return Ok(false);
     };
     let others: Vec<_> = chain
         .iter()
@@ -245,7 +250,7 @@ fn detach_root(
         .collect();
     if !others.is_empty() {
         report.kept.push(format!("xdp_root and its chain: {} needs them", others.join(", ")));
-        return Ok(());
+        return Ok(true);
     }
     // The interface may be gone, and the program with it.
     if xdp::detach(&config.interface, root.id).unwrap_or(false) {
@@ -254,7 +259,7 @@ fn detach_root(
     if pins::remove_pin(pins.root_array())? {
         report.removed.push(pins.root_array().display().to_string());
     }
-    Ok(())
+    Ok(false)
 }
 
 /// Is the root on the interface already? A program that does not use the chain is in the way.

@@ -11,7 +11,7 @@ use super::block_on;
 use super::table::{self, Output, line};
 use crate::balancer::client::{BalancerError, Client, Stats};
 use crate::balancer::{Spelling, Vip, mac_text};
-use crate::config::{Config, parse_mac};
+use crate::config::{Config, ConfigError, parse_mac};
 use crate::sidecar::{Error, plan};
 
 #[derive(Debug, Args)]
@@ -111,9 +111,12 @@ fn mac(text: &str) -> Result<[u8; 6], String> {
 impl Katran {
     pub fn run(self, config: Result<Config, Error>) -> Result<(), Error> {
         let endpoint = match (&self.endpoint, &config) {
-            (Some(endpoint), _) => endpoint.clone(),
+            // Without a configuration there are no groups of ours; a broken one may have some.
+            (Some(endpoint), Ok(_) | Err(Error::Config(ConfigError::Unreadable { .. }))) => {
+                endpoint.clone()
+            }
             (None, Ok(config)) => config.balancer_endpoint.clone(),
-            (None, Err(_)) => return config.map(drop),
+            (_, Err(_)) => return config.map(drop),
         };
         let changed = match &self.action {
             Action::List(_) | Action::Stats(_) | Action::Mac { .. } => None,
@@ -340,6 +343,15 @@ async fn add_vip(client: &mut Client, vip: Vip, flags: u32) -> Result<(), Error>
 
 async fn del_vip(client: &mut Client, spelling: Spelling) -> Result<(), Error> {
     client.del_vip(spelling.clone()).await?;
+    // The datapath knows no spellings: the entry that is gone was the other one's, too.
+    if !spelling.is_canonical()
+        && let Ok(vip) = Vip::try_from(&spelling.0)
+        && client.vips().await?.contains(&vip)
+    {
+        let flags = client.vip_flags(vip).await?;
+        client.modify_vip(vip, flags, true).await?;
+        line(&format!("{vip} is written anew, as the two had one entry in the datapath"));
+    }
     if client.spellings().await?.iter().any(|(_, other)| *other == spelling) {
         return Err(disagrees(client, format!("VIP {spelling} is still there")));
     }

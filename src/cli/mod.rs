@@ -155,7 +155,11 @@ fn run(cli: Cli) -> Result<(), Error> {
 
 /// An executor for commands that talk to the balancer.
 fn block_on<T>(future: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-    tokio::runtime::Runtime::new()
+    // There is little to do at a time, and machines may have many processors.
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
         .map_err(|source| Error::Io { what: "starting the executor".to_owned(), source })?
         .block_on(future)
 }

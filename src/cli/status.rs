@@ -59,8 +59,12 @@ impl Show {
     pub fn run(&self, config: &Config) -> Result<(), Error> {
         let status = read(config)?;
         if self.check && !status.healthy {
-            let problems = [&status.problems[..], &[status.balancer]].concat().join("; ");
-            return Err(Error::Unhealthy { interface: config.interface.clone(), problems });
+            let mut problems = status.problems;
+            if !status.balancer_ok {
+                problems.push(status.balancer);
+            }
+            let (interface, problems) = (config.interface.clone(), problems.join("; "));
+            return Err(Error::Unhealthy { interface, problems });
         }
         if self.output.json {
             table::json(&status);
@@ -92,13 +96,14 @@ fn read(config: &Config) -> Result<Status, Error> {
         )
     };
     let counts = datapath.as_ref().map(count);
-    let problems = health::complaints(config);
+    let mut problems = health::complaints(config);
+    for service in services.iter().filter(|s| !s.in_force) {
+        problems
+            .push(format!("service {} is not in force; `mqtt-fwd apply` mends it", service.name));
+    }
     Ok(Status {
         interface: config.interface.clone(),
-        healthy: attached.is_some()
-            && balancer_ok
-            && services.iter().all(|s| s.in_force)
-            && problems.is_empty(),
+        healthy: balancer_ok && problems.is_empty(),
         mode: attached.as_ref().and(xdp::attached_mode(&config.interface)).map(|m| match m {
             XdpMode::Native => "native",
             XdpMode::Generic => "generic",
@@ -175,10 +180,7 @@ fn print(status: &Status) {
             (true, Some(max)) => {
                 format!("service    {} at {}, packets up to {max} B", service.name, service.address)
             }
-            _ => format!(
-                "service    {} at {}: NOT IN FORCE; `mqtt-fwd apply` puts it there",
-                service.name, service.address
-            ),
+            _ => format!("service    {} at {}: NOT IN FORCE", service.name, service.address),
         });
     }
     let number = |n: Option<usize>| n.map_or_else(|| "-".to_owned(), |n| n.to_string());

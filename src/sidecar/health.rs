@@ -3,6 +3,7 @@
 use crate::balancer::listeners;
 use crate::bpf::chain::{self, Chain};
 use crate::bpf::loader;
+use crate::bpf::xdp;
 use crate::config::Config;
 
 /// What is wrong, each with what to do about it; the balancer's state is not looked at.
@@ -17,6 +18,21 @@ pub fn complaints(config: &Config) -> Vec<String> {
         Err(e) => return vec![e.to_string()],
     };
     let mut complaints = Vec::new();
+    match xdp::attached(&config.interface) {
+        Err(e) => complaints.push(e.to_string()),
+        Ok(None) => complaints.push(format!(
+            "no XDP program is on {}, and packets pass us by; `mqtt-fwd load` attaches one",
+            config.interface
+        )),
+        Ok(Some(root)) if !root.uses_pinned_map(pins.root_array()) => complaints.push(format!(
+            "the XDP program on {}, {} (id {}), does not use {}",
+            config.interface,
+            root.name,
+            root.id,
+            pins.root_array().display()
+        )),
+        Ok(Some(_)) => {}
+    }
     let ours = loader::pinned_program(&pins.program("mqtt_fwd")).map(|p| p.id);
     if ours.is_none() || chain.program(chain::MQTT_FWD).map(|p| p.id) != ours {
         complaints.push("mqtt_fwd is not in its position; `mqtt-fwd load` puts it back".to_owned());

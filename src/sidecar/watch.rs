@@ -3,7 +3,9 @@
 use tracing::{info, warn};
 
 use super::datapath::Datapath;
-use super::{Result, apply, health};
+use super::plan::GROUP_FLAG;
+use super::{Error, Result, apply, health};
+use crate::balancer::Vip;
 use crate::balancer::client::{BalancerError, Client};
 use crate::config::{BalancerKind, Config};
 
@@ -15,23 +17,35 @@ pub struct Watch {
     applied_once: bool,
     /// The whole configuration was applied, and has not changed since.
     in_force: bool,
+    /// A group that the balancer had under another spelling at the last look.
+    misspelt: Option<Vip>,
 }
 
 impl Watch {
     /// The configuration was changed: the next look applies all of it.
     pub fn configuration_changed(&mut self) {
         self.in_force = false;
+        // It may name another address.
+        self.client = None;
     }
 
     /// Looks once.
     pub async fn look(&mut self, config: &Config, datapath: &Datapath) {
-        let complaint = match self.apply(config, datapath).await {
-            Ok(()) => Some(health::complaints(config).join("; ")).filter(|text| !text.is_empty()),
-            Err(e) if self.applied_once => {
-                Some(format!("{e}; forwarding goes on with what is pinned"))
+        let applied = self.apply(config, datapath).await;
+        let mut complaints = health::complaints(config);
+        if let Err(error) = applied {
+            let unreachable = matches!(error, Error::Balancer(BalancerError::Unreachable { .. }));
+            let goes_on = unreachable && self.applied_once && complaints.is_empty();
+            if let Error::Balancer(BalancerError::Misspelt { vip, .. }) = error {
+                self.misspelt = Some(vip);
             }
-            Err(e) => Some(format!("{e}; trying again")),
-        };
+            complaints.insert(0, error.to_string());
+            complaints.push(
+                if goes_on { "forwarding goes on with what is pinned" } else { "trying again" }
+                    .to_owned(),
+            );
+        }
+        let complaint = Some(complaints.join("; ")).filter(|text| !text.is_empty());
         if complaint != self.complaint {
             match &complaint {
                 Some(text) => warn!("{text}"),
@@ -51,14 +65,16 @@ impl Watch {
         if self.in_force {
             // The maps are ours; only the balancer can have changed.
             let (to_mend, difference) = look_at_balancer(config, client).await?;
+            client = to_mend;
+            self.mend_misspelt(&mut client).await?;
             let Some(difference) = difference else {
-                self.client = Some(to_mend);
+                self.client = Some(client);
                 return Ok(());
             };
             warn!("balancer: {difference}");
-            client = to_mend;
         }
         let plan = apply::apply(config, datapath, &mut client).await?;
+        self.mend_misspelt(&mut client).await?;
         self.client = Some(client);
         if !plan.is_empty() {
             if self.applied_once {
@@ -69,6 +85,18 @@ impl Watch {
         }
         self.applied_once = true;
         self.in_force = true;
+        Ok(())
+    }
+}
+
+impl Watch {
+    /// The other spelling is gone, and with it the entry that both had in the datapath.
+    async fn mend_misspelt(&mut self, client: &mut Client) -> Result<(), BalancerError> {
+        if let Some(vip) = self.misspelt {
+            client.modify_vip(vip, GROUP_FLAG, true).await?;
+            info!(%vip, "written anew, after another spelling of it was removed");
+            self.misspelt = None;
+        }
         Ok(())
     }
 }

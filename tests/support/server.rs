@@ -1,6 +1,10 @@
 //! The servers that the contract holds for. A real Katran is one of them where KATRAN_SERVER names
 //! a katran_server_grpc and KATRAN_BALANCER its balancer.bpf.o, with our patches.
 
+use mqtt_fwd::balancer::proto::katran_service_client::KatranServiceClient;
+use mqtt_fwd::balancer::proto::{Vip, VipMeta};
+use tonic::transport::Channel;
+
 use super::net::{Background, Net, wait_for};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,22 +75,31 @@ fn katran(net: &Net, endpoint: &str) -> std::process::Command {
     command
 }
 
-/// Adds a VIP as nobody of ours would write it. The endpoint is the namespace's own, so this
-/// thread goes there for the call.
+/// Adds a VIP as nobody of ours would write it.
 pub fn add_vip_verbatim(net: &Net, endpoint: &str, address: &str, port: u16) {
-    use mqtt_fwd::balancer::proto::katran_service_client::KatranServiceClient;
-    use mqtt_fwd::balancer::proto::{Vip, VipMeta};
-
     let vip = Vip { address: address.to_owned(), port: port.into(), protocol: libc::IPPROTO_TCP };
     let request = VipMeta { vip: Some(vip), flags: 0, set_flag: true };
+    call(net, endpoint, async |mut client| client.add_vip(request).await.map(drop));
+}
+
+/// Removes it, as goclient would.
+pub fn del_vip_verbatim(net: &Net, endpoint: &str, address: &str, port: u16) {
+    let vip = Vip { address: address.to_owned(), port: port.into(), protocol: libc::IPPROTO_TCP };
+    call(net, endpoint, async |mut client| client.del_vip(vip).await.map(drop));
+}
+
+/// The endpoint is the namespace's own, so a thread goes there for the call.
+fn call<F>(net: &Net, endpoint: &str, rpc: F)
+where
+    F: AsyncFnOnce(KatranServiceClient<Channel>) -> Result<(), tonic::Status> + Send + 'static,
+{
     let namespace = std::fs::File::open(format!("/run/netns/{}", net.name)).unwrap();
     let endpoint = format!("http://{endpoint}");
     let call = move || {
         nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let mut client = KatranServiceClient::connect(endpoint).await.unwrap();
-            client.add_vip(request).await.unwrap();
+            rpc(KatranServiceClient::connect(endpoint).await.unwrap()).await.unwrap();
         });
     };
     std::thread::spawn(call).join().unwrap();
