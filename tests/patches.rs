@@ -126,6 +126,10 @@ fn where_the_surroundings_are_not_there_nothing_is_changed() {
             SOURCE.replace(size, "  if (vip_info) {\n  __u64 length = PCKT_DATA_LEN(xdp);\n  }\n"),
             "in a branch only",
         ),
+        (
+            SOURCE.replace(size, &format!("  if (nh_off &&\n#ifdef X\n      1 &&\n#endif\n{size}")),
+            "in the middle",
+        ),
         (SOURCE.replace("nh_off", "offset"), "has no nh_off"),
         (SOURCE.replace("length = PCKT", "length =\n      PCKT"), "in the middle of a statement"),
         (SOURCE.replace("katran/lib/bpf/", ""), "to put our include behind"),
@@ -158,23 +162,72 @@ fn what_was_moved_or_changed_afterwards_is_noticed() {
     assert_eq!(tree.read(BALANCER), patched);
 
     tree.write(HEADER, "/* another */\n");
-    assert!(tree.apply(&["--check"]).unwrap_err().contains("missing or another version"));
+    for option in [&["--check"][..], &["--revert"]] {
+        assert!(tree.apply(option).unwrap_err().contains("is not ours, or was changed"));
+    }
+    assert_eq!(tree.read(HEADER), "/* another */\n");
+    std::fs::remove_file(tree.path(HEADER)).unwrap();
+    assert!(tree.apply(&["--check"]).unwrap_err().contains("is missing"));
 
     let tree = Tree::new(&patched.replace(CALL, ""));
     assert!(tree.apply(&[]).unwrap_err().contains("only some of our lines are there"));
 
-    let tree = Tree::new(SOURCE);
-    tree.write("katran/lib/bpf/balancer_consts.h", "#define F_NEW (1 << 30)\n");
-    assert!(tree.apply(&[]).unwrap_err().contains("F_NEW is bit 30, too"));
-    assert_eq!(tree.read(BALANCER), SOURCE);
+    for flag in ["(1 << 30)", "(1u<<30)", "(1UL << 0x1e)", "0x40000000"] {
+        let tree = Tree::new(SOURCE);
+        tree.write("katran/lib/bpf/balancer_consts.h", &format!("#define F_NEW {flag}\n"));
+        assert!(tree.apply(&[]).unwrap_err().contains("F_NEW is bit 30, too"), "{flag}");
+        assert_eq!(tree.read(BALANCER), SOURCE);
+    }
 
-    let tree = Tree::new(SOURCE);
-    tree.write(HEADER, "/* somebody's */\n");
-    assert!(tree.apply(&[]).unwrap_err().contains("is not ours"));
+    for option in [&[][..], &["--revert"]] {
+        let tree = Tree::new(SOURCE);
+        tree.write(HEADER, "/* somebody's */\n");
+        assert!(tree.apply(option).unwrap_err().contains("is not ours"));
+        assert_eq!(tree.read(HEADER), "/* somebody's */\n");
+    }
     let nothing = tempfile::tempdir().unwrap();
     assert!(
         apply(nothing.path(), &[]).unwrap_err().contains("give the top of a Katran source tree")
     );
+}
+
+#[test]
+fn nothing_but_our_lines_differs_afterwards() {
+    // A form feed, a byte that is no UTF-8, no line end at the end.
+    let odd =
+        SOURCE.replace("#include <stddef.h>", "// page\u{c} break \u{2028}\n#include <stddef.h>");
+    for source in [odd.clone(), odd.trim_end().to_owned()] {
+        let tree = Tree::new(&source);
+        tree.apply(&[]).unwrap();
+        assert_eq!(tree.read(BALANCER).replace(INCLUDE, "").replace(CALL, ""), source);
+        tree.apply(&["--revert"]).unwrap();
+        assert_eq!(tree.read(BALANCER), source);
+    }
+    let bytes = [SOURCE.as_bytes(), b"// caf\xe9\n"].concat();
+    let tree = Tree::new("");
+    std::fs::write(tree.path(BALANCER), &bytes).unwrap();
+    tree.apply(&[]).unwrap();
+    tree.apply(&["--revert"]).unwrap();
+    assert_eq!(std::fs::read(tree.path(BALANCER)).unwrap(), bytes);
+
+    let windows = SOURCE.replace('\n', "\r\n");
+    let tree = Tree::new(&windows);
+    assert!(tree.apply(&[]).unwrap_err().contains("CR LF"));
+    assert_eq!(tree.read(BALANCER), windows);
+
+    // A link stays a link; what cannot be written changes nothing.
+    let tree = Tree::new("");
+    let elsewhere = tree.path("elsewhere.c");
+    std::fs::write(&elsewhere, SOURCE).unwrap();
+    std::fs::remove_file(tree.path(BALANCER)).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, tree.path(BALANCER)).unwrap();
+    tree.apply(&[]).unwrap();
+    assert!(tree.path(BALANCER).is_symlink());
+    tree.apply(&["--revert"]).unwrap();
+    assert_eq!(std::fs::read_to_string(&elsewhere).unwrap(), SOURCE);
+    std::fs::create_dir(tree.path(HEADER)).unwrap();
+    assert!(tree.apply(&[]).unwrap_err().contains("nothing was changed"));
+    assert_eq!(std::fs::read_to_string(&elsewhere).unwrap(), SOURCE);
 }
 
 #[test]
@@ -206,7 +259,9 @@ fn a_real_katran_takes_them() {
     let original = tree.read(BALANCER);
     for shift in ["", "/* a line more */\n"] {
         tree.write(BALANCER, &format!("{shift}{original}"));
-        tree.apply(&[]).unwrap();
+        let said = tree.apply(&[]).unwrap();
+        let base = "(Katran 19f08fec)";
+        assert_eq!(said.contains(base), shift.is_empty(), "is this the base commit? {said}");
         tree.apply(&["--check"]).unwrap();
         assert_eq!(tree.read(BALANCER).matches(CALL).count(), 1);
         tree.apply(&["--revert"]).unwrap();
