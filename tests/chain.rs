@@ -209,6 +209,8 @@ fn a_second_sidecar_or_reader_is_told_of_the_first_and_changes_nothing() {
     wait_for("the sidecar", || healthy(&net).then_some(()));
     let before = net.ok(&["status"]);
     let error = net.fails(1, &["run"]);
+    assert!(error.contains("`run` is at work on eth0 already (pid "), "{error}");
+    let error = net.fails(1, &["balancer"]);
     assert!(error.contains("listening at unix:@DIR@/balancer.sock (is another"), "{error}");
     assert_eq!(net.ok(&["status"]).lines().next(), before.lines().next());
     assert_eq!(net.ok(&["status"]).lines().nth(3), before.lines().nth(3), "the same program");

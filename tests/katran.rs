@@ -29,9 +29,11 @@ fn status(net: &Net) -> serde_json::Value {
 }
 
 fn wait_healthy(net: &Net, sidecar: &Background) {
-    wait_for(&format!("health; the sidecar says {}", sidecar.log()), || {
-        status(net)["healthy"].as_bool().unwrap().then_some(())
-    });
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !status(net)["healthy"].as_bool().unwrap() {
+        assert!(Instant::now() < deadline, "{:#}\n{}", status(net), sidecar.log());
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 #[test]
@@ -95,25 +97,35 @@ fn a_second_server_at_the_same_address_is_named_and_configured() {
         let mut first = kind.start(&net, ENDPOINT);
         let sidecar = sidecar(&net);
         wait_healthy(&net, &sidecar);
-        let second = kind.start(&net, ENDPOINT);
+        let mut second = kind.start(&net, ENDPOINT);
         wait_for(&format!("the state on the second; {}", sidecar.log()), || {
             sidecar.log().contains("on a second server at the same address").then_some(())
         });
         wait_for("a word about both", || {
             sidecar.log().contains("2 servers listen at 127.0.0.1:50051").then_some(())
         });
-        let status = status(&net);
-        assert_eq!(status["healthy"], false);
-        assert!(status["problems"].to_string().contains("stop all but one"), "{status}");
+        let now = status(&net);
+        assert_eq!(now["healthy"], false);
+        assert!(now["problems"].to_string().contains("stop all but one"), "{now}");
         // The position is the second's, and packets are forwarded again.
         wait_for("forwarding", || {
             let verdict = net.through_root(&Net::syn("10.1.1.1", 1)).verdict;
             (verdict == support::datapath::XDP_TX).then_some(())
         });
+        // The other way round, the position keeps a program that nobody looks after any more.
+        // (Two imitations have their maps in common.)
+        second.signal("KILL");
+        second.wait();
+        if kind == Kind::Katran {
+            wait_for("a word about it", || {
+                let problems = status(&net)["problems"].to_string();
+                problems.contains("left by a server that is gone").then_some(())
+            });
+        }
         first.signal("KILL");
         first.wait();
+        let _third = kind.start(&net, ENDPOINT);
         wait_healthy(&net, &sidecar);
-        drop(second);
     }
 }
 
@@ -321,4 +333,65 @@ fn unloading_leaves_a_running_balancer_the_map_that_it_uses() {
         net.ok(&["apply"]);
         assert_eq!(status(&net)["healthy"], true);
     }
+}
+
+#[test]
+fn apply_beside_run_is_not_undone() {
+    let kind = Kind::Imitation;
+    let net = prepare(kind);
+    net.ok(&["load"]);
+    let _server = kind.start(&net, ENDPOINT);
+    let sidecar = sidecar(&net);
+    wait_healthy(&net, &sidecar);
+    let config = std::fs::read_to_string(net.config()).unwrap();
+    std::fs::write(net.config(), config.replace("fd01:3::203", "fd01:3::204")).unwrap();
+    let said = net.ok(&["apply"]);
+    assert!(said.contains("add fd01:3::204") && said.contains("read back"), "{said}");
+    assert!(sidecar.log().contains("configuration read again"), "{}", sidecar.log());
+    // Two looks later.
+    std::thread::sleep(Duration::from_millis(2500));
+    assert_eq!(net.ok(&["apply"]), "all is as configured\n");
+    assert!(net.ok(&["katran", "list"]).contains("fd01:3::204"));
+
+    // What `run` cannot take over is said, and left.
+    std::fs::write(net.config(), format!("{config}\nnonsense = 1\n")).unwrap();
+    net.fails(2, &["apply"]);
+    let other = net.dir.join("other.toml");
+    std::fs::write(&other, &config).unwrap();
+    let error = net.fails(1, &["--config", other.to_str().unwrap(), "apply"]);
+    assert!(error.contains("works by @DIR@/config.toml and would undo this"), "{error}");
+    std::fs::write(net.config(), config).unwrap();
+    let error = net.fails(1, &["run"]);
+    assert!(error.contains("`run` is at work on eth0 already (pid "), "{error}");
+}
+
+#[test]
+fn what_is_taken_away_under_run_comes_back() {
+    let kind = Kind::Imitation;
+    let net = prepare(kind);
+    net.ok(&["load"]);
+    let server = kind.start(&net, ENDPOINT);
+    let sidecar = sidecar(&net);
+    wait_healthy(&net, &sidecar);
+    // Other maps under the same names.
+    net.ok(&["unload"]);
+    drop(server);
+    net.ok(&["load"]);
+    let server = kind.start(&net, ENDPOINT);
+    wait_healthy(&net, &sidecar);
+    assert!(sidecar.log().contains("other maps are pinned than before"), "{}", sidecar.log());
+
+    std::fs::remove_file(net.bpf("jmp_eth0")).unwrap();
+    let error = net.fails(1, &["status", "--check"]);
+    assert!(error.contains("jmp_eth0; `mqtt-fwd load` puts it there"), "{error}");
+    net.ok(&["load"]);
+    // An array that nobody in user space holds empties itself: the balancer is out of it, too.
+    drop(server);
+    let _server = kind.start(&net, ENDPOINT);
+    wait_healthy(&net, &sidecar);
+    std::fs::remove_file(net.bpf("jmp_eth0")).unwrap();
+    drop(sidecar);
+    net.ok(&["unload"]);
+    let output = net.command("ip").args(["link", "show", "eth0"]).output().unwrap();
+    assert!(!String::from_utf8(output.stdout).unwrap().contains("xdp"));
 }

@@ -100,6 +100,11 @@ impl Client {
     ) -> impl FnOnce(Status) -> BalancerError + use<> {
         let endpoint = self.endpoint.clone();
         move |status| match status.code() {
+            // What answered was something else than gRPC.
+            _ if status.message().contains("h2 protocol error") => {
+                let reason = "what answers there does not speak gRPC".to_owned();
+                BalancerError::Unreachable { endpoint, reason }
+            }
             Code::Unavailable | Code::DeadlineExceeded | Code::Unknown => {
                 BalancerError::Unreachable { endpoint, reason: innermost(&status) }
             }

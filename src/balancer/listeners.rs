@@ -2,18 +2,60 @@
 //! a word, takes the balancer's position, and connections are divided between the two.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::net::SocketAddr;
+use std::sync::Mutex;
 
 use procfs::net::TcpState;
 use procfs::process::FDTarget;
 
-/// Processes of this host that listen at a `host:port`, as `name (pid)`. None are found for
-/// addresses of other hosts and unix sockets, nor in other PID namespaces.
-pub fn processes(endpoint: &str) -> Vec<String> {
-    owners(&sockets(endpoint))
+/// A process that listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listener {
+    pid: i32,
+    name: String,
 }
 
-fn owners(sockets: &BTreeSet<u64>) -> Vec<String> {
+impl fmt::Display for Listener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (pid {})", self.name, self.pid)
+    }
+}
+
+impl Listener {
+    /// Has it one of these BPF maps open?
+    pub fn holds_any(&self, map_ids: &[u32]) -> bool {
+        let Ok(entries) = std::fs::read_dir(format!("/proc/{}/fdinfo", self.pid)) else {
+            return false;
+        };
+        let map_id = |text: String| -> Option<u32> {
+            text.lines().find_map(|l| l.strip_prefix("map_id:")?.trim().parse().ok())
+        };
+        entries
+            .flatten()
+            .filter_map(|entry| std::fs::read_to_string(entry.path()).ok())
+            .filter_map(map_id)
+            .any(|id| map_ids.contains(&id))
+    }
+}
+
+/// Processes of this host that listen at a `host:port`. None are found for addresses of other
+/// hosts and unix sockets, nor in other PID namespaces.
+pub fn listeners(endpoint: &str) -> Vec<Listener> {
+    // Looking through all processes is worth it only when the sockets have changed.
+    static LAST: Mutex<(BTreeSet<u64>, Vec<Listener>)> = Mutex::new((BTreeSet::new(), Vec::new()));
+    let sockets = sockets(endpoint);
+    let Ok(mut last) = LAST.lock() else { return Vec::new() };
+    if last.0 != sockets {
+        *last = (sockets.clone(), owners(&sockets));
+    }
+    last.1.clone()
+}
+
+fn owners(sockets: &BTreeSet<u64>) -> Vec<Listener> {
+    if sockets.is_empty() {
+        return Vec::new();
+    }
     let all = procfs::process::all_processes().into_iter().flatten().flatten();
     let listening = all.filter(|process| {
         process
@@ -23,11 +65,11 @@ fn owners(sockets: &BTreeSet<u64>) -> Vec<String> {
             .flatten()
             .any(|fd| matches!(fd.target, FDTarget::Socket(inode) if sockets.contains(&inode)))
     });
-    let name = |process: procfs::process::Process| {
+    let listener = |process: procfs::process::Process| {
         let name = process.stat().map_or_else(|_| "?".to_owned(), |stat| stat.comm);
-        format!("{name} (pid {})", process.pid)
+        Listener { pid: process.pid, name }
     };
-    listening.map(name).collect()
+    listening.map(listener).collect()
 }
 
 fn sockets(endpoint: &str) -> BTreeSet<u64> {
@@ -44,20 +86,6 @@ fn sockets(endpoint: &str) -> BTreeSet<u64> {
         .collect()
 }
 
-/// What to say if more than one listens.
-pub fn complaint(endpoint: &str) -> Option<String> {
-    let sockets = sockets(endpoint);
-    // Looking through all processes is worth it only then.
-    let processes = if sockets.len() > 1 { owners(&sockets) } else { Vec::new() };
-    (processes.len() > 1).then(|| {
-        format!(
-            "{} servers listen at {endpoint} and each gets some of the calls: {}; stop all but one",
-            processes.len(),
-            processes.join(", ")
-        )
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -66,12 +94,12 @@ mod tests {
     fn a_listener_is_found_by_its_port() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = listener.local_addr().unwrap().to_string();
-        let found = processes(&endpoint);
+        let found = listeners(&endpoint);
         assert_eq!(found.len(), 1, "{found:?}");
-        assert!(found[0].ends_with(&format!("(pid {})", std::process::id())), "{found:?}");
-        assert_eq!(complaint(&endpoint), None);
-        assert!(processes("unix:/run/x").is_empty());
+        assert!(found[0].to_string().ends_with(&format!("(pid {})", std::process::id())));
+        assert!(!found[0].holds_any(&[u32::MAX]));
+        assert!(listeners("unix:/run/x").is_empty());
         drop(listener);
-        assert!(processes(&endpoint).is_empty());
+        assert!(listeners(&endpoint).is_empty());
     }
 }

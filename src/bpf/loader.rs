@@ -70,6 +70,7 @@ pub fn load(config: &Config, replace_maps: bool) -> Result<Loaded> {
     xdp::interface_index(&config.interface)?;
     let _lock = pins.lock()?;
 
+    recover_root_array(config, &pins)?;
     let existing = Chain::open(&pins)?;
     let attached = xdp::attached(&config.interface)?;
     let root_reused = check_attached(config, &pins, existing.as_ref(), attached.as_ref())?;
@@ -175,6 +176,7 @@ pub fn unload(config: &Config) -> Result<Unloaded> {
     let _lock = pins.lock()?;
     let mut report = Unloaded::default();
 
+    recover_root_array(config, &pins)?;
     let chain = Chain::open(&pins)?;
     if let Some(chain) = &chain {
         for (position, name) in
@@ -260,6 +262,31 @@ fn detach_root(
         report.removed.push(pins.root_array().display().to_string());
     }
     Ok(false)
+}
+
+/// Somebody removed the array's pin, while our root goes on using the array: pins it again.
+fn recover_root_array(config: &Config, pins: &Pins) -> Result<()> {
+    if pins.root_array().exists() {
+        return Ok(());
+    }
+    let ours = pinned_program(&pins.program("xdp_root")).map(|root| root.id);
+    let Some(root) = xdp::attached(&config.interface)?.filter(|root| Some(root.id) == ours) else {
+        return Ok(());
+    };
+    let array = root
+        .map_ids
+        .iter()
+        .filter_map(|id| MapHandle::from_map_id(*id).ok())
+        .find(|map| map.map_type() == libbpf_rs::MapType::ProgArray);
+    if let Some(mut array) = array {
+        array.pin(pins.root_array()).map_err(|source| BpfError::Pin {
+            path: pins.root_array().to_owned(),
+            action: "pinning again",
+            source,
+        })?;
+        info!(path = %pins.root_array().display(), "pinned again; it was removed");
+    }
+    Ok(())
 }
 
 /// Is the root on the interface already? A program that does not use the chain is in the way.

@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::marker::PhantomData;
 use std::mem::size_of;
+use std::os::fd::AsFd as _;
 use std::path::Path;
 
 use libbpf_rs::{MapCore as _, MapFlags, MapHandle};
@@ -50,6 +51,11 @@ impl<K: Pod, V: Pod> Table<K, V> {
             return Err(format!("{} B → {} B", map.key_size(), map.value_size()));
         }
         Ok(Self { map, name, types: PhantomData })
+    }
+
+    /// The kernel's identifier of the map.
+    pub fn id(&self) -> Option<u32> {
+        libbpf_rs::MapInfo::new(self.map.as_fd()).ok().map(|info| info.info.id)
     }
 
     fn failed(&self, action: &'static str) -> impl FnOnce(libbpf_rs::Error) -> BpfError + '_ {

@@ -32,9 +32,7 @@ impl ProgramInfo {
 
     /// Does the program use the map that is pinned at a path?
     pub fn uses_pinned_map(&self, path: &Path) -> bool {
-        MapHandle::from_pinned_path(path)
-            .and_then(|map| MapInfo::new(map.as_fd()))
-            .is_ok_and(|info| self.map_ids.contains(&info.info.id))
+        pinned_map_id(path).is_some_and(|id| self.map_ids.contains(&id))
     }
 
     /// Of a program by its descriptor.
@@ -64,6 +62,12 @@ impl ProgramInfo {
             instructions: info.xlated_prog_len / 8,
         })
     }
+}
+
+/// The kernel's identifier of a pinned map.
+pub fn pinned_map_id(path: &Path) -> Option<u32> {
+    let map = MapHandle::from_pinned_path(path).ok()?;
+    MapInfo::new(map.as_fd()).ok().map(|info| info.info.id)
 }
 
 /// The index of an interface of this network namespace.

@@ -4,7 +4,7 @@ use clap::Args;
 
 use super::table::line;
 use crate::bpf::loader;
-use crate::config::Config;
+use crate::config::{BalancerKind, Config};
 use crate::sidecar::Error;
 
 #[derive(Debug, Args)]
@@ -43,6 +43,11 @@ impl Unload {
         let report =
             if self.keep_state { loader::take_out(config)? } else { loader::unload(config)? };
         print(&report, config);
+        if config.balancer == BalancerKind::Katran && !self.keep_state {
+            line(
+                "Katran keeps the groups' VIPs, which get no more packets: `mqtt-fwd katran list`",
+            );
+        }
         Ok(())
     }
 }

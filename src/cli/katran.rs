@@ -3,21 +3,22 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::path::Path;
 
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
-use super::block_on;
 use super::table::{self, Output, line};
+use super::{DEFAULT_CONFIG, block_on};
 use crate::balancer::client::{BalancerError, Client, Stats};
 use crate::balancer::{Spelling, Vip, mac_text};
-use crate::config::{Config, ConfigError, parse_mac};
+use crate::config::{Config, ConfigError, address, endpoint, mac};
 use crate::sidecar::{Error, plan};
 
 #[derive(Debug, Args)]
 pub struct Katran {
     /// Where the balancer listens; default: as the configuration says
-    #[arg(long, global = true, value_name = "ENDPOINT")]
+    #[arg(long, global = true, value_parser = endpoint, value_name = "ENDPOINT")]
     endpoint: Option<String>,
 
     #[command(subcommand)]
@@ -32,6 +33,7 @@ enum Action {
     Stats(Output),
     /// Show the gateway's MAC address, or change it (goclient -list_mac, -change_mac)
     Mac {
+        /// The new one
         #[arg(value_parser = mac, value_name = "MAC")]
         set: Option<[u8; 6]>,
     },
@@ -53,13 +55,22 @@ enum Action {
     DelVip { vip: Spelling },
     /// Add a real to a VIP, or change its weight (goclient -a, -e)
     AddReal {
+        /// ADDRESS:PORT
         vip: Spelling,
+        /// Address of the real, without a port
+        #[arg(value_parser = address)]
         real: IpAddr,
-        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+        /// Its share of new connections, 1 to 1000
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
         weight: u32,
     },
     /// Take a real out of a VIP; its established connections stay (goclient -d)
-    DelReal { vip: Spelling, real: IpAddr },
+    DelReal {
+        /// ADDRESS:PORT
+        vip: Spelling,
+        /// Address of the real, without a port
+        real: IpAddr,
+    },
 }
 
 /// Katran's names, and ours.
@@ -104,15 +115,14 @@ fn flag_names(flags: u32) -> String {
     if names.is_empty() { "-".to_owned() } else { names.join(",") }
 }
 
-fn mac(text: &str) -> Result<[u8; 6], String> {
-    parse_mac(text).ok_or_else(|| "not a MAC address such as 02:00:5e:10:00:01".to_owned())
-}
-
 impl Katran {
     pub fn run(self, config: Result<Config, Error>) -> Result<(), Error> {
         let endpoint = match (&self.endpoint, &config) {
             // Without a configuration there are no groups of ours; a broken one may have some.
-            (Some(endpoint), Ok(_) | Err(Error::Config(ConfigError::Unreadable { .. }))) => {
+            (Some(endpoint), Ok(_)) => endpoint.clone(),
+            (Some(endpoint), Err(Error::Config(ConfigError::Unreadable { path, .. })))
+                if path == Path::new(DEFAULT_CONFIG) =>
+            {
                 endpoint.clone()
             }
             (None, Ok(config)) => config.balancer_endpoint.clone(),
@@ -173,7 +183,8 @@ struct Totals {
 /// The VIP of a call. Only a deletion may name one as somebody else has spelled it.
 fn canonical(spelling: &Spelling) -> Result<Vip, Error> {
     let wrong = |problem: String| Error::Refused(format!("{spelling}: {problem}"));
-    let vip = Vip::try_from(&spelling.0).map_err(wrong)?;
+    let vip = Vip::try_from(&spelling.0).map_err(&wrong)?;
+    address(&vip.addr.to_string()).map_err(&wrong)?;
     if spelling.is_canonical() {
         return Ok(vip);
     }

@@ -18,6 +18,8 @@ use clap::{CommandFactory as _, Parser, Subcommand};
 use crate::config::Config;
 use crate::sidecar::Error;
 
+const DEFAULT_CONFIG: &str = "/etc/mqtt-fwd/config.toml";
+
 /// Done.
 const DONE: u8 = 0;
 /// Something failed that is not the user's input.
@@ -40,7 +42,7 @@ struct Cli {
         long,
         global = true,
         env = "MQTT_FWD_CONFIG",
-        default_value = "/etc/mqtt-fwd/config.toml",
+        default_value = DEFAULT_CONFIG,
         value_name = "FILE"
     )]
     config: PathBuf,

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::table::line;
-use crate::config::XdpMode;
+use crate::config::{XdpMode, address};
 use crate::real;
 use crate::sidecar::Error;
 
@@ -24,13 +24,13 @@ enum Action {
         #[arg(long)]
         interface: String,
         /// Address of a service; may be repeated
-        #[arg(long = "vip", required = true, value_name = "ADDRESS")]
+        #[arg(long = "vip", required = true, value_parser = address, value_name = "ADDRESS")]
         vips: Vec<IpAddr>,
         /// How the unwrapping program runs
         #[arg(long, value_enum, default_value_t = Mode::Native)]
         xdp_mode: Mode,
         /// MSS to advertise to clients; default: what leaves room to wrap; 0: leave routes alone
-        #[arg(long, value_name = "BYTES")]
+        #[arg(long, value_parser = advmss, value_name = "BYTES")]
         advmss: Option<u32>,
         /// Mount point of bpffs
         #[arg(long, default_value = "/sys/fs/bpf")]
@@ -51,6 +51,13 @@ enum Action {
 enum Mode {
     Native,
     Generic,
+}
+
+fn advmss(text: &str) -> Result<u32, String> {
+    match text.parse() {
+        Ok(bytes @ (0 | 256..=9000)) => Ok(bytes),
+        _ => Err("0, or 256 to 9000".to_owned()),
+    }
 }
 
 impl Real {

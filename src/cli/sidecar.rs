@@ -1,5 +1,7 @@
 //! `apply`, `run` and `balancer`.
 
+use std::time::{Duration, Instant};
+
 use clap::Args;
 
 use super::block_on;
@@ -8,7 +10,11 @@ use crate::balancer::client::Client;
 use crate::config::{BalancerKind, Config};
 use crate::sidecar::datapath::Datapath;
 use crate::sidecar::run::Manners;
-use crate::sidecar::{self, Error, apply, plan};
+use crate::sidecar::running::{self, Running};
+use crate::sidecar::{self, Error, apply, health, plan};
+
+/// How long `apply` waits for a `run` to take a configuration over.
+const TAKE_OVER: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Args)]
 pub struct Apply {
@@ -20,25 +26,69 @@ pub struct Apply {
 impl Apply {
     pub fn run(&self, config: &Config) -> Result<(), Error> {
         let datapath = Datapath::open(&config.pins())?;
+        let running = running::find(config).filter(|_| !self.dry_run);
         let plan = block_on(async {
             let mut client = Client::connect(&config.balancer_endpoint).await?;
-            if self.dry_run {
-                plan::plan(config, &datapath, &mut client).await
-            } else {
-                apply::apply(config, &datapath, &mut client).await
+            match running {
+                Some(running) => hand_over(&running, config, &datapath, &mut client).await,
+                None if self.dry_run => plan::plan(config, &datapath, &mut client).await,
+                None => apply::apply(config, &datapath, &mut client).await,
             }
         })?;
         let lines = plan.lines();
         for text in &lines {
             line(text);
         }
+        let steps = if lines.len() == 1 { "step" } else { "steps" };
         line(&match (lines.len(), self.dry_run) {
             (0, _) => "all is as configured".to_owned(),
-            (n, true) => format!("{n} steps; nothing was changed (--dry-run)"),
-            (n, false) => format!("{n} steps done, and read back"),
+            (n, true) => format!("{n} {steps}; nothing was changed (--dry-run)"),
+            (n, false) => format!("{n} {steps} done, and read back"),
         });
+        // What is configured right may not be forwarded all the same.
+        for complaint in health::complaints(config) {
+            tracing::warn!("{complaint}");
+        }
         Ok(())
     }
+}
+
+/// A `run` at work would undo what it does not know of: it is told to read the configuration
+/// again, and waited for.
+async fn hand_over(
+    running: &Running,
+    config: &Config,
+    datapath: &Datapath,
+    client: &mut Client,
+) -> Result<plan::Plan, Error> {
+    if !running.reads(config) {
+        return Err(Error::Busy(format!(
+            "`run` (pid {}) works by {} and would undo this; change that, or end it first",
+            running.pid,
+            running.config.display()
+        )));
+    }
+    let first = plan::plan(config, datapath, client).await?;
+    if first.is_empty() {
+        return Ok(first);
+    }
+    let pid = nix::unistd::Pid::from_raw(running.pid);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGHUP).map_err(|e| Error::Io {
+        what: format!("telling `run` (pid {pid}) to read the configuration again"),
+        source: e.into(),
+    })?;
+    let deadline = Instant::now() + TAKE_OVER;
+    while Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        if plan::plan(config, datapath, client).await?.is_empty() {
+            return Ok(first);
+        }
+    }
+    Err(Error::Busy(format!(
+        "`run` (pid {pid}) was told to read the configuration again, and has not taken it over in \
+         {} s; its log says why",
+        TAKE_OVER.as_secs()
+    )))
 }
 
 pub fn run(config: Config) -> Result<(), Error> {

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 pub use error::{ConfigError, Problem};
-pub use read::parse_mac;
+pub use read::{address, endpoint, mac, parse_mac};
 
 use crate::bpf::pins::Pins;
 use crate::routes::filter::TopicFilter;

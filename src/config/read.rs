@@ -287,7 +287,8 @@ fn name_text(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-fn address(text: &str) -> Result<IpAddr, String> {
+/// An address of a host on a network, in its plain form.
+pub fn address(text: &str) -> Result<IpAddr, String> {
     let addr: IpAddr = text
         .parse()
         .map_err(|_| "not an IP address; write it like \"10.1.50.1\" or \"fd00::1\"".to_owned())?;
@@ -307,20 +308,24 @@ fn absolute(text: &str) -> Result<PathBuf, String> {
     if path.is_absolute() { Ok(path) } else { Err("must be an absolute path".to_owned()) }
 }
 
-fn endpoint(text: &str) -> Result<String, String> {
+/// Where a gRPC service listens.
+pub fn endpoint(text: &str) -> Result<String, String> {
     let problem = || "write it like \"127.0.0.1:50051\" or \"unix:/run/katran.sock\"".to_owned();
     if let Some(path) = text.strip_prefix("unix:") {
         return if path.starts_with('/') { Ok(text.to_owned()) } else { Err(problem()) };
     }
     let (host, port) = text.rsplit_once(':').ok_or_else(problem)?;
     let port: u16 = port.parse().map_err(|_| problem())?;
-    if host.is_empty() || host.contains('/') || port == 0 {
+    // An IPv6 address is in brackets, or it is not clear where it ends.
+    let bare_v6 = host.contains(':') && !(host.starts_with('[') && host.ends_with(']'));
+    if host.is_empty() || host.contains('/') || bare_v6 || port == 0 {
         return Err(problem());
     }
     Ok(text.to_owned())
 }
 
-fn mac(text: &str) -> Result<[u8; 6], String> {
+/// A MAC address.
+pub fn mac(text: &str) -> Result<[u8; 6], String> {
     parse_mac(text)
         .ok_or_else(|| "not a MAC address; write it like \"02:00:5e:10:00:01\"".to_owned())
 }
@@ -333,5 +338,6 @@ pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
         let part = parts.next().filter(|p| p.len() == 2)?;
         *byte = u8::from_str_radix(part, 16).ok()?;
     }
-    (parts.next().is_none() && mac != [0; 6]).then_some(mac)
+    // Nor one of many stations (the lowest bit of the first byte, IEEE 802).
+    (parts.next().is_none() && mac != [0; 6] && mac[0] & 1 == 0).then_some(mac)
 }

@@ -70,6 +70,12 @@ impl Datapath {
         })
     }
 
+    /// Are these the maps that are pinned?
+    pub fn is_pinned(&self, pins: &Pins) -> bool {
+        let pinned: bpf::Result<Table<u32, service_table>> = Table::open(&pins.map("services"));
+        pinned.is_ok_and(|pinned| pinned.id() == self.services.id())
+    }
+
     /// The number of the generation in force; 0: nothing was applied yet.
     pub fn generation(&self) -> bpf::Result<u32> {
         Ok(self.generation.get(&0)?.unwrap_or_default())

@@ -15,6 +15,7 @@ pub mod identity;
 pub mod image;
 pub mod plan;
 pub mod run;
+pub mod running;
 pub mod view;
 pub mod watch;
 
@@ -35,6 +36,9 @@ pub enum Error {
     Service { service: String, problem: String },
     #[error("{interface} is not healthy: {problems}")]
     Unhealthy { interface: String, problems: String },
+    /// Somebody else is at it.
+    #[error("{0}")]
+    Busy(String),
     /// Input that is well-formed, and would do harm.
     #[error("{0}")]
     Refused(String),

@@ -8,11 +8,11 @@ use tokio::net::{TcpListener, TcpSocket, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tonic::transport::Server as GrpcServer;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use super::datapath::Datapath;
 use super::watch::Watch;
-use super::{Error, Result};
+use super::{Error, Result, running};
 use crate::balancer::embedded::{Embedded, Refusal};
 use crate::balancer::imitation::Imitation;
 use crate::balancer::server::Server;
@@ -26,13 +26,14 @@ pub async fn run(mut config: Config) -> Result<()> {
     let mut int = on(SignalKind::interrupt())?;
     let mut hup = on(SignalKind::hangup())?;
 
+    let _only = running::claim(&config)?;
     // Listening first: whoever serves there already keeps its programs in their positions.
     let incoming = match config.balancer {
         BalancerKind::Embedded => Some(listen(&config.balancer_endpoint, Manners::Ours).await?),
         BalancerKind::Katran => None,
     };
     loader::load(&config, false)?;
-    let datapath = Datapath::open(&config.pins())?;
+    let mut datapath = Datapath::open(&config.pins())?;
     let mut server = match incoming {
         Some(incoming) => Some(tokio::spawn(serve(&config, incoming, Manners::Ours)?)),
         None => None,
@@ -40,6 +41,13 @@ pub async fn run(mut config: Config) -> Result<()> {
 
     let mut watch = Watch::default();
     loop {
+        if !datapath.is_pinned(&config.pins())
+            && let Ok(new) = Datapath::open(&config.pins())
+        {
+            warn!("other maps are pinned than before (unload and load?); going on with those");
+            datapath = new;
+            watch.configuration_changed();
+        }
         watch.look(&config, &datapath).await;
         let pause = tokio::time::sleep(Duration::from_secs(config.watch_interval_s));
         let served = async {
@@ -181,6 +189,9 @@ fn reload(config: Config) -> Config {
             config
         }
         Ok(new) => {
+            if new.maps != config.maps {
+                warn!("sizes in [maps] count from the next `mqtt-fwd load --replace-maps` on");
+            }
             info!(path = %new.path.display(), "configuration read again");
             new
         }
