@@ -266,7 +266,7 @@ fn an_operator_sees_and_changes_vips_of_others_only() {
         // On one that is there, they are added.
         katran(&["add-vip", "10.1.60.1:80", "--flag", "0x8"]);
         assert_eq!(
-            katran(&["clear-flags", "10.1.60.1:80", "NO_LRU"]),
+            katran(&["clear-flags", "10.1.60.1:80", "--flag", "NO_LRU"]),
             "10.1.60.1:80/tcp has flags DPORT_HASH\n"
         );
         katran(&["add-real", "10.1.60.1:80", "10.1.3.1", "--weight", "3"]);

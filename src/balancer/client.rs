@@ -61,7 +61,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 const CAUSES_ADD_VIP: &str =
     "likely causes: it has this VIP already, or as many VIPs as it can have";
-const CAUSES_UNKNOWN_VIP: &str = "likely cause: it has no such VIP (was it restarted?)";
+const CAUSES_UNKNOWN_VIP: &str =
+    "likely cause: it has no such VIP (`mqtt-fwd katran list` shows them; was it restarted?)";
 const CAUSES_REALS: &str = "likely causes: it has no such VIP, or as many reals as it can have";
 const CAUSES_READ: &str = "likely cause: its state changed at the same time";
 

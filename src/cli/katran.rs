@@ -47,8 +47,10 @@ enum Action {
     },
     /// Take flags from a VIP (goclient -E -unset)
     ClearFlags {
+        /// ADDRESS:PORT
         vip: Spelling,
-        #[arg(required = true, value_parser = flag, value_name = "FLAG")]
+        /// Flags by name or number; may be repeated
+        #[arg(long = "flag", required = true, value_parser = flag, value_name = "FLAG")]
         flags: Vec<u32>,
     },
     /// Remove a VIP, which is the only way to stop its traffic (goclient -D)

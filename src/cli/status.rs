@@ -131,7 +131,8 @@ fn balancer(config: &Config) -> (bool, String) {
     match difference {
         Ok(None) => (true, format!("{at}: as configured")),
         Ok(Some(difference)) => (false, format!("{at}: {difference}; `mqtt-fwd apply` mends it")),
-        Err(e) => (false, e.to_string()),
+        // The line says already whose words these are.
+        Err(e) => (false, e.to_string().trim_start_matches("balancer ").to_owned()),
     }
 }
 

@@ -14,6 +14,14 @@ pub enum ConfigError {
         /// Why.
         source: std::io::Error,
     },
+    /// It is not text.
+    #[error("{path}: line {line} is not valid UTF-8; save the file as UTF-8")]
+    NotText {
+        /// Which.
+        path: PathBuf,
+        /// The first such line.
+        line: usize,
+    },
     /// It is not TOML.
     #[error("{path}: not valid TOML: {source}")]
     Syntax {

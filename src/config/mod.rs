@@ -178,8 +178,12 @@ pub struct Route {
 impl Config {
     /// Reads and checks a file. Every problem of it is reported, not only the first.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path)
+        let bytes = std::fs::read(path)
             .map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
+        let text = String::from_utf8(bytes).map_err(|e| ConfigError::NotText {
+            path: path.to_owned(),
+            line: e.as_bytes()[..e.utf8_error().valid_up_to()].split(|b| *b == b'\n').count(),
+        })?;
         Self::parse(path, &text)
     }
 

@@ -36,22 +36,20 @@ pub fn config(path: &Path, table: &Table) -> Result<Config, ConfigError> {
     let bpffs = r.parsed("bpffs", absolute).unwrap_or_else(|| PathBuf::from("/sys/fs/bpf"));
     let root_array = r.parsed("root_array", absolute);
     r.required_text("balancer", "embedded");
-    let balancer = r
-        .choice(
-            "balancer",
-            &[("embedded", BalancerKind::Embedded), ("katran", BalancerKind::Katran)],
-        )
-        .unwrap_or(BalancerKind::Embedded);
+    let balancer = r.choice(
+        "balancer",
+        &[("embedded", BalancerKind::Embedded), ("katran", BalancerKind::Katran)],
+    );
     let balancer_endpoint =
         r.parsed("balancer_endpoint", endpoint).unwrap_or_else(|| "127.0.0.1:50051".to_owned());
     let encapsulation = r
         .choice("encapsulation", &[("ipip", Encapsulation::Ipip), ("gue", Encapsulation::Gue)])
         .unwrap_or(Encapsulation::Ipip);
-    if balancer == BalancerKind::Embedded && encapsulation != Encapsulation::Ipip {
+    if balancer == Some(BalancerKind::Embedded) && encapsulation != Encapsulation::Ipip {
         r.problem("encapsulation", "= \"gue\": the embedded balancer has only \"ipip\"");
     }
     let gateway_mac = r.parsed("gateway_mac", mac);
-    if balancer == BalancerKind::Embedded
+    if balancer == Some(BalancerKind::Embedded)
         && gateway_mac.is_none()
         && !table.contains_key("gateway_mac")
     {
@@ -80,7 +78,7 @@ pub fn config(path: &Path, table: &Table) -> Result<Config, ConfigError> {
             xdp_mode,
             bpffs,
             root_array,
-            balancer,
+            balancer: balancer.unwrap_or(BalancerKind::Embedded),
             balancer_endpoint,
             encapsulation,
             gateway_mac,
@@ -262,6 +260,18 @@ fn across_services(services: &[Service], maps: &MapSizes, problems: &RefCell<Vec
         claim(format!("service[{i}].address"), service.addr);
         for (j, group) in service.groups.iter().enumerate() {
             claim(format!("service[{i}].group[{j}].vip"), group.vip);
+        }
+        let vips: Vec<IpAddr> =
+            service.groups.iter().map(|group| group.vip).chain([service.addr]).collect();
+        for (j, group) in service.groups.iter().enumerate() {
+            for (k, real) in group.reals.iter().enumerate().filter(|(_, r)| vips.contains(&r.addr))
+            {
+                complain(
+                    format!("service[{i}].group[{j}].reals[{k}].address"),
+                    format!("\"{}\"", real.addr),
+                    "is an address of the balancer's, which would send to itself".to_owned(),
+                );
+            }
         }
         for problem in compile::problems(service, maps.route_states) {
             complain(format!("service[{i}].route"), String::new(), problem);
