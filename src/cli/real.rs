@@ -32,6 +32,9 @@ enum Action {
         /// MSS to advertise to clients; default: what leaves room to wrap; 0: leave routes alone
         #[arg(long, value_parser = advmss, value_name = "BYTES")]
         advmss: Option<u32>,
+        /// UDP port of GUE, if Katran was built with another GUE_DPORT
+        #[arg(long, default_value_t = 6080, value_parser = clap::value_parser!(u16).range(1..))]
+        gue_port: u16,
         /// Mount point of bpffs
         #[arg(long, default_value = "/sys/fs/bpf")]
         bpffs: PathBuf,
@@ -63,12 +66,12 @@ fn advmss(text: &str) -> Result<u32, String> {
 impl Real {
     pub fn run(self) -> Result<(), Error> {
         let done = match self.action {
-            Action::Up { interface, vips, xdp_mode, advmss, bpffs } => {
+            Action::Up { interface, vips, xdp_mode, advmss, gue_port, bpffs } => {
                 let mode = match xdp_mode {
                     Mode::Native => XdpMode::Native,
                     Mode::Generic => XdpMode::Generic,
                 };
-                real::up(&real::Real { interface, vips, mode, bpffs, advmss })?
+                real::up(&real::Real { interface, vips, mode, gue_port, bpffs, advmss })?
             }
             Action::Down { interface, bpffs } => real::down(&interface, &bpffs)?,
         };

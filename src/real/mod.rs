@@ -35,6 +35,8 @@ pub struct Real {
     pub vips: Vec<IpAddr>,
     /// Native or generic XDP.
     pub mode: XdpMode,
+    /// UDP port of GUE (Katran's `GUE_DPORT`).
+    pub gue_port: u16,
     /// bpffs.
     pub bpffs: std::path::PathBuf,
     /// MSS to advertise; `None`: what leaves room for the encapsulation; 0: leave routes alone.
@@ -139,7 +141,10 @@ fn attach_decap(real: &Real, done: &mut Vec<String>) -> Result<()> {
         }
         let failed = |source| BpfError::Load { object: "decap", source };
         let mut storage = MaybeUninit::uninit();
-        let open = DecapSkelBuilder::default().open(&mut storage).map_err(failed)?;
+        let mut open = DecapSkelBuilder::default().open(&mut storage).map_err(failed)?;
+        if let Some(rodata) = open.maps.rodata_data.as_deref_mut() {
+            rodata.gue_port = real.gue_port;
+        }
         let mut skel = open.load().map_err(failed)?;
         let table = Table::<address, u8>::of(&skel.maps.decap_vips)?;
         for vip in &real.vips {
