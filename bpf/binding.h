@@ -106,13 +106,39 @@ __noinline int binding_find(const struct conn *c, const struct service_table *t)
 }
 
 /*
- * In place of the flow's old binding, or in a free slot, or in a random one. Without an epoch there
- * is nothing to keep, and what there was is forgotten.
+ * Makes what is known of the flow right: this group, or none if there is no epoch. Adds nothing, and
+ * writes only what differs, for a new flow has to look here, but will mostly find nothing. Returns
+ * whether it was known.
  */
+__noinline int binding_correct(const struct conn *c, const struct service_table *t, __u16 group,
+			       __u16 epoch)
+{
+	if (!c || !t)
+		return false;
+
+	__u64 flow = binding_flow(c, t);
+	__u64 right = epoch ? slot_flow(flow) | binding_epoch(epoch) << SLOT_GROUP_BITS | group : 0;
+	struct binding_set *set = binding_set_of(flow);
+	bool known = false;
+
+	if (!set)
+		return false;
+	/* There may be two, if two CPUs have added it at once. */
+	for (int i = 0; i < BINDING_WAYS; i++) {
+		if (!slot_is(set->slot[i], flow))
+			continue;
+		known = true;
+		if (set->slot[i] != right)
+			set->slot[i] = right;
+	}
+	return known;
+}
+
+/* The same, and if it was not known, it is now: in a free slot, or in place of any other. */
 __noinline int binding_keep(const struct conn *c, const struct service_table *t, __u16 group,
 			    __u16 epoch)
 {
-	if (!c || !t)
+	if (!c || !t || !epoch || binding_correct(c, t, group, epoch))
 		return 0;
 
 	__u64 flow = binding_flow(c, t);
@@ -125,15 +151,6 @@ __noinline int binding_keep(const struct conn *c, const struct service_table *t,
 		if (!set->slot[i])
 			slot = i;
 	}
-	for (int i = 0; i < BINDING_WAYS; i++) {
-		if (!slot_is(set->slot[i], flow))
-			continue;
-		/* Two, if two CPUs have kept it at once. */
-		set->slot[i] = 0;
-		slot = i;
-	}
-	if (!epoch)
-		return 0;
 	set->slot[slot & (BINDING_WAYS - 1)] =
 		slot_flow(flow) | binding_epoch(epoch) << SLOT_GROUP_BITS | group;
 	return 0;

@@ -163,7 +163,7 @@ __noinline int flow_open(const struct conn *c, const struct service_table *t,
 		f.flags |= FLOW_PREDICTED;
 	if (flow_store(c, &f))
 		count(REASON_MAP_FULL);
-	binding_keep(c, t, b->group, b->epoch);
+	binding_correct(c, t, b->group, b->epoch);
 
 	client = b->predicted ? client_find(c) : NULL;
 	report_event(c, EVENT_BOUND, from_to(NO_GROUP, b->group), client ? client->topic : 0,
@@ -182,7 +182,7 @@ __noinline int flow_rebind(const struct conn *c, const struct service_table *t,
 	predict(c, t, svc, &b);
 	f->group = b.group;
 	f->epoch = b.epoch;
-	binding_keep(c, t, b.group, b.epoch);
+	binding_correct(c, t, b.group, b.epoch);
 	count(REASON_GROUP_GONE);
 	return 0;
 }
@@ -241,7 +241,7 @@ static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 	} else if (c->payload_length) {
 		mqtt_segment(ctx, f, c, t, svc);
 		if (f->flags & FLOW_RESET)
-			binding_keep(c, t, f->group, f->epoch);
+			binding_correct(c, t, f->group, f->epoch);
 	}
 
 	g = group_alive(f->group, f->epoch);
@@ -255,7 +255,7 @@ static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 	}
 	if (ends && !(f->flags & FLOW_CLOSING)) {
 		flow_close(c, f);
-		binding_keep(c, t, 0, 0);
+		binding_correct(c, t, 0, 0);
 	}
 	return to_group(ctx, g, svc, v6, reason);
 }
