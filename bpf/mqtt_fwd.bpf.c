@@ -200,12 +200,11 @@ static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 {
 	bool syn = tcp->syn, ends = tcp->fin || tcp->rst;
 	bool bare = !c->payload_length && !syn && !ends;
-	bool touch = (tcp->check ^ c->ack * 0x9e3779b1U) >> (32 - TOUCH_BITS) == 0;
 	enum reason reason = c->payload_length ? REASON_DATA : REASON_NO_DATA;
 	const struct group *g;
 	struct flow *f;
 
-	if (bare && !touch) {
+	if (bare && (tcp->check ^ c->ack * 0x9e3779b1U) >> (32 - TOUCH_BITS)) {
 		g = group_of_binding(binding_find(c, t));
 		if (g)
 			return to_group(ctx, g, svc, v6, reason);
@@ -240,8 +239,8 @@ static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 		return to_group(ctx, g, svc, v6, reason);
 	} else if (c->payload_length) {
 		mqtt_segment(ctx, f, c, t, svc);
-		if (f->flags & FLOW_RESET)
-			binding_correct(c, t, f->group, f->epoch);
+	} else if (bare && !(f->flags & FLOW_CLOSING)) {
+		binding_keep(c, t, f->group, f->epoch);
 	}
 
 	g = group_alive(f->group, f->epoch);
@@ -250,8 +249,6 @@ static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 		g = group_alive(f->group, f->epoch);
 		if (!g)
 			return verdict(ctx, REASON_NO_GROUP_VIP);
-	} else if (bare && !(f->flags & FLOW_CLOSING)) {
-		binding_keep(c, t, f->group, f->epoch);
 	}
 	if (ends && !(f->flags & FLOW_CLOSING)) {
 		flow_close(c, f);

@@ -12,6 +12,7 @@
 #ifndef MQTT_FWD_STREAM_H
 #define MQTT_FWD_STREAM_H
 
+#include "binding.h"
 #include "learn.h"
 #include "mqtt.h"
 
@@ -126,6 +127,7 @@ static __always_inline void publish_judge(const struct parse *p)
 		f->group = to.group;
 		f->epoch = to.epoch;
 		f->flags |= FLOW_RESET;
+		binding_correct(p->c, p->t, f->group, f->epoch);
 		how = REPORT_RESET;
 		count(REASON_RESET);
 	} else {
