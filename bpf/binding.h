@@ -6,7 +6,7 @@
  * set is a cache line, a slot 8 bytes.
  *
  * It is a cache. What is not in it is in `flows`, and whatever binds a flow anew writes it here,
- * too. Of a flow that `flows` has forgotten, it may still know the group.
+ * too, unless the old group is gone: its epoch tells. Of a flow that `flows` has forgotten, it may still know the group.
  *
  * A flow is 56 bits here. IPv4: 0, service, port and address, which is all of it, so that nobody
  * can be taken for another. IPv6: 1 and 55 bits of a keyed hash. They are mixed, one to one; the

@@ -54,7 +54,8 @@ MAP(route_states, BPF_MAP_TYPE_ARRAY, __u32, struct route_state, 1 << 19);
  * Not read here: the balancer puts the service's address back with it. It lives in this
  * object so that it exists, pinned, whichever of the two is loaded first.
  */
-MAP(mqtt_service_vips, BPF_MAP_TYPE_HASH, struct vip_definition, struct vip_definition, MAX_GROUP_VIPS);
+MAP(mqtt_service_vips, BPF_MAP_TYPE_HASH, struct vip_definition, struct vip_definition,
+    MAX_GROUP_VIPS);
 
 /* ---- state: written here ---- */
 

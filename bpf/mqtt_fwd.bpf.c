@@ -182,14 +182,13 @@ __noinline int flow_rebind(const struct conn *c, const struct service_table *t,
 	predict(c, t, svc, &b);
 	f->group = b.group;
 	f->epoch = b.epoch;
-	binding_correct(c, t, b.group, b.epoch);
 	count(REASON_GROUP_GONE);
 	return 0;
 }
 
 /*
- * One segment without data in 64, as good as at random, looks into `flows` all the same: a flow that only acknowledges,
- * a subscriber's, would be the first to be forgotten there otherwise.
+ * One segment without data in 64, as good as at random, looks into `flows` all the same: a flow
+ * that only acknowledges, a subscriber's, would be the first to be forgotten there otherwise.
  */
 #define TOUCH_BITS 6
 

@@ -2,6 +2,7 @@
 
 mod support;
 
+use libbpf_rs::{MapCore as _, MapFlags};
 use mqtt_fwd::bpf::types::client4;
 use support::conn::{Conn, predicted, seen};
 use support::datapath::{CONFIG, Fixture, JUMPED};
@@ -199,6 +200,26 @@ fn segments_without_data_follow_their_flow_wherever_it_is_moved() {
         let mut again = Conn { isn: 77, ..Conn::new(&f, &client.replace("4000", "4001")) };
         assert_eq!(again.syn(), seen("b", &["flow_predicted 1"]));
         assert_eq!(again.flagged(|_| {}), seen("b", &["no_data 1"]));
+    }
+}
+
+#[test]
+fn a_flow_that_ends_leaves_its_place_in_the_cache() {
+    let f = Fixture::new();
+    let cached = || {
+        let bindings = &f.skel.maps.bindings;
+        let sets = bindings.lookup_batch(4096, MapFlags::ANY, MapFlags::ANY).unwrap();
+        sets.filter(|(_, set)| set.iter().any(|byte| *byte != 0)).count()
+    };
+    for client in ["10.1.1.1:4000", "[fd01:1::1]:4000"] {
+        let c = Conn::open(&f, client);
+        assert_eq!(cached(), 0, "a SYN adds nothing");
+        c.flagged(|_| {});
+        assert_eq!(cached(), 1);
+        c.flagged(|h| h.fin = true);
+        assert_eq!(cached(), 0);
+        c.flagged(|_| {});
+        assert_eq!(cached(), 0, "a late segment does not bring it back");
     }
 }
 
