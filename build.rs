@@ -1,4 +1,4 @@
-//! Compiles `bpf/` into skeletons, `proto/` into tonic code and `bpf/reason.h` into a table.
+//! Compiles `bpf/` into skeletons, `proto/` into tonic code and `bpf/abi/reason.h` into a table.
 
 use std::env;
 use std::fmt::Write as _;
@@ -8,19 +8,27 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 use libbpf_cargo::SkeletonBuilder;
 
-const PROGRAMS: [&str; 5] = ["xdp_root", "mqtt_fwd", "balancer", "decap", "rewind"];
+/// Source of each program, without `.bpf.c`; the last one is for `benches/`.
+const PROGRAMS: [&str; 5] = [
+    "bpf/root/xdp_root",
+    "bpf/forward/mqtt_fwd",
+    "bpf/balancer/balancer",
+    "bpf/broker/decap",
+    "benches/bpf/rewind",
+];
 
 fn main() -> Result<()> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
     // libbpf-cargo says nothing about what it read.
     println!("cargo:rerun-if-changed=bpf");
+    println!("cargo:rerun-if-changed=benches/bpf");
     println!("cargo:rerun-if-changed=proto");
     println!("cargo:rerun-if-env-changed=CLANG");
 
     for program in PROGRAMS {
         compile_bpf(program, &out)?;
     }
-    generate_reasons(Path::new("bpf/reason.h"), &out.join("reasons.rs"))?;
+    generate_reasons(Path::new("bpf/abi/reason.h"), &out.join("reasons.rs"))?;
 
     // protox, so that nobody needs protoc.
     let files = protox::compile(["proto/katran.proto"], ["proto"])?;
@@ -32,7 +40,8 @@ fn compile_bpf(program: &str, out: &Path) -> Result<()> {
     let arch = env::var("CARGO_CFG_TARGET_ARCH")?;
     // libbpf's own headers (bpf_helpers.h), where libbpf-sys has unpacked them.
     let libbpf = env::var("DEP_BPF_INCLUDE").context("libbpf-sys tells no include directory")?;
-    let source = format!("bpf/{program}.bpf.c");
+    let source = format!("{program}.bpf.c");
+    let name = program.rsplit('/').next().unwrap_or(program);
     let mut builder = SkeletonBuilder::new();
     builder
         .source(&source)
@@ -42,17 +51,18 @@ fn compile_bpf(program: &str, out: &Path) -> Result<()> {
             "-Wall".to_owned(),
             "-Wextra".to_owned(),
             "-Werror".to_owned(),
+            "-Ibpf".to_owned(),
             format!("-I{libbpf}"),
             // UAPI's <asm/types.h>, of the target, lies in Debian's multiarch directory.
             "-idirafter".to_owned(),
             format!("/usr/include/{arch}-linux-gnu"),
         ])
-        .obj(out.join(format!("{program}.bpf.o")));
+        .obj(out.join(format!("{name}.bpf.o")));
     if let Ok(clang) = env::var("CLANG") {
         builder.clang(clang);
     }
     builder
-        .build_and_generate(out.join(format!("{program}.skel.rs")))
+        .build_and_generate(out.join(format!("{name}.skel.rs")))
         .with_context(|| format!("compiling {source}"))
 }
 

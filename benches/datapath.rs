@@ -17,14 +17,14 @@ use common::rewind::RewindSkel;
 use common::{Bench, Case, ROUNDS, load_rewind, median};
 use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
 use libbpf_rs::{MapCore as _, MapFlags, OpenObject};
-use mqtt_fwd::bpf::chain;
-use mqtt_fwd::bpf::maps::Table;
-use mqtt_fwd::bpf::skeletons::balancer::BalancerSkelBuilder;
-use mqtt_fwd::bpf::types::{
+use mqtt_fwd::config::MapSizes;
+use mqtt_fwd::kernel::abi::{
     Pod as _, addr_words, real_definition, vip_definition, vip_key, vip_meta,
 };
-use mqtt_fwd::bpf::xdp::ProgramInfo;
-use mqtt_fwd::config::MapSizes;
+use mqtt_fwd::kernel::chain;
+use mqtt_fwd::kernel::maps::Table;
+use mqtt_fwd::kernel::skeletons::balancer::BalancerSkelBuilder;
+use mqtt_fwd::kernel::xdp::ProgramInfo;
 use support::datapath::{Fixture, SERVICE, SERVICE6, XDP_TX, sentinel};
 use support::{mqtt, packet};
 
@@ -82,8 +82,8 @@ fn balancer_cost(bench: &Bench, v6: bool) -> (f64, u32) {
         (SERVICE.parse().unwrap(), "10.1.50.250".parse().unwrap(), "10.1.3.203".parse().unwrap())
     };
     let vips: Table<vip_definition, vip_meta> = Table::of(&skel.maps.vip_map).unwrap();
-    let flags = mqtt_fwd::sidecar::plan::GROUP_FLAG;
-    vips.put(&vip_key(vip, 1883), &vip_meta { flags, vip_num: 0 }).unwrap();
+    let flags = mqtt_fwd::control::reconcile::plan::GROUP_FLAG;
+    vips.put(&vip_key(vip, 1883), &vip_meta { flags, vip_num: 0, epoch: 1 }).unwrap();
     let services: Table<vip_definition, vip_definition> =
         Table::of(&skel.maps.mqtt_service_vips).unwrap();
     services.put(&vip_key(vip, 1883), &vip_key(service.ip(), 1883)).unwrap();

@@ -3,10 +3,12 @@
 //! `README.md` says what it is for, `docs/` how it works.
 
 pub mod balancer;
-pub mod bpf;
+pub mod broker_host;
 pub mod cli;
 pub mod config;
-pub mod real;
+pub mod control;
+pub mod datapath;
+pub mod domain;
+pub mod kernel;
 pub mod routes;
-pub mod sidecar;
 pub mod telemetry;

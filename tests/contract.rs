@@ -8,7 +8,7 @@ use std::net::IpAddr;
 
 use mqtt_fwd::balancer::Vip;
 use mqtt_fwd::balancer::client::{BalancerError, Client};
-use mqtt_fwd::sidecar::plan::GROUP_FLAG;
+use mqtt_fwd::control::reconcile::plan::GROUP_FLAG;
 use support::net::{Background, CONFIG, Net};
 use support::server::Kind;
 
@@ -188,7 +188,7 @@ async fn apply(mut s: Server) {
 #[tokio::test]
 async fn a_refused_vip_leaves_what_was_in_force() {
     // A real Katran has room for 512.
-    for kind in [Kind::Embedded, Kind::Imitation] {
+    for kind in [Kind::Embedded, Kind::Silent] {
         full(start(kind).await).await;
     }
 }

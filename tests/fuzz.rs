@@ -157,7 +157,7 @@ fn nothing_is_dropped_and_nothing_of_others_is_changed() {
 
 fn verdicts(f: &Fixture) -> u64 {
     let counters = f.counters();
-    let reasons = mqtt_fwd::bpf::reasons::REASONS.iter().filter(|r| r.is_verdict);
+    let reasons = mqtt_fwd::kernel::reasons::REASONS.iter().filter(|r| r.is_verdict);
     reasons.filter_map(|r| counters.get(r.name)).sum()
 }
 

@@ -1,4 +1,4 @@
-//! The sidecar beside a balancer that is as silent as Katran, and as forgetful: the imitation,
+//! The sidecar beside a balancer that is as silent as Katran, and as forgetful: the double,
 //! and a real Katran where there is one (see support/server.rs).
 
 mod support;
@@ -113,7 +113,7 @@ fn a_second_server_at_the_same_address_is_named_and_configured() {
             (verdict == support::datapath::XDP_TX).then_some(())
         });
         // The other way round, the position keeps a program that nobody looks after any more.
-        // (Two imitations have their maps in common.)
+        // (Two doubles have their maps in common.)
         second.signal("KILL");
         second.wait();
         if kind == Kind::Katran {
@@ -234,10 +234,10 @@ fn unloading_in_two_steps_leaves_nothing() {
 
 #[test]
 fn what_the_balancer_pretends_to_have_done_is_found_by_reading_back() {
-    // The imitation has room for 8 reals, and says yes to the ninth.
-    let net = prepare(Kind::Imitation);
+    // The double has room for 8 reals, and says yes to the ninth.
+    let net = prepare(Kind::Silent);
     net.ok(&["load"]);
-    let _server = Kind::Imitation.start(&net, ENDPOINT);
+    let _server = Kind::Silent.start(&net, ENDPOINT);
     net.ok(&["katran", "add-vip", "10.1.60.1:80"]);
     for i in 1..=7 {
         net.ok(&["katran", "add-real", "10.1.60.1:80", &format!("10.1.3.{i}")]);
@@ -337,7 +337,7 @@ fn unloading_leaves_a_running_balancer_the_map_that_it_uses() {
 
 #[test]
 fn apply_beside_run_is_not_undone() {
-    let kind = Kind::Imitation;
+    let kind = Kind::Silent;
     let net = prepare(kind);
     net.ok(&["load"]);
     let _server = kind.start(&net, ENDPOINT);
@@ -367,7 +367,7 @@ fn apply_beside_run_is_not_undone() {
 
 #[test]
 fn what_is_taken_away_under_run_comes_back() {
-    let kind = Kind::Imitation;
+    let kind = Kind::Silent;
     let net = prepare(kind);
     net.ok(&["load"]);
     let server = kind.start(&net, ENDPOINT);

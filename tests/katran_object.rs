@@ -9,9 +9,9 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::PathBuf;
 
 use libbpf_rs::{MapCore as _, MapFlags};
-use mqtt_fwd::bpf::chain;
-use mqtt_fwd::bpf::types::Pod as _;
-use mqtt_fwd::sidecar::plan::GROUP_FLAG;
+use mqtt_fwd::control::reconcile::plan::GROUP_FLAG;
+use mqtt_fwd::kernel::abi::Pod as _;
+use mqtt_fwd::kernel::chain;
 use support::conn::Conn;
 use support::datapath::{Fixture, XDP_DROP, XDP_PASS, XDP_TX, test_run};
 use support::katran_object::{KatranObject, LOCAL_VIP};

@@ -152,7 +152,7 @@ fn an_icmp_error_about_a_flow_goes_to_its_group() {
     for client in ["10.1.1.1:4000", "[fd01:1::1]:4000"] {
         let mut first = Conn::open(&f, client);
         first.data(&mqtt::connect(4));
-        first.data(&mqtt::publish(b"sensor/a", 0, b"1"));
+        first.ended(&mqtt::publish(b"sensor/a", 0, b"1"));
         let c = Conn::open(&f, &client.replace("4000", "4001"));
         // What a router between real and client says about a packet service → client.
         let sent = packet::icmp_error(c.service, c.client);

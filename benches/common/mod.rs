@@ -7,8 +7,8 @@ use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
 use libbpf_rs::{MapCore as _, MapFlags, OpenObject};
-use mqtt_fwd::bpf::chain;
-use mqtt_fwd::bpf::types::{Pod as _, addr_words};
+use mqtt_fwd::kernel::abi::{Pod as _, addr_words};
+use mqtt_fwd::kernel::chain;
 use rewind::{RewindSkel, RewindSkelBuilder};
 
 use crate::support::datapath::{Fixture, XDP_TX, test_run};

@@ -2,10 +2,7 @@
 
 pub mod client;
 pub mod embedded;
-pub mod imitation;
 pub mod listeners;
-pub mod ring;
-pub mod server;
 
 use std::fmt;
 use std::net::IpAddr;

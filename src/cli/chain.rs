@@ -3,9 +3,9 @@
 use clap::Args;
 
 use super::table::line;
-use crate::bpf::loader;
 use crate::config::{BalancerKind, Config};
-use crate::sidecar::Error;
+use crate::control::Error;
+use crate::kernel::load;
 
 #[derive(Debug, Args)]
 pub struct Load {
@@ -16,7 +16,7 @@ pub struct Load {
 
 impl Load {
     pub fn run(&self, config: &Config) -> Result<(), Error> {
-        let loaded = loader::load(config, self.replace_maps)?;
+        let loaded = load::load(&config.load_spec(), self.replace_maps)?;
         let root = if loaded.root_reused { "the root that was there" } else { "our xdp_root" };
         line(&format!(
             "mqtt_fwd (id {}) is at position 1 of {}, on {} with {root}",
@@ -40,8 +40,11 @@ pub struct Unload {
 
 impl Unload {
     pub fn run(&self, config: &Config) -> Result<(), Error> {
-        let report =
-            if self.keep_state { loader::take_out(config)? } else { loader::unload(config)? };
+        let report = if self.keep_state {
+            load::take_out(&config.load_spec())?
+        } else {
+            load::unload(&config.load_spec())?
+        };
         print(&report, config);
         if config.balancer == BalancerKind::Katran && !self.keep_state {
             line(
@@ -52,7 +55,7 @@ impl Unload {
     }
 }
 
-fn print(report: &loader::Unloaded, config: &Config) {
+fn print(report: &load::Unloaded, config: &Config) {
     for what in &report.removed {
         line(&format!("removed {what}"));
     }

@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use super::table::{self, line};
 use crate::config::{Config, Service};
-use crate::routes::filter::{TopicFilter, most_specific};
+use crate::domain::filter::{TopicFilter, most_specific};
 
 pub fn check(config: &Config) {
     line(&format!("{}: valid", config.path.display()));
@@ -74,7 +74,7 @@ fn all(service: &Service) -> Vec<Row> {
     let mut rows: Vec<Row> = service
         .routes
         .iter()
-        .map(|route| row(service, route.filter.to_string(), &route.group))
+        .map(|route| row(service, route.filter.to_string(), route.target.name()))
         .collect();
     rows.push(row(service, "(all else)".to_owned(), &service.default_group));
     rows
@@ -84,7 +84,7 @@ fn taken(service: &Service, topic: &str) -> Row {
     let filters = service.routes.iter().map(|r| &r.filter);
     let found: Option<&TopicFilter> = most_specific(filters, topic);
     match found.and_then(|f| service.routes.iter().find(|r| r.filter == *f)) {
-        Some(route) => row(service, route.filter.to_string(), &route.group),
+        Some(route) => row(service, route.filter.to_string(), route.target.name()),
         None => row(service, "(all else)".to_owned(), &service.default_group),
     }
 }

@@ -13,7 +13,8 @@ use super::{DEFAULT_CONFIG, block_on};
 use crate::balancer::client::{BalancerError, Client, Stats};
 use crate::balancer::{Spelling, Vip, mac_text};
 use crate::config::{Config, ConfigError, address, endpoint, mac};
-use crate::sidecar::{Error, plan};
+use crate::control::Error;
+use crate::control::reconcile::plan;
 
 #[derive(Debug, Args)]
 pub struct Katran {

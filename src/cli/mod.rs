@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, Parser, Subcommand};
 
 use crate::config::Config;
-use crate::sidecar::Error;
+use crate::control::Error;
 
 const DEFAULT_CONFIG: &str = "/etc/mqtt-fwd/config.toml";
 
@@ -68,7 +68,7 @@ enum Command {
     /// Load, apply and watch, in the foreground; SIGHUP reads the configuration again
     Run,
     /// Run only the embedded balancer, in the foreground
-    Balancer(sidecar::Balancer),
+    Balancer,
     /// Show chain, services, balancer and counters
     Status(status::Show),
     /// Show clients with their predictions
@@ -131,7 +131,7 @@ fn run(cli: Cli) -> Result<(), Error> {
         Command::Unload(args) => args.run(&config()?),
         Command::Apply(args) => args.run(&config()?),
         Command::Run => sidecar::run(config()?),
-        Command::Balancer(args) => args.run(&config()?),
+        Command::Balancer => sidecar::balancer(&config()?),
         Command::Status(args) => args.run(&config()?),
         Command::Clients(output) => tables::clients(&config()?, output),
         Command::Flows(output) => tables::flows(&config()?, output),

@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::table::line;
+use crate::broker_host;
 use crate::config::{XdpMode, address};
-use crate::real;
-use crate::sidecar::Error;
+use crate::control::Error;
 
 #[derive(Debug, Args)]
 pub struct Real {
@@ -71,9 +71,16 @@ impl Real {
                     Mode::Native => XdpMode::Native,
                     Mode::Generic => XdpMode::Generic,
                 };
-                real::up(&real::Real { interface, vips, mode, gue_port, bpffs, advmss })?
+                broker_host::up(&broker_host::BrokerHost {
+                    interface,
+                    vips,
+                    mode,
+                    gue_port,
+                    bpffs,
+                    advmss,
+                })?
             }
-            Action::Down { interface, bpffs } => real::down(&interface, &bpffs)?,
+            Action::Down { interface, bpffs } => broker_host::down(&interface, &bpffs)?,
         };
         for what in &done {
             line(what);
@@ -94,7 +101,7 @@ pub struct VethPeer {
 
 impl VethPeer {
     pub fn run(&self) -> Result<(), Error> {
-        real::veth_peer_up(&self.interface)?;
+        broker_host::veth_peer_up(&self.interface)?;
         line(&format!("{} takes what native XDP sends", self.interface));
         Ok(())
     }

@@ -8,10 +8,10 @@ use super::block_on;
 use super::table::line;
 use crate::balancer::client::Client;
 use crate::config::{BalancerKind, Config};
-use crate::sidecar::datapath::Datapath;
-use crate::sidecar::run::Manners;
-use crate::sidecar::running::{self, Running};
-use crate::sidecar::{self, Error, apply, health, plan};
+use crate::control::instance::{self, Running};
+use crate::control::reconcile::{apply, plan};
+use crate::control::{self, Error, health};
+use crate::datapath::Datapath;
 
 /// How long `apply` waits for a `run` to take a configuration over.
 const TAKE_OVER: Duration = Duration::from_secs(30);
@@ -26,7 +26,7 @@ pub struct Apply {
 impl Apply {
     pub fn run(&self, config: &Config) -> Result<(), Error> {
         let datapath = Datapath::open(&config.pins())?;
-        let running = running::find(config).filter(|_| !self.dry_run);
+        let running = instance::find(config).filter(|_| !self.dry_run);
         let plan = block_on(async {
             let mut client = Client::connect(&config.balancer_endpoint).await?;
             match running {
@@ -92,31 +92,14 @@ async fn hand_over(
 }
 
 pub fn run(config: Config) -> Result<(), Error> {
-    block_on(sidecar::run::run(config))
+    block_on(control::run::run(config))
 }
 
-#[derive(Debug, Args)]
-pub struct Balancer {
-    /// For tests: answer as silently as Katran does, and forget everything at the end
-    #[arg(long, hide = true)]
-    imitate_katran: bool,
-}
-
-impl Balancer {
-    pub fn run(&self, config: &Config) -> Result<(), Error> {
-        if self.imitate_katran {
-            return block_on(sidecar::run::run_balancer(config, Manners::Katrans));
-        }
-        embedded_balancer(config)
-    }
-}
-
-fn embedded_balancer(config: &Config) -> Result<(), Error> {
+pub fn balancer(config: &Config) -> Result<(), Error> {
     if config.balancer != BalancerKind::Embedded {
-        return Err(Error::Service {
-            service: "embedded balancer".to_owned(),
-            problem: "the configuration says balancer = \"katran\"; start that instead".to_owned(),
-        });
+        return Err(Error::Embedded(
+            "the configuration says balancer = \"katran\"; start that instead".to_owned(),
+        ));
     }
-    block_on(sidecar::run::run_balancer(config, Manners::Ours))
+    block_on(control::run::run_balancer(config))
 }

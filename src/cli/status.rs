@@ -8,12 +8,13 @@ use serde::Serialize;
 use super::block_on;
 use super::table::{self, Output, line};
 use crate::balancer::client::Client;
-use crate::bpf::chain::{self, Chain};
-use crate::bpf::reasons::REASONS;
-use crate::bpf::xdp;
 use crate::config::{Config, XdpMode};
-use crate::sidecar::datapath::Datapath;
-use crate::sidecar::{Error, apply, health, view};
+use crate::control::reconcile::apply;
+use crate::control::{Error, health, view};
+use crate::datapath::Datapath;
+use crate::kernel::chain::{self, Chain};
+use crate::kernel::reasons::REASONS;
+use crate::kernel::xdp;
 
 #[derive(Serialize)]
 struct Status {
@@ -87,15 +88,15 @@ fn read(config: &Config) -> Result<Status, Error> {
     let services = services(config, datapath.as_ref())?;
     let counters = datapath.as_ref().map(Datapath::counters).transpose()?.unwrap_or_default();
     let count = |d: &Datapath| {
-        (
-            view::count(&d.clients) + view::count(&d.clients6),
-            view::count(&d.flows)
-                + view::count(&d.flows6)
-                + view::count(&d.flows_closing)
-                + view::count(&d.flows6_closing),
-        )
+        Ok::<_, Error>((
+            view::count(&d.clients)? + view::count(&d.clients6)?,
+            view::count(&d.flows)?
+                + view::count(&d.flows6)?
+                + view::count(&d.flows_weak)?
+                + view::count(&d.flows6_weak)?,
+        ))
     };
-    let counts = datapath.as_ref().map(count);
+    let counts = datapath.as_ref().map(count).transpose()?;
     let mut problems = health::complaints(config);
     for service in services.iter().filter(|s| !s.in_force) {
         problems
@@ -144,7 +145,7 @@ fn services(config: &Config, datapath: Option<&Datapath>) -> Result<Vec<ServiceS
         .iter()
         .map(|service| {
             let there = in_force.iter().find(|s| {
-                s.addr == crate::bpf::types::addr_words(service.addr)
+                s.addr == crate::kernel::abi::addr_words(service.addr)
                     && u16::from_be(s.port) == service.port
             });
             ServiceStatus {

@@ -6,11 +6,12 @@ use serde::Serialize;
 use super::table::{self, Output, age, mark};
 use super::{block_on, status};
 use crate::balancer::client::Client;
-use crate::bpf::reasons::REASONS;
 use crate::config::Config;
-use crate::sidecar::datapath::Datapath;
-use crate::sidecar::view::{self, Names};
-use crate::sidecar::{Error, plan};
+use crate::control::Error;
+use crate::control::reconcile::plan;
+use crate::control::view::{self, Names};
+use crate::datapath::Datapath;
+use crate::kernel::reasons::REASONS;
 
 pub fn clients(config: &Config, output: Output) -> Result<(), Error> {
     let datapath = Datapath::open(&config.pins())?;
@@ -20,7 +21,7 @@ pub fn clients(config: &Config, output: Output) -> Result<(), Error> {
         return Ok(());
     }
     table::print(
-        &["service", "client", "last topic", "group", ">age", ">hits", ">misses", "mixed"],
+        &["service", "client", "last topic", "group", ">age", ">hits", ">misses", "multi-group"],
         rows.into_iter().map(|r| {
             vec![
                 r.service,
@@ -30,7 +31,7 @@ pub fn clients(config: &Config, output: Output) -> Result<(), Error> {
                 age(r.age_s),
                 r.hits.to_string(),
                 r.misses.to_string(),
-                mark(r.mixed, "mixed"),
+                mark(r.multi_group, "multi-group"),
             ]
         }),
     );
@@ -45,7 +46,7 @@ pub fn flows(config: &Config, output: Output) -> Result<(), Error> {
         return Ok(());
     }
     table::print(
-        &["service", "client", "group", "bound by", "state", "last topic", "astray"],
+        &["service", "client", "group", "bound by", "state", "last topic", "misrouted"],
         rows.into_iter().map(|r| {
             vec![
                 r.service,
@@ -54,7 +55,7 @@ pub fn flows(config: &Config, output: Output) -> Result<(), Error> {
                 if r.predicted { "prediction" } else { "default" }.to_owned(),
                 r.state.to_owned(),
                 r.topic,
-                mark(r.astray, "astray"),
+                mark(r.misrouted, "misrouted"),
             ]
         }),
     );

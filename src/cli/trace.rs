@@ -7,12 +7,12 @@ use clap::Args;
 use serde::Serialize;
 
 use super::table::line;
-use crate::bpf::types::{event, event_kind};
 use crate::config::Config;
-use crate::sidecar::Error;
-use crate::sidecar::datapath::Datapath;
-use crate::sidecar::events::Events;
-use crate::sidecar::view::{self, Names};
+use crate::control::Error;
+use crate::control::view::{self, Names};
+use crate::datapath::Datapath;
+use crate::datapath::events::Events;
+use crate::kernel::abi::{event, event_kind};
 
 #[derive(Debug, Args)]
 pub struct Trace {
@@ -43,7 +43,7 @@ struct Line<'a> {
     group: Option<&'a str>,
     topic: Option<String>,
     by_prediction: bool,
-    reset: bool,
+    ended: bool,
 }
 
 impl Trace {
@@ -104,7 +104,7 @@ impl Trace {
             group: group(event.to_group),
             topic: (event.topic != 0).then(|| view::topic_text(&event.text, event.topic_length)),
             by_prediction: event.by_prediction != 0,
-            reset: event.reset != 0,
+            ended: event.ended != 0,
         };
         if self.json {
             line(&serde_json::to_string(&row).unwrap_or_default());
@@ -128,7 +128,7 @@ impl Line<'_> {
             "mispredicted" => format!(
                 "topic {topic} is {group}'s, but the flow is {}'s: {}",
                 self.from_group.unwrap_or("?"),
-                if self.reset { "reset" } else { "left there" }
+                if self.ended { "ended" } else { "left there" }
             ),
             "resynced" => format!("framing found again (group {group})"),
             _ => format!("not MQTT, or malformed (group {group})"),

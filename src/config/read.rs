@@ -10,11 +10,12 @@ use toml::Table;
 use super::reader::Reader;
 use super::{
     BalancerKind, Config, ConfigError, Encapsulation, Group, MapSizes, OnMisprediction, Problem,
-    Real, Route, Service, XdpMode,
+    Rates, Real, Route, Service, Target, XdpMode,
 };
-use crate::bpf::types::limits;
+use crate::domain::ANY;
+use crate::domain::filter::TopicFilter;
+use crate::kernel::abi::limits;
 use crate::routes::compile;
-use crate::routes::filter::TopicFilter;
 
 /// Linux' IFNAMSIZ, less the terminating zero.
 const INTERFACE_NAME_MAX: usize = 15;
@@ -60,7 +61,12 @@ pub fn config(path: &Path, table: &Table) -> Result<Config, ConfigError> {
         );
     }
     let watch_interval_s = r.number("watch_interval_s", 1..=3600).unwrap_or(1);
-    let events_per_second = r.number("events_per_second", 0..=1_000_000).unwrap_or(2000);
+    let d = Rates::default();
+    let rates = Rates {
+        events: r.number("events_per_second", 0..=1_000_000).unwrap_or(d.events),
+        new_flows: r.number("new_flows_per_second", 1..=100_000_000).unwrap_or(d.new_flows),
+        new_topics: r.number("new_topics_per_second", 0..=100_000_000).unwrap_or(d.new_topics),
+    };
     let maps = r.table("maps").map_or_else(MapSizes::default, map_sizes);
 
     let services: Vec<Service> = r.tables("service").into_iter().filter_map(service).collect();
@@ -83,7 +89,7 @@ pub fn config(path: &Path, table: &Table) -> Result<Config, ConfigError> {
             encapsulation,
             gateway_mac,
             watch_interval_s,
-            events_per_second,
+            rates,
             maps,
             services,
         }),
@@ -97,7 +103,7 @@ fn map_sizes(r: Reader<'_>) -> MapSizes {
     let sizes = MapSizes {
         clients: r.number("clients", 1..=100_000_000).unwrap_or(d.clients),
         flows: r.number("flows", 1..=100_000_000).unwrap_or(d.flows),
-        closing_flows: r.number("closing_flows", 1..=100_000_000).unwrap_or(d.closing_flows),
+        weak_flows: r.number("weak_flows", 1..=100_000_000).unwrap_or(d.weak_flows),
         topics: r.number("topics", 1..=10_000_000).unwrap_or(d.topics),
         route_states: r.number("route_states", 16..=10_000_000).unwrap_or(d.route_states),
         groups: r.number("groups", 1..=limits::MAX_GROUP_VIPS.0.into()).unwrap_or(d.groups),
@@ -144,11 +150,20 @@ fn service(r: Reader<'_>) -> Option<Service> {
     let mut routes = Vec::new();
     for route in r.tables("route") {
         let filter = route.required("topic", "measurements/#", |text| {
-            TopicFilter::parse(text).map_err(|e| e.to_string())
+            let filter = TopicFilter::parse(text).map_err(|e| e.to_string())?;
+            let most = limits::MAX_ROUTE_LEVELS.0 as usize;
+            if filter.levels().len() > most {
+                return Err(format!(
+                    "has more than {most} levels, each of which may cost a look-up"
+                ));
+            }
+            Ok(filter)
         });
-        let group = route.required("group", "default", known);
-        if let (Some(filter), Some(group)) = (filter, group) {
-            routes.push(Route { filter, group });
+        let target = route.required("group", "default", |name| {
+            if name == ANY { Ok(Target::Any) } else { known(name).map(Target::Group) }
+        });
+        if let (Some(filter), Some(target)) = (filter, target) {
+            routes.push(Route { filter, target });
         }
         route.finish();
     }
@@ -179,7 +194,13 @@ fn duplicates(routes: &[Route]) -> Vec<String> {
 }
 
 fn group(r: Reader<'_>, service: Option<IpAddr>) -> Option<Group> {
-    let name = r.required("name", "temperature", name_text);
+    let name = r.required("name", "temperature", |text| {
+        if text == ANY {
+            return Err("means \"whatever group the flow is bound to\" in routes; choose another"
+                .to_owned());
+        }
+        name_text(text)
+    });
     let vip = r.required("vip", "10.1.50.1", address);
     if let (Some(vip), Some(service)) = (vip, service)
         && vip.is_ipv4() != service.is_ipv4()

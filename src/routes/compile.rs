@@ -7,8 +7,8 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use super::filter::{Level, TopicFilter};
-use crate::config::Service;
+use crate::domain::Service;
+use crate::domain::filter::{Level, TopicFilter};
 
 /// Number of the state from which nothing matches.
 pub const DEAD: u32 = 0;
@@ -295,7 +295,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::routes::filter::most_specific;
+    use crate::domain::filter::most_specific;
 
     fn compile(texts: &[&str]) -> (Vec<TopicFilter>, Automaton) {
         let filters: Vec<TopicFilter> = texts.iter().map(|t| t.parse().unwrap()).collect();

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use super::datapath::{Fixture, JUMPED, SERVICE, SERVICE6};
-use super::packet;
+use super::{mqtt, packet};
 
 /// A client's connection: sends its stream in whatever pieces the test wants.
 pub struct Conn<'a> {
@@ -40,10 +40,20 @@ impl<'a> Conn<'a> {
     }
 
     pub fn seen(&self, sent: &[u8]) -> Seen {
+        self.seen_as(sent, sent)
+    }
+
+    /// Sends a packet; but for its destination, `arrives` has to come out.
+    pub fn seen_as(&self, sent: &[u8], arrives: &[u8]) -> Seen {
         let (outcome, counters) = self.fixture.send_counting(sent);
         assert_eq!(outcome.verdict, JUMPED, "the balancer was not reached");
         assert!(packet::ip_checksum_right(&outcome.packet));
-        assert_eq!(outcome.packet.len(), sent.len());
+        let behind_addresses = if self.client.is_ipv4() { 34 } else { 54 };
+        if packet::is_tcp(sent) {
+            assert_eq!(outcome.packet[behind_addresses..], arrives[behind_addresses..]);
+        } else {
+            assert_eq!(outcome.packet.len(), sent.len());
+        }
         let group = match packet::dst(&outcome.packet).to_string().as_str() {
             "10.1.50.1" | "fd01:50::1" => "a",
             "10.1.50.2" | "fd01:50::2" => "b",
@@ -66,6 +76,28 @@ impl<'a> Conn<'a> {
         let seen = self.data_at(self.sent, payload);
         self.sent += payload.len() as u32;
         seen
+    }
+
+    /// The next segment, not sent yet.
+    pub fn segment(&self, payload: &[u8]) -> Vec<u8> {
+        packet::tcp(self.client, self.service, self.next_seq(), 77, |_| {}, payload)
+    }
+
+    /// Sends a PUBLISH for which the flow is ended: what the broker gets is DISCONNECT and FIN.
+    pub fn ended(&mut self, publish: &[u8]) -> Seen {
+        let sent = self.segment(publish);
+        self.sent += publish.len() as u32;
+        self.seen_as(
+            &sent,
+            &packet::tcp(
+                self.client,
+                self.service,
+                self.next_seq().wrapping_sub(publish.len() as u32),
+                77,
+                |h| h.fin = true,
+                &mqtt::disconnect(),
+            ),
+        )
     }
 
     pub fn flagged(&self, shape: impl FnOnce(&mut etherparse::TcpHeader)) -> Seen {

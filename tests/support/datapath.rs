@@ -8,14 +8,15 @@ use std::path::Path;
 
 use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
 use libbpf_rs::{MapCore as _, MapFlags, OpenObject};
-use mqtt_fwd::bpf::chain;
-use mqtt_fwd::bpf::reasons::REASONS;
-use mqtt_fwd::bpf::skeletons::mqtt_fwd::{MqttFwdSkel, MqttFwdSkelBuilder};
-use mqtt_fwd::bpf::types::Pod as _;
 use mqtt_fwd::config::{Config, MapSizes};
-use mqtt_fwd::sidecar::datapath::Datapath;
-use mqtt_fwd::sidecar::view::{self, Names};
-use mqtt_fwd::sidecar::{apply, plan};
+use mqtt_fwd::control::reconcile::{apply, plan};
+use mqtt_fwd::control::view::{self, Names};
+use mqtt_fwd::datapath::Datapath;
+use mqtt_fwd::kernel::abi::Pod as _;
+use mqtt_fwd::kernel::chain;
+use mqtt_fwd::kernel::reasons::REASONS;
+use mqtt_fwd::kernel::skeletons::mqtt_fwd::types::rodata;
+use mqtt_fwd::kernel::skeletons::mqtt_fwd::{MqttFwdSkel, MqttFwdSkelBuilder};
 
 pub const XDP_DROP: u32 = 1;
 pub const XDP_PASS: u32 = 2;
@@ -135,6 +136,17 @@ pub fn test_run(program: &impl AsRawFd, packet: &[u8], repeat: u32) -> (Outcome,
     (Outcome { verdict: options.retval, packet: out }, options.duration)
 }
 
+/// Large enough for most tests.
+pub const SMALL: MapSizes = MapSizes {
+    clients: 4096,
+    flows: 4096,
+    weak_flows: 1024,
+    topics: 4096,
+    route_states: 4096,
+    groups: 64,
+    vips: 16,
+};
+
 /// `mqtt_fwd` with a configuration in force and a sentinel behind it.
 pub struct Fixture {
     pub skel: MqttFwdSkel<'static>,
@@ -149,33 +161,32 @@ impl Fixture {
     }
 
     pub fn with(text: &str) -> Self {
-        Self::sized(
-            text,
-            &MapSizes {
-                clients: 4096,
-                flows: 4096,
-                closing_flows: 1024,
-                topics: 4096,
-                route_states: 4096,
-                groups: 64,
-                vips: 16,
-            },
-        )
+        Self::sized(text, &SMALL)
     }
 
     pub fn sized(text: &str, sizes: &MapSizes) -> Self {
+        // Tests make more flows in a second than any stranger should.
+        Self::loaded(text, sizes, |rodata| {
+            rodata.flows_per_window = u32::MAX;
+            rodata.topics_per_window = u32::MAX;
+        })
+    }
+
+    /// With load-time configuration of the test's own.
+    pub fn loaded(text: &str, sizes: &MapSizes, set: impl FnOnce(&mut rodata)) -> Self {
         libbpf_rs::set_print(None);
         let storage: &'static mut MaybeUninit<OpenObject> =
             Box::leak(Box::new(MaybeUninit::uninit()));
         let mut open = MqttFwdSkelBuilder::default().open(storage).unwrap();
         for mut map in open.open_object_mut().maps_mut() {
             let name = map.name().to_string_lossy().into_owned();
-            if let Some(size) = mqtt_fwd::bpf::loader::mqtt_fwd_map_size(sizes, &name) {
+            if let Some(size) = sizes.of_mqtt_fwd(&name) {
                 map.set_max_entries(size).unwrap();
             }
         }
         let rodata = open.maps.rodata_data.as_deref_mut().unwrap();
-        rodata.binding_set_bits = mqtt_fwd::bpf::loader::binding_sets(sizes).ilog2();
+        rodata.cache_set_bits = sizes.cache_sets().ilog2();
+        set(rodata);
         let skel = open.load().unwrap_or_else(|e| {
             panic!("mqtt_fwd does not load (root? clang?): {e}");
         });

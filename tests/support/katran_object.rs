@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::path::Path;
 
 use libbpf_rs::{MapCore as _, MapFlags, Object, ObjectBuilder};
-use mqtt_fwd::bpf::types::{Pod as _, addr_words, vip_key};
+use mqtt_fwd::kernel::abi::{Pod as _, addr_words, vip_key};
 
 /// Katran's (balancer_consts.h).
 pub const RING_SIZE: u32 = 65_537;

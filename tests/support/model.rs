@@ -3,10 +3,10 @@
 //! Written from docs/datapath.md, not from the C: it keeps the bytes of a header in a vector,
 //! and maps in HashMaps.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
-use mqtt_fwd::config::{OnMisprediction, Service};
-use mqtt_fwd::routes::filter::most_specific;
+use mqtt_fwd::domain::filter::most_specific;
+use mqtt_fwd::domain::{ANY, OnMisprediction, Service};
 
 /// A segment as the model sees it.
 #[derive(Debug, Clone)]
@@ -18,45 +18,69 @@ pub struct Segment {
     pub payload: Vec<u8>,
 }
 
-#[derive(Debug, Clone)]
+/// What becomes of one.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Forwarded {
+    pub group: String,
+    pub payload: Vec<u8>,
+    pub fin: bool,
+}
+
+#[derive(Debug, Clone, Default)]
 #[allow(clippy::struct_excessive_bools)]
 pub struct Flow {
     pub group: String,
     pub topic: Option<Vec<u8>>,
     pub state: State,
     next: u32,
+    /// Behind the last byte seen.
+    end: u32,
     ack: u32,
     /// Bytes of the control packet in hand, up to the end of its topic.
     header: Vec<u8>,
     predicted: bool,
     connected: bool,
     published: bool,
-    agreed: bool,
-    astray: bool,
-    may_teach: bool,
+    misrouted: bool,
+    any: bool,
+    trusted: bool,
     closing: bool,
-    /// Segments beyond a hole: first and end sequence number, and how many.
-    run: Option<(u32, u32, u32)>,
+    untaught: u32,
+    /// Where the flow was ended, and whether that is inside a control packet.
+    cut: Option<(u32, bool)>,
+    /// Segments beyond a gap: first and end sequence number, and how many.
+    candidate: Option<(u32, u32, u32)>,
+    /// Another connection on the same addresses: its first sequence number, its group, and
+    /// whether a SYN announced it.
+    rival: Option<(u32, String, bool)>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum State {
+    #[default]
     Framed,
     Unframed,
     Opaque,
-    Reset,
 }
 
+/// Groups of a client's recent messages, three at most, and which of them it is predicted by.
 #[derive(Debug, Clone, Default)]
 pub struct Client {
     pub topic: Vec<u8>,
-    pub group: String,
-    pub hits: u32,
-    pub misses: u32,
-    pub group_changes: u16,
-    pub mixed: bool,
-    seen: Vec<String>,
-    was_reset: bool,
+    pub groups: [Option<String>; 3],
+    pub weights: [u32; 3],
+    pub best: usize,
+    pub hits: u16,
+    pub misses: u16,
+    pub group_changes: u8,
+    pub multi_group: bool,
+    was_ended: bool,
+}
+
+impl Client {
+    pub fn group(&self) -> &str {
+        self.groups[self.best].as_deref().unwrap_or_default()
+    }
 }
 
 /// One service, as seen by one datapath.
@@ -65,7 +89,20 @@ pub struct Model<'a> {
     pub flows: HashMap<u64, Flow>,
     pub clients: HashMap<u32, Client>,
     pub counters: BTreeMap<&'static str, u64>,
+    /// Topics that the datapath has stored.
+    known: &'a mut HashSet<Vec<u8>>,
 }
+
+/// What a segment may spend on topics; what one costs that is known, and one that is not.
+const TOPIC_BUDGET: i32 = 64;
+const TOPIC_COST_KNOWN: i32 = 2;
+const TOPIC_COST_WALK: i32 = 10;
+/// Longer topics are hashed as they come.
+const SHORT_TOPIC: usize = 256;
+const UNTAUGHT_MAX: u32 = 32;
+const WEIGHT_MAX: u32 = 64;
+const WEIGHT_LEAD: u32 = 4;
+const FLOW_WINDOW: u32 = 1 << 20;
 
 enum Parsed {
     /// More bytes are needed.
@@ -128,7 +165,7 @@ fn parse(header: &[u8]) -> Parsed {
 }
 
 /// Is the payload whole control packets from first to last byte?
-fn tiles(mut payload: &[u8]) -> bool {
+fn is_whole_packets(mut payload: &[u8]) -> bool {
     while !payload.is_empty() {
         // The topic itself need not be there yet, only what it takes to know the length.
         let (used, left) = match parse(payload) {
@@ -153,85 +190,134 @@ fn topic_complete(header: &[u8]) -> bool {
 }
 
 impl<'a> Model<'a> {
-    pub fn new(service: &'a Service) -> Self {
-        Self { service, flows: HashMap::new(), clients: HashMap::new(), counters: BTreeMap::new() }
+    pub fn new(service: &'a Service, known: &'a mut HashSet<Vec<u8>>) -> Self {
+        let (flows, clients, counters) = (HashMap::new(), HashMap::new(), BTreeMap::new());
+        Self { service, flows, clients, counters, known }
     }
 
     fn count(&mut self, name: &'static str) {
         *self.counters.entry(name).or_default() += 1;
     }
 
+    /// A group's name, or [`ANY`].
     fn route(&self, topic: &[u8]) -> String {
         // A topic that is not UTF-8 is nobody's literal, and as good as any other for wildcards.
         let topic = String::from_utf8_lossy(topic);
         most_specific(self.service.routes.iter().map(|r| &r.filter), &topic)
             .and_then(|filter| self.service.routes.iter().find(|r| r.filter == *filter))
-            .map_or_else(|| self.service.default_group.clone(), |r| r.group.clone())
+            .map_or_else(|| self.service.default_group.clone(), |r| r.target.name().to_owned())
     }
 
-    /// Takes a segment; the group that it is sent to.
-    pub fn segment(&mut self, client: u32, port: u16, segment: &Segment) -> String {
-        let key = u64::from(client) << 16 | u64::from(port);
-        let known = self.flows.get(&key);
-        if segment.syn && known.is_some_and(|f| f.next == segment.seq.wrapping_add(1) && !f.closing)
-        {
-            self.count("syn_again");
-            return known_group(&self.flows[&key]);
+    fn predict(&self, client: u32) -> (String, bool) {
+        match self.clients.get(&client) {
+            Some(known) => (known.group().to_owned(), true),
+            None => (self.service.default_group.clone(), false),
         }
-        if segment.syn || known.is_none() {
-            return self.open(client, key, segment);
+    }
+
+    /// Takes a segment; what is sent on.
+    pub fn segment(&mut self, client: u32, port: u16, segment: &Segment) -> Forwarded {
+        let mut forwarded =
+            Forwarded { group: String::new(), payload: segment.payload.clone(), fin: segment.fin };
+        let key = u64::from(client) << 16 | u64::from(port);
+        let Some(mut flow) = self.flows.remove(&key) else {
+            forwarded.group = self.open(client, key, segment);
+            return forwarded;
+        };
+        let length = segment.payload.len() as u32;
+        let first = segment.seq.wrapping_add(1);
+        if segment.syn {
+            forwarded.group = match &flow.rival {
+                _ if flow.next == first && !flow.closing => {
+                    self.count("syn_again");
+                    flow.group.clone()
+                }
+                Some((seq, group, _)) if *seq == first => {
+                    let group = group.clone();
+                    self.count("syn_again");
+                    group
+                }
+                _ => {
+                    self.count("syn_rival");
+                    let (group, _) = self.predict(client);
+                    flow.rival = Some((first, group.clone(), true));
+                    group
+                }
+            };
+            self.flows.insert(key, flow);
+            return forwarded;
         }
 
-        let mut flow = self.flows.remove(&key).unwrap();
-        self.count(if segment.payload.is_empty() { "no_data" } else { "data" });
-        if !segment.payload.is_empty() {
-            self.payload(client, &mut flow, segment);
+        self.count(if length == 0 { "no_data" } else { "data" });
+        if let Some((seq, group, by_syn)) = flow.rival.clone() {
+            if seq == segment.seq && !(segment.fin && seq == flow.end) {
+                self.count("flow_replaced");
+                flow = Flow {
+                    group,
+                    state: if by_syn { State::Framed } else { State::Unframed },
+                    trusted: by_syn,
+                    next: seq,
+                    end: seq,
+                    ack: segment.ack,
+                    rival: Some((flow.end, flow.group, false)),
+                    ..Flow::default()
+                };
+            } else if length > 0 && segment.seq == flow.end && by_syn {
+                flow.rival = None;
+            }
         }
-        if segment.fin && !flow.closing {
+        if length > 0 {
+            let end = segment.seq.wrapping_add(length);
+            if end.wrapping_sub(flow.end).cast_signed() > 0
+                && end.wrapping_sub(flow.end) < FLOW_WINDOW
+            {
+                flow.end = end;
+            }
+            self.payload(client, &mut flow, segment);
+            cut(&flow, segment.seq, &mut forwarded);
+        }
+        let length = forwarded.payload.len() as u32;
+        if segment.fin && !flow.closing && segment.seq.wrapping_add(length) == flow.end {
+            self.teach_rest(client, &mut flow);
             flow.closing = true;
             self.count("flow_closed");
         }
-        let group = known_group(&flow);
+        forwarded.group = flow.group.clone();
         self.flows.insert(key, flow);
-        group
+        forwarded
     }
 
     fn open(&mut self, client: u32, key: u64, segment: &Segment) -> String {
-        let prediction = self.clients.get(&client).map(|c| c.group.clone());
-        self.count(match (segment.syn, &prediction) {
-            (false, _) => "flow_adopted",
-            (true, Some(_)) => "flow_predicted",
-            (true, None) => "flow_new",
+        let (group, predicted) = self.predict(client);
+        self.count(match (segment.syn, segment.fin, predicted) {
+            (false, true, _) => "stray",
+            (false, false, _) => "flow_adopted",
+            (true, _, true) => "flow_predicted",
+            (true, _, false) => "flow_new",
         });
-        let predicted = prediction.is_some();
-        let group = prediction.unwrap_or_else(|| self.service.default_group.clone());
+        if segment.fin && !segment.syn {
+            return group;
+        }
         let flow = Flow {
             group: group.clone(),
-            topic: None,
             state: if segment.syn { State::Framed } else { State::Unframed },
             next: segment.seq.wrapping_add(1),
+            end: segment.seq.wrapping_add((segment.payload.len() as u32).max(segment.syn.into())),
             ack: segment.ack,
-            header: Vec::new(),
             predicted,
-            connected: false,
-            published: false,
-            agreed: false,
-            astray: false,
-            may_teach: segment.syn,
-            closing: false,
-            run: None,
+            trusted: segment.syn,
+            ..Flow::default()
         };
         self.flows.insert(key, flow);
         group
     }
 
     fn payload(&mut self, client: u32, flow: &mut Flow, segment: &Segment) {
-        let end = segment.seq.wrapping_add(segment.payload.len() as u32);
         match flow.state {
-            State::Opaque | State::Reset => return,
+            State::Opaque => return,
             State::Unframed => {
-                if tiles(&segment.payload) {
-                    self.resynced(flow, end);
+                if is_whole_packets(&segment.payload) {
+                    self.resynced(flow, segment);
                 }
                 return;
             }
@@ -239,63 +325,73 @@ impl<'a> Model<'a> {
         }
         let skip = flow.next.wrapping_sub(segment.seq).cast_signed();
         if skip < 0 {
-            self.ahead(flow, segment, end);
+            self.ahead(flow, segment);
         } else if skip as usize >= segment.payload.len() {
             self.count("segment_old");
         } else {
             self.bytes(client, flow, segment, skip as usize);
             flow.ack = segment.ack;
-            if let Some((start, run_end, _)) = flow.run
+            if let Some((start, end, _)) = flow.candidate
                 && flow.next == start
                 && flow.header.is_empty()
                 && flow.state == State::Framed
             {
-                flow.next = run_end;
-                flow.run = None;
+                flow.next = end;
+                flow.candidate = None;
                 self.count("resynced");
             }
         }
     }
 
-    fn ahead(&mut self, flow: &mut Flow, segment: &Segment, end: u32) {
+    fn ahead(&mut self, flow: &mut Flow, segment: &Segment) {
+        let seq = segment.seq;
         self.count("segment_ahead");
-        if let Some((start, run_end, _)) = flow.run {
-            if segment.seq.wrapping_sub(start) < run_end.wrapping_sub(start) {
+        if let Some((start, end, _)) = flow.candidate {
+            if seq.wrapping_sub(start) < end.wrapping_sub(start) {
                 return;
             }
-            if segment.seq != run_end {
-                flow.run = None;
+            if seq != end {
+                flow.candidate = None;
             }
         }
-        if !tiles(&segment.payload) {
+        if !is_whole_packets(&segment.payload) {
             return;
         }
-        let (start, _, count) = flow.run.unwrap_or((segment.seq, 0, 0));
-        flow.run = Some((start, end, count + 1));
+        let (start, _, count) = flow.candidate.unwrap_or((seq, 0, 0));
+        let end = seq.wrapping_add(segment.payload.len() as u32);
+        flow.candidate = Some((start, end, count + 1));
         if count + 1 < 3 {
             return;
         }
         if start.wrapping_sub(flow.next) > 1 << 20 || segment.ack.wrapping_sub(flow.ack) > 1 << 16 {
-            flow.may_teach = false;
+            flow.trusted = false;
         }
-        self.resynced(flow, end);
+        self.resynced(flow, segment);
     }
 
-    fn resynced(&mut self, flow: &mut Flow, next: u32) {
+    fn resynced(&mut self, flow: &mut Flow, segment: &Segment) {
         self.count("resynced");
         flow.state = State::Framed;
-        flow.next = next;
+        flow.next = segment.seq.wrapping_add(segment.payload.len() as u32);
+        flow.end = flow.next;
         flow.header.clear();
-        flow.run = None;
+        flow.candidate = None;
     }
 
     fn bytes(&mut self, client: u32, flow: &mut Flow, segment: &Segment, from: usize) {
         let length = segment.payload.len();
+        let seq_at = |at: usize| segment.seq.wrapping_add(at as u32);
         let mut at = from;
+        let mut budget = TOPIC_BUDGET;
+        // Where the control packet in hand begins, if in this segment.
+        let mut start = None;
         while at < length && flow.state == State::Framed {
+            if flow.header.is_empty() {
+                start = Some(at);
+            }
             flow.header.push(segment.payload[at]);
             at += 1;
-            if flow.header.len() == 1 && !flow.connected && flow.may_teach {
+            if flow.header.len() == 1 && !flow.connected && flow.trusted {
                 if flow.header[0] != 0x10 {
                     flow.state = State::Opaque;
                     self.count("not_mqtt");
@@ -312,87 +408,192 @@ impl<'a> Model<'a> {
                 Parsed::Partial => {}
                 Parsed::Malformed => {
                     flow.state = State::Unframed;
-                    flow.may_teach = false;
-                    flow.run = None;
+                    flow.trusted = false;
+                    flow.candidate = None;
                     self.count("malformed");
                     at = length;
                 }
                 Parsed::Packet { topic, left } => {
                     flow.header.clear();
                     if let Some(topic) = topic {
-                        self.publish(client, flow, topic);
+                        let whole = start.is_some() && topic.len() <= SHORT_TOPIC;
+                        let start = (seq_at(start.unwrap_or(from)), start.is_none());
+                        self.publish(client, flow, topic, whole, start, &mut budget);
                     }
                     at += left as usize;
                 }
             }
         }
-        flow.next = segment.seq.wrapping_add(at as u32);
+        flow.next = seq_at(at);
     }
 
-    fn publish(&mut self, client: u32, flow: &mut Flow, topic: Vec<u8>) {
-        if topic.is_empty() || flow.topic.as_ref() == Some(&topic) {
-            self.count(if flow.astray { "mispredicted" } else { "publish" });
+    fn publish(
+        &mut self,
+        client: u32,
+        flow: &mut Flow,
+        topic: Vec<u8>,
+        whole: bool,
+        start: (u32, bool),
+        budget: &mut i32,
+    ) {
+        if topic.is_empty() {
+            self.again(flow);
             return;
         }
+        if flow.topic.as_ref() == Some(&topic) {
+            let weighs = flow.cut.is_none() && flow.trusted && !flow.any;
+            if !weighs || flow.untaught + 1 < UNTAUGHT_MAX {
+                flow.untaught += u32::from(weighs);
+                self.again(flow);
+                return;
+            }
+        }
+        if whole && *budget <= 0 {
+            self.count(if flow.cut.is_some() { "publish_lost" } else { "unjudged" });
+            flow.topic = None;
+            flow.untaught = 0;
+            (flow.misrouted, flow.any) = (false, false);
+            return;
+        }
+        let new = self.known.insert(topic.clone());
+        *budget -= if whole && !new { TOPIC_COST_KNOWN } else { TOPIC_COST_WALK };
+        if flow.cut.is_some() {
+            self.count("publish_lost");
+            return;
+        }
+
+        if flow.topic.as_ref() != Some(&topic) {
+            self.teach_rest(client, flow);
+        }
+        let messages = flow.untaught + 1;
+        flow.untaught = 0;
+        flow.topic = Some(topic.clone());
+        (flow.misrouted, flow.any) = (false, false);
         let group = self.route(&topic);
+        if group == ANY {
+            flow.any = true;
+            self.count("publish");
+            return;
+        }
         let right = flow.group == group;
-        let may_reset = flow.may_teach && self.learn(client, flow, &topic, &group);
-        flow.topic = Some(topic);
-        flow.published = true;
+        let mut may_end = false;
+        if flow.trusted {
+            if !flow.published && flow.predicted {
+                self.count(if right { "prediction_hit" } else { "prediction_miss" });
+                let known = self.clients.get_mut(&client).unwrap();
+                *(if right { &mut known.hits } else { &mut known.misses }) += 1;
+            }
+            flow.published = true;
+            may_end = self.learn(client, &topic, &group, messages);
+        }
         if right {
-            flow.astray = false;
-            flow.agreed = true;
             self.count("publish");
             return;
         }
         self.count("mispredicted");
-        if may_reset && self.service.on_misprediction == OnMisprediction::Reset {
-            self.count("reset");
-            flow.group = group;
-            flow.state = State::Reset;
-        } else {
-            flow.astray = true;
+        flow.misrouted = true;
+        if may_end && self.service.on_misprediction == OnMisprediction::Reset {
+            self.count("flow_ended");
+            self.count("publish_lost");
+            flow.cut = Some(start);
+            self.clients.get_mut(&client).unwrap().was_ended = true;
         }
     }
 
-    /// Whether the flow may be reset.
-    fn learn(&mut self, client: u32, flow: &Flow, topic: &[u8], group: &str) -> bool {
-        let hit = flow.group == group;
-        let known = self.clients.contains_key(&client);
-        let mut entry = self.clients.remove(&client).unwrap_or_default();
-        let changed = !known || entry.topic != topic;
-        if known && entry.group != group {
-            entry.group_changes += 1;
-            if entry.seen.iter().any(|g| g == group) && !entry.mixed {
-                entry.mixed = true;
-                self.count("mixed");
-            }
+    /// A PUBLISH of the flow's last topic.
+    fn again(&mut self, flow: &Flow) {
+        self.count(match flow {
+            Flow { cut: Some(_), .. } => "publish_lost",
+            Flow { misrouted: true, .. } => "mispredicted",
+            _ => "publish",
+        });
+    }
+
+    fn teach_rest(&mut self, client: u32, flow: &mut Flow) {
+        if flow.untaught == 0 || !flow.trusted {
+            return;
         }
-        if !entry.seen.iter().any(|g| g == group) {
-            entry.seen.push(group.to_owned());
+        let messages = std::mem::take(&mut flow.untaught);
+        let topic = flow.topic.clone().unwrap();
+        let group = self.route(&topic);
+        if group != ANY {
+            self.learn(client, &topic, &group, messages);
         }
-        topic.clone_into(&mut entry.topic);
-        group.clone_into(&mut entry.group);
-        if !flow.published && flow.predicted {
-            if hit {
-                entry.hits += 1;
-                self.count("prediction_hit");
-            } else {
-                entry.misses += 1;
-                self.count("prediction_miss");
-            }
-        }
-        if changed {
+    }
+
+    /// Whether a misrouted flow may be ended.
+    fn learn(&mut self, client: u32, topic: &[u8], group: &str, messages: u32) -> bool {
+        let Some(mut c) = self.clients.remove(&client) else {
+            let mut c = Client { topic: topic.to_owned(), ..Client::default() };
+            c.groups[0] = Some(group.to_owned());
+            c.weights[0] = messages.min(WEIGHT_MAX);
+            self.clients.insert(client, c);
             self.count("learned");
+            return true;
+        };
+        let was = c.best;
+        let mine = c.groups.iter().position(|g| g.as_deref() == Some(group));
+        let free = c.groups.iter().position(Option::is_none);
+        let place = mine.or(free).unwrap_or_else(|| {
+            (0..3).filter(|i| *i != was).min_by_key(|i| (c.weights[*i], *i)).unwrap()
+        });
+        if mine.is_none() {
+            c.weights[place] = 0;
+            c.groups[place] = Some(group.to_owned());
+        } else if place != was && !c.multi_group {
+            c.multi_group = true;
+            self.count("multi_group");
+        }
+        weigh(&mut c, place, messages);
+        let mut may_end = true;
+        if place != was {
+            c.group_changes = c.group_changes.saturating_add(1);
+            if !c.multi_group || c.weights[place] > c.weights[was] + WEIGHT_LEAD {
+                c.best = place;
+                self.count("learned");
+            } else {
+                may_end = false;
+            }
+        }
+        if may_end {
+            topic.clone_into(&mut c.topic);
         }
         // Tests are over before the pause is.
-        let may_reset = !hit && !(entry.mixed && (flow.agreed || entry.was_reset));
-        entry.was_reset |= may_reset;
-        self.clients.insert(client, entry);
-        may_reset
+        may_end &= !(c.multi_group && c.was_ended);
+        self.clients.insert(client, c);
+        may_end
     }
 }
 
-fn known_group(flow: &Flow) -> String {
-    flow.group.clone()
+/// Of the last 64 messages, so many more are this group's, and so many fewer the others'.
+fn weigh(c: &mut Client, which: usize, messages: u32) {
+    c.weights[which] = (c.weights[which] + messages).min(WEIGHT_MAX);
+    let mut excess = c.weights.iter().sum::<u32>().saturating_sub(WEIGHT_MAX);
+    for i in (0..3).filter(|i| *i != which) {
+        let less = c.weights[i].min(excess);
+        excess -= less;
+        c.weights[i] -= less;
+        if c.weights[i] == 0 && i != c.best {
+            c.groups[i] = None;
+        }
+    }
+    if (0..3).all(|i| i == which || c.weights[i] == 0) {
+        c.multi_group = false;
+    }
+}
+
+/// What is left of a segment that crosses the place where its flow was ended.
+fn cut(flow: &Flow, seq: u32, forwarded: &mut Forwarded) {
+    let Some((cut, inside)) = flow.cut else { return };
+    let kept = cut.wrapping_sub(seq);
+    if kept.cast_signed() < 0 || kept as usize >= forwarded.payload.len() {
+        return;
+    }
+    let removed = forwarded.payload.split_off(kept as usize);
+    if removed.len() >= 2 {
+        forwarded.fin = true;
+        if !inside {
+            forwarded.payload.extend([0xe0, 0]);
+        }
+    }
 }

@@ -67,6 +67,11 @@ pub fn dst(packet: &[u8]) -> IpAddr {
     }
 }
 
+/// Is it TCP, over IPv4 or IPv6 without extension headers?
+pub fn is_tcp(packet: &[u8]) -> bool {
+    packet[if packet[12..14] == [0x08, 0x00] { 23 } else { 20 }] == 6
+}
+
 /// Is the IPv4 header's checksum right? (IPv6 has none.)
 pub fn ip_checksum_right(packet: &[u8]) -> bool {
     packet[12..14] != [0x08, 0x00] || checksum(&[&packet[14..34]]) == 0

@@ -10,8 +10,8 @@ use super::net::{Background, Net, wait_for};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     Embedded,
-    /// The embedded one, as silent as Katran.
-    Imitation,
+    /// A test double, as silent and forgetful as Katran.
+    Silent,
     Katran,
 }
 
@@ -20,10 +20,10 @@ impl Kind {
         [&[Self::Embedded][..], &Self::silent()].concat()
     }
 
-    /// Katran and what imitates it.
+    /// Katran and its double.
     pub fn silent() -> Vec<Self> {
         let katran = std::env::var_os("KATRAN_SERVER").map(|_| Self::Katran);
-        [Self::Imitation].into_iter().chain(katran).collect()
+        [Self::Silent].into_iter().chain(katran).collect()
     }
 
     pub fn config(self, text: &str) -> String {
@@ -42,7 +42,7 @@ impl Kind {
     pub fn start(self, net: &Net, endpoint: &str) -> Background {
         let server = match self {
             Self::Embedded => net.spawn(&["balancer"]),
-            Self::Imitation => net.spawn(&["balancer", "--imitate-katran"]),
+            Self::Silent => net.spawn_command(net.command(example("silent-katran"))),
             Self::Katran => net.spawn_command(katran(net, endpoint)),
         };
         let server = std::cell::RefCell::new(server);
@@ -58,6 +58,12 @@ impl Kind {
         wait_for(&format!("{self:?} at {endpoint}"), listening);
         server.into_inner()
     }
+}
+
+/// An example program of this package, which `cargo test` builds beside the tests.
+pub fn example(name: &str) -> std::path::PathBuf {
+    let test = std::env::current_exe().unwrap();
+    test.parent().unwrap().parent().unwrap().join("examples").join(name)
 }
 
 /// In a mount namespace where /sys/fs/bpf is the test's, for Katran pins maps there.

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * For benches/ only. BPF_PROG_TEST_RUN keeps the packet from run to run; this program, in the
+ * free position 0 of the chain, makes it the next packet of a client: takes off what a balancer
+ * put around it, puts the addresses back, and moves the sequence number on.
+ *
+ * Clients take turns in the order of a full-period generator, so that each is met once a round
+ * and all have the same sequence number in a round, without a map that would warm the caches.
+ */
+#include "abi/config.h"
+#include "lib/parse.h"
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, sizeof(__u32));
+	__uint(max_entries, ROOT_ARRAY_SIZE);
+} root_array SEC(".maps");
+
+const volatile __u32 clients = 1;
+const volatile __u32 clients_mask; /* the next power of two, less one */
+const volatile __u32 seq_step; /* bytes of payload, or how far ISNs lie apart */
+const volatile __u32 topic_offset; /* in the frame: a byte that changes each round; 0: none */
+const volatile __u16 wrapped; /* bytes that a balancer put in front; 0: none */
+const volatile __be32 dst[4];
+const volatile __be32 src[4]; /* the last word counts clients */
+
+__u32 client; /* state of the generator */
+__u32 seq; /* host order */
+__u32 rounds;
+
+SEC("xdp")
+int rewind(struct xdp_md *ctx)
+{
+	if (wrapped && bpf_xdp_adjust_head(ctx, wrapped))
+		return XDP_ABORTED;
+
+	struct cursor c = cursor_of(ctx);
+	struct ethhdr *eth = parse_eth(&c);
+	if (!eth)
+		return XDP_ABORTED;
+
+	if (client == 0) {
+		seq += seq_step;
+		rounds++;
+	}
+
+	struct tcphdr *tcp;
+	if (dst[3]) { /* IPv6 */
+		eth->h_proto = bpf_htons(ETH_P_IPV6);
+		struct ipv6hdr *ip = parse_ipv6(&c);
+		if (!ip)
+			return XDP_ABORTED;
+		ip->daddr.s6_addr32[0] = dst[0];
+		ip->daddr.s6_addr32[1] = dst[1];
+		ip->daddr.s6_addr32[2] = dst[2];
+		ip->daddr.s6_addr32[3] = dst[3];
+		ip->saddr.s6_addr32[3] = src[3] ^ bpf_htonl(client);
+		tcp = parse_tcp(&c);
+	} else {
+		eth->h_proto = bpf_htons(ETH_P_IP);
+		struct iphdr *ip = parse_ipv4(&c);
+		if (!ip)
+			return XDP_ABORTED;
+		ip->daddr = dst[0];
+		ip->saddr = src[0] ^ bpf_htonl(client);
+		tcp = parse_tcp(&c);
+	}
+	if (!tcp)
+		return XDP_ABORTED;
+	tcp->seq = bpf_htonl(seq);
+	if (topic_offset) {
+		__u8 *p = frame_start(ctx) + (topic_offset & 0xfff);
+		if ((void *)(p + 1) > frame_end(ctx))
+			return XDP_ABORTED;
+		*p = 'a' + (rounds & 7);
+	}
+	/* Hull and Dobell: full period for a power of two, of which what is too much is left out. */
+	__u32 next = client;
+	for (int i = 0; i < 64; i++) {
+		next = (next * 1664525 + 1013904223) & clients_mask;
+		if (next < clients)
+			break;
+	}
+	client = next;
+	bpf_tail_call(ctx, &root_array, POSITION_MQTT_FWD);
+	return XDP_ABORTED;
+}
+
+/* Stands for a balancer that only makes room. */
+SEC("xdp")
+int bare_wrap(struct xdp_md *ctx)
+{
+	return bpf_xdp_adjust_head(ctx, -(int)wrapped) ? XDP_ABORTED : XDP_TX;
+}
+
+char _license[] SEC("license") = "GPL";

@@ -1,0 +1,109 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* Configuration: written by user space, read by the datapath. */
+#ifndef MQTT_FWD_CONFIG_H
+#define MQTT_FWD_CONFIG_H
+
+#include "base.h"
+
+enum limits {
+	/* Services are compared one by one on every packet, so they are few. */
+	MAX_SERVICES = 16,
+	/* Bytes of a topic's text that are kept for people; routing uses all of a topic. */
+	TOPIC_TEXT_MAX = 256,
+	GROUP_NAME_MAX = 32,
+	ROOT_ARRAY_SIZE = 3,
+	/* Size of mqtt_service_vips, the same in katran-patches/: a Katran may have made the map. */
+	MAX_GROUP_VIPS = 4096,
+	/* Levels of a route's topic filter: each may cost a packet a look-up. */
+	MAX_ROUTE_LEVELS = 32,
+	CACHE_WAYS = 8, /* slots of a cache_set */
+	CLIENT_GROUPS = 3, /* groups that a client's record weighs against each other */
+	POSITION_MQTT_FWD = 1,
+	POSITION_BALANCER = 2,
+	/* route_state.group: no route of the configuration ends here. */
+	NO_GROUP = 0xffff,
+	/* route_state.group: follows its flow, whatever group that is bound to. */
+	ANY_GROUP = 0xfffe,
+	/* Flag of a balancer's VIP: this is an MQTT group, look it up in mqtt_service_vips. */
+	VIP_FLAG_MQTT_GROUP = 1 << 30,
+};
+
+/* Katran's layout (balancer_structs.h), so that both balancers read one map. */
+struct vip_definition {
+	__be32 addr[4]; /* IPv4 in addr[0], the rest 0 */
+	__be16 port;
+	__u8 proto;
+	__u8 pad;
+};
+SIZE_IS(struct vip_definition, 20);
+
+enum misprediction_policy {
+	/* End the flow, so that the client reconnects and is bound right. */
+	MISPREDICTION_RESET = 0,
+	/* Leave the flow with the group that it was bound to. */
+	MISPREDICTION_KEEP = 1,
+};
+
+/* One cache line. */
+struct service {
+	__be32 addr[4]; /* IPv4 in addr[0] */
+	__be16 port;
+	__u16 id; /* part of flow and client keys: the same in every generation */
+	__u16 default_group;
+	__u16 max_packet; /* largest IP packet, bytes, that still fits once encapsulated */
+	__u32 start;	  /* state of the route automaton before the first level */
+	__u32 start_dollar; /* the same for topics that begin with '$' (MQTT 3.1.1 §4.7.2) */
+	__u16 longest_level; /* of the routes' literal levels, bytes: no longer one can match */
+	__u16 slot; /* own index in service_table: read back, it is a number of no known value to
+		       the verifier, which then checks the program once, not once a service */
+	__u8 v6;
+	__u8 on_misprediction; /* enum misprediction_policy */
+	__u8 pad[26];
+};
+SIZE_IS(struct service, 64);
+
+/*
+ * Everything that the datapath needs to know of the configuration. There are two of these;
+ * `generation` & 1 in the map of that name says which one is in force. What each packet reads
+ * lies in the first cache line, up to five IPv4 services, and in its service's own.
+ */
+struct service_table {
+	__u64 topic_key[2]; /* SipHash key of whole topics; secret */
+	__u32 generation;
+	__u16 v4; /* service[0 .. v4) are IPv4 … */
+	__u16 count; /* … service[v4 .. count) are IPv6 */
+	__u64 v4_key[MAX_SERVICES]; /* addr | port << 32, both network order: one comparison each */
+	__u64 route_key[2]; /* SipHash key of topic levels; secret */
+	__u64 pad[3];
+	struct service service[MAX_SERVICES];
+};
+SIZE_IS(struct service_table, 192 + 64 * MAX_SERVICES);
+_Static_assert(__builtin_offsetof(struct service_table, service) % 64 == 0, "a service is a line");
+
+/* One cache line. */
+struct group {
+	__be32 vip[4]; /* IPv4 in vip[0] */
+	__u16 epoch; /* 0: free. Whoever remembers another epoch means an earlier group. */
+	__u16 service; /* service.id */
+	__u16 last_epoch; /* of a free one: the next is another than any before */
+	__u16 pad;
+	char name[GROUP_NAME_MAX];
+	__u8 pad2[8];
+};
+SIZE_IS(struct group, 64);
+
+struct route_edge {
+	__u64 level; /* SipHash-1-3 of the level's text under route_key */
+	__u32 state;
+	__u32 pad;
+};
+SIZE_IS(struct route_edge, 16);
+
+struct route_state {
+	__u32 other; /* next state for a level that has no edge of its own */
+	__u16 group; /* for a topic that ends here: its group, ANY_GROUP, or NO_GROUP: the default */
+	__u16 final; /* every level leads back here: the rest of a topic changes nothing */
+};
+SIZE_IS(struct route_state, 8);
+
+#endif /* MQTT_FWD_CONFIG_H */

@@ -1,0 +1,73 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Why packets went the way they went: one list for the datapath, the CLI and the docs
+ * (build.rs reads it, so keep one REASON(NAME, "text") a line).
+ *
+ * VERDICT: exactly one a packet, so that they add up to the packets seen.
+ * NOTE:    what else happened on the way, any number a packet.
+ *
+ * What established flows count stands together in the middle: they are one cache line then.
+ */
+#ifndef MQTT_FWD_REASON_H
+#define MQTT_FWD_REASON_H
+
+#define FOR_EACH_VERDICT(VERDICT)                                                               \
+	VERDICT(NOT_IP, "neither IPv4 nor IPv6 (VLAN tags and ARP too): passed on")             \
+	VERDICT(NOT_SERVICE, "not for a service: passed on")                                    \
+	VERDICT(TRUNCATED, "shorter than its own headers say: passed on")                       \
+	VERDICT(IP_OPTIONS, "for a service, with IPv4 options: passed on")                      \
+	VERDICT(IP_FRAGMENT, "an IP fragment: passed on")                                       \
+	VERDICT(IPV6_EXTENSION, "IPv6 with an extension header: passed on")                     \
+	VERDICT(FLOW_NEW, "SYN: bound to the service's default group")                          \
+	VERDICT(FLOW_PREDICTED, "SYN: bound to the group that the client's messages predict")   \
+	VERDICT(SYN_AGAIN, "SYN repeated: stays bound as it was")                               \
+	VERDICT(SYN_RIVAL, "SYN on the addresses of a known flow, which stays until this one proves itself") \
+	VERDICT(FLOW_ADOPTED, "first seen in its middle: bound by prediction")                  \
+	VERDICT(STRAY, "FIN or RST of no known flow: follows the prediction, leaves nothing")   \
+	VERDICT(ICMP_ERROR, "ICMP error about a flow: sent to the flow's group")                \
+	VERDICT(TOO_BIG, "too large to be encapsulated: answered with ICMP")                    \
+	VERDICT(NO_GROUP_VIP, "no usable group for the flow: passed on unchanged")              \
+	VERDICT(NO_DATA, "segment without data: follows its flow")                              \
+	VERDICT(DATA, "segment with data: follows its flow")
+
+#define FOR_EACH_NOTE(NOTE)                                                                     \
+	NOTE(PUBLISH, "PUBLISH that its flow's group is responsible for")                       \
+	NOTE(MISPREDICTED, "PUBLISH that another group is responsible for")                     \
+	NOTE(PUBLISH_LOST, "PUBLISH that no broker got: it or one before it ended its flow")    \
+	NOTE(UNJUDGED, "PUBLISH not judged: too many topics in its segment")                    \
+	NOTE(FLOW_ENDED, "flow ended with DISCONNECT, so that its client reconnects to the right group") \
+	NOTE(NO_BALANCER, "no program at the balancer's position: packet restored, passed to the stack") \
+	NOTE(LEARNED, "prediction made or changed")                                             \
+	NOTE(PREDICTION_HIT, "flow's first PUBLISH was predicted right")                        \
+	NOTE(PREDICTION_MISS, "flow's first PUBLISH was predicted wrong")                       \
+	NOTE(MULTI_GROUP, "client found to publish to several groups in turn")                  \
+	NOTE(SEGMENT_OLD, "segment without anything new for the parser (payload, repetition)")  \
+	NOTE(SEGMENT_AHEAD, "segment behind a gap in its flow: not parsed yet")                 \
+	NOTE(RESYNCED, "framing found again")                                                   \
+	NOTE(NOT_MQTT, "flow that does not begin with CONNECT: no longer parsed")               \
+	NOTE(MALFORMED, "malformed control packet: framing given up until there is evidence")   \
+	NOTE(TOPIC_FORGOTTEN, "topic over several segments forgotten (map full): not judged")   \
+	NOTE(GROUP_GONE, "flow's group was removed: bound anew")                                \
+	NOTE(FLOW_REPLACED, "flow replaced by another connection on its addresses")             \
+	NOTE(FLOW_CLOSED, "FIN or RST: flow may be forgotten early")                            \
+	NOTE(FLOW_EVICTED, "flow's entry went to another flow while in use: bound anew")        \
+	NOTE(FLOW_NOT_STORED, "new flow not stored: more than new_flows_per_second")            \
+	NOTE(TOPIC_NOT_STORED, "new topic not stored: more than new_topics_per_second")         \
+	NOTE(TOO_BIG_NO_DF, "too large, but may be fragmented: passed on")                      \
+	NOTE(TOO_BIG_UNANSWERED, "too large, and no room to answer: passed on")                 \
+	NOTE(MAP_FULL, "flow or client could not be stored")                                    \
+	NOTE(EVENT_LOST_BOUND, "event bound not reported: over the rate, or nobody reads") \
+	NOTE(EVENT_LOST_LEARNED, "event learned not reported: over the rate, or nobody reads") \
+	NOTE(EVENT_LOST_MISPREDICTED, "event mispredicted not reported: over the rate, or nobody reads") \
+	NOTE(EVENT_LOST_RESYNCED, "event resynced not reported: over the rate, or nobody reads") \
+	NOTE(EVENT_LOST_UNFRAMED, "event unframed not reported: over the rate, or nobody reads")
+
+#define REASON_ENUM(name, text) REASON_##name,
+enum reason {
+	FOR_EACH_VERDICT(REASON_ENUM)
+	FOR_EACH_NOTE(REASON_ENUM)
+	REASONS,
+};
+#undef REASON_ENUM
+
+#endif /* MQTT_FWD_REASON_H */

@@ -1,0 +1,166 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* What the datapath learns of flows and clients. */
+#ifndef MQTT_FWD_STATE_H
+#define MQTT_FWD_STATE_H
+
+#include "base.h"
+#include "config.h"
+
+/*
+ * A group and its epoch in one word, so that two CPUs can never make a pair that was nobody's:
+ * group | epoch << 16. Epochs begin with 1, so 0 is no binding.
+ */
+typedef __u32 binding_t;
+
+struct client4 {
+	__be32 addr;
+	__u16 service;
+	__u16 pad;
+};
+SIZE_IS(struct client4, 8);
+
+struct client6 {
+	__be32 addr[4];
+	__u16 service;
+	__u16 pad;
+};
+SIZE_IS(struct client6, 20);
+
+enum client_flags {
+	/* Published to a group, then another, then the first again, under the same routes. */
+	CLIENT_MULTI_GROUP = 1 << 0,
+};
+
+/*
+ * What is known of a client address: 40 B, so that with key and LRU node an IPv4 client takes
+ * under 100 B. The groups of its recent messages are weighed against each other; group[best]
+ * is the prediction.
+ */
+struct client {
+	__u64 topic; /* key in `topics`: the last one that taught */
+	binding_t group[CLIENT_GROUPS]; /* 0: free */
+	__u8 weight[CLIENT_GROUPS]; /* recent messages of each */
+	__u8 best;
+	__u32 learned_s; /* CLOCK_BOOTTIME seconds */
+	__u32 generation; /* of the routes that gave `group` */
+	__u16 hits; /* flows whose first PUBLISH went where the prediction said */
+	__u16 misses;
+	__u8 flags; /* enum client_flags */
+	__u8 group_changes;
+	__u16 ended_s; /* when a misprediction last ended a flow, CLOCK_BOOTTIME seconds; 0: never */
+};
+SIZE_IS(struct client, 40);
+
+struct flow4 {
+	__be32 addr;
+	__be16 port;
+	__u16 service;
+};
+SIZE_IS(struct flow4, 8);
+
+struct flow6 {
+	__be32 addr[4];
+	__be16 port;
+	__u16 service;
+};
+SIZE_IS(struct flow6, 20);
+
+/* What the next unread byte of a flow is (MQTT 3.1.1 §2.2, §3.3). */
+enum parser {
+	PARSER_TYPE = 0, /* first byte of a control packet */
+	PARSER_LENGTH, /* a byte of the remaining length */
+	PARSER_TOPIC_LENGTH_HIGH,
+	PARSER_TOPIC_LENGTH_LOW,
+	PARSER_TOPIC,
+};
+
+enum flow_flags {
+	FLOW_TRUSTED = 1 << 0, /* framed from the ISN on: may teach */
+	FLOW_UNSYNCED = 1 << 1, /* where packets begin is not known */
+	FLOW_OPAQUE = 1 << 2, /* does not begin with CONNECT: not MQTT, never parsed */
+	FLOW_CONNECTED = 1 << 3, /* CONNECT seen */
+	FLOW_PREDICTED = 1 << 4, /* bound by a prediction, not by default */
+	FLOW_PUBLISHED = 1 << 5, /* at least one PUBLISH taught */
+	FLOW_MISROUTED = 1 << 6, /* its topic belongs to another group */
+	FLOW_ENDED = 1 << 7, /* by MISPREDICTION_RESET, at cut_seq */
+	FLOW_CLOSING = 1 << 8, /* FIN or RST seen */
+	FLOW_WEAK = 1 << 9, /* in flows_weak, flows6_weak */
+	FLOW_ANY_TOPIC = 1 << 10, /* its topic is of a route to ANY_GROUP */
+	FLOW_RIVAL_SYN = 1 << 11, /* rival_seq is of a SYN; otherwise of the flow before it */
+	FLOW_CUT_INSIDE = 1 << 12, /* cut_seq lies inside a control packet */
+};
+
+/*
+ * With its LRU node (48 B) and key (8 B) an IPv4 flow fills two cache lines. All that a segment
+ * without data needs lies in the first, beside the key.
+ *
+ * The kernel hands a map's element to another key while a program may still hold a pointer to
+ * it. `bound` and `next` therefore carry a tag of the flow that they are of: whoever reads another
+ * flow's tag has lost its entry, and neither forwards nor frames by it.
+ */
+struct flow {
+	__u64 bound; /* binding_t | tag << 32 */
+
+	__u64 next; /* first sequence number that the parser still wants | tag << 32 */
+	__u32 end; /* sequence number behind the last byte that was seen */
+	__u32 remaining; /* of the control packet in hand: remaining length, or what is left of it */
+	__u64 topic; /* of the last PUBLISH, 0: none yet */
+	__u32 generation; /* of the routes that judged `topic` */
+	__u16 flags; /* enum flow_flags */
+	__u16 topic_left; /* bytes of the topic still to come */
+	__u8 parser; /* enum parser */
+	__u8 type; /* first byte of the control packet in hand */
+	__u8 shift; /* of the next remaining-length byte */
+	__u8 candidates; /* segments of the resync candidate below */
+	/* Segments beyond a gap that consist of whole control packets. */
+	__u32 candidate_start;
+	__u32 candidate_end;
+	__u32 ack; /* acknowledgement number of the last segment in order */
+	__u32 cut_seq; /* FLOW_ENDED: everything from here on is not the broker's to see */
+	__u32 rival_seq; /* first sequence number of another connection on the same addresses */
+	binding_t rival; /* its binding; 0: there is none */
+	__u16 untaught; /* messages of `topic` that the client's record does not weigh yet */
+	__u16 pad;
+};
+SIZE_IS(struct flow, 72);
+
+/* Text and verdict of a topic, keyed by its hash: texts are kept once, not for each client. */
+struct topic_verdict {
+	__u32 generation;
+	binding_t binding; /* group ANY_GROUP, epoch 0: of an "any" route */
+};
+SIZE_IS(struct topic_verdict, 8);
+
+struct topic {
+	struct topic_verdict verdict[2]; /* [generation & 1] */
+	__u16 service;
+	__u16 length; /* of the whole topic; text holds the first TOPIC_TEXT_MAX bytes */
+	__u8 text[TOPIC_TEXT_MAX];
+};
+SIZE_IS(struct topic, 16 + 4 + TOPIC_TEXT_MAX);
+
+/* A set of the cache of bindings: one cache line. */
+struct cache_set {
+	__u64 slot[CACHE_WAYS]; /* binding and flow, see forward/cache.h; 0: free */
+};
+SIZE_IS(struct cache_set, 64);
+
+/* Entries that the datapath added and removed: what is neither there nor removed was evicted. */
+enum tracked_map {
+	TRACKED_FLOWS,
+	TRACKED_FLOWS6,
+	TRACKED_FLOWS_WEAK,
+	TRACKED_FLOWS6_WEAK,
+	TRACKED_CLIENTS,
+	TRACKED_CLIENTS6,
+	TRACKED_TOPICS,
+	TRACKED_MAPS,
+};
+
+struct map_use {
+	__u64 added;
+	__u64 removed;
+};
+SIZE_IS(struct map_use, 16);
+
+#endif /* MQTT_FWD_STATE_H */

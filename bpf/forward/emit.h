@@ -1,0 +1,65 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* How packets leave: on to the balancer, unchanged or under a group's VIP. */
+#ifndef MQTT_FWD_EMIT_H
+#define MQTT_FWD_EMIT_H
+
+#include "../lib/csum.h"
+#include "../lib/parse.h"
+#include "maps.h"
+
+/* On to the balancer; what follows the tail call runs only if there is none. */
+static __always_inline int pass_on(struct xdp_md *ctx, enum reason reason)
+{
+	count(reason);
+	bpf_tail_call(ctx, &root_array, POSITION_BALANCER);
+	count(REASON_NO_BALANCER);
+	return XDP_PASS;
+}
+
+/*
+ * dst ← addr. The TCP checksum is left wrong on purpose: it is right again once the balancer
+ * has put the service's address back.
+ */
+static __always_inline bool set_dst4(struct xdp_md *ctx, __be32 addr)
+{
+	struct cursor c = cursor_of(ctx);
+	struct ethhdr *eth = parse_eth(&c);
+	struct iphdr *ip = parse_ipv4(&c);
+
+	if (!eth || !ip)
+		return false;
+	ip->check = csum_replace4(ip->check, ip->daddr, addr);
+	ip->daddr = addr;
+	return true;
+}
+
+static __always_inline bool set_dst6(struct xdp_md *ctx, const __be32 addr[4])
+{
+	struct cursor c = cursor_of(ctx);
+	struct ethhdr *eth = parse_eth(&c);
+	struct ipv6hdr *ip = parse_ipv6(&c);
+
+	if (!eth || !ip)
+		return false;
+	__builtin_memcpy(&ip->daddr, addr, sizeof(ip->daddr));
+	return true;
+}
+
+static __always_inline bool set_dst(struct xdp_md *ctx, const __be32 addr[4], bool v6)
+{
+	return v6 ? set_dst6(ctx, addr) : set_dst4(ctx, addr[0]);
+}
+
+/* To the group, under its VIP; back to what it was if no balancer takes it. */
+static __always_inline int to_group(struct xdp_md *ctx, const struct group *g,
+				    const struct service *svc, bool v6, enum reason reason)
+{
+	set_dst(ctx, g->vip, v6);
+	count(reason);
+	bpf_tail_call(ctx, &root_array, POSITION_BALANCER);
+	count(REASON_NO_BALANCER);
+	set_dst(ctx, svc->addr, v6);
+	return XDP_PASS;
+}
+
+#endif /* MQTT_FWD_EMIT_H */

@@ -1,0 +1,573 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * MQTT control packets in a TCP stream of which each packet shows a piece.
+ *
+ * A flow keeps the first sequence number that its parser still wants (`next`) and what that byte
+ * is (`parser`). Payloads are not read: `next` jumps over them, so segments that lie wholly inside
+ * one cost a comparison, in whatever order they come.
+ *
+ * Everything is framed; what a segment may cost beyond that is bounded (TOPIC_BUDGET), since its
+ * sender chooses how many topics it holds.
+ *
+ * The same rules, in Rust and without the verifier, are in tests/support/model.rs; the two
+ * are compared on random streams.
+ */
+#ifndef MQTT_FWD_FRAMING_H
+#define MQTT_FWD_FRAMING_H
+
+#include "publish.h"
+
+/* A resync candidate of so many segments is believed. */
+#define CANDIDATE_BELIEVED 3
+/* … and the flow may go on to teach if it lies within what the client can have sent meanwhile. */
+#define CANDIDATE_SEQ_WINDOW (1 << 20)
+#define CANDIDATE_ACK_WINDOW (1 << 16)
+
+/* What a segment may spend on topics other than its flow's last. A walk through the routes is
+ * for topics that `topics` does not know. PUBLISHes beyond that are framed and not judged. */
+#define TOPIC_BUDGET 64
+#define TOPIC_COST_KNOWN 2
+#define TOPIC_COST_WALK 10
+
+#define STARTED_BEFORE (~0U) /* work.start: in an earlier segment */
+
+struct parse {
+	struct xdp_md *ctx;
+	struct work *w;
+	struct flow *f;
+	const struct conn *c;
+	const struct service_table *t;
+	const struct service *svc;
+};
+
+/* The hash of a topic that lies in the frame and is at most TOPIC_TEXT_MAX long; 0: it does not. */
+static __always_inline __u64 topic_hash(struct xdp_md *ctx, const struct service_table *t,
+					const struct service *svc, __u32 offset, __u32 length)
+{
+	const void *end = frame_end(ctx);
+	const __u8 *pos = frame_start(ctx);
+	__u32 left = length;
+	struct siphash h;
+
+	siphash_init(&h, t->topic_key[0] ^ svc->id, t->topic_key[1]);
+	pos += offset & FRAME_MASK;
+	for (int i = 0; i < TOPIC_TEXT_MAX / 8; i++) {
+		if (left < 8)
+			break;
+		/* Or clang computes with `end`, which the verifier forbids. */
+		barrier_var(pos);
+		if ((void *)(pos + 8) > end)
+			return 0;
+		siphash_word(&h, load_le64(pos));
+		pos += 8;
+		left -= 8;
+	}
+
+	__u64 tail = 0;
+	if (left) {
+		/* The eight bytes that end with the topic: headers lie before it, always. */
+		pos = frame_at(ctx, offset + length - 8, 8);
+		if (!pos)
+			return 0;
+		tail = load_le64(pos) >> (64 - 8 * (left & 7));
+	}
+	return siphash_final(&h, tail, length);
+}
+
+/* The hash of a PUBLISH's topic if all of it lies in the segment and is not long; else 0. */
+static __always_inline __u64 header_topic(struct xdp_md *ctx, const struct service_table *t,
+					  const struct service *svc, const struct header *h,
+					  __u32 offset, __u32 end)
+{
+	if (h->topic > TOPIC_TEXT_MAX || offset + h->length + h->topic > end)
+		return 0;
+	return topic_hash(ctx, t, svc, offset + h->length, h->topic);
+}
+
+static __always_inline bool is_last_topic(const struct flow *f, const struct service_table *t,
+					  __u64 hash)
+{
+	return hash && hash == f->topic && f->generation == t->generation;
+}
+
+static __always_inline void malformed(const struct parse *p, struct span *s)
+{
+	/* A broker closes such a connection; should it go on, it has to prove itself anew. */
+	p->f->flags |= FLOW_UNSYNCED;
+	p->f->flags &= ~FLOW_TRUSTED;
+	p->f->candidates = 0;
+	count(REASON_MALFORMED);
+	report_flow(p->c, p->f, EVENT_UNFRAMED);
+	s->offset = s->end;
+}
+
+/* Jumps over what is left of the control packet in hand. */
+static __always_inline void packet_end(const struct parse *p, struct span *s, __u32 left)
+{
+	p->f->parser = PARSER_TYPE;
+	s->offset += left;
+}
+
+/* The first control packet of a flow must be CONNECT (MQTT 3.1.1 §3.1): TLS, say, is not. */
+static __always_inline bool connect_missing(const struct parse *p, struct span *s, __u8 type)
+{
+	if (p->f->flags & FLOW_CONNECTED || !(p->f->flags & FLOW_TRUSTED))
+		return false;
+	if (type == MQTT_CONNECT << 4) {
+		p->f->flags |= FLOW_CONNECTED;
+		return false;
+	}
+	p->f->flags |= FLOW_OPAQUE;
+	count(REASON_NOT_MQTT);
+	report_flow(p->c, p->f, EVENT_UNFRAMED);
+	s->offset = s->end;
+	return true;
+}
+
+/* A PUBLISH that is not judged: nothing is known of its topic. */
+static __always_inline void publish_unjudged(struct flow *f)
+{
+	count(f->flags & FLOW_ENDED ? REASON_PUBLISH_LOST : REASON_UNJUDGED);
+	f->topic = 0;
+	f->untaught = 0;
+	f->flags &= ~(FLOW_MISROUTED | FLOW_ANY_TOPIC);
+}
+
+static __always_inline void topic_start(const struct parse *p, __u32 length, __u32 left)
+{
+	p->f->parser = PARSER_TOPIC;
+	p->f->topic_left = length;
+	p->f->remaining = left;
+	p->w->pause = PAUSE_STREAM;
+}
+
+/*
+ * One control packet whose header lies in this segment: all but a few. Returns false, having
+ * changed nothing, if it has to be taken byte by byte.
+ */
+static __always_inline bool parse_whole(const struct parse *p, struct span *s)
+{
+	struct flow *f = p->f;
+	struct header h;
+
+	switch (read_header(p->ctx, s->offset, s->end, &h)) {
+	case HEADER_CUT:
+		return false;
+	case HEADER_MALFORMED:
+		if (!connect_missing(p, s, h.type))
+			malformed(p, s);
+		return true;
+	case HEADER_WHOLE:
+		break;
+	}
+	if (connect_missing(p, s, h.type))
+		return true;
+	if (h.type >> 4 != MQTT_PUBLISH) {
+		packet_end(p, s, h.length + h.remaining);
+		return true;
+	}
+	if (h.topic == 0) {
+		/* MQTT 5 §3.3.2.3.4: a topic alias stands for a topic of this flow. */
+		count(f->flags & FLOW_ENDED ? REASON_PUBLISH_LOST :
+		      f->flags & FLOW_MISROUTED ? REASON_MISPREDICTED : REASON_PUBLISH);
+		packet_end(p, s, h.length + h.remaining);
+		return true;
+	}
+
+	__u64 hash = header_topic(p->ctx, p->t, p->svc, &h, s->offset, s->end);
+	if (is_last_topic(f, p->t, hash) && publish_again(f)) {
+		packet_end(p, s, h.length + h.remaining);
+		return true;
+	}
+	p->w->start = s->offset;
+	s->offset += h.length;
+	f->type = h.type;
+	if (!hash) {
+		topic_start(p, h.topic, h.remaining - h.topic);
+	} else if (p->w->budget <= 0) {
+		publish_unjudged(f);
+		packet_end(p, s, h.remaining);
+	} else {
+		p->w->pause = PAUSE_TOPIC;
+		p->w->hash = hash;
+		p->w->topic_length = h.topic;
+		p->w->left = h.remaining - h.topic;
+	}
+	return true;
+}
+
+/*
+ * Almost every segment: one PUBLISH, with the topic of the last one. It needs nothing but what is
+ * passed here, so it has a way of its own past the loop. Returns false, having changed nothing,
+ * if the segment begins with something else.
+ */
+static __noinline int publish_again_alone(struct xdp_md *ctx, struct flow *f,
+					  const struct service_table *t,
+					  const struct service *svc, struct span *s)
+{
+	struct span left = *s;
+	struct header h;
+
+	if (read_header(ctx, left.offset, left.end, &h) != HEADER_WHOLE ||
+	    h.type >> 4 != MQTT_PUBLISH || !h.topic ||
+	    !is_last_topic(f, t, header_topic(ctx, t, svc, &h, left.offset, left.end)) ||
+	    !publish_again(f))
+		return false;
+	s->offset = left.offset + h.length + h.remaining;
+	return true;
+}
+
+/* One byte of a header that is split over segments. */
+static __always_inline void parse_byte(const struct parse *p, struct span *s, __u8 byte)
+{
+	struct flow *f = p->f;
+
+	s->offset++;
+	switch (f->parser) {
+	case PARSER_TYPE:
+		if (connect_missing(p, s, byte))
+			return;
+		if (!type_valid(byte)) {
+			malformed(p, s);
+			return;
+		}
+		f->type = byte;
+		f->remaining = 0;
+		f->shift = 0;
+		f->parser = PARSER_LENGTH;
+		return;
+	case PARSER_LENGTH:
+		f->remaining |= (__u32)(byte & 0x7f) << (f->shift & 31);
+		f->shift += 7;
+		if (byte & 0x80) {
+			if (f->shift > 21)
+				malformed(p, s);
+			return;
+		}
+		if (!length_valid(f->type, f->remaining))
+			malformed(p, s);
+		else if (f->type >> 4 == MQTT_PUBLISH)
+			f->parser = PARSER_TOPIC_LENGTH_HIGH;
+		else
+			packet_end(p, s, f->remaining);
+		return;
+	case PARSER_TOPIC_LENGTH_HIGH:
+		f->topic_left = byte << 8;
+		f->parser = PARSER_TOPIC_LENGTH_LOW;
+		return;
+	default:
+		f->topic_left |= byte;
+		if (!topic_fits(f->type, f->topic_left, f->remaining)) {
+			malformed(p, s);
+		} else if (f->topic_left == 0) {
+			count(f->flags & FLOW_ENDED ? REASON_PUBLISH_LOST :
+			      f->flags & FLOW_MISROUTED ? REASON_MISPREDICTED : REASON_PUBLISH);
+			packet_end(p, s, f->remaining - 2);
+		} else {
+			/* Its first byte is of an earlier segment, or not: see topic_step(). */
+			topic_start(p, f->topic_left, f->remaining - 2 - f->topic_left);
+		}
+	}
+}
+
+/* One control packet, or one byte of a header that is split. Stops at a topic. */
+static long frame_step(__u32 index, void *arg)
+{
+	const struct parse *p = arg;
+	/* In the map, not on the stack, between the steps (see struct work). */
+	struct span s = { .offset = p->w->offset, .end = p->w->end };
+	const __u8 *byte;
+
+	(void)index;
+	if (s.offset >= s.end || p->w->pause != PAUSE_NONE)
+		return 1;
+	if (p->f->parser == PARSER_TYPE)
+		p->w->start = s.offset;
+	if (p->f->parser != PARSER_TYPE || !parse_whole(p, &s)) {
+		byte = frame_at(p->ctx, s.offset, 1);
+		if (!byte)
+			return 1;
+		parse_byte(p, &s, *byte);
+	}
+	p->w->offset = s.offset;
+	return 0;
+}
+
+/* Where the PUBLISH in hand begins; if in an earlier segment, where this one's new bytes do. */
+static __always_inline __u32 start_seq(const struct parse *p)
+{
+	__u32 start = p->w->start == STARTED_BEFORE ? p->w->first : p->w->start;
+
+	return p->c->seq + (start - p->c->payload);
+}
+
+/* The group of the topic in w->stream, which is complete. */
+static __always_inline binding_t stream_binding(const struct work *w, const struct service *svc)
+{
+	__u16 group = route_group(w->stream.state, svc);
+
+	return group == ANY_GROUP ? ANY_GROUP : binding_now(group);
+}
+
+/*
+ * The topic that framing stopped at lies whole in the segment, and is not long: known from an
+ * earlier PUBLISH of anybody, or walked through the routes.
+ */
+static __always_inline void whole_topic(const struct parse *p)
+{
+	struct work *w = p->w;
+	__u64 hash = w->hash;
+	struct publish *publish = &w->publish;
+	const struct topic *known = bpf_map_lookup_elem(&topics, &hash);
+	const struct topic_verdict *v = known ? &known->verdict[p->t->generation & 1] : NULL;
+
+	publish->hash = hash;
+	publish->generation = p->t->generation;
+	publish->start = start_seq(p);
+	publish->inside = false;
+	if (v && v->generation == publish->generation) {
+		w->budget -= TOPIC_COST_KNOWN;
+		publish->to = v->binding;
+	} else {
+		w->budget -= TOPIC_COST_WALK;
+		topic_begin(&w->stream, p->t, p->svc);
+		topic_feed(p->ctx, p->t, p->svc, w->offset, w->topic_length);
+		if (!w->stream.final)
+			topic_level_end(&w->stream, p->t, p->svc);
+		publish->to = stream_binding(w, p->svc);
+		topic_store(w, hash, publish->to, p->svc, publish->generation);
+	}
+	publish_judge(p->c, p->f, p->t, p->svc);
+	p->f->parser = PARSER_TYPE;
+	w->offset += w->topic_length + w->left;
+}
+
+/* A piece of a topic that is long, or split over segments. Returns whether framing goes on. */
+static __always_inline bool streamed_topic(const struct parse *p)
+{
+	struct work *w = p->w;
+	struct flow *f = p->f;
+	__u32 here = w->end - w->offset;
+	__u32 length = f->topic_left < here ? f->topic_left : here;
+
+	topic_feed(p->ctx, p->t, p->svc, w->offset, length);
+	f->topic_left -= length;
+	w->offset += length;
+	if (f->topic_left)
+		return false;
+
+	struct publish *publish = &w->publish;
+	__u64 hash = siphash_stream_final(&w->stream.whole);
+
+	publish->hash = hash;
+	publish->generation = w->stream.generation;
+	publish->start = start_seq(p);
+	publish->inside = w->start == STARTED_BEFORE;
+	f->parser = PARSER_TYPE;
+	w->offset += f->remaining;
+	if (hash == f->topic && publish->generation == f->generation && publish_again(f))
+		return true;
+	w->budget -= TOPIC_COST_WALK;
+	if (!w->stream.final)
+		topic_level_end(&w->stream, p->t, p->svc);
+	publish->to = stream_binding(w, p->svc);
+	topic_store(w, hash, publish->to, p->svc, publish->generation);
+	publish_judge(p->c, f, p->t, p->svc);
+	return true;
+}
+
+/* Frames up to the next topic that is not the flow's last, and judges that. */
+static long topic_step(__u32 index, void *arg)
+{
+	struct parse *p = arg;
+	struct work *w = p->w;
+
+	if (index > 0 || p->f->parser != PARSER_TOPIC) {
+		w->pause = PAUSE_NONE;
+		/* The shortest control packet has two bytes, and a split header up to seven. */
+		bpf_loop((w->end - w->offset) / 2 + 8, frame_step, p, 0);
+		if (w->pause == PAUSE_STREAM)
+			topic_begin(&w->stream, p->t, p->svc);
+	} else {
+		w->pause = PAUSE_STREAM; /* w->stream is what the last segment left */
+	}
+
+	switch (w->pause) {
+	case PAUSE_TOPIC:
+		whole_topic(p);
+		break;
+	case PAUSE_STREAM:
+		if (!streamed_topic(p))
+			return 1;
+		break;
+	default:
+		return 1;
+	}
+	return w->offset >= w->end;
+}
+
+/* ---- evidence: does the segment consist of whole control packets, from first to last byte? ---- */
+
+static long whole_packets_step(__u32 index, void *arg)
+{
+	struct parse *p = arg;
+	struct work *w = p->w;
+	struct header h;
+
+	(void)index;
+	if (w->offset >= w->end)
+		return 1;
+	if (read_header(p->ctx, w->offset, w->end, &h) != HEADER_WHOLE) {
+		w->offset = ~0U;
+		return 1;
+	}
+	w->offset += h.length + h.remaining;
+	return 0;
+}
+
+static __always_inline bool is_whole_packets(struct xdp_md *ctx, const struct conn *c)
+{
+	struct work *w = work_of_cpu();
+	struct parse p = { .ctx = ctx, .w = w };
+
+	if (!w)
+		return false;
+	w->offset = c->payload;
+	w->end = c->payload + c->payload_length;
+	/* The shortest control packet has two bytes. */
+	bpf_loop(c->payload_length / 2 + 1, whole_packets_step, &p, 0);
+	return w->offset == w->end;
+}
+
+static __always_inline void resynced(struct flow *f, const struct conn *c)
+{
+	flow_next(f, c, c->seq + c->payload_length);
+	f->parser = PARSER_TYPE;
+	f->flags &= ~FLOW_UNSYNCED;
+	f->candidates = 0;
+	f->end = c->seq + c->payload_length;
+	count(REASON_RESYNCED);
+	report_flow(c, f, EVENT_RESYNCED);
+}
+
+/* A segment of a flow whose packets' beginnings are not known. */
+static __noinline int segment_unsynced(struct xdp_md *ctx, struct flow *f, const struct conn *c)
+{
+	if (is_whole_packets(ctx, c))
+		resynced(f, c);
+	return 0;
+}
+
+/* A segment behind a gap. The gap may still be filled; enough of evidence says that it won't. */
+static __noinline int segment_ahead(struct xdp_md *ctx, struct flow *f, const struct conn *c,
+				    __u32 next)
+{
+	count(REASON_SEGMENT_AHEAD);
+	if (f->candidates && c->seq - f->candidate_start < f->candidate_end - f->candidate_start)
+		return 0; /* inside the candidate: a repetition */
+	if (f->candidates && c->seq != f->candidate_end)
+		f->candidates = 0;
+	if (!is_whole_packets(ctx, c))
+		return 0;
+	if (!f->candidates)
+		f->candidate_start = c->seq;
+	f->candidate_end = c->seq + c->payload_length;
+	f->candidates++;
+	if (f->candidates < CANDIDATE_BELIEVED)
+		return 0;
+	if (f->candidate_start - next > CANDIDATE_SEQ_WINDOW ||
+	    c->ack - f->ack > CANDIDATE_ACK_WINDOW)
+		f->flags &= ~FLOW_TRUSTED;
+	resynced(f, c);
+	return 0;
+}
+
+/* ---- a segment ---- */
+
+/* The rest of a segment, packet by packet, whatever they are. */
+static __always_inline void frame_segment(struct xdp_md *ctx, struct flow *f, const struct conn *c,
+					  const struct service_table *t,
+					  const struct service *svc, struct span *s)
+{
+	struct work *w = work_of_cpu();
+	struct parse p = { .ctx = ctx, .w = w, .f = f, .c = c, .t = t, .svc = svc };
+	struct flow6 key = c->key;
+
+	if (!w)
+		return;
+	if (f->parser == PARSER_TOPIC) {
+		const struct topic_stream *stream = bpf_map_lookup_elem(&topic_streams, &key);
+		if (stream) {
+			w->stream = *stream;
+		} else {
+			count(REASON_TOPIC_FORGOTTEN);
+			s->offset += f->topic_left;
+			packet_end(&p, s, f->remaining);
+		}
+	}
+	w->offset = s->offset;
+	w->first = s->offset;
+	w->start = STARTED_BEFORE;
+	w->end = s->end;
+	w->budget = TOPIC_BUDGET;
+	/* Known topics, then long ones, and the rest of the segment. */
+	if (s->offset < s->end)
+		bpf_loop(TOPIC_BUDGET / TOPIC_COST_KNOWN + SEGMENT_MAX / TOPIC_TEXT_MAX + 2, topic_step,
+			 &p, 0);
+	s->offset = w->offset;
+	if (f->parser == PARSER_TOPIC)
+		bpf_map_update_elem(&topic_streams, &key, &w->stream, BPF_ANY);
+}
+
+/* What the segment's payload says, for flow, client and counters. Global (see event.h). */
+__noinline int frame(struct xdp_md *ctx, struct flow *f, const struct conn *c,
+		     const struct service_table *t, const struct service *svc)
+{
+	if (!f || !c || !t || !svc)
+		return 0;
+
+	__u64 wanted = READ_ONCE(f->next);
+	__u32 next = wanted;
+
+	flow_seen(f, c, c->payload_length);
+	if (f->flags & FLOW_OPAQUE)
+		return 0;
+	if (wanted >> 32 != c->tag) {
+		/* Another flow's write came too late: see struct flow. */
+		f->flags |= FLOW_UNSYNCED;
+		f->flags &= ~FLOW_TRUSTED;
+	}
+	if (f->flags & FLOW_UNSYNCED) {
+		segment_unsynced(ctx, f, c);
+		return 0;
+	}
+
+	__s32 skip = next - c->seq;
+	if (skip >= (__s32)c->payload_length) {
+		count(REASON_SEGMENT_OLD);
+		return 0;
+	}
+	if (skip < 0) {
+		segment_ahead(ctx, f, c, next);
+		return 0;
+	}
+
+	struct span s = { .offset = c->payload + skip, .end = c->payload + c->payload_length };
+	if (f->parser != PARSER_TYPE || !publish_again_alone(ctx, f, t, svc, &s) ||
+	    s.offset < s.end)
+		frame_segment(ctx, f, c, t, svc, &s);
+
+	next = c->seq + (s.offset - c->payload);
+	f->ack = c->ack;
+	if (f->candidates && next == f->candidate_start && f->parser == PARSER_TYPE &&
+	    !(f->flags & (FLOW_OPAQUE | FLOW_UNSYNCED))) {
+		/* The gap is filled, and what came after it has been here already. */
+		next = f->candidate_end;
+		f->candidates = 0;
+		count(REASON_RESYNCED);
+	}
+	flow_next(f, c, next);
+	return 0;
+}
+
+#endif /* MQTT_FWD_FRAMING_H */

@@ -1,0 +1,305 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What clients' messages teach: client address → the group of most of its recent messages. The
+ * only writer of clients and topics.
+ */
+#ifndef MQTT_FWD_LEARN_H
+#define MQTT_FWD_LEARN_H
+
+#include "event.h"
+#include "flow.h"
+
+/* Messages that a record remembers. */
+#define WEIGHT_MAX 64
+/* By how many a group of a multi-group client must lead before the prediction changes. */
+#define WEIGHT_LEAD 4
+/* A multi-group client's flows are ended this often at most: its next message may well be the
+ * old group's again, and a client that reconnects all the time gets nothing done. */
+#define MULTI_GROUP_PAUSE_S 60
+
+static __always_inline __u32 now_s(void)
+{
+	return bpf_ktime_get_boot_ns() / 1000000000ULL;
+}
+
+#define SATURATING_INC(n, max)                                                                  \
+	do {                                                                                    \
+		if ((n) != (max))                                                               \
+			(n)++;                                                                  \
+	} while (0)
+
+static __always_inline struct client *client_find(const struct conn *c)
+{
+	if (c->v6) {
+		struct client6 key = client6_of(c);
+		return bpf_map_lookup_elem(&mqtt_client6_to_topic, &key);
+	}
+	struct client4 key = client4_of(c);
+	return bpf_map_lookup_elem(&mqtt_client_ip_to_topic, &key);
+}
+
+/* Adds w->client. */
+static __always_inline void client_add(const struct conn *c, struct work *w)
+{
+	long failed;
+
+	if (c->v6) {
+		struct client6 key = client6_of(c);
+		failed = bpf_map_update_elem(&mqtt_client6_to_topic, &key, &w->client, BPF_ANY);
+	} else {
+		struct client4 key = client4_of(c);
+		failed = bpf_map_update_elem(&mqtt_client_ip_to_topic, &key, &w->client, BPF_ANY);
+	}
+	if (failed)
+		count(REASON_MAP_FULL);
+	else
+		map_used(c->v6 ? TRACKED_CLIENTS6 : TRACKED_CLIENTS, 1, 0);
+}
+
+static __always_inline binding_t client_best(const struct client *client)
+{
+	__u32 best = client->best;
+
+	/* Not an index that is computed: the verifier knows the bounds of these. */
+	return READ_ONCE(client->group[best == 1 ? 1 : best == 2 ? 2 : 0]);
+}
+
+/* From here on only this group counts. */
+static __always_inline void client_forget_others(struct client *client, binding_t group,
+						 __u8 weight, __u32 generation)
+{
+	client->weight[0] = weight;
+	client->weight[1] = 0;
+	client->weight[2] = 0;
+	WRITE_ONCE(client->group[0], group);
+	WRITE_ONCE(client->group[1], 0);
+	WRITE_ONCE(client->group[2], 0);
+	client->best = 0;
+	client->flags &= ~CLIENT_MULTI_GROUP;
+	client->generation = generation;
+}
+
+/*
+ * The routes were changed since the record was made. That is no evidence about the client: its
+ * last topic has another group now, which user space has put beside it, and which groups it was
+ * seen in under the old routes says nothing under the new ones.
+ */
+static __always_inline void client_reroute(struct client *client, const struct service_table *t)
+{
+	if (client->generation == t->generation)
+		return;
+
+	__u64 key = client->topic;
+	const struct topic *topic = bpf_map_lookup_elem(&topics, &key);
+	const struct topic_verdict *v = topic ? &topic->verdict[t->generation & 1] : NULL;
+	__u32 best = client->best;
+
+	if (v && v->generation == t->generation)
+		client_forget_others(client,
+				     binding_group(v->binding) == ANY_GROUP ? 0 : v->binding,
+				     client->weight[best == 1 ? 1 : best == 2 ? 2 : 0],
+				     t->generation);
+}
+
+/*
+ * The binding of a flow of which nothing better is known: by prediction (PREDICTED is set), else
+ * to the default group; 0: there is no usable group.
+ */
+#define PREDICTED (1ULL << 32)
+
+__noinline __u64 predict(const struct conn *c, const struct service_table *t,
+			 const struct service *svc)
+{
+	struct client *client;
+
+	if (!c || !t || !svc)
+		return 0;
+	client = client_find(c);
+	if (client) {
+		client_reroute(client, t);
+		binding_t best = client_best(client);
+		if (group_of(best))
+			return best | PREDICTED;
+	}
+	return binding_now(svc->default_group);
+}
+
+/* Keep the topic in w->stream, for people, for changes of routes, and so as not to walk again. */
+static __always_inline void topic_store(struct work *w, __u64 hash, binding_t binding,
+					const struct service *svc, __u32 generation)
+{
+	struct topic_verdict verdict = { .generation = generation, .binding = binding };
+	struct topic *known = bpf_map_lookup_elem(&topics, &hash);
+
+	if (known) {
+		known->verdict[generation & 1] = verdict;
+		return;
+	}
+	if (!budget_take(&budgets, BUDGET_TOPICS, topics_per_window)) {
+		count(REASON_TOPIC_NOT_STORED);
+		return;
+	}
+	w->topic.verdict[0] = verdict;
+	w->topic.verdict[1] = verdict;
+	w->topic.service = svc->id;
+	w->topic.length = w->stream.whole.length;
+	__builtin_memcpy(w->topic.text, w->stream.text, TOPIC_TEXT_MAX);
+	if (bpf_map_update_elem(&topics, &hash, &w->topic, BPF_ANY))
+		count(REASON_MAP_FULL);
+	else
+		map_used(TRACKED_TOPICS, 1, 0);
+}
+
+/*
+ * More messages of one of the record's groups. Of more than WEIGHT_MAX, so many are the others' no
+ * longer; a group that has none left is forgotten.
+ */
+static __always_inline void client_weigh(struct client *client, __u32 which, __u32 messages)
+{
+	__u32 sum = 0, excess, others = 0;
+
+	for (__u32 i = 0; i < CLIENT_GROUPS; i++) {
+		__u32 weight = client->weight[i];
+
+		if (i == which) {
+			weight += messages;
+			weight = weight < WEIGHT_MAX ? weight : WEIGHT_MAX;
+			client->weight[i] = weight;
+		}
+		sum += weight;
+	}
+	excess = sum > WEIGHT_MAX ? sum - WEIGHT_MAX : 0;
+	for (__u32 i = 0; i < CLIENT_GROUPS; i++) {
+		__u32 weight = client->weight[i];
+		__u32 less = weight < excess ? weight : excess;
+
+		if (i == which)
+			continue;
+		excess -= less;
+		weight -= less;
+		client->weight[i] = weight;
+		others += weight;
+		if (!weight && i != client->best)
+			WRITE_ONCE(client->group[i], 0);
+	}
+	if (!others)
+		client->flags &= ~CLIENT_MULTI_GROUP;
+}
+
+/* The place of a group in the record: its own, a free one, or the lightest. */
+static __always_inline __u32 client_place(const struct client *client, binding_t group)
+{
+	__u32 place = 0, lightest = ~0U;
+
+	for (__u32 i = 0; i < CLIENT_GROUPS; i++) {
+		__u32 weight = client->weight[i];
+
+		if (client->group[i] == group)
+			return i;
+		if (i == client->best)
+			weight = WEIGHT_MAX + 2;
+		else if (!client->group[i])
+			weight = 0;
+		else
+			weight++;
+		if (weight < lightest) {
+			lightest = weight;
+			place = i;
+		}
+	}
+	return place;
+}
+
+enum learned {
+	LEARNED_MAY_END = 1 << 0, /* the client's next connection would be bound to that group, and
+				     this one may be ended for it */
+	LEARNED_CHANGED = 1 << 1, /* the prediction was made or changed; group before: << 16 */
+};
+
+/* A trusted flow published messages of topic `hash`, which belongs to `group`: enum learned. */
+__noinline __u32 learn(const struct conn *c, const struct service_table *t, __u64 hash,
+		       binding_t group, __u32 messages)
+{
+	bool changed = false, may_end = true;
+	struct client *client;
+
+	if (!c || !t || !group)
+		return 0;
+	client = client_find(c);
+	if (!client) {
+		struct work *w = work_of_cpu();
+
+		if (!w)
+			return 0;
+		__builtin_memset(&w->client, 0, sizeof(w->client));
+		w->client.topic = hash;
+		w->client.group[0] = group;
+		w->client.weight[0] = messages < WEIGHT_MAX ? messages : WEIGHT_MAX;
+		w->client.learned_s = now_s();
+		w->client.generation = t->generation;
+		client_add(c, w);
+		return LEARNED_MAY_END | LEARNED_CHANGED | NO_GROUP << 16;
+	}
+
+	client_reroute(client, t);
+	__u32 was = client->best;
+	was = was == 1 ? 1 : was == 2 ? 2 : 0;
+	binding_t before = client->group[was];
+	if (client->generation != t->generation || !group_of(before)) {
+		/* Nothing that it says counts any more. */
+		client_forget_others(client, group, 0, t->generation);
+		client_weigh(client, 0, messages);
+		changed = before != group;
+	} else {
+		__u32 place = client_place(client, group);
+
+		place = place == 1 ? 1 : place == 2 ? 2 : 0;
+		if (client->group[place] != group) {
+			client->weight[place] = 0;
+			WRITE_ONCE(client->group[place], group);
+		} else if (place != was && !(client->flags & CLIENT_MULTI_GROUP)) {
+			/* It left this group, and is back. */
+			client->flags |= CLIENT_MULTI_GROUP;
+			count(REASON_MULTI_GROUP);
+		}
+		client_weigh(client, place, messages);
+		if (place != was) {
+			SATURATING_INC(client->group_changes, 0xff);
+			/* Seen once, a change of topic is believed at once. */
+			changed = !(client->flags & CLIENT_MULTI_GROUP) ||
+				  client->weight[place] > client->weight[was] + WEIGHT_LEAD;
+			if (changed)
+				client->best = place;
+			else
+				may_end = false;
+		}
+	}
+	client->topic = may_end ? hash : client->topic;
+	client->learned_s = now_s();
+	if (may_end && client->flags & CLIENT_MULTI_GROUP && client->ended_s &&
+	    (__u16)(now_s() - client->ended_s) < MULTI_GROUP_PAUSE_S)
+		may_end = false;
+	return (may_end ? LEARNED_MAY_END : 0) |
+	       (changed ? LEARNED_CHANGED | (__u32)binding_group(before) << 16 : 0);
+}
+
+/* How good the prediction was that a flow was bound by, and that a flow is ended for it. */
+__noinline int learn_outcome(const struct conn *c, __u32 hit, __u32 ended)
+{
+	struct client *client;
+
+	if (!c)
+		return 0;
+	client = client_find(c);
+	if (!client)
+		return 0;
+	if (ended)
+		client->ended_s = (__u16)now_s() ?: 1;
+	else if (hit)
+		SATURATING_INC(client->hits, 0xffff);
+	else
+		SATURATING_INC(client->misses, 0xffff);
+	return 0;
+}
+
+#endif /* MQTT_FWD_LEARN_H */

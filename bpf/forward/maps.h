@@ -1,0 +1,212 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Maps of mqtt_fwd. Sizes are defaults: the loader sets what the configuration says.
+ * IPv4 and IPv6 have maps of their own, so that IPv4 does not hash IPv6's key size.
+ *
+ * Each map that the datapath writes has one file that does: flow.h the flows, cache.h the cache,
+ * learn.h clients and topics, framing.h topic_streams.
+ */
+#ifndef MQTT_FWD_MAPS_H
+#define MQTT_FWD_MAPS_H
+
+#include "../abi/config.h"
+#include "../abi/event.h"
+#include "../abi/reason.h"
+#include "../abi/state.h"
+#include "../lib/map.h"
+#include "../lib/ratelimit.h"
+#include "../lib/siphash.h"
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, sizeof(__u32));
+	__uint(max_entries, ROOT_ARRAY_SIZE);
+} root_array SEC(".maps");
+
+/* During an upgrade: the program before this one, which knows the flows not yet moved here. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, sizeof(__u32));
+	__uint(max_entries, 1);
+} predecessor SEC(".maps");
+
+/* ---- configuration: read here, written by user space ---- */
+
+/* The one switch between the two generations of services and routes. */
+MAP(generation, BPF_MAP_TYPE_ARRAY, __u32, __u32, 1);
+LINE_ARRAY(services, struct service_table, 2);
+LINE_ARRAY(groups, struct group, 1024);
+
+/*
+ * Routes, as an automaton over topic levels. States of both generations share the maps;
+ * their numbers do not overlap, so a walk stays within the generation it started in.
+ */
+MAP_WITH_FLAGS(mqtt_topic_to_vip, BPF_MAP_TYPE_HASH, BPF_F_NO_PREALLOC, struct route_edge, __u32,
+	       1 << 20);
+MAP(route_states, BPF_MAP_TYPE_ARRAY, __u32, struct route_state, 1 << 19);
+
+/*
+ * Not read here: the balancer puts the service's address back with it. It lives in this
+ * object so that it exists, pinned, whichever of the two is loaded first.
+ */
+MAP(mqtt_service_vips, BPF_MAP_TYPE_HASH, struct vip_definition, struct vip_definition,
+    MAX_GROUP_VIPS);
+
+/* ---- state: written here ---- */
+
+/* Kernel names end after 15 characters, hence not mqtt_client_ip6_to_topic. */
+MAP(mqtt_client_ip_to_topic, BPF_MAP_TYPE_LRU_HASH, struct client4, struct client, 1 << 20);
+MAP(mqtt_client6_to_topic, BPF_MAP_TYPE_LRU_HASH, struct client6, struct client, 1 << 20);
+MAP(topics, BPF_MAP_TYPE_LRU_HASH, __u64, struct topic, 1 << 16);
+
+MAP(flows, BPF_MAP_TYPE_LRU_HASH, struct flow4, struct flow, 1 << 20);
+MAP(flows6, BPF_MAP_TYPE_LRU_HASH, struct flow6, struct flow, 1 << 20);
+/*
+ * Flows that saw FIN or RST, and those that were first seen in their middle and have not shown
+ * yet that they are MQTT. They compete for room only with each other, so that neither a wave of
+ * short connections nor a stranger's segments push out standing flows.
+ */
+MAP(flows_weak, BPF_MAP_TYPE_LRU_HASH, struct flow4, struct flow, 1 << 16);
+MAP(flows6_weak, BPF_MAP_TYPE_LRU_HASH, struct flow6, struct flow, 1 << 16);
+
+/* Bindings of flows of both families, in front of the maps above (see cache.h). */
+LINE_ARRAY(binding_cache, struct cache_set, 1 << 16);
+
+/* A topic in the hands of the parser. */
+struct topic_stream {
+	struct siphash_stream whole;
+	struct siphash_stream level;
+	__u32 state; /* of the route automaton */
+	__u32 generation;
+	__u32 final; /* no further level changes `state` */
+	__u32 pad;
+	__u8 text[TOPIC_TEXT_MAX];
+};
+
+/* Topics that are split over segments, between the segments. */
+MAP(topic_streams, BPF_MAP_TYPE_LRU_HASH, struct flow6, struct topic_stream, 1 << 14);
+
+/* A PUBLISH to be judged. */
+struct publish {
+	__u64 hash; /* of the topic */
+	binding_t to; /* where it belongs; 0: nowhere (group gone) */
+	__u32 generation; /* of the routes that say so */
+	__u32 start; /* sequence number of its first byte */
+	__u32 inside; /* that lies before this segment */
+};
+
+/* Why framing stops before the end of a segment. */
+enum pause {
+	PAUSE_NONE,
+	PAUSE_TOPIC, /* a PUBLISH whose topic lies whole in the segment: work.hash, work.topic_length */
+	PAUSE_STREAM, /* a topic that is long or split: flow.parser is PARSER_TOPIC */
+};
+
+#define SEGMENT_MAX 2048 /* bytes; frames are linear, and no larger than a page */
+
+/*
+ * One packet's working memory. A map value rather than the stack: there is more room, and
+ * the verifier takes what it reads from here as unknown, which keeps loops cheap to verify.
+ */
+struct work {
+	__u32 offset; /* of the next unread byte, from the start of the frame */
+	__u32 end; /* of the payload, likewise */
+	__u32 start; /* where the control packet in hand begins, likewise, or STARTED_BEFORE */
+	__u32 pause; /* enum pause */
+	__s32 budget; /* for judging topics, see framing.h */
+	__u32 topic_length; /* PAUSE_TOPIC */
+	__u32 left; /* PAUSE_TOPIC: bytes of the packet behind its topic */
+	__u32 first; /* of the bytes that are new, offset from the start of the frame */
+	__u64 hash; /* PAUSE_TOPIC */
+	struct publish publish;
+	struct topic_stream stream;
+	__u8 beyond_text[TOPIC_TEXT_MAX]; /* what a copy to stream.text may touch, to the verifier */
+	struct topic topic;
+	struct client client;
+	__u8 segment[SEGMENT_MAX + 8];
+};
+MAP(work, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct work, 1);
+
+static __always_inline struct work *work_of_cpu(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&work, &zero);
+}
+
+/* ---- limits and reports ---- */
+
+enum budget_kind {
+	BUDGET_EVENTS, /* one each kind of event */
+	BUDGET_FLOWS = BUDGET_EVENTS + EVENT_KINDS,
+	BUDGET_TOPICS,
+	BUDGETS,
+};
+MAP(budgets, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct budget, BUDGETS);
+
+/* Per CPU and window of 0.1 s (lib/ratelimit.h). */
+const volatile __u32 events_per_window = 200; /* of each kind; 0 turns events off */
+const volatile __u32 flows_per_window = 10000; /* as Katran's is_under_flood, but for the rate */
+const volatile __u32 topics_per_window = 1000;
+
+MAP(counters, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, __u64, REASONS);
+MAP(map_uses, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct map_use, TRACKED_MAPS);
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 22);
+} events SEC(".maps");
+
+static __always_inline void count(enum reason reason)
+{
+	__u32 key = reason;
+	__u64 *counter = bpf_map_lookup_elem(&counters, &key);
+
+	if (counter)
+		*counter += 1;
+}
+
+static __always_inline void map_used(enum tracked_map map, __u32 added, __u32 removed)
+{
+	__u32 key = map;
+	struct map_use *use = bpf_map_lookup_elem(&map_uses, &key);
+
+	if (use) {
+		use->added += added;
+		use->removed += removed;
+	}
+}
+
+/* ---- bindings ---- */
+
+static __always_inline binding_t binding_of(__u16 group, __u16 epoch)
+{
+	return epoch ? group | (__u32)epoch << 16 : 0;
+}
+
+static __always_inline __u16 binding_group(binding_t binding)
+{
+	return binding;
+}
+
+/* The group that a binding means, if it is still there. */
+static __always_inline const struct group *group_of(binding_t binding)
+{
+	__u32 key = binding_group(binding);
+	const struct group *g = bpf_map_lookup_elem(&groups, &key);
+
+	return g && binding && READ_ONCE(g->epoch) == binding >> 16 ? g : NULL;
+}
+
+/* A binding to whatever group has this number now; 0: none has. */
+static __always_inline binding_t binding_now(__u16 group)
+{
+	__u32 key = group;
+	const struct group *g = bpf_map_lookup_elem(&groups, &key);
+
+	return g ? binding_of(group, READ_ONCE(g->epoch)) : 0;
+}
+
+#endif /* MQTT_FWD_MAPS_H */

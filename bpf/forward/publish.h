@@ -1,0 +1,134 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* A PUBLISH whose topic is known: whose is it, and what follows for its flow and client? */
+#ifndef MQTT_FWD_PUBLISH_H
+#define MQTT_FWD_PUBLISH_H
+
+#include "cache.h"
+#include "learn.h"
+#include "route.h"
+
+/* Messages that a flow gathers before its client's record hears of them: often enough that a
+ * connection that is never closed counts. */
+#define UNTAUGHT_MAX 32
+
+/*
+ * A PUBLISH of the flow's last topic, under the same routes. Returns false, having changed
+ * nothing, if it is time to judge the topic again.
+ */
+static __always_inline bool publish_again(struct flow *f)
+{
+	if (f->flags & FLOW_ENDED) {
+		count(REASON_PUBLISH_LOST);
+		return true;
+	}
+	if (f->flags & FLOW_TRUSTED && !(f->flags & FLOW_ANY_TOPIC) && f->topic) {
+		if (f->untaught + 1 >= UNTAUGHT_MAX)
+			return false;
+		f->untaught++;
+	}
+	count(f->flags & FLOW_MISROUTED ? REASON_MISPREDICTED : REASON_PUBLISH);
+	return true;
+}
+
+/* Tells the client's record, and whoever listens. Whether a misrouted flow may be ended. */
+static __always_inline bool teach(const struct conn *c, const struct service_table *t, __u64 hash,
+				  binding_t group, __u32 messages)
+{
+	__u32 learned = learn(c, t, hash, group, messages);
+
+	if (learned & LEARNED_CHANGED) {
+		count(REASON_LEARNED);
+		report_event(c, EVENT_LEARNED, from_to(learned >> 16, group), hash, 0);
+	}
+	return learned & LEARNED_MAY_END;
+}
+
+/* Tells the client's record of the flow's messages that it does not weigh yet. */
+static __always_inline void publish_teach_rest(const struct conn *c, struct flow *f,
+					       const struct service_table *t)
+{
+	__u32 messages = f->untaught;
+	__u64 hash = f->topic;
+
+	if (!messages || !(f->flags & FLOW_TRUSTED))
+		return;
+	f->untaught = 0;
+	const struct topic *topic = bpf_map_lookup_elem(&topics, &hash);
+	const struct topic_verdict *v = topic ? &topic->verdict[t->generation & 1] : NULL;
+
+	if (v && v->generation == t->generation && binding_group(v->binding) != ANY_GROUP)
+		teach(c, t, hash, v->binding, messages);
+}
+
+/* A misrouted PUBLISH that begins at sequence number `start`: no broker is to see it. */
+static __always_inline void flow_end(struct flow *f, const struct conn *c, __u32 start, bool inside)
+{
+	f->flags |= FLOW_ENDED;
+	if (inside)
+		f->flags |= FLOW_CUT_INSIDE;
+	f->cut_seq = start;
+	count(REASON_FLOW_ENDED);
+	learn_outcome(c, false, true);
+}
+
+/*
+ * The flow's first PUBLISH, one with another topic than the last, or one after so many that the
+ * client's record should hear of them: work.publish. Global (see event.h).
+ */
+__noinline int publish_judge(const struct conn *c, struct flow *f, const struct service_table *t,
+			     const struct service *svc)
+{
+	struct work *w = work_of_cpu();
+	const struct publish *p = w ? &w->publish : NULL;
+	binding_t bound;
+	__u32 messages;
+	bool trusted, right, may_end = false;
+
+	if (!c || !f || !t || !svc || !p)
+		return 0;
+	if (f->flags & FLOW_ENDED) {
+		count(REASON_PUBLISH_LOST);
+		return 0;
+	}
+	bound = flow_binding(f, c);
+	trusted = f->flags & FLOW_TRUSTED;
+	if (f->topic != p->hash)
+		publish_teach_rest(c, f, t);
+	messages = f->untaught + 1;
+	f->untaught = 0;
+	f->topic = p->hash;
+	f->generation = p->generation;
+	f->flags &= ~(FLOW_MISROUTED | FLOW_ANY_TOPIC);
+	if (binding_group(p->to) == ANY_GROUP) {
+		f->flags |= FLOW_ANY_TOPIC;
+		count(REASON_PUBLISH);
+		return 0;
+	}
+
+	right = binding_group(bound) == binding_group(p->to);
+	if (trusted) {
+		if (!(f->flags & FLOW_PUBLISHED) && f->flags & FLOW_PREDICTED) {
+			count(right ? REASON_PREDICTION_HIT : REASON_PREDICTION_MISS);
+			learn_outcome(c, right, false);
+		}
+		f->flags |= FLOW_PUBLISHED;
+		may_end = p->to && teach(c, t, p->hash, p->to, messages);
+	}
+	if (right) {
+		count(REASON_PUBLISH);
+		return 0;
+	}
+
+	__u32 groups = from_to(bound, p->to), how = 0;
+	count(REASON_MISPREDICTED);
+	f->flags |= FLOW_MISROUTED;
+	if (may_end && svc->on_misprediction == MISPREDICTION_RESET) {
+		flow_end(f, c, p->start, p->inside);
+		count(REASON_PUBLISH_LOST);
+		how = REPORT_ENDED;
+	}
+	report_event(c, EVENT_MISPREDICTED, groups, p->hash, how);
+	return 0;
+}
+
+#endif /* MQTT_FWD_PUBLISH_H */

@@ -1,0 +1,158 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Topic → group: the topic's levels drive an automaton that user space compiled from the
+ * routes (src/routes/compile.rs). Cost: at most two look-ups a level, however many routes, and
+ * none once no further level can change anything.
+ */
+#ifndef MQTT_FWD_ROUTE_H
+#define MQTT_FWD_ROUTE_H
+
+#include "../lib/mqtt.h"
+#include "conn.h"
+
+/* State 0 is a dead end: no route can match any more. */
+#define ROUTE_DEAD 0
+
+static __always_inline void route_enter(struct topic_stream *s, __u32 state)
+{
+	const struct route_state *next = NULL;
+
+	s->state = state;
+	if (state != ROUTE_DEAD)
+		next = bpf_map_lookup_elem(&route_states, &state);
+	s->final = !next || next->final;
+}
+
+/* The state after one more level. Not inlined: its key does not belong on the caller's stack. */
+static __noinline __u32 route_step(__u32 state, __u64 level, __u32 may_be_literal)
+{
+	struct route_edge key = { .level = level, .state = state };
+	const struct route_state *s;
+	const __u32 *next;
+
+	if (may_be_literal) {
+		next = bpf_map_lookup_elem(&mqtt_topic_to_vip, &key);
+		if (next)
+			return *next;
+	}
+	s = bpf_map_lookup_elem(&route_states, &state);
+	return s ? s->other : ROUTE_DEAD;
+}
+
+/* The group of a topic that ends in this state: a group's number, or ANY_GROUP. */
+static __always_inline __u16 route_group(__u32 state, const struct service *svc)
+{
+	const struct route_state *s = NULL;
+
+	if (state != ROUTE_DEAD)
+		s = bpf_map_lookup_elem(&route_states, &state);
+	return s && s->group != NO_GROUP ? s->group : svc->default_group;
+}
+
+/* ---- a topic, in as many pieces as it comes ---- */
+
+static __always_inline void topic_begin(struct topic_stream *s, const struct service_table *t,
+					const struct service *svc)
+{
+	siphash_stream_init(&s->whole, t->topic_key[0] ^ svc->id, t->topic_key[1]);
+	siphash_stream_init(&s->level, t->route_key[0], t->route_key[1]);
+	s->generation = t->generation;
+	route_enter(s, svc->start);
+}
+
+static __always_inline void topic_level_end(struct topic_stream *s, const struct service_table *t,
+					    const struct service *svc)
+{
+	__u32 may_be_literal = s->level.length <= svc->longest_level;
+
+	route_enter(s, route_step(s->state, siphash_stream_final(&s->level), may_be_literal));
+	siphash_stream_init(&s->level, t->route_key[0], t->route_key[1]);
+}
+
+struct feed {
+	struct xdp_md *ctx;
+	struct topic_stream *s;
+	const struct service_table *t;
+	const struct service *svc;
+	__u32 offset; /* of the piece, from the start of the frame */
+	__u32 length;
+};
+
+/* Eight more bytes of the topic into its hash. */
+static long feed_word(__u32 i, void *arg)
+{
+	const struct feed *f = arg;
+	const __u8 *p = frame_at(f->ctx, f->offset + 8 * i, 8);
+
+	if (!p)
+		return 1;
+	siphash_stream_word(&f->s->whole, load_le64(p));
+	return 0;
+}
+
+/* Up to eight more bytes into the automaton. */
+static long feed_levels(__u32 i, void *arg)
+{
+	const struct feed *f = arg;
+	struct topic_stream *s = f->s;
+
+#pragma unroll
+	for (__u32 j = 0; j < 8; j++) {
+		const __u8 *p = frame_at(f->ctx, f->offset + 8 * i + j, 1);
+
+		if (!p || 8 * i + j >= f->length || s->final)
+			return 1;
+		if (*p == '/')
+			topic_level_end(s, f->t, f->svc);
+		else if (s->level.length <= f->svc->longest_level)
+			siphash_byte(&s->level, *p);
+	}
+	return 0;
+}
+
+/* A piece of a topic that lies in the frame. Global (see event.h). */
+__noinline int topic_feed(struct xdp_md *ctx, const struct service_table *t,
+			  const struct service *svc, __u32 offset, __u32 length)
+{
+	struct work *w = work_of_cpu();
+
+	if (!t || !svc || !w || !length || length > SEGMENT_MAX)
+		return 0;
+
+	struct topic_stream *s = &w->stream;
+	struct feed f = {
+		.ctx = ctx, .s = s, .t = t, .svc = svc, .offset = offset, .length = length
+	};
+	__u32 before = s->whole.length;
+	const __u8 *p = frame_at(ctx, offset, 1);
+
+	if (!p)
+		return 0;
+	if (before == 0 && *p == '$')
+		route_enter(s, svc->start_dollar);
+	if (before < TOPIC_TEXT_MAX) {
+		__u32 room = TOPIC_TEXT_MAX - before;
+		__u32 copied = length < room ? length : room;
+
+		/* Clang would compare something else, and the verifier see no bounds. */
+		barrier_var(copied);
+		if (copied >= 1 && copied <= TOPIC_TEXT_MAX)
+			bpf_xdp_load_bytes(ctx, offset, s->text + (before & (TOPIC_TEXT_MAX - 1)),
+					   copied);
+	}
+	if (!s->final)
+		bpf_loop((length + 7) / 8, feed_levels, &f, 0);
+
+	bpf_loop(length / 8, feed_word, &f, 0);
+	for (__u32 i = 0; i < 7; i++) {
+		if (i >= (length & 7))
+			break;
+		p = frame_at(ctx, offset + (length & ~7U) + i, 1);
+		if (!p)
+			break;
+		siphash_byte(&s->whole, *p);
+	}
+	return 0;
+}
+
+#endif /* MQTT_FWD_ROUTE_H */

@@ -1,0 +1,62 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* Is the packet for a service, and for which? */
+#ifndef MQTT_FWD_SERVICES_H
+#define MQTT_FWD_SERVICES_H
+
+#include "../lib/parse.h"
+#include "maps.h"
+
+/* The generation of services and routes that is in force. */
+static __always_inline const struct service_table *table_in_force(void)
+{
+	__u32 zero = 0, side;
+	const __u32 *current = bpf_map_lookup_elem(&generation, &zero);
+
+	if (!current)
+		return NULL;
+	side = READ_ONCE(*current) & 1;
+	return bpf_map_lookup_elem(&services, &side);
+}
+
+static __always_inline const struct service *service_at(const struct service_table *t, __u32 slot)
+{
+	return slot < MAX_SERVICES ? &t->service[slot & (MAX_SERVICES - 1)] : NULL;
+}
+
+static __always_inline const struct service *service_find4(const struct service_table *t,
+							   __be32 addr, __be16 port)
+{
+	__u64 key = addr | (__u64)port << 32;
+	__u32 found = MAX_SERVICES;
+
+	/* Not leaving the loop early keeps it one path for the verifier, not one a service. */
+	for (__u32 i = 0; i < MAX_SERVICES; i++) {
+		if (i >= t->v4)
+			break;
+		if (t->v4_key[i] == key)
+			found = t->service[i].slot;
+	}
+	return service_at(t, found);
+}
+
+static __always_inline bool addr6_equal(const __be32 a[4], const __be32 b[4])
+{
+	return !((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]));
+}
+
+static __always_inline const struct service *service_find6(const struct service_table *t,
+							   const __be32 addr[4], __be16 port)
+{
+	__u32 found = MAX_SERVICES;
+
+	for (__u32 i = 0; i < MAX_SERVICES; i++) {
+		if (i >= t->count)
+			break;
+		if (i >= t->v4 && t->service[i].port == port &&
+		    addr6_equal(t->service[i].addr, addr))
+			found = t->service[i].slot;
+	}
+	return service_at(t, found);
+}
+
+#endif /* MQTT_FWD_SERVICES_H */

@@ -1,0 +1,182 @@
+//! A broker host: takes the balancer's packets out of their wrapping and answers clients as
+//! MQTT_VIP. Everything is undone by [`down`].
+
+mod ip;
+mod sysctl;
+
+use std::mem::MaybeUninit;
+use std::net::IpAddr;
+use std::os::fd::AsFd as _;
+use std::path::Path;
+
+use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
+
+use crate::domain::XdpMode;
+use crate::kernel::abi::{addr_words, address};
+use crate::kernel::maps::Table;
+use crate::kernel::pins::{self, Pins};
+use crate::kernel::skeletons::decap::DecapSkelBuilder;
+use crate::kernel::skeletons::xdp_root::XdpRootSkelBuilder;
+use crate::kernel::xdp;
+use crate::kernel::{BpfError, Result, load};
+
+/// IP and TCP headers without options.
+const HEADERS_V4: u32 = 20 + 20;
+const HEADERS_V6: u32 = 40 + 20;
+/// The most that a balancer adds: GUE towards an IPv6 real.
+const ENCAPSULATION: u32 = 40 + 8;
+
+/// What a broker host has to know.
+#[derive(Debug, Clone)]
+pub struct BrokerHost {
+    /// The interface that the balancer's packets come in on.
+    pub interface: String,
+    /// The services' addresses.
+    pub vips: Vec<IpAddr>,
+    /// Native or generic XDP.
+    pub mode: XdpMode,
+    /// UDP port of GUE (Katran's `GUE_DPORT`).
+    pub gue_port: u16,
+    /// bpffs.
+    pub bpffs: std::path::PathBuf,
+    /// MSS to advertise; `None`: what leaves room for the encapsulation; 0: leave routes alone.
+    pub advmss: Option<u32>,
+}
+
+fn pins_of(bpffs: &Path, interface: &str) -> Pins {
+    Pins::new(bpffs, interface, None)
+}
+
+/// Prepares the host. Repeatable: what is so already stays.
+pub fn up(host: &BrokerHost) -> Result<Vec<String>> {
+    let mut done = Vec::new();
+    attach_decap(host, &mut done)?;
+    for vip in &host.vips {
+        if ip::add_to_loopback(*vip)? {
+            done.push(format!("{vip} on lo"));
+        }
+    }
+    // Packets of clients come in and answers go out by different ways: that is what direct
+    // server return means, and what strict reverse path filtering refuses.
+    for (key, value) in sysctl::wanted(&host.interface) {
+        if sysctl::set(&host.interface, &key, value)? {
+            done.push(format!("{key} = {value}"));
+        }
+    }
+    if host.advmss != Some(0) {
+        let mtu = xdp::interface_mtu(&host.interface)?;
+        for v6 in [false, true] {
+            if !host.vips.iter().any(|vip| vip.is_ipv6() == v6) {
+                continue;
+            }
+            let headers = if v6 { HEADERS_V6 } else { HEADERS_V4 };
+            let mss = host.advmss.unwrap_or(mtu.saturating_sub(headers + ENCAPSULATION));
+            done.extend(ip::set_advmss(&host.interface, v6, Some(mss))?);
+        }
+    }
+    Ok(done)
+}
+
+/// Undoes [`up`].
+pub fn down(interface: &str, bpffs: &Path) -> Result<Vec<String>> {
+    let mut done = Vec::new();
+    let pins = pins_of(bpffs, interface);
+    pins.check()?;
+    let vips: Vec<IpAddr> = Table::<address, u8>::open(&pins.map("decap_vips"))
+        .and_then(|table| table.keys())
+        .unwrap_or_default()
+        .iter()
+        .map(vip_of)
+        .collect();
+    for v6 in [false, true] {
+        if vips.iter().any(|vip| vip.is_ipv6() == v6) {
+            done.extend(ip::set_advmss(interface, v6, None)?);
+        }
+    }
+    done.extend(sysctl::restore(interface));
+    for vip in vips {
+        if ip::remove_from_loopback(vip)? {
+            done.push(format!("{vip} off lo"));
+        }
+    }
+    if let Some(program) = load::pinned_program(&pins.program("decap"))
+        && xdp::detach(interface, program.id).unwrap_or(false)
+    {
+        done.push(format!("decap (id {}) off {interface}", program.id));
+    }
+    for path in [pins.map("decap_vips"), pins.map("decap_counters"), pins.program("decap")] {
+        pins::remove_pin(&path)?;
+    }
+    pins.remove_dirs();
+    Ok(done)
+}
+
+fn vip_key(vip: IpAddr) -> address {
+    address { addr: addr_words(vip) }
+}
+
+fn vip_of(key: &address) -> IpAddr {
+    let v6 = key.addr[1..].iter().any(|w| *w != 0);
+    crate::kernel::abi::words_addr(key.addr, v6)
+}
+
+fn attach_decap(host: &BrokerHost, done: &mut Vec<String>) -> Result<()> {
+    let pins = pins_of(&host.bpffs, &host.interface);
+    pins.check()?;
+    xdp::interface_index(&host.interface)?;
+    let _lock = pins.lock()?;
+    let attached = xdp::attached(&host.interface)?;
+    let pinned = load::pinned_program(&pins.program("decap"));
+    let ours = matches!((&attached, &pinned), (Some(a), Some(p)) if a.id == p.id);
+    if let (Some(program), false) = (&attached, ours) {
+        return Err(BpfError::ForeignXdp {
+            interface: host.interface.clone(),
+            program: program.name.clone(),
+            id: program.id,
+            root_array: pins.root_array().to_owned(),
+        });
+    }
+    if !ours {
+        // Pins and notes of a program that is not attached any more.
+        sysctl::forget(&host.interface);
+        for path in [pins.map("decap_vips"), pins.map("decap_counters"), pins.program("decap")] {
+            pins::remove_pin(&path)?;
+        }
+        let failed = |source| BpfError::Load { object: "decap", source };
+        let mut storage = MaybeUninit::uninit();
+        let mut open = DecapSkelBuilder::default().open(&mut storage).map_err(failed)?;
+        if let Some(rodata) = open.maps.rodata_data.as_deref_mut() {
+            rodata.gue_port = host.gue_port;
+        }
+        let mut skel = open.load().map_err(failed)?;
+        let table = Table::<address, u8>::of(&skel.maps.decap_vips)?;
+        for vip in &host.vips {
+            table.put(&vip_key(*vip), &1)?;
+        }
+        xdp::attach(&host.interface, skel.progs.decap.as_fd(), host.mode)?;
+        done.push(format!("decap on {}", host.interface));
+        let pin = |source| BpfError::Pin { path: pins.dir(), action: "pinning", source };
+        skel.maps.decap_vips.pin(pins.map("decap_vips")).map_err(pin)?;
+        skel.maps.decap_counters.pin(pins.map("decap_counters")).map_err(pin)?;
+        skel.progs.decap.pin(pins.program("decap")).map_err(pin)?;
+        return Ok(());
+    }
+    let table = Table::<address, u8>::open(&pins.map("decap_vips"))?;
+    for vip in &host.vips {
+        table.put(&vip_key(*vip), &1)?;
+    }
+    Ok(())
+}
+
+/// Puts a program that passes everything on the other end of a veth pair. What a native XDP
+/// program sends back (`XDP_TX`) arrives there only if there is a native program, too.
+pub fn veth_peer_up(interface: &str) -> Result<()> {
+    if xdp::attached(interface)?.is_some() {
+        return Ok(());
+    }
+    let failed = |source| BpfError::Load { object: "xdp_root", source };
+    let mut storage = MaybeUninit::uninit();
+    let open = XdpRootSkelBuilder::default().open(&mut storage).map_err(failed)?;
+    let skel = open.load().map_err(failed)?;
+    xdp::attach(interface, skel.progs.xdp_root.as_fd(), XdpMode::Native)
+}

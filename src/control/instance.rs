@@ -1,0 +1,80 @@
+//! The one `run` of an interface, known to others by a locked file: the lock ends with the process,
+//! so the file is never stale.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::PathBuf;
+
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+
+use super::{Error, Result};
+use crate::config::Config;
+
+const DIR: &str = "/run/mqtt-fwd";
+
+/// A `run`, as others see it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Running {
+    /// Its process.
+    pub pid: i32,
+    /// The configuration that it works by.
+    pub config: PathBuf,
+}
+
+impl Running {
+    /// Does it read the same file?
+    pub fn reads(&self, config: &Config) -> bool {
+        self.config == absolute(config)
+    }
+}
+
+fn absolute(config: &Config) -> PathBuf {
+    fs::canonicalize(&config.path).unwrap_or_else(|_| config.path.clone())
+}
+
+/// Interfaces of two network namespaces may have the same name.
+fn path(config: &Config) -> PathBuf {
+    let namespace = fs::metadata("/proc/self/ns/net").map(|m| m.ino()).unwrap_or_default();
+    PathBuf::from(DIR).join(format!("run-{namespace}-{}.json", config.interface))
+}
+
+/// Makes this process the one; it is as long as the value lives.
+pub fn lock(config: &Config) -> Result<Flock<File>> {
+    let path = path(config);
+    let failed = |source| Error::Io { what: path.display().to_string(), source };
+    fs::create_dir_all(DIR).map_err(failed)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .map_err(failed)?;
+    let Ok(mut file) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else {
+        let who = find(config).map_or_else(String::new, |other| {
+            format!(" (pid {}, by {})", other.pid, other.config.display())
+        });
+        return Err(Error::Busy(format!(
+            "`run` is at work on {} already{who}; end it first",
+            config.interface
+        )));
+    };
+    let me = Running { pid: std::process::id().cast_signed(), config: absolute(config) };
+    file.set_len(0).map_err(failed)?;
+    file.write_all(&serde_json::to_vec(&me).unwrap_or_default()).map_err(failed)?;
+    Ok(file)
+}
+
+/// The `run` of a configuration's interface, if one is at work.
+pub fn find(config: &Config) -> Option<Running> {
+    let mut file = File::open(path(config)).ok()?;
+    let mut text = String::new();
+    file.read_to_string(&mut text).ok()?;
+    // Whoever gets the lock knows that nobody holds it.
+    match Flock::lock(file, FlockArg::LockSharedNonblock) {
+        Ok(_) => None,
+        Err(_) => serde_json::from_str(&text).ok(),
+    }
+}

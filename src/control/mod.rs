@@ -1,0 +1,41 @@
+//! The sidecar: brings datapath and balancer to what the configuration says, keeps them there, and
+//! says what is wrong.
+
+pub mod health;
+pub mod instance;
+pub mod reconcile;
+pub mod run;
+pub mod view;
+
+use crate::balancer::client::BalancerError;
+use crate::config::ConfigError;
+use crate::datapath::image::ImageError;
+use crate::kernel::BpfError;
+
+/// What can go wrong with any of it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Bpf(#[from] BpfError),
+    #[error(transparent)]
+    Balancer(#[from] BalancerError),
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    #[error("{0}")]
+    Embedded(String),
+    #[error("{interface} is not healthy: {problems}")]
+    Unhealthy { interface: String, problems: String },
+    /// Another process is at it.
+    #[error("{0}")]
+    Busy(String),
+    /// Input that is well-formed, and would do harm.
+    #[error("{0}")]
+    Refused(String),
+    #[error("{what}: {source}")]
+    Io { what: String, source: std::io::Error },
+}
+
+/// Result of the sidecar's work.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

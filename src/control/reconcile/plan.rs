@@ -1,0 +1,291 @@
+//! What has to be done so that balancer and maps hold what the configuration says. Empty if
+//! they do already.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+
+use crate::balancer::Vip;
+use crate::balancer::client::{BalancerError, Client};
+use crate::config::Config;
+use crate::control::Result;
+use crate::datapath::Datapath;
+use crate::datapath::ids::Identities;
+use crate::datapath::image::{self, Image};
+use crate::kernel::abi::{limits, route_edge, vip_definition, vip_key, words_addr};
+use crate::kernel::xdp;
+
+/// A call to the balancer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Call {
+    /// A VIP with the flag of MQTT groups.
+    AddVip(Vip),
+    /// The flag, for a VIP that is there without it.
+    SetFlag(Vip),
+    /// New reals, or new weights.
+    AddReals(Vip, BTreeMap<IpAddr, u32>),
+    /// Reals that are not wanted any more. Their connections stay.
+    DelReals(Vip, BTreeMap<IpAddr, u32>),
+    /// A VIP of a group that is gone.
+    DelVip(Vip),
+}
+
+impl fmt::Display for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let list = |reals: &BTreeMap<IpAddr, u32>| {
+            let texts: Vec<_> = reals.iter().map(|(a, w)| format!("{a} weight {w}")).collect();
+            texts.join(", ")
+        };
+        match self {
+            Self::AddVip(vip) => write!(f, "balancer: add VIP {vip}"),
+            Self::SetFlag(vip) => write!(f, "balancer: mark VIP {vip} as an MQTT group"),
+            Self::AddReals(vip, reals) => write!(f, "balancer: {vip}: add {}", list(reals)),
+            Self::DelReals(vip, reals) => write!(f, "balancer: {vip}: remove {}", list(reals)),
+            Self::DelVip(vip) => write!(f, "balancer: remove VIP {vip}"),
+        }
+    }
+}
+
+/// All that differs, in the order in which it is done.
+#[derive(Debug)]
+pub struct Plan {
+    /// First, service addresses of new group VIPs, for the balancer to put back.
+    pub add_service_vips: BTreeMap<Vip, Vip>,
+    /// Then what new groups need of the balancer.
+    pub before: Vec<Call>,
+    /// Then the groups' entries (whole ones, also those that stay).
+    pub identities: Identities,
+    /// The groups among them that are new.
+    pub new_groups: BTreeSet<u16>,
+    /// Then services and routes, in one switch.
+    pub switch: Option<Image>,
+    /// Then what nobody needs any more.
+    pub remove_groups: BTreeMap<u16, String>,
+    /// What old groups had of the balancer.
+    pub after: Vec<Call>,
+    /// And the service addresses of old group VIPs.
+    pub remove_service_vips: BTreeSet<Vip>,
+}
+
+impl Plan {
+    /// Is everything as it should be?
+    pub fn is_empty(&self) -> bool {
+        self.lines().is_empty()
+    }
+
+    /// The plan for people, a line a step.
+    pub fn lines(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        lines.extend(
+            self.add_service_vips
+                .iter()
+                .map(|(group, service)| format!("map mqtt_service_vips: {group} → {service}")),
+        );
+        lines.extend(self.before.iter().map(Call::to_string));
+        lines.extend(self.new_groups.iter().map(|id| {
+            let entry = &self.identities.entries[id];
+            format!("map groups: add {} ({}) as {id}", entry.name, entry.vip)
+        }));
+        if let Some(image) = &self.switch {
+            lines.push(format!(
+                "maps services, mqtt_topic_to_vip, route_states: {} services, {} states, {} edges, \
+                 switch to generation {}",
+                image.table.count,
+                image.states.len(),
+                image.edges.len(),
+                image.table.generation
+            ));
+        }
+        lines.extend(
+            self.remove_groups.iter().map(|(id, name)| format!("map groups: remove {name} ({id})")),
+        );
+        lines.extend(self.after.iter().map(Call::to_string));
+        lines.extend(
+            self.remove_service_vips
+                .iter()
+                .map(|vip| format!("map mqtt_service_vips: remove {vip}")),
+        );
+        lines
+    }
+}
+
+/// The flag that group VIPs have.
+pub const GROUP_FLAG: u32 = limits::VIP_FLAG_MQTT_GROUP.0;
+
+/// The VIPs that the configuration's groups need, with their reals and their service.
+pub fn wanted_vips(config: &Config) -> BTreeMap<Vip, (BTreeMap<IpAddr, u32>, Vip)> {
+    let mut wanted = BTreeMap::new();
+    for service in &config.services {
+        for group in &service.groups {
+            let reals = group.reals.iter().map(|r| (r.addr, r.weight)).collect();
+            wanted.insert(
+                Vip::tcp(group.vip, service.port),
+                (reals, Vip::tcp(service.addr, service.port)),
+            );
+        }
+    }
+    wanted
+}
+
+/// Compares configuration, maps and balancer.
+pub async fn plan(config: &Config, datapath: &Datapath, client: &mut Client) -> Result<Plan> {
+    let mut plan = plan_maps(config, datapath, xdp::interface_mtu(&config.interface)?)?;
+    plan_balancer(&mut plan, &wanted_vips(config), client).await?;
+    Ok(plan)
+}
+
+/// Compares configuration and maps alone.
+pub fn plan_maps(config: &Config, datapath: &Datapath, mtu: u32) -> Result<Plan> {
+    let identities = Identities::assign(config, datapath)?;
+    let wanted = wanted_vips(config);
+    let service_vips = current_service_vips(datapath)?;
+    let current: BTreeMap<u16, _> = datapath.groups()?.into_iter().collect();
+
+    Ok(Plan {
+        add_service_vips: wanted
+            .iter()
+            .filter(|(vip, (_, service))| service_vips.get(vip) != Some(service))
+            .map(|(vip, (_, service))| (*vip, *service))
+            .collect(),
+        before: Vec::new(),
+        new_groups: identities
+            .entries
+            .iter()
+            .filter(|(id, entry)| current.get(id).is_none_or(|g| g.epoch != entry.epoch))
+            .map(|(id, _)| *id)
+            .collect(),
+        switch: changed_image(config, datapath, &identities, mtu)?,
+        remove_groups: current
+            .iter()
+            .filter(|(id, _)| !identities.entries.contains_key(id))
+            .map(|(id, g)| (*id, crate::kernel::abi::name_text(&g.name)))
+            .collect(),
+        identities,
+        after: Vec::new(),
+        remove_service_vips: service_vips
+            .keys()
+            .filter(|vip| !wanted.contains_key(vip))
+            .copied()
+            .collect(),
+    })
+}
+
+/// The balancer's VIPs. Those that are wanted must be spelled as we do, for calls name them so.
+pub async fn present_vips(
+    wanted: &BTreeMap<Vip, (BTreeMap<IpAddr, u32>, Vip)>,
+    client: &mut Client,
+) -> Result<BTreeSet<Vip>, BalancerError> {
+    let all = client.spellings().await?;
+    let odd = all.iter().find(|(vip, text)| wanted.contains_key(vip) && !text.is_canonical());
+    if let Some((vip, spelling)) = odd {
+        return Err(BalancerError::Misspelt { vip: *vip, spelling: spelling.clone() });
+    }
+    Ok(all.into_iter().map(|(vip, _)| vip).collect())
+}
+
+async fn plan_balancer(
+    plan: &mut Plan,
+    wanted: &BTreeMap<Vip, (BTreeMap<IpAddr, u32>, Vip)>,
+    client: &mut Client,
+) -> Result<(), BalancerError> {
+    let present = present_vips(wanted, client).await?;
+    for (vip, (reals, _)) in wanted {
+        if !present.contains(vip) {
+            plan.before.push(Call::AddVip(*vip));
+            plan.before.push(Call::AddReals(*vip, reals.clone()));
+            continue;
+        }
+        if client.vip_flags(*vip).await? & GROUP_FLAG == 0 {
+            plan.before.push(Call::SetFlag(*vip));
+        }
+        let has = client.reals(*vip).await?;
+        let add: BTreeMap<_, _> = reals
+            .iter()
+            .filter(|(addr, weight)| has.get(addr) != Some(weight))
+            .map(|(addr, weight)| (*addr, *weight))
+            .collect();
+        let remove: BTreeMap<_, _> =
+            has.into_iter().filter(|(addr, _)| !reals.contains_key(addr)).collect();
+        if !add.is_empty() {
+            plan.before.push(Call::AddReals(*vip, add));
+        }
+        if !remove.is_empty() {
+            plan.after.push(Call::DelReals(*vip, remove));
+        }
+    }
+    // The balancer may have other VIPs: ours are those that a group of ours had.
+    for vip in plan.remove_service_vips.iter().filter(|vip| present.contains(vip)) {
+        plan.after.push(Call::DelVip(*vip));
+    }
+    Ok(())
+}
+
+fn current_service_vips(datapath: &Datapath) -> Result<BTreeMap<Vip, Vip>> {
+    let vip = |key: &vip_definition, v6: bool| Vip {
+        addr: words_addr(key.addr, v6),
+        port: u16::from_be(key.port),
+        protocol: key.proto,
+    };
+    // Group and service are of one family, and an IPv4 address fills only the first word.
+    let entry = |(group, service): (vip_definition, vip_definition)| {
+        let v6 = group.addr[1..].iter().chain(&service.addr[1..]).any(|w| *w != 0);
+        (vip(&group, v6), vip(&service, v6))
+    };
+    Ok(datapath.service_vips.entries()?.into_iter().map(entry).collect())
+}
+
+/// The image of the next generation, if the one in force is another.
+fn changed_image(
+    config: &Config,
+    datapath: &Datapath,
+    identities: &Identities,
+    mtu: u32,
+) -> Result<Option<Image>> {
+    let generation = datapath.generation()?;
+    let capacity = datapath.route_states.max_entries();
+    if generation == 0 {
+        let first = Image::build(config, identities, image::random_keys()?, 1, capacity, mtu)?;
+        return Ok(Some(first));
+    }
+    let table = datapath.service_table()?;
+    let keys = image::keys_of(&table);
+    let same = Image::build(config, identities, keys, generation, capacity, mtu)?;
+    if in_force(datapath, &same)? {
+        return Ok(None);
+    }
+    let next = generation.checked_add(1).unwrap_or(2);
+    Ok(Some(Image::build(config, identities, keys, next, capacity, mtu)?))
+}
+
+/// Do the maps hold exactly this image?
+fn in_force(datapath: &Datapath, image: &Image) -> Result<bool> {
+    use crate::kernel::abi::Pod as _;
+
+    let generation = image.table.generation;
+    if datapath.service_table()?.bytes() != image.table.bytes() {
+        return Ok(false);
+    }
+    let (first, end) = image::state_range(generation, datapath.route_states.max_entries());
+    let edges: BTreeMap<(u32, u64), u32> = datapath
+        .route_edges
+        .entries()?
+        .into_iter()
+        .filter(|(edge, _): &(route_edge, u32)| (first..end).contains(&edge.state))
+        .map(|(edge, next)| ((edge.state, edge.level), next))
+        .collect();
+    if edges != image.edges {
+        return Ok(false);
+    }
+    for (number, state) in &image.states {
+        let there = datapath.route_states.get(number)?;
+        if there.is_none_or(|there| there.bytes() != state.bytes()) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// The key of a VIP in the maps.
+pub fn map_key(vip: Vip) -> vip_definition {
+    vip_definition { proto: vip.protocol, ..vip_key(vip.addr, vip.port) }
+}

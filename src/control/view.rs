@@ -1,0 +1,267 @@
+//! What the maps hold, in rows for tables and JSON.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::Result;
+use crate::config::Config;
+use crate::datapath::Datapath;
+use crate::datapath::ids::Entry;
+use crate::kernel::abi::{
+    self as types, Pod, binding_parts, client, client_flags, client4, client6, flow, flow_binding,
+    flow_flags, flow4, flow6, limits, tracked_map, words_addr,
+};
+
+/// Names for the numbers in maps.
+#[derive(Debug)]
+pub struct Names {
+    services: BTreeMap<u16, String>,
+    groups: BTreeMap<u16, Entry>,
+}
+
+impl Names {
+    /// Reads them. Services are named by the configuration, groups by the map.
+    pub fn read(config: &Config, datapath: &Datapath) -> Result<Self> {
+        let table = datapath.service_table()?;
+        let mut services = BTreeMap::new();
+        let mut v6 = BTreeMap::new();
+        for service in &table.service[..usize::from(table.count)] {
+            let addr = words_addr(service.addr, service.v6 != 0);
+            let port = u16::from_be(service.port);
+            let name = config
+                .services
+                .iter()
+                .find(|s| (s.addr, s.port) == (addr, port))
+                .map_or_else(|| SocketAddr::new(addr, port).to_string(), |s| s.name.clone());
+            services.insert(service.id, name);
+            v6.insert(service.id, service.v6 != 0);
+        }
+        let groups = datapath
+            .groups()?
+            .into_iter()
+            .map(|(id, g)| (id, Entry::of(&g, v6.get(&g.service).copied().unwrap_or(false))))
+            .collect();
+        Ok(Self { services, groups })
+    }
+
+    /// A service's name.
+    pub fn service(&self, id: u16) -> String {
+        self.services.get(&id).cloned().unwrap_or_else(|| format!("(removed {id})"))
+    }
+
+    /// The name of a binding's group, unless that number is another's by now.
+    pub fn bound(&self, binding: u32) -> String {
+        let (id, epoch) = binding_parts(binding);
+        match self.groups.get(&id) {
+            Some(entry) if entry.epoch == epoch => entry.name.clone(),
+            _ => "(removed)".to_owned(),
+        }
+    }
+
+    /// The name of whatever group has this number now.
+    pub fn group_now(&self, id: u16) -> Option<&str> {
+        self.groups.get(&id).map(|entry| entry.name.as_str())
+    }
+}
+
+/// A client and its prediction.
+#[derive(Debug, Serialize)]
+pub struct ClientRow {
+    pub service: String,
+    pub client: IpAddr,
+    pub topic: String,
+    pub group: String,
+    /// Since it was learned.
+    pub age_s: u64,
+    pub hits: u16,
+    pub misses: u16,
+    pub group_changes: u8,
+    pub multi_group: bool,
+}
+
+/// A flow and its binding.
+#[derive(Debug, Serialize)]
+pub struct FlowRow {
+    pub service: String,
+    pub client: SocketAddr,
+    pub group: String,
+    pub topic: String,
+    pub state: &'static str,
+    pub predicted: bool,
+    pub misrouted: bool,
+}
+
+/// The clock that the datapath stamps with.
+pub fn boot_time() -> Duration {
+    // It is there since Linux 2.6.39.
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
+        .map_or(Duration::ZERO, Duration::from)
+}
+
+/// A topic's text, with a mark if only its beginning is kept.
+pub fn topic_text(text: &[u8], length: u16) -> String {
+    let shown = &text[..usize::from(length).min(text.len())];
+    let mut topic = String::from_utf8_lossy(shown).into_owned();
+    if usize::from(length) > text.len() {
+        topic.push('…');
+    }
+    topic
+}
+
+struct Topics<'a> {
+    datapath: &'a Datapath,
+    seen: BTreeMap<u64, String>,
+}
+
+impl Topics<'_> {
+    fn text(&mut self, hash: u64) -> Result<String> {
+        if let Some(text) = self.seen.get(&hash) {
+            return Ok(text.clone());
+        }
+        let text = match self.datapath.topics.get(&hash)? {
+            Some(topic) => topic_text(&topic.text, topic.length),
+            None if hash == 0 => String::new(),
+            None => "(forgotten)".to_owned(),
+        };
+        self.seen.insert(hash, text.clone());
+        Ok(text)
+    }
+}
+
+/// All clients, by service and address.
+pub fn clients(datapath: &Datapath, names: &Names) -> Result<Vec<ClientRow>> {
+    let mut topics = Topics { datapath, seen: BTreeMap::new() };
+    let now = boot_time().as_secs();
+    let v4 =
+        datapath.clients.entries()?.into_iter().map(|(key, c): (client4, client)| {
+            (key.service, IpAddr::from(key.addr.to_ne_bytes()), c)
+        });
+    let v6 = datapath
+        .clients6
+        .entries()?
+        .into_iter()
+        .map(|(key, c): (client6, client)| (key.service, words_addr(key.addr, true), c));
+    let mut all: Vec<_> = v4.chain(v6).collect();
+    all.sort_by_key(|(service, addr, _)| (*service, *addr));
+    all.into_iter()
+        .map(|(service, addr, c)| {
+            Ok(ClientRow {
+                service: names.service(service),
+                client: addr,
+                topic: topics.text(c.topic)?,
+                group: names.bound(c.group[usize::from(c.best).min(c.group.len() - 1)]),
+                age_s: now.saturating_sub(u64::from(c.learned_s)),
+                hits: c.hits,
+                misses: c.misses,
+                group_changes: c.group_changes,
+                multi_group: u32::from(c.flags) & client_flags::CLIENT_MULTI_GROUP.0 != 0,
+            })
+        })
+        .collect()
+}
+
+/// All flows, by service and address.
+pub fn flows(datapath: &Datapath, names: &Names) -> Result<Vec<FlowRow>> {
+    let mut topics = Topics { datapath, seen: BTreeMap::new() };
+    let mut all = Vec::new();
+    for (key, f) in datapath.flows.entries()?.into_iter().chain(datapath.flows_weak.entries()?) {
+        let key: flow4 = key;
+        all.push((key.service, IpAddr::from(key.addr.to_ne_bytes()), key.port, f));
+    }
+    for (key, f) in datapath.flows6.entries()?.into_iter().chain(datapath.flows6_weak.entries()?) {
+        let key: flow6 = key;
+        all.push((key.service, words_addr(key.addr, true), key.port, f));
+    }
+    all.sort_by_key(|(service, addr, port, _)| (*service, *addr, u16::from_be(*port)));
+    all.into_iter()
+        .map(|(service, addr, port, f): (u16, IpAddr, u16, flow)| {
+            let has = |flag: flow_flags| u32::from(f.flags) & flag.0 != 0;
+            Ok(FlowRow {
+                service: names.service(service),
+                client: SocketAddr::new(addr, u16::from_be(port)),
+                group: names.bound(flow_binding(&f)),
+                topic: topics.text(f.topic)?,
+                state: if has(flow_flags::FLOW_CLOSING) {
+                    "closing"
+                } else if has(flow_flags::FLOW_ENDED) {
+                    "ended"
+                } else if has(flow_flags::FLOW_OPAQUE) {
+                    "not MQTT"
+                } else if has(flow_flags::FLOW_UNSYNCED) {
+                    "unframed"
+                } else if has(flow_flags::FLOW_CONNECTED) || f.topic != 0 {
+                    "connected"
+                } else {
+                    "opening"
+                },
+                predicted: has(flow_flags::FLOW_PREDICTED),
+                misrouted: has(flow_flags::FLOW_MISROUTED),
+            })
+        })
+        .collect()
+}
+
+/// How full a map is.
+#[derive(Debug, Serialize)]
+pub struct MapUse {
+    pub map: &'static str,
+    pub capacity: u32,
+    pub used: u64,
+    /// Entries that the kernel took for others, since the map was made. 0 for maps that are never
+    /// too small for what is put in them.
+    pub evicted: u64,
+}
+
+/// The maps that the datapath fills, fullest first as they matter: flows, clients, topics.
+pub fn map_uses(datapath: &Datapath) -> Result<Vec<MapUse>> {
+    let d = datapath;
+    let sizes = [
+        ("flows", tracked_map::TRACKED_FLOWS, count(&d.flows)?, d.flows.max_entries()),
+        ("flows6", tracked_map::TRACKED_FLOWS6, count(&d.flows6)?, d.flows6.max_entries()),
+        (
+            "flows_weak",
+            tracked_map::TRACKED_FLOWS_WEAK,
+            count(&d.flows_weak)?,
+            d.flows_weak.max_entries(),
+        ),
+        (
+            "flows6_weak",
+            tracked_map::TRACKED_FLOWS6_WEAK,
+            count(&d.flows6_weak)?,
+            d.flows6_weak.max_entries(),
+        ),
+        ("clients", tracked_map::TRACKED_CLIENTS, count(&d.clients)?, d.clients.max_entries()),
+        ("clients6", tracked_map::TRACKED_CLIENTS6, count(&d.clients6)?, d.clients6.max_entries()),
+        ("topics", tracked_map::TRACKED_TOPICS, count(&d.topics)?, d.topics.max_entries()),
+    ];
+    sizes
+        .into_iter()
+        .map(|(map, tracked, used, capacity)| {
+            let uses = d.map_uses.get_per_cpu(&tracked.0)?;
+            let added: u64 = uses.iter().map(|u| u.added).sum();
+            let removed: u64 = uses.iter().map(|u| u.removed).sum();
+            let used = used as u64;
+            // What user space removed, or packets meanwhile, was not evicted.
+            let evicted = added.saturating_sub(removed).saturating_sub(used);
+            Ok(MapUse { map, capacity, used, evicted })
+        })
+        .collect()
+}
+
+/// How many entries a map has.
+pub fn count<K: Pod, V: Pod>(table: &crate::kernel::maps::Table<K, V>) -> Result<usize> {
+    Ok(table.keys()?.len())
+}
+
+/// The group number that means none.
+pub fn no_group(id: u16) -> bool {
+    u32::from(id) == limits::NO_GROUP.0
+}
+
+/// The client of an event.
+pub fn event_client(event: &types::event) -> SocketAddr {
+    SocketAddr::new(words_addr(event.client, event.v6 != 0), u16::from_be(event.client_port))
+}

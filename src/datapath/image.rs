@@ -1,0 +1,244 @@
+//! What the maps of one generation hold for a configuration.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use super::ids::Identities;
+use crate::config::{Config, OnMisprediction, Service, Target};
+use crate::domain::filter::{Level, TopicFilter};
+use crate::kernel::abi::{
+    addr_words, limits, misprediction_policy, route_edge, route_state, service, service_table,
+};
+use crate::routes::compile::{Automaton, DEAD, TooManyStates};
+use crate::routes::hash::Keys;
+
+/// The services and routes of one generation.
+#[derive(Debug)]
+pub struct Image {
+    /// For the map `services`.
+    pub table: service_table,
+    /// For the map `route_states`.
+    pub states: BTreeMap<u32, route_state>,
+    /// For the map `mqtt_topic_to_vip`: (state, level's hash) → state.
+    pub edges: BTreeMap<(u32, u64), u32>,
+}
+
+/// Why a configuration cannot be put into the maps.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// Of its routes.
+    #[error("service {service}: {source}")]
+    Routes {
+        /// Which.
+        service: String,
+        /// Why.
+        source: TooManyStates,
+    },
+    /// 2^-64 a pair of levels; another secret would cure it, at the price of all predictions.
+    #[error(
+        "service {service}: the hash of topic level {level:?} is another's; `unload`, then `load` \
+         choose other keys"
+    )]
+    Collision {
+        /// Whose.
+        service: String,
+        /// Which.
+        level: String,
+    },
+    /// Packets larger than the interface takes.
+    #[error(
+        "service {service}: max_packet = {limit} is more than the MTU of {interface} ({mtu}); lower \
+         it, or remove it to have {room}"
+    )]
+    MaxPacket {
+        /// Whose.
+        service: String,
+        /// As configured.
+        limit: u16,
+        /// Which interface.
+        interface: String,
+        /// Its MTU.
+        mtu: u32,
+        /// What would fit.
+        room: u32,
+    },
+    /// No random numbers.
+    #[error("random numbers for keys: {0}")]
+    Random(getrandom::Error),
+}
+
+type Result<T, E = ImageError> = std::result::Result<T, E>;
+
+/// Fresh secrets, from the kernel.
+pub fn random_keys() -> Result<Keys> {
+    let next = || getrandom::u64().map_err(ImageError::Random);
+    Ok(Keys { route: [next()?, next()?], topic: [next()?, next()?] })
+}
+
+/// The keys that a table's hashes were made with.
+pub fn keys_of(table: &service_table) -> Keys {
+    Keys { route: table.route_key, topic: table.topic_key }
+}
+
+/// The states of one generation, [first, end): 0 is nobody's, and the rest is halved.
+pub fn state_range(generation: u32, capacity: u32) -> (u32, u32) {
+    let half = (capacity - 1) / 2;
+    let first = 1 + (generation & 1) * half;
+    (first, first + half)
+}
+
+impl Image {
+    /// Makes the image for `generation`. `capacity`: how many states the map has in all; `mtu`:
+    /// of the interface, from which services have their largest packet.
+    pub fn build(
+        config: &Config,
+        identities: &Identities,
+        keys: Keys,
+        generation: u32,
+        capacity: u32,
+        mtu: u32,
+    ) -> Result<Self> {
+        let mut image = Self {
+            table: service_table {
+                route_key: keys.route,
+                topic_key: keys.topic,
+                generation,
+                ..service_table::default()
+            },
+            states: BTreeMap::new(),
+            edges: BTreeMap::new(),
+        };
+        let (mut next_state, end) = state_range(generation, capacity);
+
+        // The datapath compares IPv4 services first, by one word each.
+        let (v4, v6): (Vec<&Service>, Vec<&Service>) =
+            config.services.iter().partition(|s| s.addr.is_ipv4());
+        image.table.v4 = v4.len() as u16;
+        image.table.count = config.services.len() as u16;
+        for (slot, svc) in v4.into_iter().chain(v6).enumerate() {
+            let id = identities.services[&(svc.addr, svc.port)];
+            let group_id = |name: &str| {
+                let vip = svc.group(name).map(|g| g.vip)?;
+                identities.groups.get(&(id, name.to_owned(), vip)).copied()
+            };
+            let automaton = image.add_routes(svc, keys, &mut next_state, end, &group_id)?;
+            if let IpAddr::V4(addr) = svc.addr {
+                image.table.v4_key[slot] = u64::from(u32::from_ne_bytes(addr.octets()))
+                    | u64::from(svc.port.to_be()) << 32;
+            }
+            image.table.service[slot] = service {
+                addr: addr_words(svc.addr),
+                port: svc.port.to_be(),
+                id,
+                default_group: group_id(&svc.default_group).unwrap_or(limits::NO_GROUP.0 as u16),
+                max_packet: max_packet(config, svc, mtu)?,
+                start: automaton.0,
+                start_dollar: automaton.1,
+                longest_level: longest_level(svc),
+                v6: svc.addr.is_ipv6().into(),
+                on_misprediction: match svc.on_misprediction {
+                    OnMisprediction::Reset => misprediction_policy::MISPREDICTION_RESET.0 as u8,
+                    OnMisprediction::Keep => misprediction_policy::MISPREDICTION_KEEP.0 as u8,
+                },
+                slot: slot as u16,
+                pad: [0; 26],
+            };
+        }
+        Ok(image)
+    }
+
+    /// Adds a service's routes; returns the two states that a topic may start in.
+    fn add_routes(
+        &mut self,
+        svc: &Service,
+        keys: Keys,
+        next_state: &mut u32,
+        end: u32,
+        group_id: &dyn Fn(&str) -> Option<u16>,
+    ) -> Result<(u32, u32)> {
+        let filters: Vec<&TopicFilter> = svc.routes.iter().map(|r| &r.filter).collect();
+        let automaton = Automaton::compile(&filters, end - *next_state)
+            .map_err(|source| ImageError::Routes { service: svc.name.clone(), source })?;
+        let base = *next_state;
+        // The dead state is shared, the others follow each other.
+        let place = |state: u32| if state == DEAD { DEAD } else { base + state - 1 };
+        let with_edges: BTreeSet<u32> = automaton.edges.iter().map(|e| e.state).collect();
+        for (number, state) in automaton.states.iter().enumerate().skip(1) {
+            let number = number as u32;
+            let group = match state.accepts.map(|filter| &svc.routes[filter].target) {
+                Some(Target::Group(name)) => group_id(name),
+                Some(Target::Any) => Some(limits::ANY_GROUP.0 as u16),
+                None => None,
+            };
+            let is_final = state.other == number && !with_edges.contains(&number);
+            let entry = route_state {
+                other: place(state.other),
+                group: group.unwrap_or(limits::NO_GROUP.0 as u16),
+                r#final: is_final.into(),
+            };
+            self.states.insert(place(number), entry);
+        }
+        for edge in &automaton.edges {
+            let key = (place(edge.state), keys.level(edge.level.as_bytes()));
+            if self.edges.insert(key, place(edge.next)).is_some() {
+                let (service, level) = (svc.name.clone(), edge.level.clone());
+                return Err(ImageError::Collision { service, level });
+            }
+        }
+        *next_state += automaton.states.len() as u32 - 1;
+        Ok((place(automaton.start), place(automaton.start_dollar)))
+    }
+
+    /// For [`crate::kernel::maps::Table::put_all`].
+    pub fn state_entries(&self) -> Vec<(u32, route_state)> {
+        self.states.iter().map(|(number, state)| (*number, *state)).collect()
+    }
+
+    /// For [`crate::kernel::maps::Table::put_all`].
+    pub fn edge_entries(&self) -> Vec<(route_edge, u32)> {
+        let entry = |((state, level), next): (&(u32, u64), &u32)| {
+            (route_edge { level: *level, state: *state, pad: 0 }, *next)
+        };
+        self.edges.iter().map(entry).collect()
+    }
+
+    /// The group of a topic, or `ANY_GROUP`, by the same walk as the datapath's.
+    pub fn route(&self, service: &service, topic: &[u8]) -> u16 {
+        let keys = keys_of(&self.table);
+        let mut state =
+            if topic.first() == Some(&b'$') { service.start_dollar } else { service.start };
+        for level in topic.split(|byte| *byte == b'/') {
+            state = self
+                .edges
+                .get(&(state, keys.level(level)))
+                .copied()
+                .unwrap_or_else(|| self.states.get(&state).map_or(DEAD, |s| s.other));
+        }
+        match self.states.get(&state) {
+            Some(s) if s.group != limits::NO_GROUP.0 as u16 => s.group,
+            _ => service.default_group,
+        }
+    }
+}
+
+fn max_packet(config: &Config, svc: &Service, mtu: u32) -> Result<u16> {
+    let room = mtu.saturating_sub(u32::from(config.encapsulation.bytes(svc.has_v6_real())));
+    if let Some(limit) = svc.max_packet {
+        if u32::from(limit) > mtu {
+            let (service, interface) = (svc.name.clone(), config.interface.clone());
+            return Err(ImageError::MaxPacket { service, limit, interface, mtu, room });
+        }
+        return Ok(limit);
+    }
+    Ok(room.min(u32::from(u16::MAX)) as u16)
+}
+
+/// Bytes of the longest literal level; hashing more of a topic's level is of no use.
+fn longest_level(svc: &Service) -> u16 {
+    let literals = svc.routes.iter().flat_map(|r| r.filter.levels()).map(|level| match level {
+        Level::Literal(text) => text.len(),
+        Level::One | Level::Rest => 0,
+    });
+    // A topic filter is no longer than that.
+    literals.max().unwrap_or(0) as u16
+}

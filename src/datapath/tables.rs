@@ -1,0 +1,105 @@
+//! The pinned maps of `mqtt_fwd`.
+
+use crate::kernel;
+use crate::kernel::abi::{
+    client, client4, client6, flow, flow4, flow6, group, map_use, route_edge, route_state,
+    service_table, topic, vip_definition,
+};
+use crate::kernel::maps::Table;
+use crate::kernel::pins::Pins;
+use crate::kernel::skeletons::mqtt_fwd::MqttFwdMaps;
+
+/// Handles on the maps; see `bpf/forward/maps.h` for what they hold.
+#[derive(Debug)]
+#[allow(missing_docs)] // documented there
+pub struct Datapath {
+    pub generation: Table<u32, u32>,
+    pub services: Table<u32, service_table>,
+    pub groups: Table<u32, group>,
+    pub route_edges: Table<route_edge, u32>,
+    pub route_states: Table<u32, route_state>,
+    pub service_vips: Table<vip_definition, vip_definition>,
+    pub topics: Table<u64, topic>,
+    pub clients: Table<client4, client>,
+    pub clients6: Table<client6, client>,
+    pub flows: Table<flow4, flow>,
+    pub flows6: Table<flow6, flow>,
+    pub flows_weak: Table<flow4, flow>,
+    pub flows6_weak: Table<flow6, flow>,
+    pub counters: Table<u32, u64>,
+    pub map_uses: Table<u32, map_use>,
+}
+
+impl Datapath {
+    /// Opens what [`crate::kernel::load::load`] pinned.
+    pub fn open(pins: &Pins) -> kernel::Result<Self> {
+        Ok(Self {
+            generation: Table::open(&pins.map("generation"))?,
+            services: Table::open(&pins.map("services"))?,
+            groups: Table::open(&pins.map("groups"))?,
+            route_edges: Table::open(&pins.map("mqtt_topic_to_vip"))?,
+            route_states: Table::open(&pins.map("route_states"))?,
+            service_vips: Table::open(&pins.map("mqtt_service_vips"))?,
+            topics: Table::open(&pins.map("topics"))?,
+            clients: Table::open(&pins.map("mqtt_client_ip_to_topic"))?,
+            clients6: Table::open(&pins.map("mqtt_client6_to_topic"))?,
+            flows: Table::open(&pins.map("flows"))?,
+            flows6: Table::open(&pins.map("flows6"))?,
+            flows_weak: Table::open(&pins.map("flows_weak"))?,
+            flows6_weak: Table::open(&pins.map("flows6_weak"))?,
+            counters: Table::open(&pins.map("counters"))?,
+            map_uses: Table::open(&pins.map("map_uses"))?,
+        })
+    }
+
+    /// The maps of an object that is loaded but not pinned.
+    pub fn of(maps: &MqttFwdMaps<'_>) -> kernel::Result<Self> {
+        Ok(Self {
+            generation: Table::of(&maps.generation)?,
+            services: Table::of(&maps.services)?,
+            groups: Table::of(&maps.groups)?,
+            route_edges: Table::of(&maps.mqtt_topic_to_vip)?,
+            route_states: Table::of(&maps.route_states)?,
+            service_vips: Table::of(&maps.mqtt_service_vips)?,
+            topics: Table::of(&maps.topics)?,
+            clients: Table::of(&maps.mqtt_client_ip_to_topic)?,
+            clients6: Table::of(&maps.mqtt_client6_to_topic)?,
+            flows: Table::of(&maps.flows)?,
+            flows6: Table::of(&maps.flows6)?,
+            flows_weak: Table::of(&maps.flows_weak)?,
+            flows6_weak: Table::of(&maps.flows6_weak)?,
+            counters: Table::of(&maps.counters)?,
+            map_uses: Table::of(&maps.map_uses)?,
+        })
+    }
+
+    /// Are these the maps that are pinned?
+    pub fn is_pinned(&self, pins: &Pins) -> bool {
+        let pinned: kernel::Result<Table<u32, service_table>> = Table::open(&pins.map("services"));
+        pinned.is_ok_and(|pinned| pinned.id() == self.services.id())
+    }
+
+    /// The number of the generation in force; 0: nothing was applied yet.
+    pub fn generation(&self) -> kernel::Result<u32> {
+        Ok(self.generation.get(&0)?.unwrap_or_default())
+    }
+
+    /// The services in force.
+    pub fn service_table(&self) -> kernel::Result<service_table> {
+        let side = self.generation()? & 1;
+        Ok(self.services.get(&side)?.unwrap_or_default())
+    }
+
+    /// All groups that are alive, with their numbers.
+    pub fn groups(&self) -> kernel::Result<Vec<(u16, group)>> {
+        let all = self.groups.entries()?;
+        Ok(all.into_iter().filter(|(_, g)| g.epoch != 0).map(|(id, g)| (id as u16, g)).collect())
+    }
+
+    /// The reasons' counters, summed over CPUs, in the order of [`crate::kernel::reasons::REASONS`].
+    pub fn counters(&self) -> kernel::Result<Vec<u64>> {
+        (0..self.counters.max_entries())
+            .map(|i| Ok(self.counters.get_per_cpu(&i)?.iter().sum()))
+            .collect()
+    }
+}

@@ -1,0 +1,139 @@
+//! What the product is about, in plain types: services, groups, reals, routes. No I/O, and nothing
+//! of how they are configured or carried out.
+
+pub mod filter;
+
+use std::net::IpAddr;
+
+use filter::TopicFilter;
+
+/// How XDP programs run on an interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum XdpMode {
+    /// In the driver.
+    Native,
+    /// In the stack: any interface, slower.
+    Generic,
+}
+
+/// Which balancer stands behind `mqtt_fwd`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BalancerKind {
+    /// The one in this binary.
+    Embedded,
+    /// A Katran server.
+    Katran,
+}
+
+/// What a balancer puts around packets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Encapsulation {
+    /// An IP header.
+    Ipip,
+    /// An IP and a UDP header (GUE variant 1).
+    Gue,
+}
+
+impl Encapsulation {
+    /// Bytes that it adds towards a real.
+    pub fn bytes(self, real_v6: bool) -> u16 {
+        let ip = if real_v6 { 40 } else { 20 };
+        match self {
+            Self::Ipip => ip,
+            Self::Gue => ip + 8,
+        }
+    }
+}
+
+/// What happens to a flow whose PUBLISH belongs to another group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnMisprediction {
+    /// It is ended, so that the client reconnects to the right group.
+    Reset,
+    /// It stays where it is.
+    Keep,
+}
+
+/// An address that clients use.
+#[derive(Debug, Clone)]
+pub struct Service {
+    /// Its name.
+    pub name: String,
+    /// Address of MQTT_VIP.
+    pub addr: IpAddr,
+    /// TCP port.
+    pub port: u16,
+    /// Name of the group for all topics without a route.
+    pub default_group: String,
+    /// Largest IP packet that may be encapsulated; `None`: the interface's MTU less the header.
+    pub max_packet: Option<u16>,
+    /// What to do about mispredictions.
+    pub on_misprediction: OnMisprediction,
+    /// Its groups.
+    pub groups: Vec<Group>,
+    /// Its routes.
+    pub routes: Vec<Route>,
+}
+
+/// Brokers for some topics.
+#[derive(Debug, Clone)]
+pub struct Group {
+    /// Its name, unique in the service.
+    pub name: String,
+    /// The group VIP: an address that only the balancer knows.
+    pub vip: IpAddr,
+    /// The brokers' addresses, at least one.
+    pub reals: Vec<Real>,
+}
+
+/// A broker host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Real {
+    /// Its address.
+    pub addr: IpAddr,
+    /// Its share of new flows, in relation to the others'.
+    pub weight: u32,
+}
+
+/// Topic filter → target.
+#[derive(Debug, Clone)]
+pub struct Route {
+    /// What topics.
+    pub filter: TopicFilter,
+    /// Where they belong.
+    pub target: Target,
+}
+
+/// Where a route's topics belong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// A group, by name.
+    Group(String),
+    /// Wherever their flow is bound: birth, status and will messages of devices.
+    Any,
+}
+
+/// How [`Target::Any`] is written. No group can have this name.
+pub const ANY: &str = "any";
+
+impl Target {
+    /// The group's name, or [`ANY`].
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Group(name) => name,
+            Self::Any => ANY,
+        }
+    }
+}
+
+impl Service {
+    /// The group of a name; routes and default of a valid configuration always have one.
+    pub fn group(&self, name: &str) -> Option<&Group> {
+        self.groups.iter().find(|g| g.name == name)
+    }
+
+    /// Whether a real is IPv6: towards those, more is put around packets.
+    pub fn has_v6_real(&self) -> bool {
+        self.groups.iter().flat_map(|g| &g.reals).any(|r| r.addr.is_ipv6())
+    }
+}

@@ -1,0 +1,85 @@
+//! The chain: `root_array` and what is in its positions.
+
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::path::PathBuf;
+
+use libbpf_rs::{MapCore as _, MapFlags, MapHandle, MapType};
+
+use super::abi::{Pod as _, limits};
+use super::pins::Pins;
+use super::xdp::ProgramInfo;
+use super::{BpfError, Result};
+
+/// Position of `mqtt_fwd`.
+pub const MQTT_FWD: u32 = limits::POSITION_MQTT_FWD.0;
+/// Position of the balancer.
+pub const BALANCER: u32 = limits::POSITION_BALANCER.0;
+/// How many positions there are.
+pub const POSITIONS: u32 = limits::ROOT_ARRAY_SIZE.0;
+
+/// A pinned `root_array`, ours or Katran's.
+#[derive(Debug)]
+pub struct Chain {
+    map: MapHandle,
+    path: PathBuf,
+}
+
+impl Chain {
+    /// Opens the pinned array; `None` if there is none.
+    pub fn open(pins: &Pins) -> Result<Option<Self>> {
+        let path = pins.root_array().to_owned();
+        if !path.exists() {
+            return Ok(None);
+        }
+        let map = MapHandle::from_pinned_path(&path).map_err(|source| BpfError::Pin {
+            path: path.clone(),
+            action: "opening",
+            source,
+        })?;
+        if map.map_type() != MapType::ProgArray || map.max_entries() < POSITIONS {
+            return Err(BpfError::MapMismatch {
+                found: format!("{:?} of {}", map.map_type(), map.max_entries()),
+                wanted: format!("{:?} of {POSITIONS}", MapType::ProgArray),
+                path,
+            });
+        }
+        Ok(Some(Self { map, path }))
+    }
+
+    /// The array, for a program's object to use.
+    pub fn map(&self) -> &MapHandle {
+        &self.map
+    }
+
+    /// The kernel's identifier of the array.
+    pub fn map_id(&self) -> Option<u32> {
+        libbpf_rs::MapInfo::new(self.map.as_fd()).ok().map(|info| info.info.id)
+    }
+
+    /// The program at a position.
+    pub fn program(&self, position: u32) -> Option<ProgramInfo> {
+        // Of a program array, user space reads identifiers (and writes descriptors).
+        let id = self.map.lookup(position.bytes(), MapFlags::ANY).ok()??;
+        ProgramInfo::by_id(u32::from_bytes(&id))
+    }
+
+    /// Puts a program into a position, in one step for the packets.
+    pub fn set(&self, position: u32, program: BorrowedFd<'_>) -> Result<()> {
+        let fd = program.as_raw_fd().cast_unsigned();
+        self.map.update(position.bytes(), fd.bytes(), MapFlags::ANY).map_err(|source| {
+            BpfError::Pin { path: self.path.clone(), action: "putting a program into it", source }
+        })
+    }
+
+    /// Empties a position.
+    pub fn clear(&self, position: u32) -> Result<()> {
+        match self.map.delete(position.bytes()) {
+            Err(source) if source.kind() != libbpf_rs::ErrorKind::NotFound => Err(BpfError::Pin {
+                path: self.path.clone(),
+                action: "taking a program out of it",
+                source,
+            }),
+            _ => Ok(()),
+        }
+    }
+}

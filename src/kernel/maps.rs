@@ -1,0 +1,201 @@
+//! Typed access to maps.
+
+use std::ffi::OsStr;
+use std::marker::PhantomData;
+use std::mem::size_of;
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::path::Path;
+
+use libbpf_rs::{MapCore as _, MapFlags, MapHandle, MapType};
+
+use super::abi::Pod;
+use super::{BpfError, Result};
+
+/// Entries asked for in one call. More bounds nothing, less costs calls.
+const BATCH: u32 = 4096;
+/// No bucket has so many.
+const MAX_BATCH: u32 = 1 << 20;
+
+/// A map with keys `K` and values `V`. Owns a descriptor, so it may outlive the skeleton.
+#[derive(Debug)]
+pub struct Table<K, V> {
+    map: MapHandle,
+    name: String,
+    types: PhantomData<fn(K) -> V>,
+}
+
+impl<K: Pod, V: Pod> Table<K, V> {
+    /// Opens a pinned map.
+    pub fn open(path: &Path) -> Result<Self> {
+        let name = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+        let map = MapHandle::from_pinned_path(path).map_err(|_| BpfError::NotLoaded {
+            path: path.to_owned(),
+            what: "no such map is pinned, or it is not ours to read",
+        })?;
+        Self::new(map, name).map_err(|found| BpfError::MapMismatch {
+            path: path.to_owned(),
+            found,
+            wanted: format!("{} B → {} B", size_of::<K>(), size_of::<V>()),
+        })
+    }
+
+    /// Wraps a map of a loaded object.
+    pub fn of(map: &libbpf_rs::MapMut<'_>) -> Result<Self> {
+        let name = map.name().to_string_lossy().into_owned();
+        let handle = MapHandle::try_from(map).map_err(|source| BpfError::Map {
+            map: name.clone(),
+            action: "opening",
+            source,
+        })?;
+        Ok(Self::new(handle, name).unwrap_or_else(|e| panic!("skeleton and types differ: {e}")))
+    }
+
+    fn new(map: MapHandle, name: String) -> Result<Self, String> {
+        if map.key_size() as usize != size_of::<K>() || map.value_size() as usize != size_of::<V>()
+        {
+            return Err(format!("{} B → {} B", map.key_size(), map.value_size()));
+        }
+        Ok(Self { map, name, types: PhantomData })
+    }
+
+    /// The kernel's identifier of the map.
+    pub fn id(&self) -> Option<u32> {
+        libbpf_rs::MapInfo::new(self.map.as_fd()).ok().map(|info| info.info.id)
+    }
+
+    fn failed(&self, action: &'static str) -> impl FnOnce(libbpf_rs::Error) -> BpfError + '_ {
+        move |source| BpfError::Map { map: self.name.clone(), action, source }
+    }
+
+    /// The value at `key`.
+    pub fn get(&self, key: &K) -> Result<Option<V>> {
+        let value = self.map.lookup(key.bytes(), MapFlags::ANY).map_err(self.failed("reading"))?;
+        Ok(value.map(|bytes| V::from_bytes(&bytes)))
+    }
+
+    /// Sets the value at `key`.
+    pub fn put(&self, key: &K, value: &V) -> Result<()> {
+        self.map.update(key.bytes(), value.bytes(), MapFlags::ANY).map_err(self.failed("writing"))
+    }
+
+    /// Sets many values with few calls.
+    pub fn put_all(&self, entries: &[(K, V)]) -> Result<()> {
+        // Bounds the kernel's temporary copies.
+        for part in entries.chunks(4096) {
+            let keys: Vec<u8> = part.iter().flat_map(|(k, _)| k.bytes()).copied().collect();
+            let values: Vec<u8> = part.iter().flat_map(|(_, v)| v.bytes()).copied().collect();
+            self.map
+                .update_batch(&keys, &values, part.len() as u32, MapFlags::ANY, MapFlags::ANY)
+                .map_err(self.failed("writing"))?;
+        }
+        Ok(())
+    }
+
+    /// Removes `key`; whether it was there.
+    pub fn remove(&self, key: &K) -> Result<bool> {
+        match self.map.delete(key.bytes()) {
+            Ok(()) => Ok(true),
+            Err(e) if e.kind() == libbpf_rs::ErrorKind::NotFound => Ok(false),
+            Err(e) => Err(self.failed("deleting")(e)),
+        }
+    }
+
+    /// All entries of a hash map or an array, complete: every entry that is there from the first
+    /// moment to the last is among them, however packets change the map meanwhile.
+    ///
+    /// The kernel reads bucket by bucket and returns a batch early when the next bucket does not
+    /// fit, so a short batch is not the last one; only ENOENT says so. Bounded by the number of
+    /// buckets.
+    pub fn entries(&self) -> Result<Vec<(K, V)>> {
+        let mut all = Vec::new();
+        let mut room = BATCH;
+        // For hash maps the position is a bucket's number, for arrays a key: four bytes.
+        let mut position: Option<u32> = None;
+        loop {
+            let mut next = 0u32;
+            let mut count = room;
+            let mut keys = vec![0u8; room as usize * size_of::<K>()];
+            let mut values = vec![0u8; room as usize * self.value_stride()];
+            let from = position.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+            // SAFETY: the buffers have room for `count` keys and values, and the positions for
+            // four bytes, all for the whole call.
+            let error = unsafe {
+                libbpf_sys::bpf_map_lookup_batch(
+                    self.map.as_fd().as_raw_fd(),
+                    from.cast_mut().cast(),
+                    (&raw mut next).cast(),
+                    keys.as_mut_ptr().cast(),
+                    values.as_mut_ptr().cast(),
+                    &raw mut count,
+                    std::ptr::null(),
+                )
+            };
+            let last = error == -libc::ENOENT;
+            if error == -libc::ENOSPC && room < MAX_BATCH {
+                // A bucket has more entries than there was room for.
+                room *= 2;
+                continue;
+            }
+            if error != 0 && !last {
+                let source = std::io::Error::from_raw_os_error(-error).into();
+                return Err(self.failed("reading")(source));
+            }
+            let keys = keys.chunks_exact(size_of::<K>());
+            let values = values.chunks_exact(self.value_stride());
+            all.extend(
+                keys.zip(values)
+                    .take(count as usize)
+                    .map(|(k, v)| (K::from_bytes(k), V::from_bytes(&v[..size_of::<V>()]))),
+            );
+            if last {
+                return Ok(all);
+            }
+            position = Some(next);
+        }
+    }
+
+    /// Arrays' values are padded to eight bytes.
+    fn value_stride(&self) -> usize {
+        match self.map.map_type() {
+            MapType::Array => size_of::<V>().next_multiple_of(8),
+            _ => size_of::<V>(),
+        }
+    }
+
+    /// All keys, as [`Table::entries`].
+    pub fn keys(&self) -> Result<Vec<K>> {
+        Ok(self.entries()?.into_iter().map(|(key, _)| key).collect())
+    }
+
+    /// A per-CPU map's values at `key`.
+    pub fn get_per_cpu(&self, key: &K) -> Result<Vec<V>> {
+        let values =
+            self.map.lookup_percpu(key.bytes(), MapFlags::ANY).map_err(self.failed("reading"))?;
+        Ok(values
+            .unwrap_or_default()
+            .iter()
+            .map(|bytes| V::from_bytes(&bytes[..size_of::<V>()]))
+            .collect())
+    }
+
+    /// Sets a per-CPU map's values at `key`, one for each CPU.
+    pub fn put_per_cpu(&self, key: &K, values: &[V]) -> Result<()> {
+        let values: Vec<Vec<u8>> = values.iter().map(|v| v.bytes().to_vec()).collect();
+        self.map.update_percpu(key.bytes(), &values, MapFlags::ANY).map_err(self.failed("writing"))
+    }
+
+    /// Capacity.
+    pub fn max_entries(&self) -> u32 {
+        self.map.max_entries()
+    }
+
+    /// The kernel's handle.
+    pub fn handle(&self) -> &MapHandle {
+        &self.map
+    }
+
+    /// The map's name.
+    pub fn name(&self) -> &OsStr {
+        OsStr::new(&self.name)
+    }
+}

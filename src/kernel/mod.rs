@@ -1,0 +1,72 @@
+//! The BPF side as Rust sees it: skeletons, shared types, pinned maps, loading.
+
+pub mod abi;
+pub mod chain;
+pub mod load;
+pub mod maps;
+pub mod pins;
+pub mod reasons;
+pub mod sizes;
+pub mod skeletons;
+pub mod xdp;
+
+use std::path::PathBuf;
+
+/// What can go wrong between here and the kernel, each with the way out of it.
+#[derive(Debug, thiserror::Error)]
+pub enum BpfError {
+    #[error(
+        "this needs root: loading BPF programs takes CAP_BPF and CAP_NET_ADMIN; run it with sudo"
+    )]
+    NotRoot,
+    #[error("{path}: no bpffs is mounted there; mount it with `mount -t bpf bpf {path}`")]
+    NoBpffs { path: PathBuf },
+    #[error("interface {name}: there is none of that name here; `ip link` lists them")]
+    NoInterface { name: String },
+    #[error(
+        "interface {interface}: XDP program {program:?} (id {id}) is attached and does not use \
+         {root_array}; detach it (`ip link set dev {interface} xdp off`) or give it a place in the chain"
+    )]
+    ForeignXdp { interface: String, program: String, id: u32, root_array: PathBuf },
+    #[error(
+        "{root_array} position {position} holds program {program:?} (id {id}), which is not ours; \
+         take it out, or name another chain with `root_array` in the configuration"
+    )]
+    ForeignProgram { root_array: PathBuf, position: u32, program: String, id: u32 },
+    #[error(
+        "interface {interface}: its driver does not take native XDP ({source}); \
+         set `xdp_mode = \"generic\"` to run on it, slower"
+    )]
+    NoNativeXdp { interface: String, source: libbpf_rs::Error },
+    #[error(
+        "{path}: pinned map is {found}, but {wanted} is wanted; set the size back in [maps], \
+         or give up what it holds with `mqtt-fwd load --replace-maps`"
+    )]
+    MapMismatch { path: PathBuf, found: String, wanted: String },
+    #[error(
+        "{path}: pinned by another version of mqtt-fwd (this one keeps {ours}); \
+         run `mqtt-fwd unload` with that version, or remove the directory"
+    )]
+    OtherVersion { path: PathBuf, ours: &'static str },
+    #[error("{path}: another mqtt-fwd is loading or unloading there; try again when it is done")]
+    Locked { path: PathBuf },
+    #[error("{path}: another `mqtt-fwd trace` reads the events; end that one first")]
+    EventsTaken { path: PathBuf },
+    #[error("{path}: {what}; run `mqtt-fwd load` first")]
+    NotLoaded { path: PathBuf, what: &'static str },
+    #[error(
+        "loading {object}: {source}; the log above has the kernel's reason (more with --log debug)"
+    )]
+    Load { object: &'static str, source: libbpf_rs::Error },
+    #[error("map {map}: {action}: {source}")]
+    Map { map: String, action: &'static str, source: libbpf_rs::Error },
+    #[error("{path}: {action}: {source}")]
+    Pin { path: PathBuf, action: &'static str, source: libbpf_rs::Error },
+    #[error("{path}: {action}: {source}")]
+    Io { path: PathBuf, action: &'static str, source: std::io::Error },
+    #[error("interface {interface}: {action}: {source}")]
+    Xdp { interface: String, action: &'static str, source: libbpf_rs::Error },
+}
+
+/// Result of anything that talks to the kernel.
+pub type Result<T, E = BpfError> = std::result::Result<T, E>;
