@@ -25,6 +25,8 @@ fn main() -> Result<()> {
     println!("cargo:rerun-if-changed=proto");
     println!("cargo:rerun-if-env-changed=CLANG");
 
+    // For what compiles bpf/ at run time (tests/fakes/other_build.rs, scripts/verifier).
+    println!("cargo:rustc-env=MQTT_FWD_CLANG_ARGS={}", clang_args()?.join(" "));
     for program in PROGRAMS {
         compile_bpf(program, &out)?;
     }
@@ -36,28 +38,29 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn compile_bpf(program: &str, out: &Path) -> Result<()> {
+fn clang_args() -> Result<Vec<String>> {
     let arch = env::var("CARGO_CFG_TARGET_ARCH")?;
     // libbpf's own headers (bpf_helpers.h), where libbpf-sys has unpacked them.
     let libbpf = env::var("DEP_BPF_INCLUDE").context("libbpf-sys tells no include directory")?;
+    Ok(vec![
+        // Kernel 5.1: 32-bit instructions, which clang before 20 does not use unasked.
+        "-mcpu=v3".to_owned(),
+        "-Wall".to_owned(),
+        "-Wextra".to_owned(),
+        "-Werror".to_owned(),
+        "-Ibpf".to_owned(),
+        format!("-I{libbpf}"),
+        // UAPI's <asm/types.h>, of the target, lies in Debian's multiarch directory.
+        "-idirafter".to_owned(),
+        format!("/usr/include/{arch}-linux-gnu"),
+    ])
+}
+
+fn compile_bpf(program: &str, out: &Path) -> Result<()> {
     let source = format!("{program}.bpf.c");
     let name = program.rsplit('/').next().unwrap_or(program);
     let mut builder = SkeletonBuilder::new();
-    builder
-        .source(&source)
-        // mcpu=v3 (kernel 5.1): 32-bit instructions, which clang before 20 does not use unasked.
-        .clang_args([
-            "-mcpu=v3".to_owned(),
-            "-Wall".to_owned(),
-            "-Wextra".to_owned(),
-            "-Werror".to_owned(),
-            "-Ibpf".to_owned(),
-            format!("-I{libbpf}"),
-            // UAPI's <asm/types.h>, of the target, lies in Debian's multiarch directory.
-            "-idirafter".to_owned(),
-            format!("/usr/include/{arch}-linux-gnu"),
-        ])
-        .obj(out.join(format!("{name}.bpf.o")));
+    builder.source(&source).clang_args(clang_args()?).obj(out.join(format!("{name}.bpf.o")));
     if let Ok(clang) = env::var("CLANG") {
         builder.clang(clang);
     }

@@ -89,7 +89,7 @@ fn a_root_that_is_there_already_is_used_and_left() {
     let net = Net::new();
     // As Katran's install_xdproot.sh leaves it: a root on the interface, its array pinned.
     net.ok(&["load"]);
-    let pin = net.bpf("mqtt_fwd/eth0/v1/prog_xdp_root");
+    let pin = net.bpf("mqtt_fwd/eth0/prog_xdp_root");
     fs::remove_file(&pin).unwrap();
     net.ok(&["load"]);
     assert!(!pin.exists(), "another's root is not ours to pin");
@@ -141,26 +141,20 @@ fn another_program_at_our_position_is_named_and_left() {
 }
 
 #[test]
-fn maps_of_another_size_are_kept_until_told_otherwise() {
+fn maps_of_another_size_take_over_what_the_old_ones_hold() {
     let net = Net::new();
     net.ok(&["load"]);
-    let other = support::net::CONFIG.replace("flows = 100\n", "flows = 200\n");
-    net.write_config(&other);
-    let error = net.fails(1, &["load"]);
-    assert!(error.contains("@DIR@/bpf/mqtt_fwd/eth0/v1/flows"), "{error}");
-    assert!(error.contains("× 100"), "{error}");
-    assert!(error.contains("× 200"), "{error}");
-    assert!(error.contains("--replace-maps"), "{error}");
-    net.ok(&["load", "--replace-maps"]);
+    let dir = |name: &str| fs::read_link(net.bpf("mqtt_fwd/eth0").join(name)).unwrap();
+    let before = dir("mqtt_fwd");
     net.ok(&["load"]);
-}
-
-#[test]
-fn pins_of_another_version_are_left() {
-    let net = Net::new();
-    fs::create_dir_all(net.bpf("mqtt_fwd/eth0/v0")).unwrap();
-    let error = net.fails(1, &["load"]);
-    assert!(error.contains("@DIR@/bpf/mqtt_fwd/eth0/v0: pinned by another version"), "{error}");
+    assert_eq!(dir("mqtt_fwd"), before, "nothing to move");
+    net.write_config(&support::net::CONFIG.replace("flows = 100\n", "flows = 200\n"));
+    let text = net.ok(&["load"]);
+    assert!(text.contains("moved to maps of other layout or sizes"), "{text}");
+    assert_ne!(dir("mqtt_fwd"), before);
+    assert!(!net.bpf("mqtt_fwd/eth0").join(before).exists(), "the old ones are gone");
+    net.ok(&["unload"]);
+    assert!(!net.bpf("mqtt_fwd/eth0").exists());
 }
 
 #[test]
@@ -215,7 +209,7 @@ fn a_second_sidecar_or_reader_is_told_of_the_first_and_changes_nothing() {
     assert_eq!(net.ok(&["status"]).lines().next(), before.lines().next());
     assert_eq!(net.ok(&["status"]).lines().nth(3), before.lines().nth(3), "the same program");
 
-    let dir = fs::File::open(net.bpf("mqtt_fwd/eth0/v1")).unwrap();
+    let dir = fs::File::open(net.bpf("mqtt_fwd/eth0/mqtt_fwd")).unwrap();
     let _reader = nix::fcntl::Flock::lock(dir, nix::fcntl::FlockArg::LockExclusive).unwrap();
     let error = net.fails(1, &["trace", "--seconds", "0"]);
     assert!(error.contains("another `mqtt-fwd trace` reads the events"), "{error}");

@@ -32,6 +32,14 @@ struct exported_types {
 };
 EXPORT_TYPES(exported_types);
 
+/* During an upgrade: the program before this one, which knows connections not yet moved here. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, sizeof(__u32));
+	__uint(max_entries, 1);
+} predecessor SEC(".maps");
+
 /* The ends of a connection, client first. */
 struct connection {
 	__be32 src[4]; /* IPv4 in src[0] */
@@ -235,15 +243,9 @@ static __always_inline void keep_real(const struct packet *p, const struct vip_m
 	}
 }
 
-/* The real of a connection: as before if it is known, by the ring if not; 0: none. */
-static __always_inline __u32 real_of(const struct packet *p, const struct vip_meta *vip)
+/* The real of a connection that is not known, by the ring; 0: none. */
+static __always_inline __u32 new_real(const struct packet *p, const struct vip_meta *vip)
 {
-	stat_add(&balancer_stats, STAT_LRU, 1, 0);
-	if (!p->syn) {
-		__u32 known = known_real(p, vip);
-		if (known != NO_REAL)
-			return known;
-	}
 	stat_add(&balancer_stats, STAT_LRU, 0, 1);
 	stat_add(&balancer_stats, STAT_LRU_MISS, p->syn, !p->syn);
 
@@ -347,10 +349,17 @@ int balancer_ingress(struct xdp_md *ctx)
 	const struct vip_meta *vip = bpf_map_lookup_elem(&vip_map, &p.vip);
 	if (!vip)
 		return XDP_PASS;
+
+	__u32 real_num = p.syn ? NO_REAL : known_real(&p, vip);
+	stat_add(&balancer_stats, STAT_LRU, 1, 0);
+	if (real_num == NO_REAL) {
+		if (!p.syn)
+			bpf_tail_call(ctx, &predecessor, 0);
+		real_num = new_real(&p, vip);
+	}
 	if (vip->flags & VIP_FLAG_MQTT_GROUP && !restore_service(ctx, &p))
 		return XDP_DROP;
 
-	__u32 real_num = real_of(&p, vip);
 	const struct real_definition *real = bpf_map_lookup_elem(&reals, &real_num);
 	const struct gateway *gw = bpf_map_lookup_elem(&ctl_array, &zero);
 	if (real_num == NO_REAL || !real || !gw)

@@ -14,7 +14,7 @@ use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
 use crate::domain::XdpMode;
 use crate::kernel::abi::{addr_words, address};
 use crate::kernel::maps::Table;
-use crate::kernel::pins::{self, Pins};
+use crate::kernel::pins::{self, Object, Pins};
 use crate::kernel::skeletons::decap::DecapSkelBuilder;
 use crate::kernel::skeletons::xdp_root::XdpRootSkelBuilder;
 use crate::kernel::xdp;
@@ -82,12 +82,13 @@ pub fn down(interface: &str, bpffs: &Path) -> Result<Vec<String>> {
     let mut done = Vec::new();
     let pins = pins_of(bpffs, interface);
     pins.check()?;
-    let vips: Vec<IpAddr> = Table::<address, u8>::open(&pins.map("decap_vips"))
-        .and_then(|table| table.keys())
-        .unwrap_or_default()
-        .iter()
-        .map(vip_of)
-        .collect();
+    let vips: Vec<IpAddr> =
+        Table::<address, u8>::open(&pins.map_of(Object::BrokerHost, "decap_vips"))
+            .and_then(|table| table.keys())
+            .unwrap_or_default()
+            .iter()
+            .map(vip_of)
+            .collect();
     for v6 in [false, true] {
         if vips.iter().any(|vip| vip.is_ipv6() == v6) {
             done.extend(ip::set_advmss(interface, v6, None)?);
@@ -104,11 +105,14 @@ pub fn down(interface: &str, bpffs: &Path) -> Result<Vec<String>> {
     {
         done.push(format!("decap (id {}) off {interface}", program.id));
     }
-    for path in [pins.map("decap_vips"), pins.map("decap_counters"), pins.program("decap")] {
-        pins::remove_pin(&path)?;
-    }
-    pins.remove_dirs();
+    unpin(&pins)?;
+    pins.remove_dir();
     Ok(done)
+}
+
+fn unpin(pins: &Pins) -> Result<()> {
+    pins::remove_pins_in(&pins.current(Object::BrokerHost))?;
+    pins::remove_pin(&pins.program("decap")).map(drop)
 }
 
 fn vip_key(vip: IpAddr) -> address {
@@ -139,9 +143,8 @@ fn attach_decap(host: &BrokerHost, done: &mut Vec<String>) -> Result<()> {
     if !ours {
         // Pins and notes of a program that is not attached any more.
         sysctl::forget(&host.interface);
-        for path in [pins.map("decap_vips"), pins.map("decap_counters"), pins.program("decap")] {
-            pins::remove_pin(&path)?;
-        }
+        unpin(&pins)?;
+        pins::make_dir(&pins.current(Object::BrokerHost))?;
         let failed = |source| BpfError::Load { object: "decap", source };
         let mut storage = MaybeUninit::uninit();
         let mut open = DecapSkelBuilder::default().open(&mut storage).map_err(failed)?;
@@ -156,12 +159,15 @@ fn attach_decap(host: &BrokerHost, done: &mut Vec<String>) -> Result<()> {
         xdp::attach(&host.interface, skel.progs.decap.as_fd(), host.mode)?;
         done.push(format!("decap on {}", host.interface));
         let pin = |source| BpfError::Pin { path: pins.dir(), action: "pinning", source };
-        skel.maps.decap_vips.pin(pins.map("decap_vips")).map_err(pin)?;
-        skel.maps.decap_counters.pin(pins.map("decap_counters")).map_err(pin)?;
+        skel.maps.decap_vips.pin(pins.map_of(Object::BrokerHost, "decap_vips")).map_err(pin)?;
+        skel.maps
+            .decap_counters
+            .pin(pins.map_of(Object::BrokerHost, "decap_counters"))
+            .map_err(pin)?;
         skel.progs.decap.pin(pins.program("decap")).map_err(pin)?;
         return Ok(());
     }
-    let table = Table::<address, u8>::open(&pins.map("decap_vips"))?;
+    let table = Table::<address, u8>::open(&pins.map_of(Object::BrokerHost, "decap_vips"))?;
     for vip in &host.vips {
         table.put(&vip_key(*vip), &1)?;
     }

@@ -7,28 +7,27 @@ use crate::config::{BalancerKind, Config};
 use crate::control::Error;
 use crate::kernel::load;
 
-#[derive(Debug, Args)]
-pub struct Load {
-    /// Give up the contents of pinned maps whose size is not the configured one
-    #[arg(long)]
-    replace_maps: bool,
-}
-
-impl Load {
-    pub fn run(&self, config: &Config) -> Result<(), Error> {
-        let loaded = load::load(&config.load_spec(), self.replace_maps)?;
-        let root = if loaded.root_reused { "the root that was there" } else { "our xdp_root" };
-        line(&format!(
-            "mqtt_fwd (id {}) is at position 1 of {}, on {} with {root}",
-            loaded.program.id,
-            config.pins().root_array().display(),
-            config.interface
-        ));
-        if !loaded.adopted.is_empty() {
-            line(&format!("taken over: {}", loaded.adopted.join(", ")));
-        }
-        Ok(())
+pub fn load(config: &Config) -> Result<(), Error> {
+    let loaded = load::load(&config.load_spec())?;
+    let root = if loaded.root_reused { "the root that was there" } else { "our xdp_root" };
+    line(&format!(
+        "mqtt_fwd (id {}) is at position 1 of {}, on {} with {root}",
+        loaded.program.id,
+        config.pins().root_array().display(),
+        config.interface
+    ));
+    if let Some(moved) = loaded.moved {
+        let entries: Vec<_> = moved
+            .entries
+            .iter()
+            .filter(|(_, count)| **count > 0)
+            .map(|(map, count)| format!("{count} {map}"))
+            .collect();
+        line(&format!("moved to maps of other layout or sizes: {}", entries.join(", ")));
+    } else if !loaded.adopted.is_empty() {
+        line(&format!("taken over: {}", loaded.adopted.join(", ")));
     }
+    Ok(())
 }
 
 #[derive(Debug, Args)]

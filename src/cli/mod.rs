@@ -60,7 +60,7 @@ enum Command {
     /// Check the configuration and say what it means
     Check,
     /// Put mqtt_fwd into the chain on the interface (loader.sh)
-    Load(chain::Load),
+    Load,
     /// Take everything of ours out again, or only mqtt_fwd
     Unload(chain::Unload),
     /// Bring groups, reals, services and routes to what the configuration says (userspace.sh)
@@ -127,7 +127,7 @@ fn run(cli: Cli) -> Result<(), Error> {
             explain::check(&config()?);
             Ok(())
         }
-        Command::Load(args) => args.run(&config()?),
+        Command::Load => chain::load(&config()?),
         Command::Unload(args) => args.run(&config()?),
         Command::Apply(args) => args.run(&config()?),
         Command::Run => sidecar::run(config()?),

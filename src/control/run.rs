@@ -29,7 +29,7 @@ pub async fn run(mut config: Config) -> Result<()> {
         BalancerKind::Embedded => Some(listen(&config.balancer_endpoint).await?),
         BalancerKind::Katran => None,
     };
-    load::load(&config.load_spec(), false)?;
+    load::load(&config.load_spec())?;
     let mut datapath = Datapath::open(&config.pins())?;
     let mut server = match incoming {
         Some(incoming) => Some(tokio::spawn(serve(&config, incoming)?)),
@@ -123,7 +123,7 @@ fn serve(
     config: &Config,
     incoming: Incoming,
 ) -> Result<impl Future<Output = Result<(), tonic::transport::Error>> + use<>> {
-    load::load_balancer(&config.load_spec(), false)?;
+    load::load_balancer(&config.load_spec())?;
     let balancer = Embedded::open(&config.pins())?;
     let failed = |e: Refusal| Error::Embedded(format!("embedded balancer: {e}"));
     if let Some(mac) = config.gateway_mac {
@@ -149,7 +149,7 @@ fn reload(config: Config) -> Config {
         }
         Ok(new) => {
             if new.maps != config.maps {
-                warn!("sizes in [maps] count from the next `mqtt-fwd load --replace-maps` on");
+                warn!("sizes in [maps] count from the next `mqtt-fwd load` on");
             }
             info!(path = %new.path.display(), "configuration read again");
             new

@@ -9,7 +9,7 @@ use libbpf_rs::{MapHandle, RingBufferBuilder};
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::kernel::abi::{Pod as _, event};
-use crate::kernel::pins::Pins;
+use crate::kernel::pins::{Object, Pins};
 use crate::kernel::{BpfError, Result};
 
 /// The one reader of the ring buffer: two would take events from each other.
@@ -28,7 +28,7 @@ impl Events {
             path: path.clone(),
             what: "no events are pinned there",
         })?;
-        let lock = lock(&pins.dir())?;
+        let lock = lock(&pins.current(Object::MqttFwd))?;
         Ok(Self { ring, path, _lock: lock })
     }
 

@@ -80,11 +80,15 @@ pub fn keys_of(table: &service_table) -> Keys {
     Keys { route: table.route_key, topic: table.topic_key }
 }
 
-/// The states of one generation, [first, end): 0 is nobody's, and the rest is halved.
-pub fn state_range(generation: u32, capacity: u32) -> (u32, u32) {
-    let half = (capacity - 1) / 2;
-    let first = 1 + (generation & 1) * half;
-    (first, first + half)
+/// Whether a state is of a generation: 0 is none's, and the others take turns, so that two
+/// generations never share a number, whatever the capacity was when they were made.
+pub fn is_of_generation(state: u32, generation: u32) -> bool {
+    state != DEAD && state & 1 == generation & 1
+}
+
+/// The number of a generation's state.
+fn state_number(index: u32, generation: u32) -> u32 {
+    2 * index + if generation & 1 == 0 { 2 } else { 1 }
 }
 
 impl Image {
@@ -108,7 +112,8 @@ impl Image {
             states: BTreeMap::new(),
             edges: BTreeMap::new(),
         };
-        let (mut next_state, end) = state_range(generation, capacity);
+        // Numbers are taken in turns, and 0 is not given away.
+        let (mut next_state, end) = (0, capacity.saturating_sub(1) / 2);
 
         // The datapath compares IPv4 services first, by one word each.
         let (v4, v6): (Vec<&Service>, Vec<&Service>) =
@@ -161,7 +166,10 @@ impl Image {
             .map_err(|source| ImageError::Routes { service: svc.name.clone(), source })?;
         let base = *next_state;
         // The dead state is shared, the others follow each other.
-        let place = |state: u32| if state == DEAD { DEAD } else { base + state - 1 };
+        let generation = self.table.generation;
+        let place = |state: u32| {
+            if state == DEAD { DEAD } else { state_number(base + state - 1, generation) }
+        };
         let with_edges: BTreeSet<u32> = automaton.edges.iter().map(|e| e.state).collect();
         for (number, state) in automaton.states.iter().enumerate().skip(1) {
             let number = number as u32;

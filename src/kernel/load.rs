@@ -1,22 +1,28 @@
-//! Loads the programs, adopts or makes their pinned maps, and undoes it.
+//! Loads the programs, adopts, makes or moves their pinned maps, and undoes it.
 //!
 //! The order is such that packets never meet half a chain: maps, program, its position, and
 //! only then the root on the interface. What fails midway takes its own new pins back.
 
+use std::fs::File;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::path::{Path, PathBuf};
 
 use libbpf_rs::skel::{OpenSkel, Skel, SkelBuilder};
-use libbpf_rs::{MapCore as _, MapHandle, OpenMapMut, Program};
+use libbpf_rs::{MapCore as _, MapFlags, MapHandle, OpenMapMut, OpenObject, Program};
+use nix::fcntl::Flock;
 use tracing::{debug, info};
 
+use super::abi::{Pod as _, map_use, tracked_map};
 use super::chain::{self, Chain};
+use super::layout;
+use super::maps::Table;
 use super::pins::{self, Pins};
 use super::sizes::{MapSizes, Rates};
 use super::skeletons::balancer::BalancerSkelBuilder;
 use super::skeletons::mqtt_fwd::MqttFwdSkelBuilder;
 use super::skeletons::xdp_root::XdpRootSkelBuilder;
+use super::upgrade::{Moved, Upgrade};
 use super::xdp::{self, ProgramInfo};
 use super::{BpfError, Result};
 use crate::domain::XdpMode;
@@ -43,7 +49,9 @@ pub struct Loaded {
     pub root_reused: bool,
     /// Maps whose contents were taken over.
     pub adopted: Vec<String>,
-    /// The program now at `mqtt_fwd`'s position.
+    /// What was moved from maps of another build, or of other sizes.
+    pub moved: Option<Moved>,
+    /// The program now in the position.
     pub program: ProgramInfo,
 }
 
@@ -73,27 +81,16 @@ impl Drop for NewPins {
     }
 }
 
-fn check_root() -> Result<()> {
+fn check_privileges() -> Result<()> {
     if nix::unistd::geteuid().is_root() { Ok(()) } else { Err(BpfError::NotRoot) }
 }
 
-/// Loads `mqtt_fwd` into its position and attaches the root, as far as that is not so yet.
-pub fn load(spec: &LoadSpec, replace_maps: bool) -> Result<Loaded> {
-    check_root()?;
-    let pins = &spec.pins;
-    pins.check()?;
-    xdp::interface_index(&spec.interface)?;
-    let _lock = pins.lock()?;
+/// Maps that are not the object's alone, and do not say what build it is.
+const SHARED: [&str; 2] = ["root_array", "mqtt_service_vips"];
 
-    recover_root_array(spec, pins)?;
-    let existing = Chain::open(pins)?;
-    let attached = xdp::attached(&spec.interface)?;
-    let root_reused = check_attached(spec, pins, existing.as_ref(), attached.as_ref())?;
-    if let Some(chain) = &existing {
-        check_position(pins, chain, chain::MQTT_FWD, "mqtt_fwd")?;
-    }
-
-    let mut new_pins = NewPins::default();
+/// Loads `mqtt_fwd` into its position and attaches the root, as far as that is not so yet. What
+/// maps of another build, or of other sizes, hold is moved to the new ones while packets pass.
+pub fn load(spec: &LoadSpec) -> Result<Loaded> {
     let mut storage = MaybeUninit::uninit();
     let mut open = open_skeleton(MqttFwdSkelBuilder::default(), "mqtt_fwd", &mut storage)?;
     if let Some(rodata) = open.maps.rodata_data.as_deref_mut() {
@@ -102,73 +99,238 @@ pub fn load(spec: &LoadSpec, replace_maps: bool) -> Result<Loaded> {
         rodata.flows_per_window = Rates::per_window(spec.rates.new_flows);
         rodata.topics_per_window = Rates::per_window(spec.rates.new_topics);
     }
-    let sizes = |name: &str| spec.maps.of_mqtt_fwd(name);
-    let place = |name: &str| pins.map(name);
-    let adopted = adopt_maps(open.open_object_mut(), &place, &sizes, replace_maps)?;
+    let place = Place::mqtt_fwd(spec)?;
+    let prepared = prepare(spec, place.object, open.open_object_mut())?;
     let mut skel = open.load().map_err(|source| BpfError::Load { object: "mqtt_fwd", source })?;
-    pin_new_maps(skel.object_mut(), &place, &adopted, &mut new_pins)?;
+    install(spec, &place, prepared, skel.object_mut())
+}
 
+/// [`load`], of another build's `mqtt_fwd`.
+pub fn load_build(spec: &LoadSpec, mut open: OpenObject) -> Result<Loaded> {
+    let place = Place::mqtt_fwd(spec)?;
+    let prepared = prepare(spec, place.object, &mut open)?;
+    let mut object = open.load().map_err(|source| BpfError::Load { object: "mqtt_fwd", source })?;
+    install(spec, &place, prepared, &mut object)
+}
+
+/// Loads the embedded balancer into its position.
+pub fn load_balancer(spec: &LoadSpec) -> Result<Loaded> {
+    let mut storage = MaybeUninit::uninit();
+    let mut open = open_skeleton(BalancerSkelBuilder::default(), "balancer", &mut storage)?;
+    let place = Place::balancer(spec)?;
+    let prepared = prepare(spec, place.object, open.open_object_mut())?;
+    let mut skel = open.load().map_err(|source| BpfError::Load { object: "balancer", source })?;
+    install(spec, &place, prepared, skel.object_mut())
+}
+
+/// Where a program goes, and the lock on it.
+struct Place {
+    object: pins::Object,
+    program: &'static str,
+    position: u32,
+    root_reused: bool,
+    _lock: Flock<File>,
+}
+
+impl Place {
+    fn mqtt_fwd(spec: &LoadSpec) -> Result<Self> {
+        let pins = &spec.pins;
+        check_privileges()?;
+        pins.check()?;
+        xdp::interface_index(&spec.interface)?;
+        let lock = pins.lock()?;
+        recover_root_array(spec, pins)?;
+        let existing = Chain::open(pins)?;
+        let attached = xdp::attached(&spec.interface)?;
+        let root_reused = check_attached(spec, pins, existing.as_ref(), attached.as_ref())?;
+        if let Some(chain) = &existing {
+            check_position(pins, chain, chain::MQTT_FWD, "mqtt_fwd")?;
+        }
+        Ok(Self {
+            object: pins::Object::MqttFwd,
+            program: "mqtt_fwd",
+            position: chain::MQTT_FWD,
+            root_reused,
+            _lock: lock,
+        })
+    }
+
+    fn balancer(spec: &LoadSpec) -> Result<Self> {
+        let pins = &spec.pins;
+        check_privileges()?;
+        pins.check()?;
+        let lock = pins.lock()?;
+        let chain = Chain::open(pins)?.ok_or_else(|| BpfError::NotLoaded {
+            path: pins.root_array().to_owned(),
+            what: "there is no chain",
+        })?;
+        check_position(pins, &chain, chain::BALANCER, "balancer_ingress")?;
+        Ok(Self {
+            object: pins::Object::Balancer,
+            program: "balancer_ingress",
+            position: chain::BALANCER,
+            root_reused: true,
+            _lock: lock,
+        })
+    }
+}
+
+/// Which maps an object is going to use.
+struct Prepared {
+    /// Where its own are pinned.
+    dir: PathBuf,
+    /// Taken over as they are.
+    adopted: Vec<String>,
+    /// Those of another build, or of other sizes, that are in use.
+    old: Option<PathBuf>,
+}
+
+/// Sets the sizes, and takes over the maps that fit.
+fn prepare(spec: &LoadSpec, object: pins::Object, open: &mut OpenObject) -> Result<Prepared> {
+    for mut map in open.maps_mut() {
+        let name = map.name().to_string_lossy().into_owned();
+        let size = match object {
+            pins::Object::Balancer => spec.maps.of_balancer(&name),
+            _ => spec.maps.of_mqtt_fwd(&name),
+        };
+        if let Some(entries) = size {
+            let failed = |source| BpfError::Map { map: name, action: "setting its size", source };
+            map.set_max_entries(entries).map_err(failed)?;
+        }
+    }
+    let dir = spec.pins.of_hash(object, &layout::hash_of(open, &SHARED));
+    let old = spec.pins.current_target(object).filter(|old| *old != dir && old.exists());
+    if old.is_some() {
+        // Left by an upgrade that was cut short: what it holds is not what is in use.
+        pins::remove_pins_in(&dir)?;
+    }
+    let adopted = adopt_maps(open, &|name| spec.pins.place(&dir, name))?;
+    Ok(Prepared { dir, adopted, old })
+}
+
+/// Pins a loaded object's maps and program, moves what is to be moved, and lets packets at it.
+fn install(
+    spec: &LoadSpec,
+    place: &Place,
+    prepared: Prepared,
+    object: &mut libbpf_rs::Object,
+) -> Result<Loaded> {
+    let pins = &spec.pins;
+    let Prepared { dir, adopted, old } = prepared;
+    let mut new_pins = NewPins::default();
+    pins::make_dir(&dir)?;
+    pin_new_maps(object, &|name| pins.place(&dir, name), &adopted, &mut new_pins)?;
     let chain = Chain::open(pins)?.ok_or_else(|| BpfError::NotLoaded {
         path: pins.root_array().to_owned(),
         what: "the program array vanished",
     })?;
-    pin_program(&mut skel.progs.mqtt_fwd, &pins.program("mqtt_fwd"), &mut new_pins)?;
-    chain.set(chain::MQTT_FWD, skel.progs.mqtt_fwd.as_fd())?;
-    if !root_reused {
+
+    let mut upgrade = old.as_deref().map(|old| Upgrade::between(old, &dir)).transpose()?;
+    if let Some(upgrade) = &mut upgrade {
+        upgrade.before()?;
+    }
+    let predecessor = Predecessor::open(&dir)?;
+    if let (Some(_), Some(old)) = (&upgrade, chain.program(place.position)) {
+        predecessor.set(old.id)?;
+    }
+    let mut program = object
+        .progs_mut()
+        .find(|program| program.name() == place.program)
+        .ok_or_else(|| BpfError::NotLoaded { path: dir.clone(), what: "the program vanished" })?;
+    pin_program(&mut program, &pins.program(place.program), &mut new_pins)?;
+    chain.set(place.position, program.as_fd())?;
+    let info = ProgramInfo::by_fd(program.as_fd()).ok_or_else(|| BpfError::NotLoaded {
+        path: pins.program(place.program),
+        what: "the program vanished",
+    })?;
+    pins.set_current(place.object, &dir)?;
+    if !place.root_reused {
         attach_root(spec, pins, &chain, &mut new_pins)?;
     }
     new_pins.keep = true;
 
-    let program = ProgramInfo::by_fd(skel.progs.mqtt_fwd.as_fd()).ok_or(BpfError::NotLoaded {
-        path: pins.program("mqtt_fwd"),
-        what: "the program vanished",
-    })?;
-    info!(interface = spec.interface, id = program.id, root_reused, "mqtt_fwd is in the chain");
-    Ok(Loaded { root_reused, adopted, program })
+    let mut moved = None;
+    if let (Some(mut upgrade), Some(old)) = (upgrade, old) {
+        let counts = upgrade.after()?;
+        predecessor.clear()?;
+        count_as_added(&dir, &counts)?;
+        pins::remove_pins_in(&old)?;
+        info!(from = %old.display(), to = %dir.display(), "moved what the pinned maps held");
+        moved = Some(counts);
+    }
+    let Place { root_reused, program, .. } = place;
+    info!(interface = spec.interface, program, id = info.id, root_reused, "is in the chain");
+    Ok(Loaded { root_reused: *root_reused, adopted, moved, program: info })
 }
 
-/// Loads the embedded balancer into its position; its maps stay what they were.
-pub fn load_balancer(spec: &LoadSpec, replace_maps: bool) -> Result<ProgramInfo> {
-    check_root()?;
-    let pins = &spec.pins;
-    pins.check()?;
-    let _lock = pins.lock()?;
-    pins::make_dir(&pins.balancer_dir())?;
-    let chain = Chain::open(pins)?.ok_or_else(|| BpfError::NotLoaded {
-        path: pins.root_array().to_owned(),
-        what: "there is no chain",
-    })?;
-    check_position(pins, &chain, chain::BALANCER, "balancer_ingress")?;
+/// The program that knows the flows which are not moved yet (`upgrade`).
+struct Predecessor(Option<MapHandle>);
 
-    let mut new_pins = NewPins::default();
-    let mut storage = MaybeUninit::uninit();
-    let mut open = open_skeleton(BalancerSkelBuilder::default(), "balancer", &mut storage)?;
-    let sizes = |name: &str| spec.maps.of_balancer(name);
-    let place = |name: &str| match name {
-        "mqtt_service_vips" => pins.service_vips(),
-        _ => pins.balancer_dir().join(name),
-    };
-    let adopted = adopt_maps(open.open_object_mut(), &place, &sizes, replace_maps)?;
-    let mut skel = open.load().map_err(|source| BpfError::Load { object: "balancer", source })?;
-    pin_new_maps(skel.object_mut(), &place, &adopted, &mut new_pins)?;
-    pin_program(
-        &mut skel.progs.balancer_ingress,
-        &pins.program("balancer_ingress"),
-        &mut new_pins,
-    )?;
-    chain.set(chain::BALANCER, skel.progs.balancer_ingress.as_fd())?;
-    new_pins.keep = true;
+impl Predecessor {
+    fn open(dir: &Path) -> Result<Self> {
+        let path = dir.join("predecessor");
+        if !path.exists() {
+            return Ok(Self(None));
+        }
+        let failed = |source| BpfError::Pin { path: path.clone(), action: "opening", source };
+        MapHandle::from_pinned_path(&path).map(|map| Self(Some(map))).map_err(failed)
+    }
 
-    ProgramInfo::by_fd(skel.progs.balancer_ingress.as_fd()).ok_or(BpfError::NotLoaded {
-        path: pins.program("balancer_ingress"),
-        what: "the program vanished",
-    })
+    fn set(&self, program_id: u32) -> Result<()> {
+        let failed = |source| BpfError::Map {
+            map: "predecessor".to_owned(),
+            action: "putting the old program into it",
+            source,
+        };
+        let Some(map) = &self.0 else { return Ok(()) };
+        let program = Program::fd_from_id(program_id).map_err(failed)?;
+        let fd = program.as_raw_fd().cast_unsigned();
+        map.update(0u32.bytes(), fd.bytes(), MapFlags::ANY).map_err(failed)
+    }
+
+    fn clear(&self) -> Result<()> {
+        match self.0.as_ref().map(|map| map.delete(0u32.bytes())) {
+            Some(Err(source)) if source.kind() != libbpf_rs::ErrorKind::NotFound => {
+                let map = "predecessor".to_owned();
+                Err(BpfError::Map { map, action: "emptying", source })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// In the order of `enum tracked_map`.
+const TRACKED: [(&str, tracked_map); 7] = [
+    ("flows", tracked_map::TRACKED_FLOWS),
+    ("flows6", tracked_map::TRACKED_FLOWS6),
+    ("flows_weak", tracked_map::TRACKED_FLOWS_WEAK),
+    ("flows6_weak", tracked_map::TRACKED_FLOWS6_WEAK),
+    ("mqtt_client_ip_to_topic", tracked_map::TRACKED_CLIENTS),
+    ("mqtt_client6_to_topic", tracked_map::TRACKED_CLIENTS6),
+    ("topics", tracked_map::TRACKED_TOPICS),
+];
+
+/// What was moved was added, as far as evictions are concerned.
+fn count_as_added(dir: &Path, moved: &Moved) -> Result<()> {
+    let path = dir.join("map_uses");
+    if !path.exists() {
+        return Ok(());
+    }
+    let uses: Table<u32, map_use> = Table::open(&path)?;
+    for (name, tracked) in TRACKED {
+        let mut cpus = uses.get_per_cpu(&tracked.0)?;
+        if let (Some(first), Some(count)) = (cpus.first_mut(), moved.entries.get(name)) {
+            first.added += count;
+            uses.put_per_cpu(&tracked.0, &cpus)?;
+        }
+    }
+    Ok(())
 }
 
 /// Takes `mqtt_fwd` out of the chain, and nothing else: the next [`load`] finds all flows and
 /// predictions. Until then packets go to the balancer as they came.
 pub fn take_out(spec: &LoadSpec) -> Result<Unloaded> {
-    check_root()?;
+    check_privileges()?;
     let pins = &spec.pins;
     pins.check()?;
     let _lock = pins.lock()?;
@@ -178,14 +340,14 @@ pub fn take_out(spec: &LoadSpec) -> Result<Unloaded> {
         chain.clear(chain::MQTT_FWD)?;
         pins::remove_pin(&pins.program("mqtt_fwd"))?;
         report.removed.push(format!("{} (id {})", program.name, program.id));
-        report.kept.push(format!("maps in {}", pins.dir().display()));
+        report.kept.push(format!("maps in {}", pins.current(pins::Object::MqttFwd).display()));
     }
     Ok(report)
 }
 
 /// Takes out exactly what is ours: our programs, our pins, and the root if nobody else needs it.
 pub fn unload(spec: &LoadSpec) -> Result<Unloaded> {
-    check_root()?;
+    check_privileges()?;
     let pins = &spec.pins;
     pins.check()?;
     let _lock = pins.lock()?;
@@ -214,15 +376,15 @@ pub fn unload(spec: &LoadSpec) -> Result<Unloaded> {
     }
     let root_kept = detach_root(spec, pins, chain.as_ref(), &mut report)?;
 
-    for dir in [pins.balancer_dir(), pins.dir()] {
-        for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
-            // By it, a later unload knows the root for ours.
-            if root_kept && entry.path() == pins.program("xdp_root") {
-                continue;
-            }
-            if entry.file_type().is_ok_and(|t| !t.is_dir()) && pins::remove_pin(&entry.path())? {
-                debug!(path = %entry.path().display(), "unpinned");
-            }
+    for object in [pins::Object::MqttFwd, pins::Object::Balancer] {
+        for path in pins.remove_object(object)? {
+            debug!(path = %path.display(), "unpinned");
+        }
+    }
+    for program in ["mqtt_fwd", "balancer_ingress", "xdp_root"] {
+        // By it, a later unload knows the root for ours.
+        if !(root_kept && program == "xdp_root") {
+            pins::remove_pin(&pins.program(program))?;
         }
     }
     let user = chain.as_ref().and_then(|chain| chain.program(chain::BALANCER));
@@ -239,7 +401,7 @@ pub fn unload(spec: &LoadSpec) -> Result<Unloaded> {
         }
         None => {}
     }
-    pins.remove_dirs();
+    pins.remove_dir();
     Ok(report)
 }
 
@@ -349,7 +511,7 @@ fn check_position(
 fn shares_our_maps(pins: &Pins, name: &str, program: &ProgramInfo) -> bool {
     let map = match name {
         "mqtt_fwd" => pins.map("flows"),
-        _ => pins.balancer_dir().join("connections"),
+        _ => pins.map_of(pins::Object::Balancer, "connections"),
     };
     program.uses_pinned_map(&map)
 }
@@ -373,25 +535,13 @@ fn is_internal(name: &str) -> bool {
     name.contains('.')
 }
 
-/// Sets the sizes, and takes over maps that are pinned already. Returns those.
-fn adopt_maps(
-    object: &mut libbpf_rs::OpenObject,
-    place: &dyn Fn(&str) -> PathBuf,
-    size: &dyn Fn(&str) -> Option<u32>,
-    replace: bool,
-) -> Result<Vec<String>> {
+/// Takes over maps that are pinned already. Returns those.
+fn adopt_maps(object: &mut OpenObject, place: &dyn Fn(&str) -> PathBuf) -> Result<Vec<String>> {
     let mut adopted = Vec::new();
     for mut map in object.maps_mut() {
         let name = map.name().to_string_lossy().into_owned();
         if is_internal(&name) {
             continue;
-        }
-        let failed = |action| {
-            let map = name.clone();
-            move |source| BpfError::Map { map, action, source }
-        };
-        if let Some(entries) = size(&name) {
-            map.set_max_entries(entries).map_err(failed("setting its size"))?;
         }
         let path = place(&name);
         if !path.exists() {
@@ -404,16 +554,15 @@ fn adopt_maps(
         })?;
         let (found, wanted) = (describe_pinned(&pinned), describe_wanted(&map));
         // Katran's program array may have more positions than ours.
-        let fits = found == wanted || name == "root_array";
-        if fits {
-            map.reuse_fd(pinned.as_fd()).map_err(failed("taking over the pinned one"))?;
-            adopted.push(name);
-        } else if replace {
-            info!(path = %path.display(), %found, %wanted, "replacing the pinned map");
-            pins::remove_pin(&path)?;
-        } else {
+        if found != wanted && name != "root_array" {
             return Err(BpfError::MapMismatch { path, found, wanted });
         }
+        map.reuse_fd(pinned.as_fd()).map_err(|source| BpfError::Map {
+            map: name.clone(),
+            action: "taking over the pinned one",
+            source,
+        })?;
+        adopted.push(name);
     }
     Ok(adopted)
 }

@@ -32,10 +32,10 @@ impl<K: Pod, V: Pod> Table<K, V> {
             path: path.to_owned(),
             what: "no such map is pinned, or it is not ours to read",
         })?;
-        Self::new(map, name).map_err(|found| BpfError::MapMismatch {
+        Self::new(map, name).map_err(|found| BpfError::OtherLayout {
             path: path.to_owned(),
             found,
-            wanted: format!("{} B → {} B", size_of::<K>(), size_of::<V>()),
+            wanted: format!("{} + {}", size_of::<K>(), size_of::<V>()),
         })
     }
 
@@ -53,7 +53,7 @@ impl<K: Pod, V: Pod> Table<K, V> {
     fn new(map: MapHandle, name: String) -> Result<Self, String> {
         if map.key_size() as usize != size_of::<K>() || map.value_size() as usize != size_of::<V>()
         {
-            return Err(format!("{} B → {} B", map.key_size(), map.value_size()));
+            return Err(format!("{} + {}", map.key_size(), map.value_size()));
         }
         Ok(Self { map, name, types: PhantomData })
     }
@@ -100,66 +100,15 @@ impl<K: Pod, V: Pod> Table<K, V> {
         }
     }
 
-    /// All entries of a hash map or an array, complete: every entry that is there from the first
-    /// moment to the last is among them, however packets change the map meanwhile.
-    ///
-    /// The kernel reads bucket by bucket and returns a batch early when the next bucket does not
-    /// fit, so a short batch is not the last one; only ENOENT says so. Bounded by the number of
-    /// buckets.
+    /// All entries of a hash map or an array, complete: see [`for_each_batch`].
     pub fn entries(&self) -> Result<Vec<(K, V)>> {
         let mut all = Vec::new();
-        let mut room = BATCH;
-        // For hash maps the position is a bucket's number, for arrays a key: four bytes.
-        let mut position: Option<u32> = None;
-        loop {
-            let mut next = 0u32;
-            let mut count = room;
-            let mut keys = vec![0u8; room as usize * size_of::<K>()];
-            let mut values = vec![0u8; room as usize * self.value_stride()];
-            let from = position.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
-            // SAFETY: the buffers have room for `count` keys and values, and the positions for
-            // four bytes, all for the whole call.
-            let error = unsafe {
-                libbpf_sys::bpf_map_lookup_batch(
-                    self.map.as_fd().as_raw_fd(),
-                    from.cast_mut().cast(),
-                    (&raw mut next).cast(),
-                    keys.as_mut_ptr().cast(),
-                    values.as_mut_ptr().cast(),
-                    &raw mut count,
-                    std::ptr::null(),
-                )
-            };
-            let last = error == -libc::ENOENT;
-            if error == -libc::ENOSPC && room < MAX_BATCH {
-                // A bucket has more entries than there was room for.
-                room *= 2;
-                continue;
-            }
-            if error != 0 && !last {
-                let source = std::io::Error::from_raw_os_error(-error).into();
-                return Err(self.failed("reading")(source));
-            }
-            let keys = keys.chunks_exact(size_of::<K>());
-            let values = values.chunks_exact(self.value_stride());
-            all.extend(
-                keys.zip(values)
-                    .take(count as usize)
-                    .map(|(k, v)| (K::from_bytes(k), V::from_bytes(&v[..size_of::<V>()]))),
-            );
-            if last {
-                return Ok(all);
-            }
-            position = Some(next);
-        }
-    }
-
-    /// Arrays' values are padded to eight bytes.
-    fn value_stride(&self) -> usize {
-        match self.map.map_type() {
-            MapType::Array => size_of::<V>().next_multiple_of(8),
-            _ => size_of::<V>(),
-        }
+        for_each_batch(&self.map, |keys, values| {
+            let entry = |(k, v)| (K::from_bytes(k), V::from_bytes(v));
+            all.extend(keys.zip(values).map(entry));
+            Ok(())
+        })?;
+        Ok(all)
     }
 
     /// All keys, as [`Table::entries`].
@@ -197,5 +146,85 @@ impl<K: Pod, V: Pod> Table<K, V> {
     /// The map's name.
     pub fn name(&self) -> &OsStr {
         OsStr::new(&self.name)
+    }
+}
+
+/// Keys or values of a batch.
+pub type Chunks<'a> = std::iter::Take<Strided<'a>>;
+
+/// Values as long as the map says, however the kernel pads them.
+#[derive(Debug)]
+pub struct Strided<'a> {
+    chunks: std::slice::ChunksExact<'a, u8>,
+    size: usize,
+}
+
+impl<'a> Iterator for Strided<'a> {
+    type Item = &'a [u8];
+
+    fn next(&mut self) -> Option<&'a [u8]> {
+        self.chunks.next().map(|chunk| &chunk[..self.size])
+    }
+}
+
+/// Gives all entries of a hash map or an array to `handle`, keys and values of some at a time.
+/// Every entry that is there from the first moment to the last is among them, however packets
+/// change the map meanwhile.
+///
+/// The kernel reads bucket by bucket and returns early when the next bucket does not fit, so a
+/// short batch is not the last one; only ENOENT says so. Bounded by the number of buckets.
+pub fn for_each_batch(
+    map: &MapHandle,
+    mut handle: impl FnMut(Chunks<'_>, Chunks<'_>) -> Result<()>,
+) -> Result<()> {
+    let (key_size, value_size) = (map.key_size() as usize, map.value_size() as usize);
+    // Arrays' values are padded to eight bytes.
+    let stride = match map.map_type() {
+        MapType::Array => value_size.next_multiple_of(8),
+        _ => value_size,
+    };
+    let mut room = BATCH.min(map.max_entries().max(16));
+    let mut keys = vec![0u8; room as usize * key_size];
+    let mut values = vec![0u8; room as usize * stride];
+    // For hash maps the position is a bucket's number, for arrays a key: four bytes.
+    let mut position: Option<u32> = None;
+    loop {
+        let mut next = 0u32;
+        let mut count = room;
+        let from = position.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+        // SAFETY: the buffers have room for `count` keys and values, and the positions for
+        // four bytes, all for the whole call.
+        let error = unsafe {
+            libbpf_sys::bpf_map_lookup_batch(
+                map.as_fd().as_raw_fd(),
+                from.cast_mut().cast(),
+                (&raw mut next).cast(),
+                keys.as_mut_ptr().cast(),
+                values.as_mut_ptr().cast(),
+                &raw mut count,
+                std::ptr::null(),
+            )
+        };
+        let last = error == -libc::ENOENT;
+        if error == -libc::ENOSPC && room < MAX_BATCH {
+            // A bucket has more entries than there was room for.
+            room *= 2;
+            keys.resize(room as usize * key_size, 0);
+            values.resize(room as usize * stride, 0);
+            continue;
+        }
+        if error != 0 && !last {
+            let source = std::io::Error::from_raw_os_error(-error).into();
+            let map = map.name().to_string_lossy().into_owned();
+            return Err(BpfError::Map { map, action: "reading", source });
+        }
+        let chunks = |bytes, stride, size| {
+            Strided { chunks: <[u8]>::chunks_exact(bytes, stride), size }.take(count as usize)
+        };
+        handle(chunks(&keys, key_size, key_size), chunks(&values, stride, value_size))?;
+        if last {
+            return Ok(());
+        }
+        position = Some(next);
     }
 }

@@ -2,12 +2,14 @@
 
 pub mod abi;
 pub mod chain;
+pub mod layout;
 pub mod load;
 pub mod maps;
 pub mod pins;
 pub mod reasons;
 pub mod sizes;
 pub mod skeletons;
+pub mod upgrade;
 pub mod xdp;
 
 use std::path::PathBuf;
@@ -39,15 +41,22 @@ pub enum BpfError {
     )]
     NoNativeXdp { interface: String, source: libbpf_rs::Error },
     #[error(
-        "{path}: pinned map is {found}, but {wanted} is wanted; set the size back in [maps], \
-         or give up what it holds with `mqtt-fwd load --replace-maps`"
+        "{path}: the pinned map is {found}, and {wanted} is wanted; another program made it, so \
+         take that out and remove the pin"
     )]
     MapMismatch { path: PathBuf, found: String, wanted: String },
     #[error(
-        "{path}: pinned by another version of mqtt-fwd (this one keeps {ours}); \
-         run `mqtt-fwd unload` with that version, or remove the directory"
+        "{path}: pinned by a build of another layout ({found} B, this one has {wanted} B); \
+         `mqtt-fwd load` of this build moves what is there"
     )]
-    OtherVersion { path: PathBuf, ours: &'static str },
+    OtherLayout { path: PathBuf, found: String, wanted: String },
+    #[error("{path}: the kernel knows no layout of this map, so what it holds cannot be moved")]
+    NoLayout { path: PathBuf },
+    #[error(
+        "map {map}: more is in use than the {capacity} entries that are configured; raise that \
+         in [maps]"
+    )]
+    TooSmall { map: String, capacity: u32 },
     #[error("{path}: another mqtt-fwd is loading or unloading there; try again when it is done")]
     Locked { path: PathBuf },
     #[error("{path}: another `mqtt-fwd trace` reads the events; end that one first")]

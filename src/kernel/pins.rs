@@ -1,7 +1,16 @@
-//! Where things are pinned, and the lock on it.
+//! Where programs and maps are pinned, who they belong to, and the lock on it.
+//!
+//! ```text
+//! <bpffs>/mqtt_fwd/<interface>/            ours; the lock
+//!     prog_mqtt_fwd, prog_xdp_root, …      programs that we put somewhere
+//!     mqtt_fwd -> mqtt_fwd-<hash>          maps of an object, by a hash of their layout and sizes:
+//!     balancer -> balancer-<hash>          while one is exchanged for another, there are two
+//! <bpffs>/jmp_<interface>                  the chain, ours or Katran's
+//! <bpffs>/mqtt_service_vips                ours and Katran's
+//! ```
 
 use std::fs::{self, DirBuilder, File};
-use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, symlink};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -9,11 +18,29 @@ use nix::sys::statfs::{FsType, statfs};
 
 use super::{BpfError, Result};
 
-/// Name of the directory below `mqtt_fwd/<interface>`. Changes with the layout of any map.
-pub const VERSION: &str = "v1";
-
 /// `BPF_FS_MAGIC` of `<linux/magic.h>`.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+
+/// An object whose maps are pinned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Object {
+    /// `mqtt_fwd`.
+    MqttFwd,
+    /// The embedded balancer.
+    Balancer,
+    /// The broker host's.
+    BrokerHost,
+}
+
+impl Object {
+    fn name(self) -> &'static str {
+        match self {
+            Self::MqttFwd => "mqtt_fwd",
+            Self::Balancer => "balancer",
+            Self::BrokerHost => "broker_host",
+        }
+    }
+}
 
 /// Paths on bpffs of one interface.
 #[derive(Debug, Clone)]
@@ -44,26 +71,56 @@ impl Pins {
         self.bpffs.join("mqtt_service_vips")
     }
 
-    fn interface_dir(&self) -> PathBuf {
+    /// All that is only ours.
+    pub fn dir(&self) -> PathBuf {
         self.bpffs.join("mqtt_fwd").join(&self.interface)
     }
 
-    /// All that is only ours.
-    pub fn dir(&self) -> PathBuf {
-        self.interface_dir().join(VERSION)
+    /// Where an object's maps are, whichever build pinned them.
+    pub fn current(&self, object: Object) -> PathBuf {
+        self.dir().join(object.name())
     }
 
-    /// The embedded balancer's.
-    pub fn balancer_dir(&self) -> PathBuf {
-        self.dir().join("balancer")
+    /// Where an object's maps of this layout and these sizes are.
+    pub fn of_hash(&self, object: Object, hash: &str) -> PathBuf {
+        self.dir().join(format!("{}-{hash}", object.name()))
+    }
+
+    /// The directory that [`Pins::current`] leads to.
+    pub fn current_target(&self, object: Object) -> Option<PathBuf> {
+        fs::read_link(self.current(object)).ok().map(|target| self.dir().join(target))
+    }
+
+    /// Makes [`Pins::current`] lead to a directory, in one step for readers.
+    pub fn set_current(&self, object: Object, dir: &Path) -> Result<()> {
+        let link = self.current(object);
+        // bpffs takes no names with a dot.
+        let new = self.dir().join(format!("new_{}", object.name()));
+        let failed = |action| {
+            let path = link.clone();
+            move |source| BpfError::Io { path, action, source }
+        };
+        remove_pin(&new)?;
+        symlink(dir.file_name().unwrap_or_default(), &new).map_err(failed("linking"))?;
+        fs::rename(&new, &link).map_err(failed("linking"))
+    }
+
+    /// A map of an object.
+    pub fn map_of(&self, object: Object, name: &str) -> PathBuf {
+        self.place(&self.current(object), name)
     }
 
     /// A map of `mqtt_fwd`.
     pub fn map(&self, name: &str) -> PathBuf {
+        self.map_of(Object::MqttFwd, name)
+    }
+
+    /// Where a map is pinned whose object's maps are in `dir`: two are not ours alone.
+    pub fn place(&self, dir: &Path, name: &str) -> PathBuf {
         match name {
             "root_array" => self.root_array.clone(),
             "mqtt_service_vips" => self.service_vips(),
-            _ => self.dir().join(name),
+            _ => dir.join(name),
         }
     }
 
@@ -72,25 +129,17 @@ impl Pins {
         self.dir().join(format!("prog_{name}"))
     }
 
-    /// Is there a bpffs, and nothing of another version on it?
+    /// Whether there is a bpffs.
     pub fn check(&self) -> Result<()> {
         let is_bpffs =
             statfs(&self.bpffs).is_ok_and(|s| s.filesystem_type() == FsType(BPF_FS_MAGIC as _));
-        if !is_bpffs {
-            return Err(BpfError::NoBpffs { path: self.bpffs.clone() });
-        }
-        for entry in fs::read_dir(self.interface_dir()).into_iter().flatten().flatten() {
-            if entry.file_name() != VERSION {
-                return Err(BpfError::OtherVersion { path: entry.path(), ours: VERSION });
-            }
-        }
-        Ok(())
+        if is_bpffs { Ok(()) } else { Err(BpfError::NoBpffs { path: self.bpffs.clone() }) }
     }
 
-    /// Makes the directories and takes the lock. It ends with the value, and with the process.
+    /// Makes the directory and takes the lock. It ends with the value, and with the process.
     pub fn lock(&self) -> Result<Flock<File>> {
-        let dir = self.interface_dir();
-        make_dir(&self.dir())?;
+        let dir = self.dir();
+        make_dir(&dir)?;
         let file = File::open(&dir).map_err(|source| BpfError::Io {
             path: dir.clone(),
             action: "opening",
@@ -100,13 +149,38 @@ impl Pins {
             .map_err(|_| BpfError::Locked { path: dir })
     }
 
-    /// Removes our directories as far as they are empty.
-    pub fn remove_dirs(&self) {
-        for dir in [self.balancer_dir(), self.dir(), self.interface_dir()] {
-            // Fails where something is left or nothing was there: both are fine.
-            let _ = fs::remove_dir(dir);
+    /// Removes an object's maps, of all layouts; what was removed.
+    pub fn remove_object(&self, object: Object) -> Result<Vec<PathBuf>> {
+        let mut removed = Vec::new();
+        remove_pin(&self.current(object))?;
+        for entry in fs::read_dir(self.dir()).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let is_of_object =
+                name.strip_prefix(object.name()).is_some_and(|rest| rest.starts_with('-'));
+            if is_of_object && entry.file_type().is_ok_and(|t| t.is_dir()) {
+                removed.extend(remove_pins_in(&entry.path())?);
+            }
+        }
+        Ok(removed)
+    }
+
+    /// Removes our directory if it is empty.
+    pub fn remove_dir(&self) {
+        // Fails where something is left or nothing was there: both are fine.
+        let _ = fs::remove_dir(self.dir());
+    }
+}
+
+/// Removes a directory of pins, with what is in it.
+pub fn remove_pins_in(dir: &Path) -> Result<Vec<PathBuf>> {
+    let mut removed = Vec::new();
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if remove_pin(&entry.path())? {
+            removed.push(entry.path());
         }
     }
+    let _ = fs::remove_dir(dir);
+    Ok(removed)
 }
 
 /// A directory that only root can look into, with its parents.

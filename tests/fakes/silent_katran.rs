@@ -32,7 +32,7 @@ async fn main() -> anyhow::Result<()> {
     let config = Config::load(Path::new(&path))?;
     let mut term = signal(SignalKind::terminate())?;
     let mut int = signal(SignalKind::interrupt())?;
-    load::load_balancer(&config.load_spec(), false)?;
+    load::load_balancer(&config.load_spec())?;
     let balancer = Embedded::open(&config.pins())?;
     if let Some(mac) = config.gateway_mac {
         balancer.set_mac(mac)?;

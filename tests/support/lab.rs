@@ -148,7 +148,8 @@ impl Drop for Lab {
         if std::thread::panicking() {
             let log = format!("/run/mqtt-fwd-lab/{}/mqtt-fwd.log", self.name);
             eprintln!("{}", std::fs::read_to_string(log).unwrap_or_default());
-            eprintln!("{}", self.mqtt_fwd(&["status"]));
+            let status = self.exec("lb", &["mqtt-fwd", "status"]);
+            eprintln!("{}", String::from_utf8_lossy(&status.stdout));
         }
         let output = self.script("down").output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

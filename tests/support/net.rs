@@ -148,9 +148,8 @@ impl Net {
 
     /// Sends a packet through what is attached to eth0, as its pinned root says.
     pub fn through_root(&self, packet: &[u8]) -> Outcome {
-        let fd =
-            libbpf_rs::Program::fd_from_pinned_path(self.bpf("mqtt_fwd/eth0/v1/prog_xdp_root"))
-                .unwrap();
+        let fd = libbpf_rs::Program::fd_from_pinned_path(self.bpf("mqtt_fwd/eth0/prog_xdp_root"))
+            .unwrap();
         super::datapath::test_run(&fd, packet, 1).0
     }
 

@@ -12,7 +12,7 @@ use crate::kernel::abi::{
 };
 use crate::kernel::abi::{addr_words, vip_key, words_addr};
 use crate::kernel::maps::Table;
-use crate::kernel::pins::Pins;
+use crate::kernel::pins::{Object, Pins};
 
 /// Why a request was refused.
 #[derive(Debug, thiserror::Error)]
@@ -56,7 +56,7 @@ pub struct Embedded {
 impl Embedded {
     /// Opens the maps that [`crate::kernel::load::load_balancer`] pinned.
     pub fn open(pins: &Pins) -> kernel::Result<Self> {
-        let dir = pins.balancer_dir();
+        let dir = pins.current(Object::Balancer);
         Ok(Self {
             vips: Table::open(&dir.join("vip_map"))?,
             rings: Table::open(&dir.join("ch_rings"))?,

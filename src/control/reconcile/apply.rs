@@ -104,11 +104,10 @@ async fn take_back(done: &[&Call], client: &mut Client) {
 /// Writes a generation beside the one in force and makes it the one in force.
 fn switch(image: &Image, plan: &Plan, datapath: &Datapath) -> Result<()> {
     let generation = image.table.generation;
-    let (first, end) = image::state_range(generation, datapath.route_states.max_entries());
     // What the last generation but one left. The last one's stays: a topic that is split over
     // segments may still be walking through it.
     for edge in datapath.route_edges.keys()? {
-        if (first..end).contains(&edge.state) {
+        if image::is_of_generation(edge.state, generation) {
             datapath.route_edges.remove(&edge)?;
         }
     }

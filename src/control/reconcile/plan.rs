@@ -265,12 +265,11 @@ fn in_force(datapath: &Datapath, image: &Image) -> Result<bool> {
     if datapath.service_table()?.bytes() != image.table.bytes() {
         return Ok(false);
     }
-    let (first, end) = image::state_range(generation, datapath.route_states.max_entries());
     let edges: BTreeMap<(u32, u64), u32> = datapath
         .route_edges
         .entries()?
         .into_iter()
-        .filter(|(edge, _): &(route_edge, u32)| (first..end).contains(&edge.state))
+        .filter(|(edge, _): &(route_edge, u32)| image::is_of_generation(edge.state, generation))
         .map(|(edge, next)| ((edge.state, edge.level), next))
         .collect();
     if edges != image.edges {
