@@ -27,13 +27,10 @@ wait_for() {
 	done
 }
 
-# Packages for building, and for the lab. Installs only what is missing.
-install_packages() {
-	local wanted=(clang llvm make gcc pkg-config libelf-dev zlib1g-dev linux-libc-dev libc6-dev
-		iproute2 ethtool mosquitto mosquitto-clients python3 python3-paho-mqtt tcpdump procps
-		util-linux ca-certificates curl)
+# install_missing PACKAGE…: with apt, those that are not there.
+install_missing() {
 	local missing=() package
-	for package in "${wanted[@]}"; do
+	for package in "$@"; do
 		dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' ||
 			missing+=("$package")
 	done
@@ -43,10 +40,17 @@ install_packages() {
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 		"${missing[@]}" >/dev/null
-	# The package starts a broker of its own, which nobody asked for.
+	# The package starts a broker of its own, which nothing here uses.
 	if [[ " ${missing[*]} " == *" mosquitto "* ]] && command -v systemctl >/dev/null; then
 		systemctl disable --now mosquitto >/dev/null 2>&1 || true
 	fi
+}
+
+# Packages for building, and for the lab.
+install_packages() {
+	install_missing clang llvm make gcc pkg-config libelf-dev zlib1g-dev linux-libc-dev libc6-dev \
+		iproute2 ethtool mosquitto mosquitto-clients python3 python3-paho-mqtt tcpdump procps \
+		util-linux ca-certificates curl
 }
 
 rust_is_recent() {

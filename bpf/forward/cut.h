@@ -22,21 +22,18 @@
 /* The Internet checksum of a piece of the frame, as if it began at an even offset. */
 static __always_inline __u16 frame_sum(struct xdp_md *ctx, struct work *w, __u32 offset, __u32 length)
 {
-	__u64 sum = 0;
+	__s64 sum = 0;
 
-	barrier_var(length);
-	if (length < 1 || length > SEGMENT_MAX)
+	/* Zeroes behind it, and all of it summed: no size that differs for the verifier to follow. */
+	for (__u32 i = 0; i < SEGMENT_MAX; i += 8)
+		WRITE_ONCE(*(__u64 *)(w->segment + i), 0);
+	if (!frame_copy(ctx, offset, w->segment, length, SEGMENT_MAX))
 		return 0;
-	if (bpf_xdp_load_bytes(ctx, offset, w->segment, length))
-		return 0;
-	*(__u64 *)(w->segment + (length & (2 * SEGMENT_MAX - 1))) = 0;
-	for (__u32 i = 0; i < SEGMENT_MAX / 8; i++) {
-		if (8 * i >= length)
-			break;
-		__u64 word = *(__u64 *)(w->segment + 8 * i);
-		sum += (word & 0xffffffff) + (word >> 32);
-	}
-	return csum_fold(sum);
+	/* bpf_csum_diff takes 512 bytes at a time. */
+#pragma unroll
+	for (__u32 i = 0; i < SEGMENT_MAX; i += 512)
+		sum = bpf_csum_diff(NULL, 0, (__be32 *)(w->segment + i), 512, sum);
+	return csum_fold(sum & 0xffffffff);
 }
 
 /*

@@ -125,7 +125,7 @@ struct work {
 	__u8 beyond_text[TOPIC_TEXT_MAX]; /* what a copy to stream.text may touch, to the verifier */
 	struct topic topic;
 	struct client client;
-	__u8 segment[SEGMENT_MAX + 8];
+	__u8 segment[SEGMENT_MAX];
 };
 MAP(work, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct work, 1);
 

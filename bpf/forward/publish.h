@@ -79,17 +79,18 @@ __noinline int publish_judge(const struct conn *c, struct flow *f, const struct 
 			     const struct service *svc)
 {
 	struct work *w = work_of_cpu();
-	const struct publish *p = w ? &w->publish : NULL;
+	const struct publish *p;
 	binding_t bound;
 	__u32 messages;
 	bool trusted, right, may_end = false;
 
-	if (!c || !f || !t || !svc || !p)
+	if (!c || !f || !t || !svc || !w)
 		return 0;
 	if (f->flags & FLOW_ENDED) {
 		count(REASON_PUBLISH_LOST);
 		return 0;
 	}
+	p = &w->publish;
 	bound = flow_binding(f, c);
 	trusted = f->flags & FLOW_TRUSTED;
 	if (f->topic != p->hash)

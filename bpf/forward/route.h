@@ -134,11 +134,9 @@ __noinline int topic_feed(struct xdp_md *ctx, const struct service_table *t,
 		__u32 room = TOPIC_TEXT_MAX - before;
 		__u32 copied = length < room ? length : room;
 
-		/* Clang would compare something else, and the verifier see no bounds. */
 		barrier_var(copied);
-		if (copied >= 1 && copied <= TOPIC_TEXT_MAX)
-			bpf_xdp_load_bytes(ctx, offset, s->text + (before & (TOPIC_TEXT_MAX - 1)),
-					   copied);
+		frame_copy(ctx, offset, s->text + (before & (TOPIC_TEXT_MAX - 1)), copied,
+			   TOPIC_TEXT_MAX);
 	}
 	if (!s->final)
 		bpf_loop((length + 7) / 8, feed_levels, &f, 0);

@@ -69,6 +69,19 @@ static __always_inline __u32 frame_length(const struct xdp_md *ctx)
 	return length;
 }
 
+/*
+ * Copies `length` bytes of the frame, one at least and `max` at most, which is a power of two. The
+ * verifier has to see both bounds in the register that is passed; clang would compare another.
+ */
+static __always_inline bool frame_copy(struct xdp_md *ctx, __u32 offset, void *to, __u32 length,
+				       const __u32 max)
+{
+	if (!length || length > max)
+		return false;
+	barrier_var(length);
+	return !bpf_xdp_load_bytes(ctx, offset, to, ((length - 1) & (max - 1)) + 1);
+}
+
 struct cursor {
 	void *pos;
 	void *end;

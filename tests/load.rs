@@ -1,0 +1,152 @@
+//! Every program loads in this kernel; and what the verifier had to look at has not grown.
+//!
+//! VERIFIER_TABLE=print prints a table for tests/verifier.txt, of every clang that is installed.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::mem::MaybeUninit;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
+use mqtt_fwd::kernel::skeletons::balancer::BalancerSkelBuilder;
+use mqtt_fwd::kernel::skeletons::decap::DecapSkelBuilder;
+use mqtt_fwd::kernel::skeletons::mqtt_fwd::MqttFwdSkelBuilder;
+use mqtt_fwd::kernel::skeletons::xdp_root::XdpRootSkelBuilder;
+
+/// By how much a figure may grow before somebody has to look.
+const GROWTH: f64 = 1.10;
+
+const SOURCES: [&str; 4] =
+    ["root/xdp_root", "forward/mqtt_fwd", "balancer/balancer", "broker/decap"];
+
+#[test]
+fn every_program_loads() {
+    macro_rules! load {
+        ($builder:ident) => {
+            let mut storage = MaybeUninit::uninit();
+            let open = $builder::default().open(&mut storage).unwrap();
+            drop(open.load().unwrap_or_else(|e| panic!("{}: {e}", stringify!($builder))));
+        };
+    }
+    load!(XdpRootSkelBuilder);
+    load!(MqttFwdSkelBuilder);
+    load!(BalancerSkelBuilder);
+    load!(DecapSkelBuilder);
+}
+
+/// What the verifier says of a program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Verified {
+    /// Instructions that it looked at; a million at most.
+    instructions: u32,
+    /// Bytes of stack of the deepest chain of calls; 512 at most.
+    stack: u32,
+}
+
+/// Loads an object, and reads the verifier's log. The object has one program, or they all count.
+fn verify(object: &Path) -> Verified {
+    let path = CString::new(object.to_str().unwrap()).unwrap();
+    let mut log = vec![0u8; 1 << 20];
+    let options = libbpf_sys::bpf_object_open_opts {
+        sz: size_of::<libbpf_sys::bpf_object_open_opts>() as u64,
+        kernel_log_buf: log.as_mut_ptr().cast(),
+        kernel_log_size: log.len() as u64,
+        kernel_log_level: 4, // BPF_LOG_STATS
+        ..Default::default()
+    };
+    // SAFETY: path, options and log are valid until the object is closed.
+    unsafe {
+        let opened = libbpf_sys::bpf_object__open_file(path.as_ptr(), &raw const options);
+        assert!(!opened.is_null(), "{}", object.display());
+        let mut map = libbpf_sys::bpf_object__next_map(opened, std::ptr::null());
+        while !map.is_null() {
+            // No pins, and nothing large: only the program counts here.
+            libbpf_sys::bpf_map__set_pin_path(map, std::ptr::null());
+            map = libbpf_sys::bpf_object__next_map(opened, map);
+        }
+        let error = libbpf_sys::bpf_object__load(opened);
+        libbpf_sys::bpf_object__close(opened);
+        assert_eq!(error, 0, "{}: {}", object.display(), String::from_utf8_lossy(&log));
+    }
+    let log = String::from_utf8_lossy(&log);
+    let number = |after: &str, line: &str| {
+        let rest = line.split_once(after)?.1.trim_start();
+        rest.split(|c: char| !c.is_ascii_digit()).next()?.parse::<u32>().ok()
+    };
+    let instructions = log.lines().filter_map(|l| number("processed", l)).sum();
+    // Depths of the functions; which call which, only the verifier knows. Their sum grows with them.
+    let depths = log.lines().filter_map(|l| l.trim().strip_prefix("stack depth"));
+    let stack =
+        depths.flat_map(|d| d.trim().split('+')).filter_map(|n| n.parse::<u32>().ok()).sum();
+    Verified { instructions, stack }
+}
+
+fn clang_major(clang: &str) -> Option<u32> {
+    let output = Command::new(clang).arg("--version").output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    text.split("version ").nth(1)?.split('.').next()?.parse::<u32>().ok()
+}
+
+fn compile(clang: &str, source: &str, dir: &Path) -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let object = dir.join(format!("{}.o", source.replace('/', "-")));
+    let compiled = Command::new(clang)
+        .args(["-g", "-O2", "-target", "bpf", "-c"])
+        .args(env!("MQTT_FWD_CLANG_ARGS").split(' '))
+        .current_dir(here)
+        .arg(here.join("bpf").join(format!("{source}.bpf.c")))
+        .arg("-o")
+        .arg(&object)
+        .status()
+        .unwrap();
+    assert!(compiled.success(), "{clang} {source}");
+    object
+}
+
+#[test]
+fn the_verifier_has_not_more_to_look_at_than_before() {
+    // In scripts/kernels there is no compiler, and another kernel's verifier counts differently.
+    let table = include_str!("verifier.txt");
+    let expected: BTreeMap<(String, u32), Verified> = table
+        .lines()
+        .filter(|line| !line.starts_with('#') && !line.trim().is_empty())
+        .map(|line| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let n = |i: usize| fields[i].parse().unwrap();
+            ((fields[0].to_owned(), n(1)), Verified { instructions: n(2), stack: n(3) })
+        })
+        .collect();
+    let print = std::env::var_os("VERIFIER_TABLE").is_some();
+    let dir = tempfile::tempdir().unwrap();
+    let mut seen = BTreeMap::new();
+    for clang in ["clang", "clang-14", "clang-16", "clang-19"] {
+        let Some(major) = clang_major(clang) else { continue };
+        for source in SOURCES {
+            let key = (source.to_owned(), major);
+            if seen.contains_key(&key) || (!print && !expected.contains_key(&key)) {
+                continue;
+            }
+            seen.insert(key, verify(&compile(clang, source, dir.path())));
+        }
+    }
+    for ((source, clang), now) in &seen {
+        println!("{source:20} {clang:5} {:12} {:6}", now.instructions, now.stack);
+        let Some(before) = expected.get(&(source.clone(), *clang)) else { continue };
+        if print {
+            continue;
+        }
+        for (what, now, before) in [
+            ("instructions", now.instructions, before.instructions),
+            ("bytes of stack", now.stack, before.stack),
+        ] {
+            assert!(
+                f64::from(now) <= f64::from(before) * GROWTH,
+                "{source}, clang {clang}: {now} {what}, {before} before; if it is worth it, write \
+                 it to tests/verifier.txt (VERIFIER_TABLE=print prints the table)"
+            );
+        }
+    }
+}
