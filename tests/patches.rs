@@ -5,9 +5,15 @@ use std::process::Command;
 
 const BALANCER: &str = "katran/lib/bpf/balancer.bpf.c";
 const HEADER: &str = "katran/lib/bpf/mqtt_service.h";
-const INCLUDE: &str = "#include \"katran/lib/bpf/mqtt_service.h\"\n";
-const CALL: &str =
-    "  mqtt_restore_service(\n      data + nh_off, data_end, is_ipv6, &pckt, &vip, vip_info);\n";
+const CONSTS: &str = "katran/lib/bpf/balancer_consts.h";
+const INCLUDE: &str =
+    "#ifdef MQTT_SERVICE\n#include \"katran/lib/bpf/mqtt_service.h\"\n#endif // MQTT_SERVICE\n";
+const CALL: &str = "#ifdef MQTT_SERVICE\n  mqtt_restore_service(\n      data + nh_off, data_end, \
+                    is_ipv6, &pckt, &vip, vip_info);\n#endif // MQTT_SERVICE\n";
+const FLAGS: &str = "// vip_meta flags\n#define F_HASH_NO_SRC_PORT (1 << 0)\n// another\n\
+                     #define F_LAST (1 << 9)\n// packet_description flags:\n#define F_ICMP (1 << 0)\n";
+const FLAG: &str = "// vip is an mqtt group: the address of its service goes back in\n\
+                    #define F_MQTT_GROUP (1 << 30)\n";
 
 /// A program with the same names in the same order, and some traps around them.
 const SOURCE: &str = r#"/* process_packet() { PCKT_DATA_LEN } */
@@ -49,7 +55,7 @@ impl Tree {
         let tree = Self(tempfile::tempdir().unwrap());
         std::fs::create_dir_all(tree.path("katran/lib/bpf")).unwrap();
         tree.write(BALANCER, source);
-        tree.write("katran/lib/bpf/balancer_consts.h", "#define F_LAST (1 << 9)\n");
+        tree.write(CONSTS, FLAGS);
         tree
     }
 
@@ -94,11 +100,14 @@ fn the_lines_go_where_their_surroundings_say_and_come_out_again() {
         .replace(judged, &format!("{CALL}{judged}"));
     assert_eq!(tree.read(BALANCER), expected);
     assert!(tree.read(HEADER).contains("mqtt_restore_service("));
+    let flag = FLAGS.replace("(1 << 9)\n", &format!("(1 << 9)\n{FLAG}"));
+    assert_eq!(tree.read(CONSTS), flag);
 
     assert!(tree.apply(&[]).unwrap().contains("applied already, and right"));
     assert!(tree.apply(&["--check"]).unwrap().contains("applied, and right"));
     assert!(tree.apply(&["--revert"]).unwrap().contains("taken out"));
     assert_eq!(tree.read(BALANCER), SOURCE);
+    assert_eq!(tree.read(CONSTS), FLAGS);
     assert!(!tree.path(HEADER).exists());
     assert!(tree.apply(&["--revert"]).unwrap().contains("nothing to take out"));
 }
@@ -133,6 +142,15 @@ fn where_the_surroundings_are_not_there_nothing_is_changed() {
         (SOURCE.replace("nh_off", "offset"), "has no nh_off"),
         (SOURCE.replace("length = PCKT", "length =\n      PCKT"), "in the middle of a statement"),
         (SOURCE.replace("katran/lib/bpf/", ""), "to put our include behind"),
+        // A goto would jump past the call.
+        (SOURCE.replace(size, &format!("judge:{size}")), "past our call"),
+        (SOURCE.replace(size, &format!("  judge : {}", size.trim_start())), "past our call"),
+        // The call would come before the header.
+        (
+            SOURCE.replace("#include \"katran/lib/bpf/", "#include \"katran/lib/linux/")
+                + "#include \"katran/lib/bpf/handle_icmp.h\"\n",
+            "behind a function",
+        ),
     ];
     for (source, why) in cases {
         let tree = Tree::new(&source);
@@ -154,6 +172,9 @@ fn what_was_moved_or_changed_afterwards_is_noticed() {
     // Into the wrong function; only the include; a changed header; a flag that is taken.
     let moved = patched.replace(CALL, "").replace("  return PCKT", &format!("{CALL}  return PCKT"));
     let tree = Tree::new(&moved);
+    assert!(tree.apply(&["--check"]).unwrap_err().contains("our lines are missing here alone"));
+    let flags = FLAGS.replace("(1 << 9)\n", &format!("(1 << 9)\n{FLAG}"));
+    tree.write(CONSTS, &flags);
     assert!(tree.apply(&["--check"]).unwrap_err().contains("not where they belong"));
     assert!(tree.apply(&[]).unwrap_err().contains("not where they belong"));
     tree.apply(&["--revert"]).unwrap();
@@ -172,12 +193,33 @@ fn what_was_moved_or_changed_afterwards_is_noticed() {
     let tree = Tree::new(&patched.replace(CALL, ""));
     assert!(tree.apply(&[]).unwrap_err().contains("only some of our lines are there"));
 
-    for flag in ["(1 << 30)", "(1u<<30)", "(1UL << 0x1e)", "0x40000000"] {
+    for flag in [
+        "(1 << 30)",
+        "(1u<<30)",
+        "(1UL << 0x1e)",
+        "0x40000000",
+        "BIT(30)",
+        "BIT_ULL(30)",
+        "1073741824",
+        "1073741824U",
+        "((__u32)1 << 30)",
+        "(1 << \\\n 30)",
+        "(3 << 29)",
+        "010000000000",
+    ] {
         let tree = Tree::new(SOURCE);
-        tree.write("katran/lib/bpf/balancer_consts.h", &format!("#define F_NEW {flag}\n"));
+        tree.write("katran/lib/bpf/other.h", &format!("#define F_NEW {flag}\n"));
+        assert!(tree.apply(&[]).unwrap_err().contains("F_NEW is bit 30, too"), "{flag}");
+        tree.write("katran/lib/bpf/other.h", &format!("enum f {{ F_A = 1, F_NEW = {flag}, }};\n"));
         assert!(tree.apply(&[]).unwrap_err().contains("F_NEW is bit 30, too"), "{flag}");
         assert_eq!(tree.read(BALANCER), SOURCE);
     }
+    let tree = Tree::new(SOURCE);
+    tree.write("katran/lib/bpf/other.h", "#define F_NEW OTHER_NAME\n");
+    assert!(tree.apply(&[]).unwrap_err().contains("cannot tell which bits F_NEW has"));
+    let tree = Tree::new(SOURCE);
+    std::fs::rename(tree.path(BALANCER), tree.path("katran/lib/bpf/balancer_kern.c")).unwrap();
+    assert!(tree.apply(&[]).unwrap_err().contains("balancer_kern.c, so it is from before 2023-08"));
 
     for option in [&[][..], &["--revert"]] {
         let tree = Tree::new(SOURCE);
@@ -255,6 +297,7 @@ fn the_patches_only_add() {
 fn a_real_katran_takes_them() {
     let source = std::env::var_os("KATRAN_SOURCE").expect("KATRAN_SOURCE, a Katran source tree");
     let tree = Tree::new(&std::fs::read_to_string(Path::new(&source).join(BALANCER)).unwrap());
+    tree.write(CONSTS, &std::fs::read_to_string(Path::new(&source).join(CONSTS)).unwrap());
     tree.apply(&["--revert"]).unwrap();
     let original = tree.read(BALANCER);
     for shift in ["", "/* a line more */\n"] {

@@ -15,7 +15,7 @@ enum limits {
 	/* Size of mqtt_service_vips, the same in katran-patches/: a Katran may have made the map. */
 	MAX_GROUP_VIPS = 4096,
 	/* Levels of a route's topic filter: each may cost a packet a look-up. */
-	MAX_ROUTE_LEVELS = 32,
+	MAX_ROUTE_LEVELS = 16,
 	CACHE_WAYS = 8, /* slots of a cache_set */
 	CLIENT_GROUPS = 3, /* groups that a client's record weighs against each other */
 	POSITION_MQTT_FWD = 1,
@@ -99,10 +99,15 @@ struct route_edge {
 };
 SIZE_IS(struct route_edge, 16);
 
+enum route_state_flags {
+	ROUTE_FINAL = 1 << 0, /* every level leads back here: the rest of a topic changes nothing */
+	ROUTE_HAS_EDGES = 1 << 1, /* some level has an edge of its own */
+};
+
 struct route_state {
 	__u32 other; /* next state for a level that has no edge of its own */
 	__u16 group; /* for a topic that ends here: its group, ANY_GROUP, or NO_GROUP: the default */
-	__u16 final; /* every level leads back here: the rest of a topic changes nothing */
+	__u16 flags; /* enum route_state_flags */
 };
 SIZE_IS(struct route_state, 8);
 

@@ -23,11 +23,14 @@
 #define CANDIDATE_SEQ_WINDOW (1 << 20)
 #define CANDIDATE_ACK_WINDOW (1 << 16)
 
-/* What a segment may spend on topics other than its flow's last. A walk through the routes is
- * for topics that `topics` does not know. PUBLISHes beyond that are framed and not judged. */
-#define TOPIC_BUDGET 64
+/*
+ * What a segment may spend on topics other than its flow's last, in units of about 50 ns. A walk
+ * through the routes is for topics that `topics` does not know, and costs one more for each level
+ * that is looked up. PUBLISHes beyond that are framed and not judged.
+ */
+#define TOPIC_BUDGET 48
 #define TOPIC_COST_KNOWN 2
-#define TOPIC_COST_WALK 10
+#define TOPIC_COST_WALK 6
 
 #define STARTED_BEFORE (~0U) /* work.start: in an earlier segment */
 
@@ -182,11 +185,11 @@ static __always_inline bool parse_whole(const struct parse *p, struct span *s)
 	p->w->start = s->offset;
 	s->offset += h.length;
 	f->type = h.type;
-	if (!hash) {
-		topic_start(p, h.topic, h.remaining - h.topic);
-	} else if (p->w->budget <= 0) {
+	if (p->w->budget <= 0) {
 		publish_unjudged(f);
 		packet_end(p, s, h.remaining);
+	} else if (!hash) {
+		topic_start(p, h.topic, h.remaining - h.topic);
 	} else {
 		p->w->pause = PAUSE_TOPIC;
 		p->w->hash = hash;
@@ -329,11 +332,11 @@ static __always_inline void whole_topic(const struct parse *p)
 		w->budget -= TOPIC_COST_KNOWN;
 		publish->to = v->binding;
 	} else {
-		w->budget -= TOPIC_COST_WALK;
 		topic_begin(&w->stream, p->t, p->svc);
 		topic_feed(p->ctx, p->t, p->svc, w->offset, w->topic_length);
-		if (!w->stream.final)
+		if (!(w->stream.flags & ROUTE_FINAL))
 			topic_level_end(&w->stream, p->t, p->svc);
+		w->budget -= TOPIC_COST_WALK + w->stream.steps;
 		publish->to = stream_binding(w, p->svc);
 		topic_store(w, hash, publish->to, p->svc, publish->generation);
 	}
@@ -367,9 +370,9 @@ static __always_inline bool streamed_topic(const struct parse *p)
 	w->offset += f->remaining;
 	if (hash == f->topic && publish->generation == f->generation && publish_again(f))
 		return true;
-	w->budget -= TOPIC_COST_WALK;
-	if (!w->stream.final)
+	if (!(w->stream.flags & ROUTE_FINAL))
 		topic_level_end(&w->stream, p->t, p->svc);
+	w->budget -= TOPIC_COST_WALK + w->stream.steps;
 	publish->to = stream_binding(w, p->svc);
 	topic_store(w, hash, publish->to, p->svc, publish->generation);
 	publish_judge(p->c, f, p->t, p->svc);

@@ -80,8 +80,8 @@ struct topic_stream {
 	struct siphash_stream level;
 	__u32 state; /* of the route automaton */
 	__u32 generation;
-	__u32 final; /* no further level changes `state` */
-	__u32 pad;
+	__u32 flags; /* of `state`, enum route_state_flags */
+	__u32 steps; /* look-ups of levels so far */
 	__u8 text[TOPIC_TEXT_MAX];
 };
 

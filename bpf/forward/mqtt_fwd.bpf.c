@@ -27,6 +27,7 @@ struct exported_types {
 	enum misprediction_policy misprediction_policy;
 	enum parser parser;
 	enum reason reason;
+	enum route_state_flags route_state_flags;
 	enum tracked_map tracked_map;
 };
 EXPORT_TYPES(exported_types);

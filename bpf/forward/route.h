@@ -20,7 +20,7 @@ static __always_inline void route_enter(struct topic_stream *s, __u32 state)
 	s->state = state;
 	if (state != ROUTE_DEAD)
 		next = bpf_map_lookup_elem(&route_states, &state);
-	s->final = !next || next->final;
+	s->flags = next ? next->flags : ROUTE_FINAL;
 }
 
 /* The state after one more level. Not inlined: its key does not belong on the caller's stack. */
@@ -57,14 +57,17 @@ static __always_inline void topic_begin(struct topic_stream *s, const struct ser
 	siphash_stream_init(&s->whole, t->topic_key[0] ^ svc->id, t->topic_key[1]);
 	siphash_stream_init(&s->level, t->route_key[0], t->route_key[1]);
 	s->generation = t->generation;
+	s->steps = 0;
 	route_enter(s, svc->start);
 }
 
 static __always_inline void topic_level_end(struct topic_stream *s, const struct service_table *t,
 					    const struct service *svc)
 {
-	__u32 may_be_literal = s->level.length <= svc->longest_level;
+	__u32 may_be_literal = s->flags & ROUTE_HAS_EDGES &&
+			       s->level.length <= svc->longest_level;
 
+	s->steps += may_be_literal;
 	route_enter(s, route_step(s->state, siphash_stream_final(&s->level), may_be_literal));
 	siphash_stream_init(&s->level, t->route_key[0], t->route_key[1]);
 }
@@ -100,11 +103,11 @@ static long feed_levels(__u32 i, void *arg)
 	for (__u32 j = 0; j < 8; j++) {
 		const __u8 *p = frame_at(f->ctx, f->offset + 8 * i + j, 1);
 
-		if (!p || 8 * i + j >= f->length || s->final)
+		if (!p || 8 * i + j >= f->length || s->flags & ROUTE_FINAL)
 			return 1;
 		if (*p == '/')
 			topic_level_end(s, f->t, f->svc);
-		else if (s->level.length <= f->svc->longest_level)
+		else if (s->flags & ROUTE_HAS_EDGES && s->level.length <= f->svc->longest_level)
 			siphash_byte(&s->level, *p);
 	}
 	return 0;
@@ -138,7 +141,7 @@ __noinline int topic_feed(struct xdp_md *ctx, const struct service_table *t,
 		frame_copy(ctx, offset, s->text + (before & (TOPIC_TEXT_MAX - 1)), copied,
 			   TOPIC_TEXT_MAX);
 	}
-	if (!s->final)
+	if (!(s->flags & ROUTE_FINAL))
 		bpf_loop((length + 7) / 8, feed_levels, &f, 0);
 
 	bpf_loop(length / 8, feed_word, &f, 0);

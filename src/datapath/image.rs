@@ -7,7 +7,8 @@ use super::ids::Identities;
 use crate::config::{Config, OnMisprediction, Service, Target};
 use crate::domain::filter::{Level, TopicFilter};
 use crate::kernel::abi::{
-    addr_words, limits, misprediction_policy, route_edge, route_state, service, service_table,
+    addr_words, limits, misprediction_policy, route_edge, route_state, route_state_flags, service,
+    service_table,
 };
 use crate::routes::compile::{Automaton, DEAD, TooManyStates};
 use crate::routes::hash::Keys;
@@ -178,11 +179,16 @@ impl Image {
                 Some(Target::Any) => Some(limits::ANY_GROUP.0 as u16),
                 None => None,
             };
-            let is_final = state.other == number && !with_edges.contains(&number);
+            let mut flags = 0;
+            if with_edges.contains(&number) {
+                flags |= route_state_flags::ROUTE_HAS_EDGES.0;
+            } else if state.other == number {
+                flags |= route_state_flags::ROUTE_FINAL.0;
+            }
             let entry = route_state {
                 other: place(state.other),
                 group: group.unwrap_or(limits::NO_GROUP.0 as u16),
-                r#final: is_final.into(),
+                flags: flags as u16,
             };
             self.states.insert(place(number), entry);
         }

@@ -9,8 +9,8 @@ pub use super::skeletons::balancer::types::{
 pub use super::skeletons::decap::types::address;
 pub use super::skeletons::mqtt_fwd::types::{
     client, client_flags, client4, client6, event, event_kind, flow, flow_flags, flow4, flow6,
-    group, limits, map_use, misprediction_policy, parser, reason, route_edge, route_state, service,
-    service_table, topic, topic_verdict, tracked_map, vip_definition,
+    group, limits, map_use, misprediction_policy, parser, reason, route_edge, route_state,
+    route_state_flags, service, service_table, topic, topic_verdict, tracked_map, vip_definition,
 };
 
 /// Plain data that goes into and comes out of maps as bytes.

@@ -94,9 +94,9 @@ pub struct Model<'a> {
 }
 
 /// What a segment may spend on topics; what one costs that is known, and one that is not.
-const TOPIC_BUDGET: i32 = 64;
+const TOPIC_BUDGET: i32 = 48;
 const TOPIC_COST_KNOWN: i32 = 2;
-const TOPIC_COST_WALK: i32 = 10;
+const TOPIC_COST_WALK: i32 = 6;
 /// Longer topics are hashed as they come.
 const SHORT_TOPIC: usize = 256;
 const UNTAUGHT_MAX: u32 = 32;
