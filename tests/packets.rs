@@ -183,3 +183,28 @@ fn an_icmp_error_about_a_flow_goes_to_its_group() {
         assert_eq!(f.send(&unknown).packet, unknown);
     }
 }
+
+#[test]
+fn an_icmp_error_that_is_not_the_service_s_passes_byte_for_byte() {
+    let f = Fixture::new();
+    for client in ["10.1.1.1:4000", "[fd01:1::1]:4000"] {
+        let c = Conn::open(&f, client);
+        let sent = packet::icmp_error(c.service, c.client);
+        assert_eq!(c.seen(&sent), seen("default", &["icmp_error 1"]));
+        // To another address, though it quotes a packet of the service; or a fragment's.
+        let v4 = c.client.is_ipv4();
+        let mut elsewhere = sent.clone();
+        elsewhere[if v4 { 33 } else { 53 }] ^= 1;
+        let mut cases = vec![elsewhere];
+        if v4 {
+            let mut fragment = sent.clone();
+            fragment[42 + 6] |= 0x20; // more fragments, in the quoted header
+            cases.push(fragment);
+        }
+        for case in cases {
+            let (outcome, counters) = f.send_counting(&case);
+            assert_eq!(outcome.packet, case);
+            assert_eq!(counters.into_iter().collect::<Vec<_>>(), [("not_service", 1)]);
+        }
+    }
+}

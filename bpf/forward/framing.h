@@ -26,12 +26,16 @@
 /*
  * What a segment may spend on topics other than its flow's last, in units of about 50 ns. A walk
  * through the routes is for topics that `topics` does not know, and costs one more for each level
- * that is looked up. PUBLISHes beyond that are framed and not judged.
+ * that is looked up; long topics cost what their bytes cost. PUBLISHes beyond that are framed and
+ * not judged.
  */
-#define TOPIC_BUDGET 48
+#define TOPIC_BUDGET 40
 #define TOPIC_COST_KNOWN 2
-#define TOPIC_COST_WALK 6
+#define TOPIC_COST_WALK 24
+#define TOPIC_BYTES_A_UNIT 32
 
+#define SIMPLE_PACKETS 8 /* at once */
+#define SAME_TOPIC_MAX 32 /* bytes that are compared rather than hashed */
 #define STARTED_BEFORE (~0U) /* work.start: in an earlier segment */
 
 struct parse {
@@ -127,13 +131,72 @@ static __always_inline bool connect_missing(const struct parse *p, struct span *
 	return true;
 }
 
-/* A PUBLISH that is not judged: nothing is known of its topic. */
-static __always_inline void publish_unjudged(struct flow *f)
+static __always_inline void tally(struct work *w, enum reason reason)
 {
-	count(f->flags & FLOW_ENDED ? REASON_PUBLISH_LOST : REASON_UNJUDGED);
+	w->tally[(reason - REASON_PUBLISH) & (PUBLISH_REASONS - 1)]++;
+}
+
+static __always_inline void tally_count(const struct work *w)
+{
+#pragma unroll
+	for (__u32 i = 0; i < PUBLISH_REASONS; i++) {
+		if (w->tally[i])
+			count_many(REASON_PUBLISH + i, w->tally[i]);
+	}
+}
+
+/* Is the topic at `offset` the one at w->same, which is the flow's last? Short ones only. */
+static __always_inline bool is_same_topic(struct xdp_md *ctx, const struct work *w, __u32 offset,
+					  __u32 length)
+{
+	__u32 same = w->same;
+	const __u8 *a, *b;
+
+	if (!length || length != w->same_length || length > SAME_TOPIC_MAX)
+		return false;
+#pragma unroll
+	for (__u32 i = 0; i < SAME_TOPIC_MAX / 8; i++) {
+		if (8 * i + 8 > length)
+			break;
+		a = frame_at(ctx, same + 8 * i, 8);
+		b = frame_at(ctx, offset + 8 * i, 8);
+		if (!a || !b || *(__u64 *)a != *(__u64 *)b)
+			return false;
+	}
+	if (!(length & 7))
+		return true;
+	/* The eight bytes that end with the topic: headers lie before it, always. */
+	a = frame_at(ctx, same + length - 8, 8);
+	b = frame_at(ctx, offset + length - 8, 8);
+	return a && b && !((load_le64(a) ^ load_le64(b)) >> (64 - 8 * (length & 7)));
+}
+
+/* A PUBLISH that is not judged: nothing is known of its topic. */
+static __always_inline void publish_unjudged(struct work *w, struct flow *f)
+{
+	tally(w, f->flags & FLOW_ENDED ? REASON_PUBLISH_LOST : REASON_UNJUDGED);
+	w->same_length = 0;
 	f->topic = 0;
 	f->untaught = 0;
 	f->flags &= ~(FLOW_MISROUTED | FLOW_ANY_TOPIC);
+}
+
+/*
+ * Is there nothing left for this topic? A long one, or one that is cut off, costs by its bytes, so it
+ * has to fit; unless it is the segment's first, for then it is judged, whatever it costs.
+ */
+static __always_inline bool over_budget(const struct work *w, const struct header *h,
+					const struct span *s)
+{
+	__u32 room = s->end - s->offset - h->length;
+	__s32 cost;
+
+	if (w->budget <= 0 || w->budget == TOPIC_BUDGET)
+		return w->budget <= 0;
+	if (h->topic <= TOPIC_TEXT_MAX && h->topic <= room)
+		return false;
+	cost = TOPIC_COST_WALK + (h->topic < room ? h->topic : room) / TOPIC_BYTES_A_UNIT;
+	return w->budget < cost;
 }
 
 static __always_inline void topic_start(const struct parse *p, __u32 length, __u32 left)
@@ -151,6 +214,7 @@ static __always_inline void topic_start(const struct parse *p, __u32 length, __u
 static __always_inline bool parse_whole(const struct parse *p, struct span *s)
 {
 	struct flow *f = p->f;
+	struct work *w = p->w;
 	struct header h;
 
 	switch (read_header(p->ctx, s->offset, s->end, &h)) {
@@ -171,30 +235,43 @@ static __always_inline bool parse_whole(const struct parse *p, struct span *s)
 	}
 	if (h.topic == 0) {
 		/* MQTT 5 §3.3.2.3.4: a topic alias stands for a topic of this flow. */
-		count(f->flags & FLOW_ENDED ? REASON_PUBLISH_LOST :
-		      f->flags & FLOW_MISROUTED ? REASON_MISPREDICTED : REASON_PUBLISH);
+		tally(w, publish_reason(f));
+		packet_end(p, s, h.length + h.remaining);
+		return true;
+	}
+	if (over_budget(w, &h, s)) {
+		publish_unjudged(w, f);
 		packet_end(p, s, h.length + h.remaining);
 		return true;
 	}
 
-	__u64 hash = header_topic(p->ctx, p->t, p->svc, &h, s->offset, s->end);
-	if (is_last_topic(f, p->t, hash) && publish_again(f)) {
-		packet_end(p, s, h.length + h.remaining);
-		return true;
+	__u32 topic = s->offset + h.length;
+	__u64 hash;
+	if (topic + h.topic <= s->end && is_same_topic(p->ctx, w, topic, h.topic)) {
+		hash = f->topic;
+	} else {
+		hash = header_topic(p->ctx, p->t, p->svc, &h, s->offset, s->end);
+		w->same_length = 0;
 	}
-	p->w->start = s->offset;
-	s->offset += h.length;
+	if (is_last_topic(f, p->t, hash)) {
+		w->same = topic;
+		w->same_length = h.topic;
+		if (publish_again(f)) {
+			tally(w, publish_reason(f));
+			packet_end(p, s, h.length + h.remaining);
+			return true;
+		}
+	}
+	w->start = s->offset;
+	s->offset = topic;
 	f->type = h.type;
-	if (p->w->budget <= 0) {
-		publish_unjudged(f);
-		packet_end(p, s, h.remaining);
-	} else if (!hash) {
+	if (!hash) {
 		topic_start(p, h.topic, h.remaining - h.topic);
 	} else {
-		p->w->pause = PAUSE_TOPIC;
-		p->w->hash = hash;
-		p->w->topic_length = h.topic;
-		p->w->left = h.remaining - h.topic;
+		w->pause = PAUSE_TOPIC;
+		w->hash = hash;
+		w->topic_length = h.topic;
+		w->left = h.remaining - h.topic;
 	}
 	return true;
 }
@@ -216,6 +293,7 @@ static __noinline int publish_again_alone(struct xdp_md *ctx, struct flow *f,
 	    !is_last_topic(f, t, header_topic(ctx, t, svc, &h, left.offset, left.end)) ||
 	    !publish_again(f))
 		return false;
+	count(publish_reason(f));
 	s->offset = left.offset + h.length + h.remaining;
 	return true;
 }
@@ -263,13 +341,52 @@ static __always_inline void parse_byte(const struct parse *p, struct span *s, __
 		if (!topic_fits(f->type, f->topic_left, f->remaining)) {
 			malformed(p, s);
 		} else if (f->topic_left == 0) {
-			count(f->flags & FLOW_ENDED ? REASON_PUBLISH_LOST :
-			      f->flags & FLOW_MISROUTED ? REASON_MISPREDICTED : REASON_PUBLISH);
+			tally(p->w, publish_reason(f));
 			packet_end(p, s, f->remaining - 2);
 		} else {
 			/* Its first byte is of an earlier segment, or not: see topic_step(). */
 			topic_start(p, f->topic_left, f->remaining - 2 - f->topic_left);
 		}
+	}
+}
+
+/*
+ * A few control packets that ask for nothing but a look at their header: not PUBLISH, or with an
+ * alias, or with the topic at w->same; with a remaining length of one byte. Segments can hold
+ * hundreds. Leaves the first other one to parse_whole().
+ */
+static __always_inline void skip_simple(const struct parse *p, struct span *s)
+{
+	struct flow *f = p->f;
+	struct work *w = p->w;
+
+	for (int i = 0; i < SIMPLE_PACKETS; i++) {
+		const __u8 *b = frame_at(p->ctx, s->offset, 4);
+		__u32 rest, topic;
+
+		if (!b || s->offset + 4 > s->end || b[1] & 0x80)
+			return;
+		rest = b[1];
+		if (b[0] >> 4 != MQTT_PUBLISH) {
+			if (!type_valid(b[0]) || !length_valid(b[0], rest))
+				return;
+		} else {
+			topic = b[2] << 8 | b[3];
+			if (!type_valid(b[0]) || rest < 2 || !topic_fits(b[0], topic, rest))
+				return;
+			if (topic && w->budget <= 0) {
+				publish_unjudged(w, f);
+				s->offset += 2 + rest;
+				continue;
+			}
+			if (topic && (s->offset + 4 + topic > s->end || f->generation != p->t->generation ||
+				      !is_same_topic(p->ctx, w, s->offset + 4, topic) || !publish_again(f)))
+				return;
+			if (topic)
+				w->same = s->offset + 4;
+			tally(w, publish_reason(f));
+		}
+		s->offset += 2 + rest;
 	}
 }
 
@@ -284,8 +401,16 @@ static long frame_step(__u32 index, void *arg)
 	(void)index;
 	if (s.offset >= s.end || p->w->pause != PAUSE_NONE)
 		return 1;
-	if (p->f->parser == PARSER_TYPE)
+	if (p->f->parser == PARSER_TYPE) {
 		p->w->start = s.offset;
+		if (p->f->flags & FLOW_CONNECTED) {
+			skip_simple(p, &s);
+			if (s.offset != p->w->offset) {
+				p->w->offset = s.offset;
+				return 0;
+			}
+		}
+	}
 	if (p->f->parser != PARSER_TYPE || !parse_whole(p, &s)) {
 		byte = frame_at(p->ctx, s.offset, 1);
 		if (!byte)
@@ -336,7 +461,8 @@ static __always_inline void whole_topic(const struct parse *p)
 		topic_feed(p->ctx, p->t, p->svc, w->offset, w->topic_length);
 		if (!(w->stream.flags & ROUTE_FINAL))
 			topic_level_end(&w->stream, p->t, p->svc);
-		w->budget -= TOPIC_COST_WALK + w->stream.steps;
+		w->budget -= TOPIC_COST_WALK + w->stream.steps +
+			     w->topic_length / TOPIC_BYTES_A_UNIT;
 		publish->to = stream_binding(w, p->svc);
 		topic_store(w, hash, publish->to, p->svc, publish->generation);
 	}
@@ -354,6 +480,7 @@ static __always_inline bool streamed_topic(const struct parse *p)
 	__u32 length = f->topic_left < here ? f->topic_left : here;
 
 	topic_feed(p->ctx, p->t, p->svc, w->offset, length);
+	w->budget -= length / TOPIC_BYTES_A_UNIT;
 	f->topic_left -= length;
 	w->offset += length;
 	if (f->topic_left)
@@ -368,8 +495,10 @@ static __always_inline bool streamed_topic(const struct parse *p)
 	publish->inside = w->start == STARTED_BEFORE;
 	f->parser = PARSER_TYPE;
 	w->offset += f->remaining;
-	if (hash == f->topic && publish->generation == f->generation && publish_again(f))
+	if (hash == f->topic && publish->generation == f->generation && publish_again(f)) {
+		tally(w, publish_reason(f));
 		return true;
+	}
 	if (!(w->stream.flags & ROUTE_FINAL))
 		topic_level_end(&w->stream, p->t, p->svc);
 	w->budget -= TOPIC_COST_WALK + w->stream.steps;
@@ -513,10 +642,13 @@ static __always_inline void frame_segment(struct xdp_md *ctx, struct flow *f, co
 	w->start = STARTED_BEFORE;
 	w->end = s->end;
 	w->budget = TOPIC_BUDGET;
+	w->same_length = 0;
+	__builtin_memset(w->tally, 0, sizeof(w->tally));
 	/* Known topics, then long ones, and the rest of the segment. */
 	if (s->offset < s->end)
 		bpf_loop(TOPIC_BUDGET / TOPIC_COST_KNOWN + SEGMENT_MAX / TOPIC_TEXT_MAX + 2, topic_step,
 			 &p, 0);
+	tally_count(w);
 	s->offset = w->offset;
 	if (f->parser == PARSER_TOPIC)
 		bpf_map_update_elem(&topic_streams, &key, &w->stream, BPF_ANY);

@@ -104,6 +104,13 @@ enum pause {
 	PAUSE_STREAM, /* a topic that is long or split: flow.parser is PARSER_TOPIC */
 };
 
+/* What a PUBLISH may be counted as: these reasons follow each other. */
+#define PUBLISH_REASONS 4
+_Static_assert(REASON_UNJUDGED == REASON_PUBLISH + PUBLISH_REASONS - 1 &&
+		       REASON_MISPREDICTED > REASON_PUBLISH && REASON_MISPREDICTED < REASON_UNJUDGED &&
+		       REASON_PUBLISH_LOST > REASON_PUBLISH && REASON_PUBLISH_LOST < REASON_UNJUDGED,
+	       "see work.tally");
+
 #define SEGMENT_MAX 2048 /* bytes; frames are linear, and no larger than a page */
 
 /*
@@ -119,6 +126,10 @@ struct work {
 	__u32 topic_length; /* PAUSE_TOPIC */
 	__u32 left; /* PAUSE_TOPIC: bytes of the packet behind its topic */
 	__u32 first; /* of the bytes that are new, offset from the start of the frame */
+	/* A topic of this segment that is the flow's last: offset from the start of the frame, bytes. */
+	__u32 same;
+	__u32 same_length;
+	__u32 tally[PUBLISH_REASONS]; /* for counters[REASON_PUBLISH …], once a segment */
 	__u64 hash; /* PAUSE_TOPIC */
 	struct publish publish;
 	struct topic_stream stream;
@@ -159,13 +170,18 @@ struct {
 	__uint(max_entries, 1 << 22);
 } events SEC(".maps");
 
-static __always_inline void count(enum reason reason)
+static __always_inline void count_many(enum reason reason, __u32 times)
 {
 	__u32 key = reason;
 	__u64 *counter = bpf_map_lookup_elem(&counters, &key);
 
 	if (counter)
-		*counter += 1;
+		*counter += times;
+}
+
+static __always_inline void count(enum reason reason)
+{
+	count_many(reason, 1);
 }
 
 static __always_inline void map_used(enum tracked_map map, __u32 added, __u32 removed)

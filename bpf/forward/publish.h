@@ -11,22 +11,25 @@
  * connection that is never closed counts. */
 #define UNTAUGHT_MAX 32
 
+/* What a PUBLISH of the flow's last topic, or with an alias, counts as. */
+static __always_inline enum reason publish_reason(const struct flow *f)
+{
+	if (f->flags & FLOW_ENDED)
+		return REASON_PUBLISH_LOST;
+	return f->flags & FLOW_MISROUTED ? REASON_MISPREDICTED : REASON_PUBLISH;
+}
+
 /*
  * A PUBLISH of the flow's last topic, under the same routes. Returns false, having changed
  * nothing, if it is time to judge the topic again.
  */
 static __always_inline bool publish_again(struct flow *f)
 {
-	if (f->flags & FLOW_ENDED) {
-		count(REASON_PUBLISH_LOST);
-		return true;
-	}
-	if (f->flags & FLOW_TRUSTED && !(f->flags & FLOW_ANY_TOPIC) && f->topic) {
+	if (f->flags & FLOW_TRUSTED && !(f->flags & (FLOW_ENDED | FLOW_ANY_TOPIC)) && f->topic) {
 		if (f->untaught + 1 >= UNTAUGHT_MAX)
 			return false;
 		f->untaught++;
 	}
-	count(f->flags & FLOW_MISROUTED ? REASON_MISPREDICTED : REASON_PUBLISH);
 	return true;
 }
 
@@ -82,7 +85,7 @@ __noinline int publish_judge(const struct conn *c, struct flow *f, const struct 
 	const struct publish *p;
 	binding_t bound;
 	__u32 messages;
-	bool trusted, right, may_end = false;
+	bool trusted, right, same_group, may_end = false;
 
 	if (!c || !f || !t || !svc || !w)
 		return 0;
@@ -93,12 +96,21 @@ __noinline int publish_judge(const struct conn *c, struct flow *f, const struct 
 	p = &w->publish;
 	bound = flow_binding(f, c);
 	trusted = f->flags & FLOW_TRUSTED;
-	if (f->topic != p->hash)
+	right = binding_group(bound) == binding_group(p->to);
+	same_group = f->topic == p->hash || (right && !(f->flags & FLOW_MISROUTED));
+	if (!same_group)
 		publish_teach_rest(c, f, t);
 	messages = f->untaught + 1;
-	f->untaught = 0;
 	f->topic = p->hash;
 	f->generation = p->generation;
+	if (same_group && right && f->flags & FLOW_PUBLISHED && messages < UNTAUGHT_MAX) {
+		/* Another topic of the flow's own group: nothing new about the client. */
+		f->flags &= ~(FLOW_MISROUTED | FLOW_ANY_TOPIC);
+		f->untaught = trusted ? messages : 0;
+		count(REASON_PUBLISH);
+		return 0;
+	}
+	f->untaught = 0;
 	f->flags &= ~(FLOW_MISROUTED | FLOW_ANY_TOPIC);
 	if (binding_group(p->to) == ANY_GROUP) {
 		f->flags |= FLOW_ANY_TOPIC;
@@ -106,7 +118,6 @@ __noinline int publish_judge(const struct conn *c, struct flow *f, const struct 
 		return 0;
 	}
 
-	right = binding_group(bound) == binding_group(p->to);
 	if (trusted) {
 		if (!(f->flags & FLOW_PUBLISHED) && f->flags & FLOW_PREDICTED) {
 			count(right ? REASON_PREDICTION_HIT : REASON_PREDICTION_MISS);

@@ -81,16 +81,32 @@ struct feed {
 	__u32 length;
 };
 
-/* Eight more bytes of the topic into its hash. */
-static long feed_word(__u32 i, void *arg)
+/* So many words at once, with the hash's state in registers. */
+#define FEED_WORDS 4
+
+static long feed_words(__u32 i, void *arg)
 {
 	const struct feed *f = arg;
-	const __u8 *p = frame_at(f->ctx, f->offset + 8 * i, 8);
+	struct siphash_stream *whole = &f->s->whole;
+	const __u8 *p = frame_at(f->ctx, f->offset + 8 * FEED_WORDS * i, 8 * FEED_WORDS);
+	struct siphash_stream s;
 
 	if (!p)
 		return 1;
-	siphash_stream_word(&f->s->whole, load_le64(p));
+	s = *whole;
+#pragma unroll
+	for (int j = 0; j < FEED_WORDS; j++)
+		siphash_stream_word(&s, load_le64(p + 8 * j));
+	*whole = s;
 	return 0;
+}
+
+/* Whether one of eight bytes is '/': the lowest such byte has its upper bit set. */
+static __always_inline bool has_slash(__u64 word)
+{
+	__u64 x = word ^ 0x2f2f2f2f2f2f2f2fULL;
+
+	return (x - 0x0101010101010101ULL) & ~x & 0x8080808080808080ULL;
 }
 
 /* Up to eight more bytes into the automaton. */
@@ -98,11 +114,19 @@ static long feed_levels(__u32 i, void *arg)
 {
 	const struct feed *f = arg;
 	struct topic_stream *s = f->s;
+	const __u8 *p = frame_at(f->ctx, f->offset + 8 * i, 8);
 
+	if (s->flags & ROUTE_FINAL)
+		return 1;
+	if (p && 8 * i + 8 <= f->length && !has_slash(*(__u64 *)p)) {
+		/* Longer than any literal, a level need not be hashed any further. */
+		if (s->flags & ROUTE_HAS_EDGES && s->level.length <= f->svc->longest_level)
+			siphash_stream_word(&s->level, load_le64(p));
+		return 0;
+	}
 #pragma unroll
 	for (__u32 j = 0; j < 8; j++) {
-		const __u8 *p = frame_at(f->ctx, f->offset + 8 * i + j, 1);
-
+		p = frame_at(f->ctx, f->offset + 8 * i + j, 1);
 		if (!p || 8 * i + j >= f->length || s->flags & ROUTE_FINAL)
 			return 1;
 		if (*p == '/')
@@ -144,11 +168,11 @@ __noinline int topic_feed(struct xdp_md *ctx, const struct service_table *t,
 	if (!(s->flags & ROUTE_FINAL))
 		bpf_loop((length + 7) / 8, feed_levels, &f, 0);
 
-	bpf_loop(length / 8, feed_word, &f, 0);
-	for (__u32 i = 0; i < 7; i++) {
-		if (i >= (length & 7))
+	bpf_loop(length / (8 * FEED_WORDS), feed_words, &f, 0);
+	for (__u32 i = 0; i < 8 * FEED_WORDS - 1; i++) {
+		if (i >= length % (8 * FEED_WORDS))
 			break;
-		p = frame_at(ctx, offset + (length & ~7U) + i, 1);
+		p = frame_at(ctx, offset + (length & ~(8U * FEED_WORDS - 1)) + i, 1);
 		if (!p)
 			break;
 		siphash_byte(&s->whole, *p);

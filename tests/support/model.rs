@@ -94,15 +94,57 @@ pub struct Model<'a> {
 }
 
 /// What a segment may spend on topics; what one costs that is known, and one that is not.
-const TOPIC_BUDGET: i32 = 48;
+const TOPIC_BUDGET: i32 = 40;
 const TOPIC_COST_KNOWN: i32 = 2;
-const TOPIC_COST_WALK: i32 = 6;
+const TOPIC_COST_WALK: i32 = 24;
+const TOPIC_BYTES_A_UNIT: usize = 32;
 /// Longer topics are hashed as they come.
 const SHORT_TOPIC: usize = 256;
 const UNTAUGHT_MAX: u32 = 32;
 const WEIGHT_MAX: u32 = 64;
 const WEIGHT_LEAD: u32 = 4;
 const FLOW_WINDOW: u32 = 1 << 20;
+
+/// How a PUBLISH's topic came.
+struct Read {
+    /// It lies whole in the segment, and is not long.
+    whole: bool,
+    /// Bytes of the topic in this segment.
+    bytes: usize,
+    /// The sequence number where it is cut off, and whether that is inside it.
+    start: (u32, bool),
+}
+
+/// How many levels of a topic are looked up among the routes' literals.
+fn look_ups(service: &Service, topic: &[u8]) -> i32 {
+    use mqtt_fwd::domain::filter::Level;
+    let longest = service.routes.iter().flat_map(|r| r.filter.levels()).map(|l| match l {
+        Level::Literal(text) => text.len(),
+        Level::One | Level::Rest => 0,
+    });
+    let longest = longest.max().unwrap_or(0);
+    let levels: Vec<&[u8]> = topic.split(|b| *b == b'/').collect();
+    let dollar = topic.first() == Some(&b'$');
+    // Prefixes of routes that are alive before each level, unless one '#' takes all that follows.
+    (0..levels.len())
+        .take_while(|i| !service.routes.is_empty() && *i < 64)
+        .filter(|i| {
+            let next_literals = service.routes.iter().any(|route| {
+                let filter = route.filter.levels();
+                let alive = filter.len() > *i
+                    && filter[..*i].iter().zip(&levels).enumerate().all(|(j, (f, l))| match f {
+                        Level::Literal(text) => text.as_bytes() == *l,
+                        Level::One => !(dollar && j == 0),
+                        Level::Rest => false,
+                    });
+                alive
+                    && matches!(&filter[*i], Level::Literal(text)
+                    if *i > 0 || text.starts_with('$') == dollar || !dollar)
+            });
+            next_literals && levels[*i].len() <= longest
+        })
+        .count() as i32
+}
 
 enum Parsed {
     /// More bytes are needed.
@@ -162,6 +204,30 @@ fn parse(header: &[u8]) -> Parsed {
     }
     let Some(topic) = header.get(at + 2..at + 2 + length) else { return Parsed::Partial };
     Parsed::Packet { topic: Some(topic.to_vec()), left: (remaining - 2 - length) as u32 }
+}
+
+/// Of a PUBLISH whose header has just been read up to the length of its topic, what is still to
+/// come, topic and rest; `None`: it is something else, or more or less of it, or has no topic, or is malformed.
+fn publish_header(header: &[u8]) -> Option<(usize, usize)> {
+    if header[0] >> 4 != 3 {
+        return None;
+    }
+    let varint = header[1..].iter().position(|b| b & 0x80 == 0)? + 1;
+    let topic = header.get(1 + varint..1 + varint + 2).filter(|_| header.len() == varint + 3)?;
+    let topic = usize::from(u16::from_be_bytes([topic[0], topic[1]]));
+    // As if the topic were there, whatever it is.
+    match parse(&[header, &vec![0; topic]].concat()) {
+        Parsed::Packet { left, .. } if topic > 0 => Some((topic, left as usize)),
+        _ => None,
+    }
+}
+
+/// Is there nothing left for a topic? A long one, or one that is cut off, has to fit, unless it is
+/// the first.
+fn over_budget(budget: i32, topic: usize, room: usize) -> bool {
+    let cost = TOPIC_COST_WALK + (topic.min(room) / TOPIC_BYTES_A_UNIT) as i32;
+    let by_bytes = topic > SHORT_TOPIC || topic > room;
+    budget <= 0 || (budget < TOPIC_BUDGET && by_bytes && budget < cost)
 }
 
 /// Is the payload whole control packets from first to last byte?
@@ -400,6 +466,17 @@ impl<'a> Model<'a> {
                 }
                 flow.connected = true;
             }
+            // With no budget left, a PUBLISH whose header lies in the segment is not judged,
+            // wherever its topic ends.
+            if start.is_some()
+                && let Some((topic, left)) = publish_header(&flow.header)
+                && over_budget(budget, topic, length - at)
+            {
+                flow.header.clear();
+                self.unjudged(flow);
+                at += topic + left;
+                continue;
+            }
             // A topic is the only long part; do not look at all of it again at each byte.
             if flow.header.len() > 8 && !topic_complete(&flow.header) {
                 continue;
@@ -416,9 +493,13 @@ impl<'a> Model<'a> {
                 Parsed::Packet { topic, left } => {
                     flow.header.clear();
                     if let Some(topic) = topic {
-                        let whole = start.is_some() && topic.len() <= SHORT_TOPIC;
-                        let start = (seq_at(start.unwrap_or(from)), start.is_none());
-                        self.publish(client, flow, topic, whole, start, &mut budget);
+                        // As the datapath reads it: the header at once, or byte by byte.
+                        let read = Read {
+                            whole: start.is_some() && topic.len() <= SHORT_TOPIC,
+                            bytes: topic.len().min(at - from),
+                            start: (seq_at(start.unwrap_or(from)), start.is_none()),
+                        };
+                        self.publish(client, flow, topic, read, &mut budget);
                     }
                     at += left as usize;
                 }
@@ -432,13 +513,16 @@ impl<'a> Model<'a> {
         client: u32,
         flow: &mut Flow,
         topic: Vec<u8>,
-        whole: bool,
-        start: (u32, bool),
+        read: Read,
         budget: &mut i32,
     ) {
+        let Read { whole, start, .. } = read;
         if topic.is_empty() {
             self.again(flow);
             return;
+        }
+        if !whole {
+            *budget -= (read.bytes / TOPIC_BYTES_A_UNIT) as i32;
         }
         if flow.topic.as_ref() == Some(&topic) {
             let weighs = flow.cut.is_none() && flow.trusted && !flow.any;
@@ -448,34 +532,40 @@ impl<'a> Model<'a> {
                 return;
             }
         }
-        if whole && *budget <= 0 {
-            self.count(if flow.cut.is_some() { "publish_lost" } else { "unjudged" });
-            flow.topic = None;
-            flow.untaught = 0;
-            (flow.misrouted, flow.any) = (false, false);
-            return;
-        }
         let new = self.known.insert(topic.clone());
-        *budget -= if whole && !new { TOPIC_COST_KNOWN } else { TOPIC_COST_WALK };
+        *budget -= match (whole, new) {
+            (true, false) => TOPIC_COST_KNOWN,
+            (true, true) => {
+                let bytes = topic.len() / TOPIC_BYTES_A_UNIT;
+                TOPIC_COST_WALK + look_ups(self.service, &topic) + bytes as i32
+            }
+            (false, _) => TOPIC_COST_WALK + look_ups(self.service, &topic),
+        };
         if flow.cut.is_some() {
             self.count("publish_lost");
             return;
         }
 
-        if flow.topic.as_ref() != Some(&topic) {
+        let group = self.route(&topic);
+        let right = flow.group == group;
+        let same_group = flow.topic.as_ref() == Some(&topic) || (right && !flow.misrouted);
+        if !same_group {
             self.teach_rest(client, flow);
         }
         let messages = flow.untaught + 1;
-        flow.untaught = 0;
         flow.topic = Some(topic.clone());
         (flow.misrouted, flow.any) = (false, false);
-        let group = self.route(&topic);
+        if same_group && right && flow.published && messages < UNTAUGHT_MAX {
+            flow.untaught = if flow.trusted { messages } else { 0 };
+            self.count("publish");
+            return;
+        }
+        flow.untaught = 0;
         if group == ANY {
             flow.any = true;
             self.count("publish");
             return;
         }
-        let right = flow.group == group;
         let mut may_end = false;
         if flow.trusted {
             if !flow.published && flow.predicted {
@@ -498,6 +588,13 @@ impl<'a> Model<'a> {
             flow.cut = Some(start);
             self.clients.get_mut(&client).unwrap().was_ended = true;
         }
+    }
+
+    fn unjudged(&mut self, flow: &mut Flow) {
+        self.count(if flow.cut.is_some() { "publish_lost" } else { "unjudged" });
+        flow.topic = None;
+        flow.untaught = 0;
+        (flow.misrouted, flow.any) = (false, false);
     }
 
     /// A PUBLISH of the flow's last topic.
