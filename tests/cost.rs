@@ -98,7 +98,7 @@ fn worst() -> Vec<(&'static str, Vec<u8>, Payload)> {
     let publish = |topic: &[u8]| mqtt::publish(topic, 0, b"");
     let slashes = |n: usize| mqtt::publish(&vec![b'/'; n], 0, b"");
     let long = vec![b'l'; 1450];
-    let split = mqtt::publish(&[b'/'; 60_000], 0, b"");
+    let split = mqtt::publish(&vec![b'/'; 60_000], 0, b"");
     vec![
         (
             "one PUBLISH, topic of 24 B",

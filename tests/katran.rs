@@ -85,7 +85,7 @@ fn what_a_restarted_balancer_forgot_is_put_back() {
             assert_eq!(verdict, support::datapath::XDP_TX);
         }
         assert!(sidecar.log().contains("put back what was missing"), "{}", sidecar.log());
-        assert!(sidecar.log().contains("was it restarted?"), "{}", sidecar.log());
+        assert!(sidecar.log().contains("as after a restart"), "{}", sidecar.log());
     }
 }
 
@@ -144,11 +144,11 @@ fn another_spelling_of_a_group_is_refused_with_what_mends_it() {
         let _server = kind.start(&net, ENDPOINT);
         support::server::add_vip_verbatim(&net, ENDPOINT, "FD01:50::1", 1883);
         let error = net.fails(1, &["apply"]);
-        assert!(error.contains("balancer has [fd01:50::1]:1883/tcp under the spelling"), "{error}");
+        assert!(error.contains("balancer has [fd01:50::1]:1883/tcp under the verbatim"), "{error}");
         let mend = error.split("mqtt-fwd katran ").nth(1).expect("a command");
         assert_eq!(mend, "del-vip [FD01:50::1]:1883/tcp");
         let listed = net.ok(&["katran", "list"]);
-        assert!(listed.contains("[FD01:50::1]:1883/tcp (misspelt)"), "{listed}");
+        assert!(listed.contains("[FD01:50::1]:1883/tcp (not_canonical)"), "{listed}");
         net.ok(&["katran", "del-vip", "[FD01:50::1]:1883/tcp"]);
         assert!(net.ok(&["apply"]).contains("read back"));
 
@@ -168,10 +168,10 @@ fn another_spelling_of_a_group_is_refused_with_what_mends_it() {
         assert!(forwarded());
         for ours in [true, false] {
             support::server::add_vip_verbatim(&net, ENDPOINT, "FD01:50::250", 1883);
-            assert!(!forwarded(), "{kind:?} sends to the other spelling's reals: none");
+            assert!(!forwarded(), "{kind:?} sends to the other verbatim's reals: none");
             wait_for("a word about it", || {
                 let status = status(&net)["balancer"].to_string();
-                (sidecar.log().contains("under the spelling") && status.contains("spelling"))
+                (sidecar.log().contains("under the verbatim") && status.contains("verbatim"))
                     .then_some(())
             });
             if ours {

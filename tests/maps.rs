@@ -34,7 +34,6 @@ fn check<K: Pod, V: Pod>(table: &Table<K, V>, key: impl Fn(u32) -> K, many: u32)
     let missing = (0..many).filter(|i| !keys.contains(key(*i).bytes())).count();
     assert_eq!(missing, 0, "{name}: of {many}, {} were read", entries.len());
     assert!(took < Duration::from_secs(30), "{name}: {took:?}");
-    assert_eq!(table.keys().unwrap().len(), table.entries().unwrap().len());
 }
 
 #[test]
@@ -138,7 +137,7 @@ fn flows_that_evict_each_other_on_two_cpus_keep_their_groups() {
     let f = Fixture::sized(CONFIG, &sizes);
     let address = |i: u32| format!("10.1.{}.{}", 1 + i / 200, 1 + i % 200);
     // Half of the clients publish to a, half to b.
-    let topic = |i: u32| if i % 2 == 0 { &b"sensor/a"[..] } else { &b"sensor/b"[..] };
+    let topic = |i: u32| if i.is_multiple_of(2) { &b"sensor/a"[..] } else { &b"sensor/b"[..] };
     for i in 0..400 {
         let mut c = Conn::open(&f, &format!("{}:3000", address(i)));
         for part in [mqtt::connect(4), mqtt::publish(topic(i), 0, b"1")] {
@@ -178,7 +177,7 @@ fn flows_that_evict_each_other_on_two_cpus_keep_their_groups() {
                         };
                         let outcome = f.send(&sent);
                         assert_eq!(outcome.verdict, JUMPED);
-                        let to = if i % 2 == 0 { [10, 1, 50, 1] } else { [10, 1, 50, 2] };
+                        let to = if i.is_multiple_of(2) { [10, 1, 50, 1] } else { [10, 1, 50, 2] };
                         wrong += u32::from(outcome.packet[30..34] != to);
                     }
                     wrong

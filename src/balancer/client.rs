@@ -13,7 +13,7 @@ use tonic::{Code, Status};
 
 use super::proto::katran_service_client::KatranServiceClient;
 use super::proto::{self, Action};
-use super::{Spelling, Vip, mac_text};
+use super::{VerbatimVip, Vip, mac_text};
 
 /// Why a balancer did not do what it was asked to.
 #[derive(Debug, thiserror::Error)]
@@ -32,10 +32,10 @@ pub enum BalancerError {
     )]
     Disagrees { endpoint: String, difference: String },
     #[error(
-        "balancer has {vip} under the spelling {spelling}, which to Katran is another VIP over the \
-         same packets; remove it: mqtt-fwd katran del-vip {spelling}"
+        "balancer has {vip} as {verbatim}, which to Katran is another VIP over the \
+         same packets; remove it: mqtt-fwd katran del-vip {verbatim}"
     )]
-    Misspelt { vip: Vip, spelling: Spelling },
+    NotCanonical { vip: Vip, verbatim: VerbatimVip },
     #[error("balancer lists {what}, which cannot be: {problem}")]
     Nonsense { what: String, problem: String },
 }
@@ -62,7 +62,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const CAUSES_ADD_VIP: &str =
     "likely causes: it has this VIP already, or as many VIPs as it can have";
 const CAUSES_UNKNOWN_VIP: &str =
-    "likely cause: it has no such VIP (`mqtt-fwd katran list` shows them; was it restarted?)";
+    "likely cause: it has no such VIP (`mqtt-fwd katran list` shows them; a restart loses all)";
 const CAUSES_REALS: &str = "likely causes: it has no such VIP, or as many reals as it can have";
 const CAUSES_READ: &str = "likely cause: its state changed at the same time";
 
@@ -123,16 +123,16 @@ impl Client {
 
     /// All VIPs.
     pub async fn vips(&mut self) -> Result<BTreeSet<Vip>, BalancerError> {
-        Ok(self.spellings().await?.into_iter().map(|(vip, _)| vip).collect())
+        Ok(self.verbatim_vips().await?.into_iter().map(|(vip, _)| vip).collect())
     }
 
     /// All VIPs, each as the balancer spells it.
-    pub async fn spellings(&mut self) -> Result<Vec<(Vip, Spelling)>, BalancerError> {
+    pub async fn verbatim_vips(&mut self) -> Result<Vec<(Vip, VerbatimVip)>, BalancerError> {
         let failed = self.failed("getAllVips".to_owned(), CAUSES_READ);
         let reply = self.rpc.get_all_vips(proto::Empty {}).await.map_err(failed)?;
-        // What cannot be read is none of ours, and must not keep ours from being looked after.
+        // What cannot be read is no group's, and must not keep groups from being reconciled.
         let parse = |vip: proto::Vip| match Vip::try_from(&vip) {
-            Ok(parsed) => Some((parsed, Spelling(vip))),
+            Ok(parsed) => Some((parsed, VerbatimVip(vip))),
             Err(problem) => {
                 tracing::debug!("the balancer lists a VIP that cannot be: {problem}");
                 None
@@ -150,10 +150,10 @@ impl Client {
     }
 
     /// Removes a VIP. This is the only way to stop its traffic.
-    pub async fn del_vip(&mut self, vip: impl Into<Spelling>) -> Result<(), BalancerError> {
-        let spelling = vip.into();
-        let failed = self.failed(format!("delVip {spelling}"), CAUSES_UNKNOWN_VIP);
-        self.rpc.del_vip(spelling.0).await.map_err(failed).map(drop)
+    pub async fn del_vip(&mut self, vip: impl Into<VerbatimVip>) -> Result<(), BalancerError> {
+        let verbatim = vip.into();
+        let failed = self.failed(format!("delVip {verbatim}"), CAUSES_UNKNOWN_VIP);
+        self.rpc.del_vip(verbatim.0).await.map_err(failed).map(drop)
     }
 
     /// Sets or clears bits of a VIP's flags.

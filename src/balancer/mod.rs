@@ -45,22 +45,22 @@ impl fmt::Display for Vip {
 
 /// A VIP as it is written in a call: Katran takes `fc00::1` and `FC00::1` for two.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Spelling(pub proto::Vip);
+pub struct VerbatimVip(pub proto::Vip);
 
-impl Spelling {
+impl VerbatimVip {
     /// Is it the one that this client writes?
     pub fn is_canonical(&self) -> bool {
         Vip::try_from(&self.0).is_ok_and(|vip| proto::Vip::from(vip) == self.0)
     }
 }
 
-impl From<Vip> for Spelling {
+impl From<Vip> for VerbatimVip {
     fn from(vip: Vip) -> Self {
         Self(vip.into())
     }
 }
 
-impl fmt::Display for Spelling {
+impl fmt::Display for VerbatimVip {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let proto::Vip { address, port, protocol } = &self.0;
         if address.contains(':') {
@@ -76,7 +76,7 @@ impl fmt::Display for Spelling {
     }
 }
 
-impl FromStr for Spelling {
+impl FromStr for VerbatimVip {
     type Err = String;
 
     /// `address:port`, `[address]:port`, either with `/tcp` (the default), `/udp` or a number.

@@ -9,7 +9,7 @@ use crate::kernel::load;
 
 pub fn load(config: &Config) -> Result<(), Error> {
     let loaded = load::load(&config.load_spec())?;
-    let root = if loaded.root_reused { "the root that was there" } else { "our xdp_root" };
+    let root = if loaded.root_reused { "the root that was there" } else { "its own xdp_root" };
     line(&format!(
         "mqtt_fwd (id {}) is at position 1 of {}, on {} with {root}",
         loaded.program.id,
@@ -62,6 +62,6 @@ fn print(report: &load::Unloaded, config: &Config) {
         line(&format!("kept {what}"));
     }
     if report.removed.is_empty() && report.kept.is_empty() {
-        line(&format!("nothing of ours is on {}", config.interface));
+        line(&format!("nothing of mqtt-fwd is on {}", config.interface));
     }
 }

@@ -1,4 +1,4 @@
-//! `katran`: the balancer's own view, whichever balancer it is; what Katran's goclient is for.
+//! `katran`: the balancer's own view, whichever balancer it is.
 //! What it changes is checked before, and read back after: Katran is silent about failures.
 
 use std::collections::BTreeMap;
@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::table::{self, Output, line};
 use super::{DEFAULT_CONFIG, block_on};
 use crate::balancer::client::{BalancerError, Client, Stats};
-use crate::balancer::{Spelling, Vip, mac_text};
+use crate::balancer::{VerbatimVip, Vip, mac_text};
 use crate::config::{Config, ConfigError, address, endpoint, mac};
 use crate::control::Error;
 use crate::control::reconcile::plan;
@@ -28,38 +28,38 @@ pub struct Katran {
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// VIPs with their flags and reals (goclient -l)
+    /// VIPs with their flags and reals
     List(Output),
-    /// Packets and bytes, in all and of each VIP (goclient -s, -sum, -lru, -icmp)
+    /// Packets and bytes, in all and of each VIP
     Stats(Output),
-    /// Show the gateway's MAC address, or change it (goclient -list_mac, -change_mac)
+    /// Show the gateway's MAC address, or change it
     Mac {
         /// The new one
         #[arg(value_parser = mac, value_name = "MAC")]
         set: Option<[u8; 6]>,
     },
-    /// Add a VIP, or give it flags (goclient -A, -E)
+    /// Add a VIP, or give it flags
     AddVip {
         /// ADDRESS:PORT, with /udp for UDP
-        vip: Spelling,
+        vip: VerbatimVip,
         /// Flags by name (see `list`) or number; may be repeated
         #[arg(long = "flag", value_parser = flag, value_name = "FLAG")]
         flags: Vec<u32>,
     },
-    /// Take flags from a VIP (goclient -E -unset)
+    /// Take flags from a VIP
     ClearFlags {
         /// ADDRESS:PORT
-        vip: Spelling,
+        vip: VerbatimVip,
         /// Flags by name or number; may be repeated
         #[arg(long = "flag", required = true, value_parser = flag, value_name = "FLAG")]
         flags: Vec<u32>,
     },
-    /// Remove a VIP, which is the only way to stop its traffic (goclient -D)
-    DelVip { vip: Spelling },
-    /// Add a real to a VIP, or change its weight (goclient -a, -e)
+    /// Remove a VIP, which is the only way to stop its traffic
+    DelVip { vip: VerbatimVip },
+    /// Add a real to a VIP, or change its weight
     AddReal {
         /// ADDRESS:PORT
-        vip: Spelling,
+        vip: VerbatimVip,
         /// Address of the real, without a port
         #[arg(value_parser = address)]
         real: IpAddr,
@@ -67,10 +67,10 @@ enum Action {
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
         weight: u32,
     },
-    /// Take a real out of a VIP; its established connections stay (goclient -d)
+    /// Take a real out of a VIP; its established connections stay
     DelReal {
         /// ADDRESS:PORT
-        vip: Spelling,
+        vip: VerbatimVip,
         /// Address of the real, without a port
         real: IpAddr,
     },
@@ -121,7 +121,7 @@ fn flag_names(flags: u32) -> String {
 impl Katran {
     pub fn run(self, config: Result<Config, Error>) -> Result<(), Error> {
         let endpoint = match (&self.endpoint, &config) {
-            // Without a configuration there are no groups of ours; a broken one may have some.
+            // Without a configuration there are no MQTT groups; a broken one may have some.
             (Some(endpoint), Ok(_)) => endpoint.clone(),
             (Some(endpoint), Err(Error::Config(ConfigError::Unreadable { path, .. })))
                 if path == Path::new(DEFAULT_CONFIG) =>
@@ -139,8 +139,8 @@ impl Katran {
             | Action::AddReal { vip, .. }
             | Action::DelReal { vip, .. } => Some(vip),
         };
-        if let (Some(spelling), Ok(config)) = (changed, &config) {
-            refuse_groups(spelling, config)?;
+        if let (Some(verbatim), Ok(config)) = (changed, &config) {
+            refuse_groups(verbatim, config)?;
         }
         block_on(async {
             let mut client = Client::connect(&endpoint).await?;
@@ -150,14 +150,14 @@ impl Katran {
 }
 
 /// The sidecar would undo it, or worse: it is what the datapath sends packets to.
-fn refuse_groups(spelling: &Spelling, config: &Config) -> Result<(), Error> {
-    let ours = Vip::try_from(&spelling.0)
-        .is_ok_and(|vip| plan::wanted_vips(config).contains_key(&vip) && spelling.is_canonical());
+fn refuse_groups(verbatim: &VerbatimVip, config: &Config) -> Result<(), Error> {
+    let ours = Vip::try_from(&verbatim.0)
+        .is_ok_and(|vip| plan::wanted_vips(config).contains_key(&vip) && verbatim.is_canonical());
     if !ours {
         return Ok(());
     }
     Err(Error::Refused(format!(
-        "{spelling} is a group of {}; change it there, then `mqtt-fwd apply`",
+        "{verbatim} is a group of {}; change it there, then `mqtt-fwd apply`",
         config.path.display()
     )))
 }
@@ -174,7 +174,7 @@ struct VipRow {
 #[derive(Serialize)]
 struct Totals {
     packets: u64,
-    connections_looked_up_in_vain: u64,
+    lru_misses: u64,
     misses_syn: u64,
     misses_other: u64,
     fallback_table: u64,
@@ -184,11 +184,11 @@ struct Totals {
 }
 
 /// The VIP of a call. Only a deletion may name one as somebody else has spelled it.
-fn canonical(spelling: &Spelling) -> Result<Vip, Error> {
-    let wrong = |problem: String| Error::Refused(format!("{spelling}: {problem}"));
-    let vip = Vip::try_from(&spelling.0).map_err(&wrong)?;
+fn canonical(verbatim: &VerbatimVip) -> Result<Vip, Error> {
+    let wrong = |problem: String| Error::Refused(format!("{verbatim}: {problem}"));
+    let vip = Vip::try_from(&verbatim.0).map_err(&wrong)?;
     address(&vip.addr.to_string()).map_err(&wrong)?;
-    if spelling.is_canonical() {
+    if verbatim.is_canonical() {
         return Ok(vip);
     }
     Err(wrong(format!("Katran would take it for another VIP than {vip}; write {vip}")))
@@ -240,11 +240,11 @@ impl Action {
 
 async fn rows(client: &mut Client) -> Result<Vec<VipRow>, Error> {
     let mut rows = Vec::new();
-    for (vip, spelling) in client.spellings().await? {
-        if !spelling.is_canonical() {
-            // Asked for by its other spelling, it would be unknown.
+    for (vip, verbatim) in client.verbatim_vips().await? {
+        if !verbatim.is_canonical() {
+            // Asked for by its canonical text, it would be unknown.
             rows.push(VipRow {
-                vip: format!("{spelling} (misspelt)"),
+                vip: format!("{verbatim} (not canonical)"),
                 flags: "?".to_owned(),
                 reals: BTreeMap::new(),
                 packets: 0,
@@ -290,7 +290,7 @@ async fn stats(client: &mut Client, output: Output) -> Result<(), Error> {
         (client.lru_fallback_stats().await?, client.icmp_too_big_stats().await?);
     let totals = Totals {
         packets: lru.v1,
-        connections_looked_up_in_vain: lru.v2,
+        lru_misses: lru.v2,
         misses_syn: miss.v1,
         misses_other: miss.v2,
         fallback_table: fallback.v1,
@@ -306,11 +306,7 @@ async fn stats(client: &mut Client, output: Output) -> Result<(), Error> {
         &["of all VIPs", ">count", "meaning"],
         [
             ("packets", totals.packets, "all of them"),
-            (
-                "lru_miss",
-                totals.connections_looked_up_in_vain,
-                "packets without a known connection",
-            ),
+            ("lru_miss", totals.lru_misses, "packets without a known connection"),
             ("lru_miss_syn", totals.misses_syn, "of these: new connections"),
             (
                 "lru_miss_other",
@@ -355,21 +351,21 @@ async fn add_vip(client: &mut Client, vip: Vip, flags: u32) -> Result<(), Error>
     Ok(())
 }
 
-async fn del_vip(client: &mut Client, spelling: Spelling) -> Result<(), Error> {
-    client.del_vip(spelling.clone()).await?;
-    // The datapath knows no spellings: the entry that is gone was the other one's, too.
-    if !spelling.is_canonical()
-        && let Ok(vip) = Vip::try_from(&spelling.0)
+async fn del_vip(client: &mut Client, verbatim: VerbatimVip) -> Result<(), Error> {
+    client.del_vip(verbatim.clone()).await?;
+    // The datapath knows addresses, not texts: the entry that is gone was the other one's, too.
+    if !verbatim.is_canonical()
+        && let Ok(vip) = Vip::try_from(&verbatim.0)
         && client.vips().await?.contains(&vip)
     {
         let flags = client.vip_flags(vip).await?;
         client.modify_vip(vip, flags, true).await?;
         line(&format!("{vip} is written anew, as the two had one entry in the datapath"));
     }
-    if client.spellings().await?.iter().any(|(_, other)| *other == spelling) {
-        return Err(disagrees(client, format!("VIP {spelling} is still there")));
+    if client.verbatim_vips().await?.iter().any(|(_, other)| *other == verbatim) {
+        return Err(disagrees(client, format!("VIP {verbatim} is still there")));
     }
-    line(&format!("{spelling} is removed"));
+    line(&format!("{verbatim} is removed"));
     Ok(())
 }
 

@@ -59,11 +59,11 @@ struct Cli {
 enum Command {
     /// Check the configuration and say what it means
     Check,
-    /// Put mqtt_fwd into the chain on the interface (loader.sh)
+    /// Put mqtt_fwd into the chain on the interface
     Load,
-    /// Take everything of ours out again, or only mqtt_fwd
+    /// Take programs and pins out again, or only mqtt_fwd
     Unload(chain::Unload),
-    /// Bring groups, reals, services and routes to what the configuration says (userspace.sh)
+    /// Bring groups, reals, services and routes to what the configuration says
     Apply(sidecar::Apply),
     /// Load, apply and watch, in the foreground; SIGHUP reads the configuration again
     Run,
@@ -81,9 +81,9 @@ enum Command {
     Groups(table::Output),
     /// Show what packets met, by reason
     Counters(tables::Counters),
-    /// Print events as they happen: bound, learned, mispredicted, … (debug.sh)
+    /// Print events as they happen: bound, learned, mispredicted, …
     Trace(trace::Trace),
-    /// Show and change what the balancer holds: VIPs, reals, weights, flags, statistics (goclient)
+    /// Show and change what the balancer holds: VIPs, reals, weights, flags, statistics
     Katran(katran::Katran),
     /// Prepare a broker host for direct server return, or undo it
     Real(real::Real),

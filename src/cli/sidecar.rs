@@ -46,8 +46,8 @@ impl Apply {
             (n, false) => format!("{n} {steps} done, and read back"),
         });
         // What is configured right may not be forwarded all the same.
-        for complaint in health::complaints(config) {
-            tracing::warn!("{complaint}");
+        for problem in health::problems(config) {
+            tracing::warn!("{problem}");
         }
         Ok(())
     }

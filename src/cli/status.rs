@@ -97,10 +97,12 @@ fn read(config: &Config) -> Result<Status, Error> {
         ))
     };
     let counts = datapath.as_ref().map(count).transpose()?;
-    let mut problems = health::complaints(config);
+    let mut problems = health::problems(config);
     for service in services.iter().filter(|s| !s.in_force) {
-        problems
-            .push(format!("service {} is not in force; `mqtt-fwd apply` mends it", service.name));
+        problems.push(format!(
+            "service {} is not in force; `mqtt-fwd apply` puts it back",
+            service.name
+        ));
     }
     Ok(Status {
         interface: config.interface.clone(),
@@ -131,7 +133,9 @@ fn balancer(config: &Config) -> (bool, String) {
     });
     match difference {
         Ok(None) => (true, format!("{at}: as configured")),
-        Ok(Some(difference)) => (false, format!("{at}: {difference}; `mqtt-fwd apply` mends it")),
+        Ok(Some(difference)) => {
+            (false, format!("{at}: {difference}; `mqtt-fwd apply` puts it back"))
+        }
         // The line says already whose words these are.
         Err(e) => (false, e.to_string().trim_start_matches("balancer ").to_owned()),
     }

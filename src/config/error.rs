@@ -1,4 +1,4 @@
-//! Errors of the configuration, for the person who has to mend it.
+//! Errors of the configuration, for the person who has to correct it.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -47,7 +47,7 @@ pub struct Problem {
     pub key: String,
     /// Its value as written; empty if it is missing.
     pub value: String,
-    /// What is wrong and how to mend it.
+    /// What is wrong, and what to write.
     pub text: String,
 }
 

@@ -244,12 +244,12 @@ fn group(r: Reader<'_>, service: Option<IpAddr>) -> Option<Group> {
 
 /// What has to hold between services.
 fn across_services(services: &[Service], maps: &MapSizes, problems: &RefCell<Vec<Problem>>) {
-    let complain = |key: String, value: String, text: String| {
+    let report = |key: String, value: String, text: String| {
         problems.borrow_mut().push(Problem { key, value, text });
     };
     let max_services = limits::MAX_SERVICES.0 as usize;
     if services.len() > max_services {
-        complain(
+        report(
             "service".to_owned(),
             format!("{} of them", services.len()),
             format!("the datapath compares services one by one; at most {max_services}"),
@@ -261,7 +261,7 @@ fn across_services(services: &[Service], maps: &MapSizes, problems: &RefCell<Vec
     let mut owners: HashMap<(IpAddr, u16), String> = HashMap::new();
     for (i, service) in services.iter().enumerate() {
         if let Some(first) = names.insert(&service.name, i) {
-            complain(
+            report(
                 format!("service[{i}].name"),
                 format!("{:?}", service.name),
                 format!("service[{first}] has this name already"),
@@ -269,7 +269,7 @@ fn across_services(services: &[Service], maps: &MapSizes, problems: &RefCell<Vec
         }
         let mut claim = |key: String, addr: IpAddr| {
             if let Some(owner) = owners.insert((addr, service.port), key.clone()) {
-                complain(
+                report(
                     key,
                     format!("{addr}:{}", service.port),
                     format!(
@@ -287,7 +287,7 @@ fn across_services(services: &[Service], maps: &MapSizes, problems: &RefCell<Vec
         for (j, group) in service.groups.iter().enumerate() {
             for (k, real) in group.reals.iter().enumerate().filter(|(_, r)| vips.contains(&r.addr))
             {
-                complain(
+                report(
                     format!("service[{i}].group[{j}].reals[{k}].address"),
                     format!("\"{}\"", real.addr),
                     "is an address of the balancer's, which would send to itself".to_owned(),
@@ -295,12 +295,12 @@ fn across_services(services: &[Service], maps: &MapSizes, problems: &RefCell<Vec
             }
         }
         for problem in compile::problems(service, maps.route_states) {
-            complain(format!("service[{i}].route"), String::new(), problem);
+            report(format!("service[{i}].route"), String::new(), problem);
         }
     }
     let groups: usize = services.iter().map(|s| s.groups.len()).sum();
     if groups > maps.groups as usize {
-        complain(
+        report(
             "maps.groups".to_owned(),
             maps.groups.to_string(),
             format!("there are {groups} groups; raise it to at least that"),

@@ -1,4 +1,4 @@
-//! Is everything in its place? What `run` watches and `status` shows.
+//! What is wrong with the chain: what `run` watches and `status` shows.
 
 use crate::balancer::listeners::{self, Listener};
 use crate::config::Config;
@@ -8,7 +8,7 @@ use crate::kernel::pins::Pins;
 use crate::kernel::xdp::{self, ProgramInfo};
 
 /// What is wrong, each with what to do about it; the balancer's state is not looked at.
-pub fn complaints(config: &Config) -> Vec<String> {
+pub fn problems(config: &Config) -> Vec<String> {
     let pins = config.pins();
     let chain = match Chain::open(&pins) {
         Ok(Some(chain)) => chain,
@@ -18,14 +18,14 @@ pub fn complaints(config: &Config) -> Vec<String> {
         }
         Err(e) => return vec![e.to_string()],
     };
-    let mut complaints = Vec::new();
+    let mut problems = Vec::new();
     match xdp::attached(&config.interface) {
-        Err(e) => complaints.push(e.to_string()),
-        Ok(None) => complaints.push(format!(
-            "no XDP program is on {}, and packets pass us by; `mqtt-fwd load` attaches one",
+        Err(e) => problems.push(e.to_string()),
+        Ok(None) => problems.push(format!(
+            "no XDP program is on {}, so packets are not forwarded; `mqtt-fwd load` attaches one",
             config.interface
         )),
-        Ok(Some(root)) if !root.uses_pinned_map(pins.root_array()) => complaints.push(format!(
+        Ok(Some(root)) if !root.uses_pinned_map(pins.root_array()) => problems.push(format!(
             "the XDP program on {}, {} (id {}), does not use {}",
             config.interface,
             root.name,
@@ -36,44 +36,40 @@ pub fn complaints(config: &Config) -> Vec<String> {
     }
     let ours = load::pinned_program(&pins.program("mqtt_fwd")).map(|p| p.id);
     if ours.is_none() || chain.program(chain::MQTT_FWD).map(|p| p.id) != ours {
-        complaints.push("mqtt_fwd is not in its position; `mqtt-fwd load` puts it back".to_owned());
+        problems.push("mqtt_fwd is not in its position; `mqtt-fwd load` puts it back".to_owned());
     }
     let listeners = listeners::listeners(&config.balancer_endpoint);
     match chain.program(chain::BALANCER) {
-        None => complaints.push(
-            "nobody is in the balancer's position, and packets go to this host's own stack; \
+        None => problems.push(
+            "no program is in the balancer's position, and packets go to this host's own stack; \
              start the balancer"
                 .to_owned(),
         ),
-        Some(program) => complaints.extend(balancer_complaint(&program, &pins, &listeners)),
+        Some(program) => problems.extend(balancer_problem(&program, &pins, &listeners)),
     }
     if listeners.len() > 1 {
         let names: Vec<String> = listeners.iter().map(ToString::to_string).collect();
-        complaints.push(format!(
+        problems.push(format!(
             "{} servers listen at {} and each gets some of the calls: {}; stop all but one",
             listeners.len(),
             config.balancer_endpoint,
             names.join(", ")
         ));
     }
-    complaints
+    problems
 }
 
 /// What is wrong with the program in the balancer's position.
-fn balancer_complaint(
-    program: &ProgramInfo,
-    pins: &Pins,
-    listeners: &[Listener],
-) -> Option<String> {
+fn balancer_problem(program: &ProgramInfo, pins: &Pins, listeners: &[Listener]) -> Option<String> {
     let shared: Vec<u32> = [pins.service_vips(), pins.root_array().to_owned()]
         .iter()
         .filter_map(|path| xdp::pinned_map_id(path))
         .collect();
     if !program.uses_pinned_map(&pins.service_vips()) {
         return Some(format!(
-            "{} (id {}) does not use {}, so reals get packets with a group's VIP inside: is it \
-             built with katran-patches/, and started with the same bpffs? restart it if the map \
-             was made anew",
+            "{} (id {}) does not use {}, so reals get packets with a group's VIP inside; build it \
+             with katran-patches/ and -DMQTT_SERVICE, start it with the same bpffs, and restart it \
+             if the map was made anew",
             program.name,
             program.id,
             pins.service_vips().display()

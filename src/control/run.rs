@@ -9,7 +9,7 @@ use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tonic::transport::Server as GrpcServer;
 use tracing::{error, info, warn};
 
-use super::reconcile::watch::Watch;
+use super::reconcile::watch::Reconciler;
 use super::{Error, Result, instance};
 use crate::balancer::embedded::service::Server;
 use crate::balancer::embedded::{Embedded, Refusal};
@@ -36,16 +36,16 @@ pub async fn run(mut config: Config) -> Result<()> {
         None => None,
     };
 
-    let mut watch = Watch::default();
+    let mut reconciler = Reconciler::default();
     loop {
         if !datapath.is_pinned(&config.pins())
             && let Ok(new) = Datapath::open(&config.pins())
         {
             warn!("other maps are pinned than before (unload and load?); going on with those");
             datapath = new;
-            watch.configuration_changed();
+            reconciler.configuration_changed();
         }
-        watch.look(&config, &datapath).await;
+        reconciler.reconcile(&config, &datapath).await;
         let pause = tokio::time::sleep(Duration::from_secs(config.watch_interval_s));
         let served = async {
             match &mut server {
@@ -58,7 +58,7 @@ pub async fn run(mut config: Config) -> Result<()> {
             _ = int.recv() => break,
             _ = hup.recv() => {
                 config = reload(config);
-                watch.configuration_changed();
+                reconciler.configuration_changed();
             }
             ended = served => {
                 let ended = ended.map_err(std::io::Error::other).and_then(|served| {

@@ -194,7 +194,7 @@ impl KatranService for Silent {
         if state.vips.contains_key(&key) {
             return Err(no());
         }
-        // Another spelling of it may be there: one entry in the datapath, two VIPs here.
+        // Another text for it may be there: one entry in the datapath, two VIPs here.
         let _ = state.balancer.del_vip(vip);
         state.balancer.add_vip(vip, flags).map_err(|_| no())?;
         state.vips.insert(key, Entry { flags, ..Entry::default() });

@@ -3,6 +3,8 @@
 //! Written from docs/datapath.md, not from the C: it keeps the bytes of a header in a vector,
 //! and maps in HashMaps.
 
+#![allow(clippy::cast_possible_wrap)] // lengths of segments
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use mqtt_fwd::domain::filter::most_specific;
@@ -348,7 +350,7 @@ impl<'a> Model<'a> {
             flow.closing = true;
             self.count("flow_closed");
         }
-        forwarded.group = flow.group.clone();
+        forwarded.group.clone_from(&flow.group);
         self.flows.insert(key, flow);
         forwarded
     }
@@ -499,7 +501,7 @@ impl<'a> Model<'a> {
                             bytes: topic.len().min(at - from),
                             start: (seq_at(start.unwrap_or(from)), start.is_none()),
                         };
-                        self.publish(client, flow, topic, read, &mut budget);
+                        self.publish(client, flow, &topic, &read, &mut budget);
                     }
                     at += left as usize;
                 }
@@ -512,11 +514,11 @@ impl<'a> Model<'a> {
         &mut self,
         client: u32,
         flow: &mut Flow,
-        topic: Vec<u8>,
-        read: Read,
+        topic: &[u8],
+        read: &Read,
         budget: &mut i32,
     ) {
-        let Read { whole, start, .. } = read;
+        let Read { whole, start, .. } = *read;
         if topic.is_empty() {
             self.again(flow);
             return;
@@ -524,7 +526,7 @@ impl<'a> Model<'a> {
         if !whole {
             *budget -= (read.bytes / TOPIC_BYTES_A_UNIT) as i32;
         }
-        if flow.topic.as_ref() == Some(&topic) {
+        if flow.topic.as_deref() == Some(topic) {
             let weighs = flow.cut.is_none() && flow.trusted && !flow.any;
             if !weighs || flow.untaught + 1 < UNTAUGHT_MAX {
                 flow.untaught += u32::from(weighs);
@@ -532,28 +534,28 @@ impl<'a> Model<'a> {
                 return;
             }
         }
-        let new = self.known.insert(topic.clone());
+        let new = self.known.insert(topic.to_owned());
         *budget -= match (whole, new) {
             (true, false) => TOPIC_COST_KNOWN,
             (true, true) => {
                 let bytes = topic.len() / TOPIC_BYTES_A_UNIT;
-                TOPIC_COST_WALK + look_ups(self.service, &topic) + bytes as i32
+                TOPIC_COST_WALK + look_ups(self.service, topic) + bytes as i32
             }
-            (false, _) => TOPIC_COST_WALK + look_ups(self.service, &topic),
+            (false, _) => TOPIC_COST_WALK + look_ups(self.service, topic),
         };
         if flow.cut.is_some() {
             self.count("publish_lost");
             return;
         }
 
-        let group = self.route(&topic);
+        let group = self.route(topic);
         let right = flow.group == group;
-        let same_group = flow.topic.as_ref() == Some(&topic) || (right && !flow.misrouted);
+        let same_group = flow.topic.as_deref() == Some(topic) || (right && !flow.misrouted);
         if !same_group {
             self.teach_rest(client, flow);
         }
         let messages = flow.untaught + 1;
-        flow.topic = Some(topic.clone());
+        flow.topic = Some(topic.to_owned());
         (flow.misrouted, flow.any) = (false, false);
         if same_group && right && flow.published && messages < UNTAUGHT_MAX {
             flow.untaught = if flow.trusted { messages } else { 0 };
@@ -574,7 +576,7 @@ impl<'a> Model<'a> {
                 *(if right { &mut known.hits } else { &mut known.misses }) += 1;
             }
             flow.published = true;
-            may_end = self.learn(client, &topic, &group, messages);
+            may_end = self.learn(client, topic, &group, messages);
         }
         if right {
             self.count("publish");

@@ -170,15 +170,15 @@ pub fn plan_maps(config: &Config, datapath: &Datapath, mtu: u32) -> Result<Plan>
     })
 }
 
-/// The balancer's VIPs. Those that are wanted must be spelled as we do, for calls name them so.
+/// The balancer's VIPs. Those that are wanted must be written as calls name them.
 pub async fn present_vips(
     wanted: &BTreeMap<Vip, (BTreeMap<IpAddr, u32>, Vip)>,
     client: &mut Client,
 ) -> Result<BTreeSet<Vip>, BalancerError> {
-    let all = client.spellings().await?;
+    let all = client.verbatim_vips().await?;
     let odd = all.iter().find(|(vip, text)| wanted.contains_key(vip) && !text.is_canonical());
-    if let Some((vip, spelling)) = odd {
-        return Err(BalancerError::Misspelt { vip: *vip, spelling: spelling.clone() });
+    if let Some((vip, verbatim)) = odd {
+        return Err(BalancerError::NotCanonical { vip: *vip, verbatim: verbatim.clone() });
     }
     Ok(all.into_iter().map(|(vip, _)| vip).collect())
 }
@@ -213,7 +213,7 @@ async fn plan_balancer(
             plan.after.push(Call::DelReals(*vip, remove));
         }
     }
-    // The balancer may have other VIPs: ours are those that a group of ours had.
+    // The balancer may have other VIPs: these are those that a group had.
     for vip in plan.remove_service_vips.iter().filter(|vip| present.contains(vip)) {
         plan.after.push(Call::DelVip(*vip));
     }

@@ -1,4 +1,5 @@
-//! Looks at balancer and chain, again and again, and puts back what was lost or changed.
+//! Compares balancer and chain with the configuration, again and again, and puts back what was
+//! lost or changed.
 
 use tracing::{info, warn};
 
@@ -10,64 +11,64 @@ use crate::config::{BalancerKind, Config};
 use crate::control::{Error, Result, health};
 use crate::datapath::Datapath;
 
-/// What was seen at the last look, so that only changes are logged.
+/// What was seen the last time, so that only changes are logged.
 #[derive(Default)]
-pub struct Watch {
+pub struct Reconciler {
     client: Option<Client>,
-    complaint: Option<String>,
+    problem: Option<String>,
     applied_once: bool,
     /// The whole configuration was applied, and has not changed since.
     in_force: bool,
-    /// A group that the balancer had under another spelling at the last look.
-    misspelt: Option<Vip>,
+    /// A group that the balancer had under another text the last time.
+    not_canonical: Option<Vip>,
 }
 
-impl Watch {
-    /// The configuration was changed: the next look applies all of it.
+impl Reconciler {
+    /// The configuration was changed: the next reconciliation applies all of it.
     pub fn configuration_changed(&mut self) {
         self.in_force = false;
         // It may name another address.
         self.client = None;
     }
 
-    /// Looks once.
-    pub async fn look(&mut self, config: &Config, datapath: &Datapath) {
+    /// Once: compares, and puts back.
+    pub async fn reconcile(&mut self, config: &Config, datapath: &Datapath) {
         let applied = self.apply(config, datapath).await;
-        let mut complaints = health::complaints(config);
+        let mut problems = health::problems(config);
         if let Err(error) = applied {
             let unreachable = matches!(error, Error::Balancer(BalancerError::Unreachable { .. }));
-            let goes_on = unreachable && self.applied_once && complaints.is_empty();
-            if let Error::Balancer(BalancerError::Misspelt { vip, .. }) = error {
-                self.misspelt = Some(vip);
+            let goes_on = unreachable && self.applied_once && problems.is_empty();
+            if let Error::Balancer(BalancerError::NotCanonical { vip, .. }) = error {
+                self.not_canonical = Some(vip);
             }
-            complaints.insert(0, error.to_string());
-            complaints.push(
+            problems.insert(0, error.to_string());
+            problems.push(
                 if goes_on { "forwarding goes on with what is pinned" } else { "trying again" }
                     .to_owned(),
             );
         }
-        let complaint = Some(complaints.join("; ")).filter(|text| !text.is_empty());
-        if complaint != self.complaint {
-            match &complaint {
+        let problem = Some(problems.join("; ")).filter(|text| !text.is_empty());
+        if problem != self.problem {
+            match &problem {
                 Some(text) => warn!("{text}"),
                 None => info!("all is as configured"),
             }
-            self.complaint = complaint;
+            self.problem = problem;
         }
     }
 
     /// Applies whatever differs: the first time everything, later what was lost or changed.
     async fn apply(&mut self, config: &Config, datapath: &Datapath) -> Result<()> {
-        // An error drops the connection, and the next look makes a new one.
+        // An error drops the connection, and the next time makes a new one.
         let mut client = match self.client.take() {
             Some(client) => client,
             None => Client::connect(&config.balancer_endpoint).await?,
         };
         if self.in_force {
             // The maps are ours; only the balancer can have changed.
-            let (to_mend, difference) = look_at_balancer(config, client).await?;
-            client = to_mend;
-            self.mend_misspelt(&mut client).await?;
+            let (to_repair, difference) = compare_balancer(config, client).await?;
+            client = to_repair;
+            self.rewrite_canonical(&mut client).await?;
             let Some(difference) = difference else {
                 self.client = Some(client);
                 return Ok(());
@@ -75,7 +76,7 @@ impl Watch {
             warn!("balancer: {difference}");
         }
         let plan = apply::apply(config, datapath, &mut client).await?;
-        self.mend_misspelt(&mut client).await?;
+        self.rewrite_canonical(&mut client).await?;
         self.client = Some(client);
         if !plan.is_empty() {
             if self.applied_once {
@@ -90,25 +91,25 @@ impl Watch {
     }
 }
 
-impl Watch {
-    /// The other spelling is gone, and with it the entry that both had in the datapath.
-    async fn mend_misspelt(&mut self, client: &mut Client) -> Result<(), BalancerError> {
-        if let Some(vip) = self.misspelt {
+impl Reconciler {
+    /// The other text is gone, and with it the entry that both had in the datapath.
+    async fn rewrite_canonical(&mut self, client: &mut Client) -> Result<(), BalancerError> {
+        if let Some(vip) = self.not_canonical {
             client.modify_vip(vip, GROUP_FLAG, true).await?;
-            info!(%vip, "written anew, after another spelling of it was removed");
-            self.misspelt = None;
+            info!(%vip, "written anew, after another text of it was removed");
+            self.not_canonical = None;
         }
         Ok(())
     }
 }
 
-/// What the balancer lacks, if anything, and the connection on which to mend it.
-async fn look_at_balancer(
+/// What the balancer lacks, if anything, and the connection on which to repair it.
+async fn compare_balancer(
     config: &Config,
     mut client: Client,
 ) -> Result<(Client, Option<String>), BalancerError> {
     if let Some(difference) = apply::difference(config, &mut client).await? {
-        return Ok((client, Some(format!("{difference} (was it restarted?)"))));
+        return Ok((client, Some(format!("{difference} (as after a restart)"))));
     }
     if config.balancer == BalancerKind::Embedded {
         return Ok((client, None));
