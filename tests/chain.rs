@@ -15,7 +15,7 @@ fn healthy(net: &Net) -> bool {
 #[test]
 fn load_is_repeatable_and_unload_leaves_nothing() {
     let net = Net::new();
-    assert!(net.ok(&["load"]).contains("with our xdp_root"));
+    assert!(net.ok(&["load"]).contains("with its own xdp_root"));
     let again = net.ok(&["load"]);
     assert!(again.contains("with the root that was there"), "{again}");
     assert!(again.contains("taken over: "), "{again}");

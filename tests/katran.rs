@@ -130,7 +130,7 @@ fn a_second_server_at_the_same_address_is_named_and_configured() {
 }
 
 #[test]
-fn another_spelling_of_a_group_is_refused_with_what_mends_it() {
+fn a_group_written_another_way_is_refused_with_the_command_that_removes_it() {
     let config = CONFIG
         .replace("unix:@DIR@/balancer.sock", ENDPOINT)
         .replace("10.1.50.200", "fd01:50::200")

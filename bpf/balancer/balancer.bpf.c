@@ -40,6 +40,9 @@ struct {
 	__uint(max_entries, 1);
 } predecessor SEC(".maps");
 
+/* 0: there is none, and the verifier takes out what would ask it. */
+const volatile __u32 has_predecessor = 1;
+
 /* The ends of a connection, client first. */
 struct connection {
 	__be32 src[4]; /* IPv4 in src[0] */
@@ -353,7 +356,7 @@ int balancer_ingress(struct xdp_md *ctx)
 	__u32 real_num = p.syn ? NO_REAL : known_real(&p, vip);
 	stat_add(&balancer_stats, STAT_LRU, 1, 0);
 	if (real_num == NO_REAL) {
-		if (!p.syn)
+		if (!p.syn && has_predecessor)
 			bpf_tail_call(ctx, &predecessor, 0);
 		real_num = new_real(&p, vip);
 	}

@@ -75,7 +75,7 @@ static __always_inline bool slot_is(__u64 slot, __u64 flow)
 	return !((slot ^ flow << SLOT_FLOW_SHIFT) >> SLOT_FLOW_SHIFT);
 }
 
-/* The flow's binding, if it is known here and its group still there; else 0. */
+/* Group and epoch as they are in a flow's slot; 0: it is not known here. */
 __noinline __u32 cache_find(const struct conn *c, const struct service_table *t)
 {
 	if (!c || !t)
@@ -91,11 +91,24 @@ __noinline __u32 cache_find(const struct conn *c, const struct service_table *t)
 		if (slot_is(slot, flow))
 			found = slot;
 	}
+	return found & ((1 << SLOT_FLOW_SHIFT) - 1);
+}
 
-	__u32 group = found & ((1 << SLOT_GROUP_BITS) - 1);
-	__u32 epoch = (found >> SLOT_GROUP_BITS) & ((1 << SLOT_EPOCH_BITS) - 1);
-	binding_t now = binding_now(group);
-	return epoch && (now >> 16 & ((1 << SLOT_EPOCH_BITS) - 1)) == epoch ? now : 0;
+/* The group that a flow has by its slot, if it is still there. */
+static __always_inline const struct group *group_of_slot(__u32 slot)
+{
+	__u32 key = slot & ((1 << SLOT_GROUP_BITS) - 1), epoch = slot >> SLOT_GROUP_BITS;
+	const struct group *g = bpf_map_lookup_elem(&groups, &key);
+
+	return g && epoch && (READ_ONCE(g->epoch) & ((1 << SLOT_EPOCH_BITS) - 1)) == epoch ? g : NULL;
+}
+
+/* A flow's binding as far as it is known here; else 0. */
+static __always_inline binding_t cache_binding(const struct conn *c, const struct service_table *t)
+{
+	__u32 slot = cache_find(c, t);
+
+	return group_of_slot(slot) ? binding_now(slot & ((1 << SLOT_GROUP_BITS) - 1)) : 0;
 }
 
 /*

@@ -32,6 +32,9 @@ struct {
 	__uint(max_entries, 1);
 } predecessor SEC(".maps");
 
+/* 0: there is none, and the verifier takes out what would ask it. */
+const volatile __u32 has_predecessor = 1;
+
 /* ---- configuration: read here, written by user space ---- */
 
 /* The one switch between the two generations of services and routes. */

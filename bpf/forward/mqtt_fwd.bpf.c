@@ -54,10 +54,11 @@ static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 	const struct group *g;
 
 	if (bare && !looks_into_flows(tcp, c)) {
-		g = group_of(cache_find(c, t));
+		g = group_of_slot(cache_find(c, t));
 		if (g)
 			return to_group(ctx, g, svc, v6, REASON_NO_DATA);
 	}
+	c->tag = conn_tag(&c->key);
 
 	bind_predicted(ctx, &b, c, t, svc, syn, ends);
 	g = group_of(b.binding);
@@ -98,7 +99,6 @@ static __always_inline bool conn_of(struct conn *c, const struct tcphdr *tcp, __
 	if (header < sizeof(*tcp) || tcp_offset + header > end)
 		return false;
 	c->key.port = tcp->source;
-	c->tag = conn_tag(&c->key);
 	c->seq = bpf_ntohl(tcp->seq);
 	c->ack = bpf_ntohl(tcp->ack_seq);
 	c->payload = tcp_offset + header;

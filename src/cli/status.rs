@@ -26,8 +26,8 @@ struct Status {
     services: Vec<ServiceStatus>,
     balancer: String,
     balancer_ok: bool,
-    clients: Option<usize>,
-    flows: Option<usize>,
+    maps: Vec<view::MapUse>,
+    multi_group_clients: Option<usize>,
     counters: BTreeMap<&'static str, u64>,
     problems: Vec<String>,
     healthy: bool,
@@ -87,16 +87,8 @@ fn read(config: &Config) -> Result<Status, Error> {
     let (balancer_ok, balancer) = balancer(config);
     let services = services(config, datapath.as_ref())?;
     let counters = datapath.as_ref().map(Datapath::counters).transpose()?.unwrap_or_default();
-    let count = |d: &Datapath| {
-        Ok::<_, Error>((
-            view::count(&d.clients)? + view::count(&d.clients6)?,
-            view::count(&d.flows)?
-                + view::count(&d.flows6)?
-                + view::count(&d.flows_weak)?
-                + view::count(&d.flows6_weak)?,
-        ))
-    };
-    let counts = datapath.as_ref().map(count).transpose()?;
+    let maps = datapath.as_ref().map(view::map_uses).transpose()?.unwrap_or_default();
+    let multi_group_clients = datapath.as_ref().map(view::multi_group_clients).transpose()?;
     let mut problems = health::problems(config);
     for service in services.iter().filter(|s| !s.in_force) {
         problems.push(format!(
@@ -117,8 +109,8 @@ fn read(config: &Config) -> Result<Status, Error> {
         services,
         balancer,
         balancer_ok,
-        clients: counts.map(|c| c.0),
-        flows: counts.map(|c| c.1),
+        maps,
+        multi_group_clients,
         counters: counters_json(&counters),
         problems,
     })
@@ -189,13 +181,25 @@ fn print(status: &Status) {
             _ => format!("service    {} at {}: NOT IN FORCE", service.name, service.address),
         });
     }
-    let number = |n: Option<usize>| n.map_or_else(|| "-".to_owned(), |n| n.to_string());
     line(&format!(
-        "learned    {} clients, {} flows, generation {}",
-        number(status.clients),
-        number(status.flows),
+        "routes     generation {}",
         status.generation.map_or_else(|| "-".to_owned(), |n| n.to_string())
     ));
+    if let Some(count @ 1..) = status.multi_group_clients {
+        let clients = if count == 1 { "client publishes" } else { "clients publish" };
+        line(&format!(
+            "note       {count} {clients} to several groups, which no prediction fits; \
+             `mqtt-fwd clients` marks them"
+        ));
+    }
+    line("");
+    table::print(
+        &["map", ">capacity", ">used", ">evicted"],
+        status.maps.iter().map(|m| {
+            let numbers = [u64::from(m.capacity), m.used, m.evicted].map(|n| n.to_string());
+            [&[m.map.to_owned()][..], &numbers].concat()
+        }),
+    );
     line("");
     let seen = REASONS.iter().filter(|r| status.counters.get(r.name).is_some_and(|n| *n > 0));
     table::print(

@@ -251,6 +251,15 @@ pub fn map_uses(datapath: &Datapath) -> Result<Vec<MapUse>> {
         .collect()
 }
 
+/// How many client addresses publish to several groups in turn: devices behind one address, or a
+/// device with several topics.
+pub fn multi_group_clients(datapath: &Datapath) -> Result<usize> {
+    let multi = |c: &client| u32::from(c.flags) & client_flags::CLIENT_MULTI_GROUP.0 != 0;
+    let v4 = datapath.clients.entries()?.iter().filter(|(_, c)| multi(c)).count();
+    let v6 = datapath.clients6.entries()?.iter().filter(|(_, c)| multi(c)).count();
+    Ok(v4 + v6)
+}
+
 /// How many entries a map has.
 pub fn count<K: Pod, V: Pod>(table: &crate::kernel::maps::Table<K, V>) -> Result<usize> {
     Ok(table.keys()?.len())

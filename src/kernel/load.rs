@@ -101,6 +101,9 @@ pub fn load(spec: &LoadSpec) -> Result<Loaded> {
     }
     let place = Place::mqtt_fwd(spec)?;
     let prepared = prepare(spec, place.object, open.open_object_mut())?;
+    if let Some(rodata) = open.maps.rodata_data.as_deref_mut() {
+        rodata.has_predecessor = prepared.old.is_some().into();
+    }
     let mut skel = open.load().map_err(|source| BpfError::Load { object: "mqtt_fwd", source })?;
     install(spec, &place, prepared, skel.object_mut())
 }
@@ -119,6 +122,9 @@ pub fn load_balancer(spec: &LoadSpec) -> Result<Loaded> {
     let mut open = open_skeleton(BalancerSkelBuilder::default(), "balancer", &mut storage)?;
     let place = Place::balancer(spec)?;
     let prepared = prepare(spec, place.object, open.open_object_mut())?;
+    if let Some(rodata) = open.maps.rodata_data.as_deref_mut() {
+        rodata.has_predecessor = prepared.old.is_some().into();
+    }
     let mut skel = open.load().map_err(|source| BpfError::Load { object: "balancer", source })?;
     install(spec, &place, prepared, skel.object_mut())
 }

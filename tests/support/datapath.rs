@@ -185,6 +185,7 @@ impl Fixture {
             }
         }
         let rodata = open.maps.rodata_data.as_deref_mut().unwrap();
+        rodata.has_predecessor = 0;
         rodata.cache_set_bits = sizes.cache_sets().ilog2();
         set(rodata);
         let skel = open.load().unwrap_or_else(|e| {

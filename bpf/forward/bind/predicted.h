@@ -17,7 +17,7 @@ __noinline __u64 flow_open(const struct conn *c, const struct service_table *t,
 
 	struct flow f = { .end = c->seq + 1, .ack = c->ack };
 	/* Seen from its middle: its group may be known all the same, if `flows` is too small. */
-	__u64 binding = weak ? cache_find(c, t) : 0;
+	__u64 binding = weak ? cache_binding(c, t) : 0;
 	struct client *client;
 
 	if (!binding)
@@ -30,7 +30,7 @@ __noinline __u64 flow_open(const struct conn *c, const struct service_table *t,
 	if (binding & PREDICTED)
 		f.flags |= FLOW_PREDICTED;
 	flow_add(c, &f);
-	/* Else cache_find() has just found it, or nothing. */
+	/* Else cache_binding() has just found it, or nothing. */
 	if (!weak)
 		cache_correct(c, t, binding);
 
@@ -101,7 +101,7 @@ __noinline __u64 flow_rebind(const struct conn *c, const struct service_table *t
 		binding = 0;
 	} else {
 		count(REASON_FLOW_EVICTED);
-		binding = cache_find(c, t);
+		binding = cache_binding(c, t);
 	}
 	if (!binding)
 		binding = predict(c, t, svc);
@@ -121,13 +121,13 @@ static __always_inline void bind_predicted(struct xdp_md *ctx, struct bound *b,
 		__u64 binding;
 
 		/* During an upgrade, flows that are not here yet are the last program's. */
-		if (!syn)
+		if (!syn && has_predecessor)
 			bpf_tail_call(ctx, &predecessor, 0);
 		if (syn) {
 			binding = flow_open(c, t, svc, false);
 			b->reason = binding & PREDICTED ? REASON_FLOW_PREDICTED : REASON_FLOW_NEW;
 		} else if (ends) {
-			binding = cache_find(c, t) ?: predict(c, t, svc);
+			binding = cache_binding(c, t) ?: predict(c, t, svc);
 			b->reason = REASON_STRAY;
 		} else {
 			binding = flow_open(c, t, svc, true);
