@@ -41,7 +41,7 @@ fn a_balancer_that_is_down_at_start_is_waited_for() {
     for kind in Kind::silent() {
         let net = prepare(kind);
         let sidecar = sidecar(&net);
-        wait_for("a word about it", || {
+        wait_for("the log to say so", || {
             let log = sidecar.log();
             (log.contains("not reachable") && log.contains("trying again")).then_some(())
         });
@@ -117,7 +117,7 @@ fn a_second_server_at_the_same_address_is_named_and_configured() {
         second.signal("KILL");
         second.wait();
         if kind == Kind::Katran {
-            wait_for("a word about it", || {
+            wait_for("the log to say so", || {
                 let problems = status(&net)["problems"].to_string();
                 problems.contains("left by a server that is gone").then_some(())
             });
@@ -144,11 +144,14 @@ fn a_group_written_another_way_is_refused_with_the_command_that_removes_it() {
         let _server = kind.start(&net, ENDPOINT);
         support::server::add_vip_verbatim(&net, ENDPOINT, "FD01:50::1", 1883);
         let error = net.fails(1, &["apply"]);
-        assert!(error.contains("balancer has [fd01:50::1]:1883/tcp under the verbatim"), "{error}");
-        let mend = error.split("mqtt-fwd katran ").nth(1).expect("a command");
-        assert_eq!(mend, "del-vip [FD01:50::1]:1883/tcp");
+        assert!(
+            error.contains("balancer has [fd01:50::1]:1883/tcp as [FD01:50::1]:1883"),
+            "{error}"
+        );
+        let command = error.split("mqtt-fwd katran ").nth(1).expect("a command");
+        assert_eq!(command, "del-vip [FD01:50::1]:1883/tcp");
         let listed = net.ok(&["katran", "list"]);
-        assert!(listed.contains("[FD01:50::1]:1883/tcp (not_canonical)"), "{listed}");
+        assert!(listed.contains("[FD01:50::1]:1883/tcp (not canonical)"), "{listed}");
         net.ok(&["katran", "del-vip", "[FD01:50::1]:1883/tcp"]);
         assert!(net.ok(&["apply"]).contains("read back"));
 
@@ -168,10 +171,10 @@ fn a_group_written_another_way_is_refused_with_the_command_that_removes_it() {
         assert!(forwarded());
         for ours in [true, false] {
             support::server::add_vip_verbatim(&net, ENDPOINT, "FD01:50::250", 1883);
-            assert!(!forwarded(), "{kind:?} sends to the other verbatim's reals: none");
-            wait_for("a word about it", || {
+            assert!(!forwarded(), "{kind:?} sends to the other one's reals: none");
+            wait_for("the log to say so", || {
                 let status = status(&net)["balancer"].to_string();
-                (sidecar.log().contains("under the verbatim") && status.contains("verbatim"))
+                (sidecar.log().contains("which to Katran is another") && status.contains("another"))
                     .then_some(())
             });
             if ours {
@@ -197,14 +200,14 @@ fn what_happened_to_the_interface_or_the_balancer_s_position_is_said() {
         net.sh("ip link set eth0 xdp off");
         let error = net.fails(1, &["status", "--check"]);
         assert!(error.ends_with("`mqtt-fwd load` attaches one"), "{error}");
-        wait_for("a word about it", || {
+        wait_for("the log to say so", || {
             sidecar.log().contains("no XDP program is on eth0").then_some(())
         });
         net.ok(&["load"]);
         wait_healthy(&net, &sidecar);
         server.signal("TERM");
         server.wait();
-        wait_for("a word about it", || {
+        wait_for("the log to say so", || {
             let log = sidecar.log();
             let last = log.lines().last().unwrap();
             (last.contains("not reachable") && last.contains("this host's own stack")).then_some(())

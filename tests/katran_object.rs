@@ -73,13 +73,24 @@ fn reals_get_what_clients_sent() {
     let f = chained(&katran);
     for client in ["10.1.1.1:4000", "[fd01:1::1]:4000"] {
         let c = Conn::new(&f, client);
-        let send = |seq: u32, syn: bool, payload: &[u8], real: &str| {
-            let sent = packet::tcp(c.client, c.service, seq, 9, |h| h.syn = syn, payload);
-            let got = f.send(&sent);
+        let headers = if c.client.is_ipv4() { 20 } else { 40 };
+        let segment = |seq: u32, syn: bool, fin: bool, payload: &[u8]| {
+            let shape = |h: &mut etherparse::TcpHeader| (h.syn, h.fin) = (syn, fin);
+            packet::tcp(c.client, c.service, seq, 9, shape, payload)
+        };
+        let arrives = |sent: &[u8], arrives: &[u8], real: &str| {
+            let got = f.send(sent);
             assert_eq!(got.verdict, XDP_TX, "{client}");
             assert_eq!(packet::dst(&got.packet), ip(real));
             assert!(packet::ip_checksum_right(&got.packet));
-            assert_eq!(inner(&got.packet), &sent[14..], "{client}: not what was sent");
+            // The IP header's identification and checksum are not compared where it was cut.
+            let from = if sent == arrives { 0 } else { headers };
+            let inner = &inner(&got.packet)[from..];
+            assert_eq!(inner, &arrives[14 + from..], "{client}: not what was sent");
+        };
+        let send = |seq: u32, syn: bool, payload: &[u8], real: &str| {
+            let sent = segment(seq, syn, false, payload);
+            arrives(&sent, &sent, real);
         };
         let (default, a) = match c.client {
             SocketAddr::V4(_) => ("fd01:3::203", "10.1.3.201"),
@@ -89,7 +100,14 @@ fn reals_get_what_clients_sent() {
         send(100, true, &[], default);
         send(101, false, &connect, default);
         let next = 101 + connect.len() as u32;
-        send(next, false, &mqtt::publish(b"sensor/a", 0, b"21.5"), a);
+        // Its group is another: the broker gets DISCONNECT and FIN, with a right checksum.
+        let publish = mqtt::publish(b"sensor/a", 0, b"21.5");
+        let cut = segment(next, false, true, &mqtt::disconnect());
+        arrives(&segment(next, false, false, &publish), &cut, default);
+        // The next connection, on the same port, is the right group's.
+        send(5000, true, &[], a);
+        send(5001, false, &connect, a);
+        send(5001 + connect.len() as u32, false, &publish, a);
 
         // An ICMP error about it: both addresses are the service's again, and all checksums right.
         let error = packet::icmp_error(c.service, c.client);

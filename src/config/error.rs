@@ -43,6 +43,8 @@ pub enum ConfigError {
 /// One thing that is wrong.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
+    /// The line, counted from 1, of the key or of what it should be in.
+    pub line: Option<usize>,
     /// Path of the key, such as `service[0].group[1].vip`.
     pub key: String,
     /// Its value as written; empty if it is missing.
@@ -62,6 +64,9 @@ impl fmt::Display for Problem {
 }
 
 fn list(path: &std::path::Path, problems: &[Problem]) -> String {
-    let lines: Vec<String> = problems.iter().map(|p| format!("{}: {p}", path.display())).collect();
-    lines.join("\n")
+    let line = |p: &Problem| match p.line {
+        Some(line) => format!("{}:{line}: {p}", path.display()),
+        None => format!("{}: {p}", path.display()),
+    };
+    problems.iter().map(line).collect::<Vec<_>>().join("\n")
 }

@@ -61,10 +61,11 @@ impl Config {
 
     /// Checks the text of a file named `path`.
     pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
-        let table: toml::Table = text.parse().map_err(|source: toml::de::Error| {
-            ConfigError::Syntax { path: path.to_owned(), source: Box::new(source) }
+        let table = toml::de::DeTable::parse(text).map_err(|source| ConfigError::Syntax {
+            path: path.to_owned(),
+            source: Box::new(source),
         })?;
-        read::config(path, &table)
+        read::config(path, text, table.get_ref())
     }
 
     /// What the loader has to know.

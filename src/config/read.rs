@@ -1,16 +1,15 @@
 //! From a TOML table to a [`Config`]: what the keys are, and what has to hold between them.
 
-use std::cell::RefCell;
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
-use toml::Table;
+use toml::de::DeTable;
 
-use super::reader::Reader;
+use super::reader::{Reader, Source};
 use super::{
-    BalancerKind, Config, ConfigError, Encapsulation, Group, MapSizes, OnMisprediction, Problem,
-    Rates, Real, Route, Service, Target, XdpMode,
+    BalancerKind, Config, ConfigError, Encapsulation, Group, MapSizes, OnMisprediction, Rates,
+    Real, Route, Service, Target, XdpMode,
 };
 use crate::domain::ANY;
 use crate::domain::filter::TopicFilter;
@@ -21,9 +20,18 @@ use crate::routes::compile;
 const INTERFACE_NAME_MAX: usize = 15;
 const NAME_MAX: usize = limits::GROUP_NAME_MAX.0 as usize - 1;
 
-pub fn config(path: &Path, table: &Table) -> Result<Config, ConfigError> {
-    let problems = RefCell::default();
-    let r = Reader::new(table, &problems);
+pub fn config(path: &Path, text: &str, table: &DeTable<'_>) -> Result<Config, ConfigError> {
+    let source = Source::new(text);
+    let read = whole(path, table, &source);
+    match read {
+        Some(config) if source.is_clean() => Ok(config),
+        _ => Err(ConfigError::Invalid { path: path.to_owned(), problems: source.into_problems() }),
+    }
+}
+
+/// What is valid of the file; `None` if that is not enough to go on with.
+fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Option<Config> {
+    let r = Reader::new(table, source);
 
     let interface = r.required("interface", "eth0", |text| {
         if text.is_empty() || text.len() > INTERFACE_NAME_MAX || text.contains(['/', ' ']) {
@@ -50,10 +58,7 @@ pub fn config(path: &Path, table: &Table) -> Result<Config, ConfigError> {
         r.problem("encapsulation", "= \"gue\": the embedded balancer has only \"ipip\"");
     }
     let gateway_mac = r.parsed("gateway_mac", mac);
-    if balancer == Some(BalancerKind::Embedded)
-        && gateway_mac.is_none()
-        && !table.contains_key("gateway_mac")
-    {
+    if balancer == Some(BalancerKind::Embedded) && gateway_mac.is_none() && !r.has("gateway_mac") {
         r.problem(
             "gateway_mac",
             "is missing; the embedded balancer sends to the gateway's MAC address: \
@@ -70,31 +75,27 @@ pub fn config(path: &Path, table: &Table) -> Result<Config, ConfigError> {
     let maps = r.table("maps").map_or_else(MapSizes::default, map_sizes);
 
     let services: Vec<Service> = r.tables("service").into_iter().filter_map(service).collect();
-    if table.get("service").is_none() {
+    if !r.has("service") {
         r.problem("service", "there is none; describe one with [[service]]");
     }
-    across_services(&services, &maps, &problems);
+    across_services(&services, &maps, source);
     r.finish();
 
-    let problems = problems.into_inner();
-    match interface {
-        Some(interface) if problems.is_empty() => Ok(Config {
-            path: path.to_owned(),
-            interface,
-            xdp_mode,
-            bpffs,
-            root_array,
-            balancer: balancer.unwrap_or(BalancerKind::Embedded),
-            balancer_endpoint,
-            encapsulation,
-            gateway_mac,
-            watch_interval_s,
-            rates,
-            maps,
-            services,
-        }),
-        _ => Err(ConfigError::Invalid { path: path.to_owned(), problems }),
-    }
+    Some(Config {
+        path: path.to_owned(),
+        interface: interface?,
+        xdp_mode,
+        bpffs,
+        root_array,
+        balancer: balancer.unwrap_or(BalancerKind::Embedded),
+        balancer_endpoint,
+        encapsulation,
+        gateway_mac,
+        watch_interval_s,
+        rates,
+        maps,
+        services,
+    })
 }
 
 #[allow(clippy::needless_pass_by_value)] // the reader ends here
@@ -243,10 +244,8 @@ fn group(r: Reader<'_>, service: Option<IpAddr>) -> Option<Group> {
 }
 
 /// What has to hold between services.
-fn across_services(services: &[Service], maps: &MapSizes, problems: &RefCell<Vec<Problem>>) {
-    let report = |key: String, value: String, text: String| {
-        problems.borrow_mut().push(Problem { key, value, text });
-    };
+fn across_services(services: &[Service], maps: &MapSizes, source: &Source<'_>) {
+    let report = |key: String, value: String, text: String| source.report(key, value, text);
     let max_services = limits::MAX_SERVICES.0 as usize;
     if services.len() > max_services {
         report(

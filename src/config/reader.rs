@@ -1,24 +1,80 @@
 //! Reads TOML tables key by key and collects what is wrong, instead of stopping at the first.
 
 use std::cell::RefCell;
-use std::collections::BTreeSet;
-use std::ops::RangeInclusive;
+use std::collections::{BTreeSet, HashMap};
+use std::ops::{Range, RangeInclusive};
 
-use toml::{Table, Value};
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
 
 use super::Problem;
 
-/// A table being read. [`Reader::finish`] reports the keys that nobody asked for.
+/// The file that is being read: its text, what is wrong with it, and where its keys are.
+pub struct Source<'a> {
+    text: &'a str,
+    problems: RefCell<Vec<Problem>>,
+    lines: RefCell<HashMap<String, usize>>,
+}
+
+impl<'a> Source<'a> {
+    pub fn new(text: &'a str) -> Self {
+        Self { text, problems: RefCell::default(), lines: RefCell::default() }
+    }
+
+    /// Counted from 1.
+    fn line_of(&self, span: &Range<usize>) -> usize {
+        self.text.as_bytes()[..span.start].iter().filter(|byte| **byte == b'\n').count() + 1
+    }
+
+    /// Reports a problem with a key, or with something in it, by its path.
+    pub fn report(&self, key: String, value: String, text: String) {
+        let lines = self.lines.borrow();
+        let mut path = key.as_str();
+        // The key may be missing; what it would be in is not.
+        let line = loop {
+            match (lines.get(path), path.rfind(['.', '['])) {
+                (Some(line), _) => break Some(*line),
+                (None, Some(end)) => path = &path[..end],
+                (None, None) => break None,
+            }
+        };
+        self.problems.borrow_mut().push(Problem { line, key, value, text });
+    }
+
+    /// Whether nothing is wrong so far.
+    pub fn is_clean(&self) -> bool {
+        self.problems.borrow().is_empty()
+    }
+
+    /// All that is wrong, by line.
+    pub fn into_problems(self) -> Vec<Problem> {
+        let mut problems = self.problems.into_inner();
+        problems.sort_by_key(|problem| problem.line);
+        problems
+    }
+
+    /// A value as it was written, or its beginning.
+    fn written(&self, value: &Spanned<DeValue<'_>>) -> String {
+        let text = self.text.get(value.span()).unwrap_or_default();
+        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        if text.chars().count() <= 60 {
+            return text;
+        }
+        text.chars().take(57).chain(['…']).collect()
+    }
+}
+
+/// A table being read. [`Reader::finish`] reports the keys that were not asked for.
 pub struct Reader<'a> {
-    table: &'a Table,
+    table: &'a DeTable<'a>,
     path: String,
-    problems: &'a RefCell<Vec<Problem>>,
+    source: &'a Source<'a>,
     known: RefCell<BTreeSet<&'static str>>,
 }
 
 impl<'a> Reader<'a> {
-    pub fn new(table: &'a Table, problems: &'a RefCell<Vec<Problem>>) -> Self {
-        Self { table, path: String::new(), problems, known: RefCell::default() }
+    pub fn new(table: &'a DeTable<'a>, source: &'a Source<'a>) -> Self {
+        Self { table, path: String::new(), source, known: RefCell::default() }
     }
 
     /// The full path of one of this table's keys.
@@ -26,21 +82,33 @@ impl<'a> Reader<'a> {
         if self.path.is_empty() { key.to_owned() } else { format!("{}.{key}", self.path) }
     }
 
-    /// Reports a problem with the value of `key`.
-    pub fn problem(&self, key: &str, text: impl Into<String>) {
-        let value = self.table.get(key).map(short).unwrap_or_default();
-        self.problems.borrow_mut().push(Problem { key: self.key(key), value, text: text.into() });
+    /// Whether there is such a key, whatever its value.
+    pub fn has(&self, key: &str) -> bool {
+        self.table.get(key).is_some()
     }
 
-    fn get(&self, key: &'static str) -> Option<&'a Value> {
+    /// Reports a problem with the value of `key`.
+    pub fn problem(&self, key: &str, text: impl Into<String>) {
+        let value = self.table.get(key);
+        let path = self.key(key);
+        if let Some(value) = value {
+            self.source.lines.borrow_mut().insert(path.clone(), self.source.line_of(&value.span()));
+        }
+        let value = value.map(|value| self.source.written(value)).unwrap_or_default();
+        self.source.report(path, value, text.into());
+    }
+
+    fn get(&self, key: &'static str) -> Option<&'a DeValue<'a>> {
         self.known.borrow_mut().insert(key);
-        self.table.get(key)
+        let value = self.table.get(key)?;
+        self.source.lines.borrow_mut().insert(self.key(key), self.source.line_of(&value.span()));
+        Some(value.get_ref())
     }
 
     /// An optional text.
     pub fn text(&self, key: &'static str) -> Option<&'a str> {
         match self.get(key)? {
-            Value::String(text) => Some(text),
+            DeValue::String(text) => Some(text),
             _ => {
                 self.problem(key, "must be a text in quotes");
                 None
@@ -93,7 +161,9 @@ impl<'a> Reader<'a> {
         range: RangeInclusive<i64>,
     ) -> Option<T> {
         match self.get(key)? {
-            Value::Integer(n) if range.contains(n) => T::try_from(*n).ok(),
+            DeValue::Integer(n) if in_range(n, &range).is_some() => {
+                in_range(n, &range).and_then(|n| T::try_from(n).ok())
+            }
             _ => {
                 let (low, high) = range.into_inner();
                 self.problem(key, format!("must be a whole number from {low} to {high}"));
@@ -105,7 +175,7 @@ impl<'a> Reader<'a> {
     /// An optional table.
     pub fn table(&self, key: &'static str) -> Option<Reader<'a>> {
         match self.get(key)? {
-            Value::Table(table) => Some(self.child(table, self.key(key))),
+            DeValue::Table(table) => Some(self.child(table, self.key(key))),
             _ => {
                 self.problem(key, format!("must be a table, [{}]", self.key(key)));
                 None
@@ -116,33 +186,34 @@ impl<'a> Reader<'a> {
     /// A list of tables, empty if the key is not there.
     pub fn tables(&self, key: &'static str) -> Vec<Reader<'a>> {
         let Some(value) = self.get(key) else { return Vec::new() };
-        let Value::Array(items) = value else {
+        let DeValue::Array(items) = value else {
             self.problem(key, format!("must be a list of tables, [[{}]]", self.key(key)));
             return Vec::new();
         };
         let mut readers = Vec::new();
         for (i, item) in items.iter().enumerate() {
-            if let Value::Table(table) = item {
-                readers.push(self.child(table, format!("{}[{i}]", self.key(key))));
+            let path = format!("{}[{i}]", self.key(key));
+            let line = self.source.line_of(&item.span());
+            self.source.lines.borrow_mut().insert(path.clone(), line);
+            if let DeValue::Table(table) = item.get_ref() {
+                readers.push(self.child(table, path));
             } else {
-                self.problems.borrow_mut().push(Problem {
-                    key: format!("{}[{i}]", self.key(key)),
-                    value: short(item),
-                    text: "must be a table, { … }".to_owned(),
-                });
+                let (value, text) = (self.source.written(item), "must be a table, { … }");
+                self.source.report(path, value, text.to_owned());
             }
         }
         readers
     }
 
-    fn child(&self, table: &'a Table, path: String) -> Reader<'a> {
-        Reader { table, path, problems: self.problems, known: RefCell::default() }
+    fn child(&self, table: &'a DeTable<'a>, path: String) -> Reader<'a> {
+        Reader { table, path, source: self.source, known: RefCell::default() }
     }
 
     /// Reports keys that mean nothing here, with the one that was probably meant.
     pub fn finish(self) {
         let known = self.known.borrow();
-        for key in self.table.keys().filter(|k| !known.contains(k.as_str())) {
+        let keys = self.table.keys().map(|key| key.get_ref().as_ref());
+        for key in keys.filter(|key| !known.contains(key)) {
             let nearest = known.iter().min_by_key(|k| distance(k, key));
             let text = match nearest.filter(|k| distance(k, key) <= 1 + key.len() / 3) {
                 Some(k) => format!("unknown key; is {k:?} meant?"),
@@ -156,15 +227,9 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// A value as it was written, or its beginning.
-fn short(value: &Value) -> String {
-    let text = value.to_string();
-    if text.chars().count() <= 60 {
-        return text;
-    }
-    let mut start: String = text.chars().take(57).collect();
-    start.push('…');
-    start
+fn in_range(number: &toml::de::DeInteger<'_>, range: &RangeInclusive<i64>) -> Option<i64> {
+    let number = i64::from_str_radix(number.as_str(), number.radix()).ok()?;
+    range.contains(&number).then_some(number)
 }
 
 /// Levenshtein's edit distance.
