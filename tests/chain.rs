@@ -31,7 +31,7 @@ fn load_is_repeatable_and_unload_leaves_nothing() {
     assert!(left.iter().all(|e| e.path().extension().is_some_and(|x| x == "debug")), "{left:?}");
     assert_eq!(fs::read_dir(net.bpf("mqtt_fwd")).unwrap().count(), 0);
     net.sh("! ip link show eth0 | grep -q xdp");
-    assert!(net.ok(&["unload"]).contains("nothing of ours is on eth0"));
+    assert!(net.ok(&["unload"]).contains("nothing of mqtt-fwd is on eth0"));
 }
 
 #[test]

@@ -38,7 +38,7 @@ pub fn problems(config: &Config) -> Vec<String> {
     if ours.is_none() || chain.program(chain::MQTT_FWD).map(|p| p.id) != ours {
         problems.push("mqtt_fwd is not in its position; `mqtt-fwd load` puts it back".to_owned());
     }
-    let listeners = listeners::listeners(&config.balancer_endpoint);
+    let listeners = listeners::recent(&config.balancer_endpoint);
     match chain.program(chain::BALANCER) {
         None => problems.push(
             "no program is in the balancer's position, and packets go to this host's own stack; \

@@ -156,6 +156,17 @@ async fn read_back(config: &Config, client: &mut Client) -> Result<()> {
     Ok(())
 }
 
+/// The first VIP that the balancer lacks.
+pub async fn missing_vip(
+    config: &Config,
+    client: &mut Client,
+) -> Result<Option<String>, BalancerError> {
+    let wanted = plan::wanted_vips(config);
+    let present = plan::present_vips(&wanted, client).await?;
+    let missing = wanted.keys().find(|vip| !present.contains(vip));
+    Ok(missing.map(|vip| format!("VIP {vip} is missing")))
+}
+
 /// The first thing that the balancer holds otherwise than the configuration says.
 pub async fn difference(
     config: &Config,

@@ -11,6 +11,10 @@ use crate::config::{BalancerKind, Config};
 use crate::control::{Error, Result, health};
 use crate::datapath::Datapath;
 
+/// All that the balancer holds is compared once in so many times; in between only which VIPs there
+/// are, for that is what a restart loses, and one call instead of two a group.
+const WHOLE_EVERY: u32 = 5;
+
 /// What was seen the last time, so that only changes are logged.
 #[derive(Default)]
 pub struct Reconciler {
@@ -19,6 +23,8 @@ pub struct Reconciler {
     applied_once: bool,
     /// The whole configuration was applied, and has not changed since.
     in_force: bool,
+    /// Comparisons since it was.
+    comparisons: u32,
     /// A group that the balancer had under another text the last time.
     not_canonical: Option<Vip>,
 }
@@ -66,7 +72,9 @@ impl Reconciler {
         };
         if self.in_force {
             // The maps are ours; only the balancer can have changed.
-            let (to_repair, difference) = compare_balancer(config, client).await?;
+            self.comparisons += 1;
+            let whole = self.comparisons.is_multiple_of(WHOLE_EVERY);
+            let (to_repair, difference) = compare_balancer(config, client, whole).await?;
             client = to_repair;
             self.rewrite_canonical(&mut client).await?;
             let Some(difference) = difference else {
@@ -107,8 +115,9 @@ impl Reconciler {
 async fn compare_balancer(
     config: &Config,
     mut client: Client,
+    whole: bool,
 ) -> Result<(Client, Option<String>), BalancerError> {
-    if let Some(difference) = apply::difference(config, &mut client).await? {
+    if let Some(difference) = compare(config, &mut client, whole).await? {
         return Ok((client, Some(format!("{difference} (as after a restart)"))));
     }
     if config.balancer == BalancerKind::Embedded {
@@ -117,10 +126,22 @@ async fn compare_balancer(
     // A second server at this address: the connection at hand stays with the first, while the
     // position in the chain is the second's. A new connection may come to either.
     let mut other = Client::connect(&config.balancer_endpoint).await?;
-    match apply::difference(config, &mut other).await? {
+    match compare(config, &mut other, whole).await? {
         None => Ok((client, None)),
         Some(difference) => {
             Ok((other, Some(format!("{difference} on a second server at the same address"))))
         }
+    }
+}
+
+async fn compare(
+    config: &Config,
+    client: &mut Client,
+    whole: bool,
+) -> Result<Option<String>, BalancerError> {
+    if whole {
+        apply::difference(config, client).await
+    } else {
+        apply::missing_vip(config, client).await
     }
 }
