@@ -36,7 +36,7 @@ pub async fn run(mut config: Config) -> Result<()> {
         None => None,
     };
 
-    let mut reconciler = Reconciler::default();
+    let mut reconciler = Reconciler::new(server.is_some());
     loop {
         if !datapath.is_pinned(&config.pins())
             && let Ok(new) = Datapath::open(&config.pins())

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tonic::{Request, Response, Status};
@@ -14,6 +15,15 @@ use crate::config::parse_mac;
 use crate::kernel::abi::balancer_stat;
 
 type Reply<T> = Result<Response<T>, Status>;
+
+/// Requests that asked for a change, of this process's service.
+static CHANGES: AtomicU64 = AtomicU64::new(0);
+
+/// How often somebody asked this process's service for a change; as long as that is the same, so is
+/// what it holds.
+pub fn changes() -> u64 {
+    CHANGES.load(Ordering::Relaxed)
+}
 
 /// The service. One request at a time changes the maps.
 #[derive(Debug)]
@@ -37,6 +47,7 @@ impl Server {
         what: &str,
         change: impl FnOnce(&Embedded) -> Result<(), Refusal>,
     ) -> Reply<proto::Bool> {
+        CHANGES.fetch_add(1, Ordering::Relaxed);
         match change(&self.balancer()) {
             Ok(()) => {
                 tracing::debug!(what, "changed");

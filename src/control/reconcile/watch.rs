@@ -7,6 +7,7 @@ use super::apply;
 use super::plan::GROUP_FLAG;
 use crate::balancer::Vip;
 use crate::balancer::client::{BalancerError, Client};
+use crate::balancer::embedded::service;
 use crate::config::{BalancerKind, Config};
 use crate::control::{Error, Result, health};
 use crate::datapath::Datapath;
@@ -25,11 +26,19 @@ pub struct Reconciler {
     in_force: bool,
     /// Comparisons since it was.
     comparisons: u32,
+    /// The balancer is this process's, and so are all changes of it: their number when they were
+    /// last compared.
+    own_changes: Option<u64>,
     /// A group that the balancer had under another text the last time.
     not_canonical: Option<Vip>,
 }
 
 impl Reconciler {
+    /// With a balancer that this process serves itself, or another.
+    pub fn new(own_balancer: bool) -> Self {
+        Self { own_changes: own_balancer.then_some(0), ..Self::default() }
+    }
+
     /// The configuration was changed: the next reconciliation applies all of it.
     pub fn configuration_changed(&mut self) {
         self.in_force = false;
@@ -65,6 +74,10 @@ impl Reconciler {
 
     /// Applies whatever differs: the first time everything, later what was lost or changed.
     async fn apply(&mut self, config: &Config, datapath: &Datapath) -> Result<()> {
+        let changes = service::changes();
+        if self.in_force && self.own_changes == Some(changes) {
+            return Ok(());
+        }
         // An error drops the connection, and the next time makes a new one.
         let mut client = match self.client.take() {
             Some(client) => client,
@@ -73,12 +86,15 @@ impl Reconciler {
         if self.in_force {
             // The maps are ours; only the balancer can have changed.
             self.comparisons += 1;
-            let whole = self.comparisons.is_multiple_of(WHOLE_EVERY);
+            let whole = self.own_changes.is_some() || self.comparisons.is_multiple_of(WHOLE_EVERY);
             let (to_repair, difference) = compare_balancer(config, client, whole).await?;
             client = to_repair;
             self.rewrite_canonical(&mut client).await?;
             let Some(difference) = difference else {
                 self.client = Some(client);
+                if whole {
+                    self.own_changes = self.own_changes.map(|_| changes);
+                }
                 return Ok(());
             };
             warn!("balancer: {difference}");
