@@ -7,8 +7,9 @@ use std::net::SocketAddr;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use procfs::net::TcpState;
 use procfs::process::FDTarget;
+
+use super::sock_diag;
 
 /// A process that listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,7 +41,7 @@ impl Listener {
     }
 }
 
-/// How old [`recent`] may be: /proc has every socket of the host in one file.
+/// How old [`recent`] may be.
 const RECENT: Duration = Duration::from_secs(5);
 
 /// [`listeners`], as they were a few seconds ago.
@@ -94,14 +95,12 @@ fn sockets(endpoint: &str) -> BTreeSet<u64> {
     let Ok(endpoint) = endpoint.replace("localhost", "127.0.0.1").parse::<SocketAddr>() else {
         return BTreeSet::new();
     };
-    let all = procfs::net::tcp().into_iter().chain(procfs::net::tcp6()).flatten();
     let here = |local: SocketAddr| {
         local.port() == endpoint.port()
             && (local.ip().is_unspecified() || local.ip().to_canonical() == endpoint.ip())
     };
-    all.filter(|socket| socket.state == TcpState::Listen && here(socket.local_address))
-        .map(|socket| socket.inode)
-        .collect()
+    let all = sock_diag::listening().unwrap_or_default();
+    all.into_iter().filter(|socket| here(socket.local)).map(|socket| socket.inode).collect()
 }
 
 #[cfg(test)]

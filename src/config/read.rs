@@ -360,14 +360,10 @@ pub fn mac(text: &str) -> Result<[u8; 6], String> {
         .ok_or_else(|| "not a MAC address; write it like \"02:00:5e:10:00:01\"".to_owned())
 }
 
-/// Six pairs of hexadecimal digits; all zero is what Katran makes of nonsense, so not that.
+/// Six pairs of hexadecimal digits with colons; all zero is what Katran makes of nonsense, so not that.
 pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
-    let mut mac = [0; 6];
-    let mut parts = text.split(':');
-    for byte in &mut mac {
-        let part = parts.next().filter(|p| p.len() == 2)?;
-        *byte = u8::from_str_radix(part, 16).ok()?;
-    }
+    let mac: macaddr::MacAddr6 =
+        text.parse().ok().filter(|_| text.len() == 17 && text.contains(':'))?;
     // Nor one of many stations (the lowest bit of the first byte, IEEE 802).
-    (parts.next().is_none() && mac != [0; 6] && mac[0] & 1 == 0).then_some(mac)
+    (!mac.is_nil() && mac.is_unicast()).then(|| mac.into_array())
 }

@@ -1,5 +1,7 @@
 //! What is wrong with the chain: what `run` watches and `status` shows.
 
+use std::sync::Mutex;
+
 use crate::balancer::listeners::{self, Listener};
 use crate::config::Config;
 use crate::kernel::chain::{self, Chain};
@@ -76,7 +78,7 @@ fn balancer_problem(program: &ProgramInfo, pins: &Pins, listeners: &[Listener]) 
         ));
     }
     let own: Vec<u32> = program.map_ids.iter().copied().filter(|id| !shared.contains(id)).collect();
-    if listeners.is_empty() || listeners.iter().any(|listener| listener.holds_any(&own)) {
+    if listeners.is_empty() || is_of_a_listener(program.id, &own, listeners) {
         return None;
     }
     let names: Vec<String> = listeners.iter().map(ToString::to_string).collect();
@@ -87,4 +89,17 @@ fn balancer_problem(program: &ProgramInfo, pins: &Pins, listeners: &[Listener]) 
         program.id,
         names.join(", ")
     ))
+}
+
+/// Whether one of the servers has the program's maps open. /proc has a file for each thing that a
+/// process holds, so the answer is kept as long as program and servers are the same.
+fn is_of_a_listener(program: u32, maps: &[u32], listeners: &[Listener]) -> bool {
+    static LAST: Mutex<Option<(u32, Vec<Listener>)>> = Mutex::new(None);
+    let Ok(mut last) = LAST.lock() else { return true };
+    if last.as_ref().is_some_and(|(id, of)| *id == program && of == listeners) {
+        return true;
+    }
+    let found = listeners.iter().any(|listener| listener.holds_any(maps));
+    *last = found.then(|| (program, listeners.to_vec()));
+    found
 }
