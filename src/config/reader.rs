@@ -23,7 +23,7 @@ impl<'a> Source<'a> {
 
     /// Counted from 1.
     fn line_of(&self, span: &Range<usize>) -> usize {
-        self.text.as_bytes()[..span.start].iter().filter(|byte| **byte == b'\n').count() + 1
+        self.text[..span.start].matches('\n').count() + 1
     }
 
     /// Reports a problem with a key, or with something in it, by its path.
