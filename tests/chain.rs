@@ -39,7 +39,7 @@ fn packets_go_root_mqtt_fwd_balancer_and_are_wrapped_for_a_real() {
     let net = Net::new();
     net.ok(&["load"]);
     let syn = Net::syn("10.1.1.1", 4000);
-    // Nobody is at position 2: the stack gets the packet as it came.
+    // There is nothing at position 2: the stack gets the packet as it came.
     let outcome = net.through_root(&syn);
     assert_eq!((outcome.verdict, outcome.packet), (XDP_PASS, syn.clone()));
 

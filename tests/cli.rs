@@ -1,4 +1,4 @@
-//! What people see who get something wrong: one line with the cause and the mend, and a code.
+//! What people see who get something wrong: one line with the cause and what to do, and an exit code.
 
 mod support;
 

@@ -1,5 +1,5 @@
 //! Katran's gRPC interface as our client uses it: against the embedded server, against its
-//! imitation of Katran's manners, and against a real one (see support/server.rs).
+//! double that is as silent as Katran, and against a real one (see support/server.rs).
 
 mod support;
 

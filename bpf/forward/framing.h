@@ -145,7 +145,7 @@ static __always_inline void tally_count(const struct work *w)
 	}
 }
 
-/* Is the topic at `offset` the one at w->same, which is the flow's last? Short ones only. */
+/* Whether the topic at `offset` is the one at w->same, the flow's last. Short ones only. */
 static __always_inline bool is_same_topic(struct xdp_md *ctx, const struct work *w, __u32 offset,
 					  __u32 length)
 {
@@ -182,7 +182,7 @@ static __always_inline void publish_unjudged(struct work *w, struct flow *f)
 }
 
 /*
- * Is there nothing left for this topic? A long one, or one that is cut off, costs by its bytes, so it
+ * Whether nothing is left for this topic. A long one, or one that is cut off, costs by its bytes, so it
  * has to fit; unless it is the segment's first, for then it is judged, whatever it costs.
  */
 static __always_inline bool over_budget(const struct work *w, const struct header *h,
@@ -538,7 +538,7 @@ static long topic_step(__u32 index, void *arg)
 	return w->offset >= w->end;
 }
 
-/* ---- evidence: does the segment consist of whole control packets, from first to last byte? ---- */
+/* ---- evidence: a segment that consists of whole control packets ---- */
 
 static long whole_packets_step(__u32 index, void *arg)
 {

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/* A PUBLISH whose topic is known: whose is it, and what follows for its flow and client? */
+/* A PUBLISH whose topic is known: whose it is, and what follows for its flow and client. */
 #ifndef MQTT_FWD_PUBLISH_H
 #define MQTT_FWD_PUBLISH_H
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/* Is the packet for a service, and for which? */
+/* Which service a packet is for, if any. */
 #ifndef MQTT_FWD_SERVICES_H
 #define MQTT_FWD_SERVICES_H
 

@@ -83,7 +83,7 @@ static __always_inline bool length_valid(__u8 type, __u32 remaining)
 	}
 }
 
-/* Does a topic of this length leave room for the packet identifier that QoS > 0 needs? */
+/* Whether a topic of this length leaves room for the packet identifier that QoS > 0 needs. */
 static __always_inline bool topic_fits(__u8 type, __u32 topic, __u32 remaining)
 {
 	return 2 + topic + (type & 0x06 ? 2 : 0) <= remaining;

@@ -25,7 +25,7 @@ impl fmt::Display for Listener {
 }
 
 impl Listener {
-    /// Has it one of these BPF maps open?
+    /// Whether it has one of these BPF maps open.
     pub fn holds_any(&self, map_ids: &[u32]) -> bool {
         let Ok(entries) = std::fs::read_dir(format!("/proc/{}/fdinfo", self.pid)) else {
             return false;

@@ -49,7 +49,7 @@ impl fmt::Display for Vip {
 pub struct VerbatimVip(pub proto::Vip);
 
 impl VerbatimVip {
-    /// Is it the one that this client writes?
+    /// Whether it is the text that this client writes.
     pub fn is_canonical(&self) -> bool {
         Vip::try_from(&self.0).is_ok_and(|vip| proto::Vip::from(vip) == self.0)
     }

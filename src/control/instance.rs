@@ -24,7 +24,7 @@ pub struct Running {
 }
 
 impl Running {
-    /// Does it read the same file?
+    /// Whether it reads the same file.
     pub fn reads(&self, config: &Config) -> bool {
         self.config == absolute(config)
     }

@@ -73,7 +73,7 @@ impl Datapath {
         })
     }
 
-    /// Are these the maps that are pinned?
+    /// Whether these are the maps that are pinned.
     pub fn is_pinned(&self, pins: &Pins) -> bool {
         let pinned: kernel::Result<Table<u32, service_table>> = Table::open(&pins.map("services"));
         pinned.is_ok_and(|pinned| pinned.id() == self.services.id())

@@ -73,7 +73,7 @@ impl TopicFilter {
         &self.levels
     }
 
-    /// Does the filter match a topic? The plain definition: what the compiled routes are
+    /// Whether the filter matches a topic. The plain definition: what the compiled routes are
     /// tested against.
     pub fn matches(&self, topic: &str) -> bool {
         // MQTT 3.1.1 §4.7.2: a leading wildcard does not match a topic that begins with '$'.

@@ -472,7 +472,7 @@ fn recover_root_array(spec: &LoadSpec, pins: &Pins) -> Result<()> {
     Ok(())
 }
 
-/// Is the root on the interface already? A program that does not use the chain is in the way.
+/// Whether the root is on the interface already. A program that does not use the chain is in the way.
 fn check_attached(
     spec: &LoadSpec,
     pins: &Pins,

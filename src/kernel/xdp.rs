@@ -30,7 +30,7 @@ impl ProgramInfo {
         Self::by_fd(fd.as_fd())
     }
 
-    /// Does the program use the map that is pinned at a path?
+    /// Whether the program uses the map that is pinned at a path.
     pub fn uses_pinned_map(&self, path: &Path) -> bool {
         pinned_map_id(path).is_some_and(|id| self.map_ids.contains(&id))
     }

@@ -81,14 +81,14 @@ fn katran(net: &Net, endpoint: &str) -> std::process::Command {
     command
 }
 
-/// Adds a VIP as nobody of ours would write it.
+/// Adds a VIP in whatever text.
 pub fn add_vip_verbatim(net: &Net, endpoint: &str, address: &str, port: u16) {
     let vip = Vip { address: address.to_owned(), port: port.into(), protocol: libc::IPPROTO_TCP };
     let request = VipMeta { vip: Some(vip), flags: 0, set_flag: true };
     call(net, endpoint, async |mut client| client.add_vip(request).await.map(drop));
 }
 
-/// Removes it, as goclient would.
+/// Removes it, as written.
 pub fn del_vip_verbatim(net: &Net, endpoint: &str, address: &str, port: u16) {
     let vip = Vip { address: address.to_owned(), port: port.into(), protocol: libc::IPPROTO_TCP };
     call(net, endpoint, async |mut client| client.del_vip(vip).await.map(drop));

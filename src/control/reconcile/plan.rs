@@ -68,7 +68,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Is everything as it should be?
+    /// Whether everything is as it should be.
     pub fn is_empty(&self) -> bool {
         self.lines().is_empty()
     }
@@ -257,7 +257,7 @@ fn changed_image(
     Ok(Some(Image::build(config, identities, keys, next, capacity, mtu)?))
 }
 
-/// Do the maps hold exactly this image?
+/// Whether the maps hold exactly this image.
 fn in_force(datapath: &Datapath, image: &Image) -> Result<bool> {
     use crate::kernel::abi::Pod as _;
 
