@@ -5,7 +5,7 @@ use clap::Args;
 use super::table::line;
 use crate::config::{BalancerKind, Config};
 use crate::control::Error;
-use crate::kernel::load;
+use crate::kernel::{load, unload};
 
 pub fn load(config: &Config) -> Result<(), Error> {
     let loaded = load::load(&config.load_spec())?;
@@ -40,9 +40,9 @@ pub struct Unload {
 impl Unload {
     pub fn run(&self, config: &Config) -> Result<(), Error> {
         let report = if self.keep_state {
-            load::take_out(&config.load_spec())?
+            unload::take_out(&config.load_spec())?
         } else {
-            load::unload(&config.load_spec())?
+            unload::unload(&config.load_spec())?
         };
         print(&report, config);
         if config.balancer == BalancerKind::Katran && !self.keep_state {
@@ -54,7 +54,7 @@ impl Unload {
     }
 }
 
-fn print(report: &load::Unloaded, config: &Config) {
+fn print(report: &unload::Unloaded, config: &Config) {
     for what in &report.removed {
         line(&format!("removed {what}"));
     }

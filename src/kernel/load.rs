@@ -1,4 +1,4 @@
-//! Loads the programs, adopts, makes or moves their pinned maps, and undoes it.
+//! Loads the programs, adopts, makes or moves their pinned maps.
 //!
 //! The order is such that packets never meet half a chain: maps, program, its position, and
 //! only then the root on the interface. What fails midway takes its own new pins back.
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use libbpf_rs::skel::{OpenSkel, Skel, SkelBuilder};
 use libbpf_rs::{MapCore as _, MapFlags, MapHandle, OpenMapMut, OpenObject, Program};
 use nix::fcntl::Flock;
-use tracing::{debug, info};
+use tracing::info;
 
 use super::abi::{Pod as _, map_use, tracked_map};
 use super::chain::{self, Chain};
@@ -55,15 +55,6 @@ pub struct Loaded {
     pub program: ProgramInfo,
 }
 
-/// What [`unload`] left in place, and why.
-#[derive(Debug, Default)]
-pub struct Unloaded {
-    /// What was removed.
-    pub removed: Vec<String>,
-    /// What stays, with the reason.
-    pub kept: Vec<String>,
-}
-
 /// Pins made so far; taken back unless everything succeeded.
 #[derive(Default)]
 struct NewPins {
@@ -81,7 +72,7 @@ impl Drop for NewPins {
     }
 }
 
-fn check_privileges() -> Result<()> {
+pub(super) fn check_privileges() -> Result<()> {
     if nix::unistd::geteuid().is_root() { Ok(()) } else { Err(BpfError::NotRoot) }
 }
 
@@ -333,122 +324,8 @@ fn count_as_added(dir: &Path, moved: &Moved) -> Result<()> {
     Ok(())
 }
 
-/// Takes `mqtt_fwd` out of the chain, and nothing else: the next [`load`] finds all flows and
-/// predictions. Until then packets go to the balancer as they came.
-pub fn take_out(spec: &LoadSpec) -> Result<Unloaded> {
-    check_privileges()?;
-    let pins = &spec.pins;
-    pins.check()?;
-    let _lock = pins.lock()?;
-    let mut report = Unloaded::default();
-    let Some(chain) = Chain::open(pins)? else { return Ok(report) };
-    if let Some(program) = check_position(pins, &chain, chain::MQTT_FWD, "mqtt_fwd")? {
-        chain.clear(chain::MQTT_FWD)?;
-        pins::remove_pin(&pins.program("mqtt_fwd"))?;
-        report.removed.push(format!("{} (id {})", program.name, program.id));
-        report.kept.push(format!("maps in {}", pins.current(pins::Object::MqttFwd).display()));
-    }
-    Ok(report)
-}
-
-/// Takes out exactly what is ours: our programs, our pins, and the root if nobody else needs it.
-pub fn unload(spec: &LoadSpec) -> Result<Unloaded> {
-    check_privileges()?;
-    let pins = &spec.pins;
-    pins.check()?;
-    let _lock = pins.lock()?;
-    let mut report = Unloaded::default();
-
-    recover_root_array(spec, pins)?;
-    let chain = Chain::open(pins)?;
-    if let Some(chain) = &chain {
-        for (position, name) in
-            [(chain::MQTT_FWD, "mqtt_fwd"), (chain::BALANCER, "balancer_ingress")]
-        {
-            match check_position(pins, chain, position, name) {
-                Ok(Some(program)) => {
-                    chain.clear(position)?;
-                    report.removed.push(format!("{} (id {})", program.name, program.id));
-                }
-                Ok(None) => {}
-                Err(BpfError::ForeignProgram { program, id, .. }) => {
-                    report
-                        .kept
-                        .push(format!("{program} (id {id}) at position {position}: not ours"));
-                }
-                Err(e) => return Err(e),
-            }
-        }
-    }
-    let root_kept = detach_root(spec, pins, chain.as_ref(), &mut report)?;
-
-    for object in [pins::Object::MqttFwd, pins::Object::Balancer] {
-        for path in pins.remove_object(object)? {
-            debug!(path = %path.display(), "unpinned");
-        }
-    }
-    for program in ["mqtt_fwd", "balancer_ingress", "xdp_root"] {
-        // By it, a later unload knows the root for ours.
-        if !(root_kept && program == "xdp_root") {
-            pins::remove_pin(&pins.program(program))?;
-        }
-    }
-    let user = chain.as_ref().and_then(|chain| chain.program(chain::BALANCER));
-    match user.filter(|program| program.uses_pinned_map(&pins.service_vips())) {
-        // It would go on with its own, and a later one of this name would be another.
-        Some(program) => report.kept.push(format!(
-            "{}: {} (id {}) uses it",
-            pins.service_vips().display(),
-            program.name,
-            program.id
-        )),
-        None if pins::remove_pin(&pins.service_vips())? => {
-            report.removed.push(pins.service_vips().display().to_string());
-        }
-        None => {}
-    }
-    pins.remove_dir();
-    Ok(report)
-}
-
-/// Returns whether our root stays, because somebody else's program needs it.
-fn detach_root(
-    spec: &LoadSpec,
-    pins: &Pins,
-    chain: Option<&Chain>,
-    report: &mut Unloaded,
-) -> Result<bool> {
-    let Some(root) = pinned_program(&pins.program("xdp_root")) else {
-        if let Some(chain) = chain
-            && xdp::attached(&spec.interface).ok().flatten().is_none()
-            && (0..chain::POSITIONS).all(|p| chain.program(p).is_none())
-            && pins::remove_pin(pins.root_array())?
-        {
-            report.removed.push(pins.root_array().display().to_string());
-        }
-        return Ok(false);
-    };
-    let others: Vec<_> = chain
-        .iter()
-        .flat_map(|c| (0..chain::POSITIONS).filter_map(|p| c.program(p)))
-        .map(|p| format!("{} (id {})", p.name, p.id))
-        .collect();
-    if !others.is_empty() {
-        report.kept.push(format!("xdp_root and its chain: {} needs them", others.join(", ")));
-        return Ok(true);
-    }
-    // The interface may be gone, and the program with it.
-    if xdp::detach(&spec.interface, root.id).unwrap_or(false) {
-        report.removed.push(format!("xdp_root (id {}) on {}", root.id, spec.interface));
-    }
-    if pins::remove_pin(pins.root_array())? {
-        report.removed.push(pins.root_array().display().to_string());
-    }
-    Ok(false)
-}
-
 /// Somebody removed the array's pin, while our root goes on using the array: pins it again.
-fn recover_root_array(spec: &LoadSpec, pins: &Pins) -> Result<()> {
+pub(super) fn recover_root_array(spec: &LoadSpec, pins: &Pins) -> Result<()> {
     if pins.root_array().exists() {
         return Ok(());
     }
@@ -493,7 +370,7 @@ fn check_attached(
 }
 
 /// The program at a position if it is ours, `None` if the position is free.
-fn check_position(
+pub(super) fn check_position(
     pins: &Pins,
     chain: &Chain,
     position: u32,

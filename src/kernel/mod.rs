@@ -9,6 +9,7 @@ pub mod pins;
 pub mod reasons;
 pub mod sizes;
 pub mod skeletons;
+pub mod unload;
 pub mod upgrade;
 pub mod xdp;
 
