@@ -12,18 +12,21 @@ use super::Problem;
 /// The file that is being read: its text, what is wrong with it, and where its keys are.
 pub struct Source<'a> {
     text: &'a str,
+    /// Where lines begin but the first: a file may have a hundred thousand routes.
+    line_starts: Vec<usize>,
     problems: RefCell<Vec<Problem>>,
     lines: RefCell<HashMap<String, usize>>,
 }
 
 impl<'a> Source<'a> {
     pub fn new(text: &'a str) -> Self {
-        Self { text, problems: RefCell::default(), lines: RefCell::default() }
+        let line_starts = text.match_indices('\n').map(|(at, _)| at + 1).collect();
+        Self { text, line_starts, problems: RefCell::default(), lines: RefCell::default() }
     }
 
     /// Counted from 1.
     fn line_of(&self, span: &Range<usize>) -> usize {
-        self.text[..span.start].matches('\n').count() + 1
+        self.line_starts.partition_point(|start| *start <= span.start) + 1
     }
 
     /// Reports a problem with a key, or with something in it, by its path.
