@@ -444,6 +444,17 @@ fn a_flow_seen_from_its_middle_counts_once_it_has_shown_that_it_is_mqtt() {
 }
 
 #[test]
+fn a_flow_that_is_found_to_be_mqtt_by_its_last_segment_is_closing() {
+    let f = Fixture::new();
+    let mut c = Conn::new(&f, "10.1.1.1:4000");
+    c.data(b"half a payload");
+    let last = mqtt::publish(b"sensor/c", 0, b"1");
+    f.send(&packet::tcp(c.client, c.service, c.next_seq(), 77, |h| h.fin = true, &last));
+    assert_eq!(f.flow(c.client).unwrap().state, "closing");
+    assert_eq!(f.datapath.flows.keys().unwrap().len(), 0);
+}
+
+#[test]
 fn above_the_rate_of_new_flows_no_standing_flow_is_evicted() {
     let sizes = MapSizes { flows: 256, weak_flows: 64, ..SMALL };
     let f = Fixture::loaded(CONFIG, &sizes, |rodata| {

@@ -57,15 +57,13 @@ __noinline int cut_segment(struct xdp_md *ctx, struct conn *c, const struct flow
 	/* A repetition may show only a byte of the PUBLISH: no room for DISCONNECT, so no end yet. */
 	bool ends = removed >= 2;
 	__u32 added = ends && !(f->flags & FLOW_CUT_INSIDE) ? 2 : 0;
-	__u32 sum = frame_sum(ctx, w, cut, removed);
+	__u32 was = frame_sum(ctx, w, cut, removed), is;
 	struct cursor cur = cursor_of(ctx);
 	struct ethhdr *eth = parse_eth(&cur);
 	struct tcphdr *tcp;
-	__u32 was, is;
 
 	if (!eth)
 		return 0;
-	was = csum_fold(sum);
 	is = added ? bpf_htons(MQTT_DISCONNECT_PACKET) : 0;
 	if ((cut - tcp_offset) & 1) {
 		was = csum_swap(was);

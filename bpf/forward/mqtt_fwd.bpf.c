@@ -70,8 +70,6 @@ static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 			frame(ctx, f, c, t, svc);
 			if (f->flags & FLOW_ENDED)
 				cut_segment(ctx, c, f);
-			else if (f->flags & FLOW_WEAK && !(f->flags & (FLOW_UNSYNCED | FLOW_CLOSING)))
-				flow_move(c, f, false);
 		} else if (bare && !f->rival && !(f->flags & FLOW_CLOSING)) {
 			cache_keep(c, t, b.binding);
 		}
@@ -84,6 +82,8 @@ static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 				f->flags |= FLOW_CLOSING;
 			else
 				flow_move(c, f, true);
+		} else if (f->flags & FLOW_WEAK && !(f->flags & (FLOW_UNSYNCED | FLOW_CLOSING))) {
+			flow_move(c, f, false); /* last: the entry is another's from here on */
 		}
 	}
 	if (!g)
