@@ -9,6 +9,7 @@ pub mod config;
 pub mod control;
 pub mod datapath;
 pub mod domain;
+pub mod handover;
 pub mod kernel;
 pub mod routes;
 pub mod telemetry;

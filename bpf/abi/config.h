@@ -17,6 +17,8 @@ enum limits {
 	/* Levels of a route's topic filter: each may cost a packet a look-up. */
 	MAX_ROUTE_LEVELS = 16,
 	CACHE_WAYS = 8, /* slots of a cache_set */
+	CLIENT_ID_TEXT_MAX = 64, /* bytes of a client id's text that are kept for people */
+	CLIENT_ID_MAX = 256, /* bytes; clients with longer ids are not known by them */
 	CLIENT_GROUPS = 3, /* groups that a client's record weighs against each other */
 	POSITION_MQTT_FWD = 1,
 	POSITION_BALANCER = 2,
@@ -44,6 +46,13 @@ enum misprediction_policy {
 	MISPREDICTION_KEEP = 1,
 };
 
+enum binding_mode {
+	/* At the SYN, by what the client's address published before. */
+	BINDING_PREDICTED = 0,
+	/* When CONNECT and what follows it have been read; see forward/bind/delayed.h. */
+	BINDING_DELAYED = 1,
+};
+
 /* One cache line. */
 struct service {
 	__be32 addr[4]; /* IPv4 in addr[0] */
@@ -58,7 +67,8 @@ struct service {
 		       the verifier, which then checks the program once, not once a service */
 	__u8 v6;
 	__u8 on_misprediction; /* enum misprediction_policy */
-	__u8 pad[26];
+	__u8 binding; /* enum binding_mode */
+	__u8 pad[25];
 };
 SIZE_IS(struct service, 64);
 

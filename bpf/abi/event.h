@@ -27,10 +27,12 @@ struct event {
 	__u8 v6;
 	__u8 by_prediction;
 	__u8 ended; /* EVENT_MISPREDICTED: the flow is ended for it */
-	__u8 pad;
+	__u8 way; /* enum way; EVENT_BOUND */
 	__u64 topic;
+	__u8 why; /* enum why */
+	__u8 pad[7];
 	__u8 text[TOPIC_TEXT_MAX];
 };
-SIZE_IS(struct event, 48 + TOPIC_TEXT_MAX);
+SIZE_IS(struct event, 56 + TOPIC_TEXT_MAX);
 
 #endif /* MQTT_FWD_ABI_EVENT_H */

@@ -24,6 +24,13 @@
 	VERDICT(SYN_RIVAL, "SYN on the addresses of a known flow, which stays until this one proves itself") \
 	VERDICT(FLOW_ADOPTED, "first seen in its middle: bound by prediction")                  \
 	VERDICT(STRAY, "FIN or RST of no known flow: follows the prediction, leaves nothing")   \
+	VERDICT(SYN_ANSWERED, "SYN: answered here, and nothing kept")                           \
+	VERDICT(HANDSHAKE, "acknowledges the SYN-ACK from here, without data: dropped")         \
+	VERDICT(CONNECT_ANSWERED, "CONNECT: answered here; the next message decides its group") \
+	VERDICT(WAIT_ANSWERED, "keepalive probe of a connection without a group yet: answered") \
+	VERDICT(WAIT_DROPPED, "nothing new, or behind a gap, of a connection without a group yet: dropped") \
+	VERDICT(REFUSED, "end of a connection that no broker has: answered with RST")           \
+	VERDICT(HANDOVER_FAILED, "no room for an answer, or to put CONNECT in front: dropped")  \
 	VERDICT(ICMP_ERROR, "ICMP error about a flow: sent to the flow's group")                \
 	VERDICT(TOO_BIG, "too large to be encapsulated: answered with ICMP")                    \
 	VERDICT(NO_GROUP_VIP, "no usable group for the flow: passed on unchanged")              \
@@ -53,6 +60,22 @@
 	NOTE(FLOW_EVICTED, "flow's entry went to another flow while in use: bound anew")        \
 	NOTE(FLOW_NOT_STORED, "new flow not stored: more than new_flows_per_second")            \
 	NOTE(TOPIC_NOT_STORED, "new topic not stored: more than new_topics_per_second")         \
+	NOTE(BOUND_MESSAGE, "connection bound by the message that came with its CONNECT")       \
+	NOTE(BOUND_CLIENT_ID, "connection bound by what its client id published before")        \
+	NOTE(BOUND_ANSWERED, "connection bound by the message that came after CONNECT was answered") \
+	NOTE(BOUND_ROUTE, "connection bound by a route that names its client")                  \
+	NOTE(BOUND_UNANSWERED, "connection bound by its client's address: nothing better was possible") \
+	NOTE(WHY_NOT_CONNECT, "no better: did not begin with a CONNECT that all brokers take")  \
+	NOTE(WHY_CUT, "no better: CONNECT did not lie whole in its first segment")              \
+	NOTE(WHY_TOO_LONG, "no better: CONNECT too long to be kept")                            \
+	NOTE(WHY_MQTT5, "no better: MQTT 5, whose CONNACK only the broker knows")               \
+	NOTE(WHY_PERSISTENT, "no better: persistent session, which only the broker knows")      \
+	NOTE(WHY_CREDENTIALS, "no better: credentials, which only the broker can check")        \
+	NOTE(WHY_SILENT, "no better: nothing came after CONNECT")                               \
+	NOTE(WHY_NO_TOPIC, "no better: what came after CONNECT has no topic that decides")      \
+	NOTE(HANDOVER, "segment given its broker with CONNECT in front")                        \
+	NOTE(HANDOVER_CONFIRMED, "connection confirmed: its broker has it")                     \
+	NOTE(CLIENT_MISJUDGED, "client id found to change topics: decides alone no longer")     \
 	NOTE(TOO_BIG_NO_DF, "too large, but may be fragmented: passed on")                      \
 	NOTE(TOO_BIG_UNANSWERED, "too large, and no room to answer: passed on")                 \
 	NOTE(MAP_FULL, "flow or client could not be stored")                                    \

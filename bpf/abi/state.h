@@ -29,6 +29,8 @@ SIZE_IS(struct client6, 20);
 enum client_flags {
 	/* Published to a group, then another, then the first again, under the same routes. */
 	CLIENT_MULTI_GROUP = 1 << 0,
+	/* A connection that its client id alone decided on (WAY_KNOWN) turned out to be misrouted. */
+	CLIENT_MISJUDGED = 1 << 1,
 };
 
 /*
@@ -50,6 +52,16 @@ struct client {
 	__u16 ended_s; /* when a misprediction last ended a flow, CLOCK_BOOTTIME seconds; 0: never */
 };
 SIZE_IS(struct client, 40);
+
+/* A client that is known by its client id: the key is a keyed hash of service and id. */
+struct client_id {
+	struct client client;
+	__u16 service;
+	__u16 length; /* of the whole id; text holds the first CLIENT_ID_TEXT_MAX bytes */
+	__u8 pad[4];
+	__u8 text[CLIENT_ID_TEXT_MAX];
+};
+SIZE_IS(struct client_id, 40 + 8 + CLIENT_ID_TEXT_MAX);
 
 struct flow4 {
 	__be32 addr;
@@ -86,8 +98,36 @@ enum flow_flags {
 	FLOW_CLOSING = 1 << 8, /* FIN or RST seen */
 	FLOW_WEAK = 1 << 9, /* in flows_weak, flows6_weak */
 	FLOW_ANY_TOPIC = 1 << 10, /* its topic is of a route to ANY_GROUP */
-	FLOW_RIVAL_SYN = 1 << 11, /* rival_seq is of a SYN; otherwise of the flow before it */
+	FLOW_RIVAL_SYN = 1 << 11, /* predicted: the rival is of a SYN, not the flow before this one;
+				     delayed: there was a SYN on the flow's addresses */
 	FLOW_CUT_INSIDE = 1 << 12, /* cut_seq lies inside a control packet */
+	FLOW_UNCONFIRMED = 1 << 13, /* its broker may not have the connection yet: see `handovers` */
+	FLOW_ROUTED = 1 << 14, /* bound by a route that names its client: topics change nothing */
+};
+
+/* How a flow came to its group. */
+enum way {
+	WAY_PREDICTED = 0, /* at its SYN, or in its middle: by its client's address */
+	WAY_MESSAGE, /* CONNECT and the first message came together: by that */
+	WAY_CLIENT_ID, /* CONNECT alone: by what its client id published before */
+	WAY_ANSWERED, /* CONNECT was answered here: by the message that followed */
+	WAY_ROUTE, /* by a route that names its client id or user name */
+	WAY_UNANSWERED, /* nothing told, and no answer was possible: by the client's address */
+	WAYS,
+};
+
+/* Why not by a message: what stood in the way. */
+enum why {
+	WHY_NONE = 0,
+	WHY_NOT_CONNECT, /* the connection does not begin with CONNECT */
+	WHY_CUT, /* CONNECT does not lie whole in its first segment */
+	WHY_TOO_LONG, /* CONNECT is longer than HANDOVER_CONNECT_MAX */
+	WHY_MQTT5, /* a broker's CONNACK has properties that are not known here */
+	WHY_PERSISTENT, /* nor whether a session is present, */
+	WHY_CREDENTIALS, /* or whether the credentials are right */
+	WHY_SILENT, /* nothing came after CONNECT */
+	WHY_NO_TOPIC, /* what came after CONNECT has no topic that decides */
+	WHYS,
 };
 
 /*
@@ -116,11 +156,15 @@ struct flow {
 	__u32 candidate_start;
 	__u32 candidate_end;
 	__u32 ack; /* acknowledgement number of the last segment in order */
+	/*
+	 * The binding mode's own. Predicted: a rival, another connection on the same addresses, its
+	 * first sequence number | its binding << 32; 0: none. Delayed: key in `client_ids`; 0: none.
+	 */
+	__u64 own;
 	__u32 cut_seq; /* FLOW_ENDED: everything from here on is not the broker's to see */
-	__u32 rival_seq; /* first sequence number of another connection on the same addresses */
-	binding_t rival; /* its binding; 0: there is none */
 	__u16 untaught; /* messages of `topic` that the client's record does not weigh yet */
-	__u16 pad;
+	__u8 way; /* enum way */
+	__u8 why; /* enum why */
 };
 SIZE_IS(struct flow, 72);
 
@@ -154,6 +198,8 @@ enum tracked_map {
 	TRACKED_CLIENTS,
 	TRACKED_CLIENTS6,
 	TRACKED_TOPICS,
+	TRACKED_CLIENT_IDS,
+	TRACKED_HANDOVERS,
 	TRACKED_MAPS,
 };
 

@@ -9,17 +9,7 @@
  */
 #include "../abi/config.h"
 #include "../lib/parse.h"
-
-struct address {
-	__be32 addr[4]; /* IPv4 in addr[0] */
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__type(key, struct address);
-	__type(value, __u8);
-	__uint(max_entries, 256);
-} decap_vips SEC(".maps");
+#include "vips.h"
 
 enum decap_counter { DECAP_UNWRAPPED, DECAP_REFUSED, DECAP_COUNTERS };
 

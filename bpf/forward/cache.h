@@ -17,7 +17,7 @@
 #ifndef MQTT_FWD_CACHE_H
 #define MQTT_FWD_CACHE_H
 
-#include "conn.h"
+#include "maps.h"
 
 #define FLOW_BITS 56
 #define FLOW_MASK ((1ULL << FLOW_BITS) - 1)

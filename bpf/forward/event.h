@@ -6,11 +6,13 @@
 #ifndef MQTT_FWD_EVENT_H
 #define MQTT_FWD_EVENT_H
 
-#include "conn.h"
+#include "maps.h"
 
 enum report_how {
 	REPORT_BY_PREDICTION = 1 << 0,
 	REPORT_ENDED = 1 << 1,
+	REPORT_WAY_SHIFT = 8, /* enum way */
+	REPORT_WHY_SHIFT = 16, /* enum why */
 };
 
 _Static_assert(REASON_EVENT_LOST_UNFRAMED - REASON_EVENT_LOST_BOUND == EVENT_KINDS - 1,
@@ -49,7 +51,9 @@ __noinline int report_event(const struct conn *c, __u32 kind, __u32 from_to, __u
 		.v6 = c->v6,
 		.by_prediction = how & REPORT_BY_PREDICTION ? 1 : 0,
 		.ended = how & REPORT_ENDED ? 1 : 0,
+		.way = how >> REPORT_WAY_SHIFT,
 		.topic = topic,
+		.why = how >> REPORT_WHY_SHIFT,
 	};
 	__builtin_memcpy(e->client, c->key.addr, sizeof(e->client));
 

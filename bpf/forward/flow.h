@@ -6,8 +6,7 @@
 #ifndef MQTT_FWD_FLOW_H
 #define MQTT_FWD_FLOW_H
 
-#include "../lib/tcp.h"
-#include "conn.h"
+#include "maps.h"
 
 /* How far a segment may begin behind the last byte seen and still move flow.end. */
 #define FLOW_WINDOW (1 << 20)
@@ -15,6 +14,22 @@
 static __always_inline __u64 tagged(const struct conn *c, __u32 word)
 {
 	return word | (__u64)c->tag << 32;
+}
+
+/* A rival's first sequence number and binding: see flow.own. */
+static __always_inline __u32 rival_seq(__u64 own)
+{
+	return own;
+}
+
+static __always_inline binding_t rival_binding(__u64 own)
+{
+	return own >> 32;
+}
+
+static __always_inline __u64 rival_of(__u32 seq, binding_t binding)
+{
+	return seq | (__u64)binding << 32;
 }
 
 /* The flow's binding; 0 if its entry is another flow's by now. */
@@ -90,13 +105,13 @@ static __always_inline void flow_remove(const struct conn *c, bool weak)
  * A flow that nobody knew. Above the rate it is not stored, for another would have to go: it is
  * bound by prediction, packet by packet, as long as nothing changes that.
  */
-static __always_inline void flow_add(const struct conn *c, const struct flow *f)
+static __always_inline bool flow_add(const struct conn *c, const struct flow *f)
 {
 	if (!budget_take(&budgets, BUDGET_FLOWS, flows_per_window)) {
 		count(REASON_FLOW_NOT_STORED);
-		return;
+		return false;
 	}
-	flow_put(c, f, f->flags & FLOW_WEAK);
+	return !flow_put(c, f, f->flags & FLOW_WEAK);
 }
 
 /*

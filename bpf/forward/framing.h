@@ -17,17 +17,7 @@
 
 #include "publish.h"
 #include "resync.h"
-
-/*
- * What a segment may spend on topics other than its flow's last, in units of about 50 ns. A walk
- * through the routes is for topics that `topics` does not know, and costs one more for each level
- * that is looked up; long topics cost what their bytes cost. PUBLISHes beyond that are framed and
- * not judged.
- */
-#define TOPIC_BUDGET 40
-#define TOPIC_COST_KNOWN 2
-#define TOPIC_COST_WALK 24
-#define TOPIC_BYTES_A_UNIT 32
+#include "topic.h"
 
 #define SIMPLE_PACKETS 8 /* at once */
 #define SAME_TOPIC_MAX 32 /* bytes that are compared rather than hashed */
@@ -41,40 +31,6 @@ struct parse {
 	const struct service_table *t;
 	const struct service *svc;
 };
-
-/* The hash of a topic that lies in the frame and is at most TOPIC_TEXT_MAX long; 0: it does not. */
-static __always_inline __u64 topic_hash(struct xdp_md *ctx, const struct service_table *t,
-					const struct service *svc, __u32 offset, __u32 length)
-{
-	const void *end = frame_end(ctx);
-	const __u8 *pos = frame_start(ctx);
-	__u32 left = length;
-	struct siphash h;
-
-	siphash_init(&h, t->topic_key[0] ^ svc->id, t->topic_key[1]);
-	pos += offset & FRAME_MASK;
-	for (int i = 0; i < TOPIC_TEXT_MAX / 8; i++) {
-		if (left < 8)
-			break;
-		/* Or clang computes with `end`, which the verifier forbids. */
-		barrier_var(pos);
-		if ((void *)(pos + 8) > end)
-			return 0;
-		siphash_word(&h, load_le64(pos));
-		pos += 8;
-		left -= 8;
-	}
-
-	__u64 tail = 0;
-	if (left) {
-		/* The eight bytes that end with the topic: headers lie before it, always. */
-		pos = frame_at(ctx, offset + length - 8, 8);
-		if (!pos)
-			return 0;
-		tail = load_le64(pos) >> (64 - 8 * (left & 7));
-	}
-	return siphash_final(&h, tail, length);
-}
 
 /* The hash of a PUBLISH's topic if all of it lies in the segment and is not long; else 0. */
 static __always_inline __u64 header_topic(struct xdp_md *ctx, const struct service_table *t,
@@ -424,14 +380,6 @@ static __always_inline __u32 start_seq(const struct parse *p)
 	return p->c->seq + (start - p->c->payload);
 }
 
-/* The group of the topic in w->stream, which is complete. */
-static __always_inline binding_t stream_binding(const struct work *w, const struct service *svc)
-{
-	__u16 group = route_group(w->stream.state, svc);
-
-	return group == ANY_GROUP ? ANY_GROUP : binding_now(group);
-}
-
 /*
  * The topic that framing stopped at lies whole in the segment, and is not long: known from an
  * earlier PUBLISH of anybody, or walked through the routes.
@@ -441,26 +389,12 @@ static __always_inline void whole_topic(const struct parse *p)
 	struct work *w = p->w;
 	__u64 hash = w->hash;
 	struct publish *publish = &w->publish;
-	const struct topic *known = bpf_map_lookup_elem(&topics, &hash);
-	const struct topic_verdict *v = known ? &known->verdict[p->t->generation & 1] : NULL;
 
 	publish->hash = hash;
 	publish->generation = p->t->generation;
 	publish->start = start_seq(p);
 	publish->inside = false;
-	if (v && v->generation == publish->generation) {
-		w->budget -= TOPIC_COST_KNOWN;
-		publish->to = v->binding;
-	} else {
-		topic_begin(&w->stream, p->t, p->svc);
-		topic_feed(p->ctx, p->t, p->svc, w->offset, w->topic_length);
-		if (!(w->stream.flags & ROUTE_FINAL))
-			topic_level_end(&w->stream, p->t, p->svc);
-		w->budget -= TOPIC_COST_WALK + w->stream.steps +
-			     w->topic_length / TOPIC_BYTES_A_UNIT;
-		publish->to = stream_binding(w, p->svc);
-		topic_store(w, hash, publish->to, p->svc, publish->generation);
-	}
+	publish->to = topic_binding(p->ctx, p->t, p->svc, w, hash, w->offset, w->topic_length);
 	publish_judge(p->c, p->f, p->t, p->svc);
 	p->f->parser = PARSER_TYPE;
 	w->offset += w->topic_length + w->left;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * What clients' messages teach: client address → the group of most of its recent messages. The
- * only writer of clients and topics.
+ * What clients' messages teach: client address, or client id → the group of most of its recent
+ * messages. The only writer of clients, client_ids and topics.
  */
 #ifndef MQTT_FWD_LEARN_H
 #define MQTT_FWD_LEARN_H
@@ -28,8 +28,14 @@ static __always_inline __u32 now_s(void)
 			(n)++;                                                                  \
 	} while (0)
 
-static __always_inline struct client *client_find(const struct conn *c)
+/* By its client id, or else by its address. */
+static __always_inline struct client *client_find(const struct conn *c, bool by_id)
 {
+	if (by_id && c->id) {
+		__u64 key = c->id;
+		struct client_id *known = bpf_map_lookup_elem(&client_ids, &key);
+		return known ? &known->client : NULL;
+	}
 	if (c->v6) {
 		struct client6 key = client6_of(c);
 		return bpf_map_lookup_elem(&mqtt_client6_to_topic, &key);
@@ -54,6 +60,29 @@ static __always_inline void client_add(const struct conn *c, struct work *w)
 		count(REASON_MAP_FULL);
 	else
 		map_used(c->v6 ? TRACKED_CLIENTS6 : TRACKED_CLIENTS, 1, 0);
+}
+
+/*
+ * Remembers the client whose id w->client_id has, if it is new: what it publishes will be learned from
+ * its flow. Global (see event.h).
+ */
+__noinline int client_id_keep(const struct conn *c)
+{
+	struct work *w = work_of_cpu();
+	__u64 key;
+
+	if (!c || !w || !c->id)
+		return 0;
+	key = c->id;
+	if (bpf_map_lookup_elem(&client_ids, &key))
+		return 0;
+	__builtin_memset(&w->client_id.client, 0, sizeof(w->client_id.client));
+	w->client_id.client.learned_s = now_s();
+	if (bpf_map_update_elem(&client_ids, &key, &w->client_id, BPF_NOEXIST))
+		count(REASON_MAP_FULL);
+	else
+		map_used(TRACKED_CLIENT_IDS, 1, 0);
+	return 0;
 }
 
 static __always_inline binding_t client_best(const struct client *client)
@@ -110,18 +139,37 @@ static __always_inline void client_reroute(struct client *client, const struct s
 __noinline __u64 predict(const struct conn *c, const struct service_table *t,
 			 const struct service *svc)
 {
-	struct client *client;
-
 	if (!c || !t || !svc)
 		return 0;
-	client = client_find(c);
-	if (client) {
-		client_reroute(client, t);
-		binding_t best = client_best(client);
-		if (group_of(best))
-			return best | PREDICTED;
+	for (int by_id = 1; by_id >= 0; by_id--) {
+		struct client *client = NULL;
+
+		if (!by_id || c->id)
+			client = client_find(c, by_id);
+		if (client) {
+			client_reroute(client, t);
+			binding_t best = client_best(client);
+			if (group_of(best))
+				return best | PREDICTED;
+		}
 	}
 	return binding_now(svc->default_group);
+}
+
+/* The binding that a client id alone decides on; 0: it does not. */
+__noinline __u64 client_steady(const struct conn *c, const struct service_table *t)
+{
+	struct client *client;
+	binding_t best;
+
+	if (!c || !t || !c->id)
+		return 0;
+	client = client_find(c, true);
+	if (!client || client->flags & (CLIENT_MULTI_GROUP | CLIENT_MISJUDGED))
+		return 0;
+	client_reroute(client, t);
+	best = client_best(client);
+	return group_of(best) ? best : 0;
 }
 
 /* Keep the topic in w->stream, for people, for changes of routes, and so as not to walk again. */
@@ -216,20 +264,26 @@ enum learned {
 	LEARNED_CHANGED = 1 << 1, /* the prediction was made or changed; group before: << 16 */
 };
 
+/* With learn()'s number of messages: the record is the address's, whatever the client id. */
+#define LEARN_ADDRESS (1U << 31)
+
 /* A trusted flow published messages of topic `hash`, which belongs to `group`: enum learned. */
 __noinline __u32 learn(const struct conn *c, const struct service_table *t, __u64 hash,
 		       binding_t group, __u32 messages)
 {
-	bool changed = false, may_end = true;
+	bool changed = false, may_end = true, by_id;
 	struct client *client;
 
 	if (!c || !t || !group)
 		return 0;
-	client = client_find(c);
+	by_id = c->id && !(messages & LEARN_ADDRESS);
+	messages &= ~LEARN_ADDRESS;
+	client = client_find(c, by_id);
 	if (!client) {
 		struct work *w = work_of_cpu();
 
-		if (!w)
+		/* A client id's record was made when the flow was, and is gone. */
+		if (!w || by_id)
 			return 0;
 		__builtin_memset(&w->client, 0, sizeof(w->client));
 		w->client.topic = hash;
@@ -290,7 +344,7 @@ __noinline int learn_outcome(const struct conn *c, __u32 hit, __u32 ended)
 
 	if (!c)
 		return 0;
-	client = client_find(c);
+	client = client_find(c, true);
 	if (!client)
 		return 0;
 	if (ended)
@@ -299,6 +353,21 @@ __noinline int learn_outcome(const struct conn *c, __u32 hit, __u32 ended)
 		SATURATING_INC(client->hits, 0xffff);
 	else
 		SATURATING_INC(client->misses, 0xffff);
+	return 0;
+}
+
+/* The client id alone decided, and was wrong: no longer. */
+__noinline int learn_misjudged(const struct conn *c)
+{
+	struct client *client;
+
+	if (!c || !c->id)
+		return 0;
+	client = client_find(c, true);
+	if (client && !(client->flags & CLIENT_MISJUDGED)) {
+		client->flags |= CLIENT_MISJUDGED;
+		count(REASON_CLIENT_MISJUDGED);
+	}
 	return 0;
 }
 

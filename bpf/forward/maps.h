@@ -4,18 +4,21 @@
  * IPv4 and IPv6 have maps of their own, so that IPv4 does not hash IPv6's key size.
  *
  * Each map that the datapath writes has one file that does: flow.h the flows, cache.h the cache,
- * learn.h clients and topics, framing.h topic_streams.
+ * learn.h clients, client_ids and topics, framing.h topic_streams, delayed/ handovers.
  */
 #ifndef MQTT_FWD_MAPS_H
 #define MQTT_FWD_MAPS_H
 
 #include "../abi/config.h"
 #include "../abi/event.h"
+#include "../abi/handover.h"
 #include "../abi/reason.h"
 #include "../abi/state.h"
 #include "../lib/map.h"
 #include "../lib/ratelimit.h"
 #include "../lib/siphash.h"
+#include "../lib/tcp.h"
+#include "conn.h"
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
@@ -23,6 +26,29 @@ struct {
 	__uint(value_size, sizeof(__u32));
 	__uint(max_entries, ROOT_ARRAY_SIZE);
 } root_array SEC(".maps");
+
+/*
+ * The programs of this object, which hand a packet to each other: what one needs to know of the
+ * other's findings is in work.handed. Each has a stack, and the verifier's patience, of its own.
+ */
+enum step { STEP_FORWARD, STEP_GREET, STEP_HANDOVER, STEPS };
+
+int mqtt_fwd(struct xdp_md *ctx);
+int mqtt_greet(struct xdp_md *ctx);
+int mqtt_handover(struct xdp_md *ctx);
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(key_size, sizeof(__u32));
+	__uint(max_entries, STEPS);
+	__array(values, int(struct xdp_md *));
+} steps SEC(".maps") = {
+	.values = {
+		[STEP_FORWARD] = (void *)&mqtt_fwd,
+		[STEP_GREET] = (void *)&mqtt_greet,
+		[STEP_HANDOVER] = (void *)&mqtt_handover,
+	},
+};
 
 /* During an upgrade: the program before this one, which knows the flows not yet moved here. */
 struct {
@@ -62,6 +88,8 @@ MAP(mqtt_service_vips, BPF_MAP_TYPE_HASH, struct vip_definition, struct vip_defi
 /* Kernel names end after 15 characters, hence not mqtt_client_ip6_to_topic. */
 MAP(mqtt_client_ip_to_topic, BPF_MAP_TYPE_LRU_HASH, struct client4, struct client, 1 << 20);
 MAP(mqtt_client6_to_topic, BPF_MAP_TYPE_LRU_HASH, struct client6, struct client, 1 << 20);
+/* Clients of services with delayed binding, by a keyed hash of service and client id. */
+MAP(client_ids, BPF_MAP_TYPE_LRU_HASH, __u64, struct client_id, 1 << 20);
 MAP(topics, BPF_MAP_TYPE_LRU_HASH, __u64, struct topic, 1 << 16);
 
 MAP(flows, BPF_MAP_TYPE_LRU_HASH, struct flow4, struct flow, 1 << 20);
@@ -76,6 +104,10 @@ MAP(flows6_weak, BPF_MAP_TYPE_LRU_HASH, struct flow6, struct flow, 1 << 16);
 
 /* Bindings of flows of both families, in front of the maps above (see cache.h). */
 LINE_ARRAY(binding_cache, struct cache_set, 1 << 16);
+
+/* Delayed binding: written by user space; and connections that no broker has confirmed yet. */
+MAP(handover_keys, BPF_MAP_TYPE_ARRAY, __u32, struct handover_keys, 1);
+MAP(handovers, BPF_MAP_TYPE_LRU_HASH, struct flow6, struct handover, 1 << 16);
 
 /* A topic in the hands of the parser. */
 struct topic_stream {
@@ -116,6 +148,39 @@ _Static_assert(REASON_UNJUDGED == REASON_PUBLISH + PUBLISH_REASONS - 1 &&
 
 #define SEGMENT_MAX 2048 /* bytes; frames are linear, and no larger than a page */
 
+/* What a CONNECT says (delayed/connect.h). Offsets are from the start of the frame. */
+struct connect {
+	__u32 length; /* of the whole packet; 0: this is no CONNECT */
+	__u32 id; /* offset of the client id */
+	__u32 id_length;
+	__u32 user; /* offset of the user name */
+	__u32 user_length;
+	__u8 level; /* protocol level: 3, 4 (MQTT 3.1.1), 5 */
+	__u8 flags; /* MQTT 3.1.1 §3.1.2.3 */
+	__u8 has_id; /* the client id lies in the segment */
+	__u8 has_user;
+};
+
+/* An answer of delayed binding (delayed/answer.h). */
+#define ANSWER_WORDS 8 /* SYN-ACK: MSS, timestamps, window scale: 5; CONNACK: 4; a power of two */
+
+struct answer {
+	__u32 seq; /* host order, as the next ones */
+	__u32 ack;
+	__u16 window;
+	__u8 flags; /* the lower byte of the TCP header's flags (RFC 9293 §3.1) */
+	__u8 options; /* words */
+	__u32 words; /* of options and payload together */
+	__be32 word[ANSWER_WORDS]; /* zero behind those */
+};
+
+/* What one of `steps` hands to another. */
+struct handed {
+	struct conn conn;
+	__u32 slot; /* of the service */
+	binding_t binding;
+};
+
 /*
  * One packet's working memory. A map value rather than the stack: there is more room, and
  * the verifier takes what it reads from here as unknown, which keeps loops cheap to verify.
@@ -139,6 +204,12 @@ struct work {
 	__u8 beyond_text[TOPIC_TEXT_MAX]; /* what a copy to stream.text may touch, to the verifier */
 	struct topic topic;
 	struct client client;
+	struct client_id client_id;
+	struct handed handed;
+	struct connect connect;
+	struct handover handover;
+	struct tcp_option_scan options;
+	struct answer answer;
 	__u8 segment[SEGMENT_MAX];
 };
 MAP(work, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct work, 1);

@@ -3,15 +3,18 @@
  * mqtt_fwd: the group of an MQTT flow, in front of the balancer. One packet is
  *
  *   classify   Ethernet → IP → TCP → is it for a service?      services.h, too_big.h, icmp_error.h
- *   bind       its flow, and the group that is bound to        bind/, flow.h, cache.h
+ *   bind       its flow, and the group that is bound to        bind/, flow.h, cache.h, delayed/
  *   frame      the MQTT control packets that it shows          framing.h, resync.h, publish.h, route.h,
  *                                                              learn.h
  *   forward    dst: service → group VIP, on to the balancer    cut.h, emit.h
  *
  * and ends in one of the functions of emit.h and too_big.h, with exactly one verdict.
  */
+#include "bind/delayed.h"
 #include "bind/predicted.h"
 #include "cut.h"
+#include "delayed/greet.h"
+#include "delayed/handover.h"
 #include "emit.h"
 #include "framing.h"
 #include "icmp_error.h"
@@ -22,14 +25,19 @@ struct exported_types {
 	struct event event;
 	enum limits limits;
 	enum budget_kind budget_kind;
+	enum binding_mode binding_mode;
 	enum client_flags client_flags;
 	enum event_kind event_kind;
 	enum flow_flags flow_flags;
+	enum handover_limits handover_limits;
+	enum handover_state handover_state;
 	enum misprediction_policy misprediction_policy;
 	enum parser parser;
 	enum reason reason;
 	enum route_state_flags route_state_flags;
 	enum tracked_map tracked_map;
+	enum way way;
+	enum why why;
 };
 EXPORT_TYPES(exported_types);
 
@@ -44,13 +52,21 @@ static __always_inline bool looks_into_flows(const struct tcphdr *tcp, const str
 	return !(((tcp->check ^ c->ack) * 0x9e3779b1U) >> (32 - TOUCH_BITS));
 }
 
+/* Whether the flow's segments without data need not look at it. */
+static __always_inline bool bypasses_flows(const struct flow *f, const struct service *svc)
+{
+	if (f->flags & (FLOW_CLOSING | FLOW_UNCONFIRMED))
+		return false;
+	return svc->binding == BINDING_DELAYED ? !(f->flags & FLOW_RIVAL_SYN) : !f->own;
+}
+
 static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 					  const struct service_table *t,
 					  const struct service *svc, const struct tcphdr *tcp,
 					  const bool v6)
 {
 	bool syn = tcp->syn, ends = tcp->fin || tcp->rst;
-	bool bare = !c->payload_length && !syn && !ends;
+	bool bare = !c->payload_length && !syn && !ends, unconfirmed = false;
 	struct bound b = { .reason = c->payload_length ? REASON_DATA : REASON_NO_DATA };
 	const struct group *g;
 
@@ -61,7 +77,10 @@ static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 	}
 	c->tag = conn_tag(&c->key);
 
-	bind_predicted(ctx, &b, c, t, svc, syn, ends);
+	if (svc->binding == BINDING_DELAYED)
+		bind_delayed(ctx, &b, c, t, svc, syn);
+	else
+		bind_predicted(ctx, &b, c, t, svc, syn, ends);
 	g = group_of(b.binding);
 
 	struct flow *f = b.flow;
@@ -70,9 +89,10 @@ static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 			frame(ctx, f, c, t, svc);
 			if (f->flags & FLOW_ENDED)
 				cut_segment(ctx, c, f);
-		} else if (bare && !f->rival && !(f->flags & FLOW_CLOSING)) {
+		} else if (bare && bypasses_flows(f, svc)) {
 			cache_keep(c, t, b.binding);
 		}
+		unconfirmed = f->flags & FLOW_UNCONFIRMED;
 		/* Only with the number that is next: anybody can send one with another. */
 		if (ends && !(f->flags & FLOW_CLOSING) && c->seq + c->payload_length == f->end) {
 			publish_teach_rest(c, f, t);
@@ -88,6 +108,8 @@ static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 	}
 	if (!g)
 		return pass_on(ctx, REASON_NO_GROUP_VIP);
+	if (unconfirmed)
+		hand_to(ctx, c, svc, b.binding, STEP_HANDOVER);
 	return to_group(ctx, g, svc, v6, b.reason);
 }
 

@@ -43,6 +43,8 @@ static __always_inline bool teach(const struct conn *c, const struct service_tab
 		count(REASON_LEARNED);
 		report_event(c, EVENT_LEARNED, from_to(learned >> 16, group), hash, 0);
 	}
+	if (c->teaches_address)
+		learn(c, t, hash, group, messages | LEARN_ADDRESS);
 	return learned & LEARNED_MAY_END;
 }
 
@@ -112,7 +114,7 @@ __noinline int publish_judge(const struct conn *c, struct flow *f, const struct 
 	}
 	f->untaught = 0;
 	f->flags &= ~(FLOW_MISROUTED | FLOW_ANY_TOPIC);
-	if (binding_group(p->to) == ANY_GROUP) {
+	if (binding_group(p->to) == ANY_GROUP || f->flags & FLOW_ROUTED) {
 		f->flags |= FLOW_ANY_TOPIC;
 		count(REASON_PUBLISH);
 		return 0;
@@ -122,6 +124,8 @@ __noinline int publish_judge(const struct conn *c, struct flow *f, const struct 
 		if (!(f->flags & FLOW_PUBLISHED) && f->flags & FLOW_PREDICTED) {
 			count(right ? REASON_PREDICTION_HIT : REASON_PREDICTION_MISS);
 			learn_outcome(c, right, false);
+			if (!right && f->way == WAY_CLIENT_ID)
+				learn_misjudged(c);
 		}
 		f->flags |= FLOW_PUBLISHED;
 		may_end = p->to && teach(c, t, p->hash, p->to, messages);

@@ -8,7 +8,7 @@
 #define MQTT_FWD_ROUTE_H
 
 #include "../lib/mqtt.h"
-#include "conn.h"
+#include "maps.h"
 
 /* State 0 is a dead end: no route can match any more. */
 #define ROUTE_DEAD 0

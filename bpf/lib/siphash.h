@@ -28,6 +28,11 @@ static __always_inline __u64 load_le64(const void *p)
 	return __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? word : __builtin_bswap64(word);
 }
 
+static __always_inline __u64 load_be64(const void *p)
+{
+	return __builtin_bswap64(load_le64(p));
+}
+
 #define ROTL64(x, n) (((x) << (n)) | ((x) >> (64 - (n))))
 
 static __always_inline void sip_round(struct siphash *h)

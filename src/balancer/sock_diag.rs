@@ -15,6 +15,8 @@ pub struct Listening {
     pub local: SocketAddr,
     /// Its inode, by which processes hold it.
     pub inode: u64,
+    /// It takes multipath TCP (RFC 8684).
+    pub mptcp: bool,
 }
 
 // include/uapi/linux/netlink.h, sock_diag.h, inet_diag.h, net/tcp_states.h
@@ -77,11 +79,17 @@ fn take(mut messages: &[u8], all: &mut Vec<Listening>) -> nix::Result<bool> {
                 let error = u32_at(message, HEADER).cast_signed();
                 return Err(nix::Error::from_raw(-error));
             }
-            _ => all.extend(
-                message
-                    .get(HEADER..HEADER + MESSAGE)
-                    .map(|m| Listening { local: local(m), inode: u32_at(m, 68).into() }),
-            ),
+            _ => {
+                let (Some(m), attributes) =
+                    (message.get(HEADER..HEADER + MESSAGE), message.get(HEADER + MESSAGE..))
+                else {
+                    return Err(nix::Error::EBADMSG);
+                };
+                // INET_DIAG_ULP_INFO names the upper layer protocol; nothing else has such a text.
+                let mptcp =
+                    attributes.is_some_and(|a| a.windows(6).any(|text| text == b"mptcp\0"));
+                all.push(Listening { local: local(m), inode: u32_at(m, 68).into(), mptcp });
+            }
         }
         messages = messages.get(length.next_multiple_of(4)..).unwrap_or_default();
     }

@@ -3,22 +3,36 @@
 
 mod ip;
 mod sysctl;
+pub mod takeover;
 
 use std::mem::MaybeUninit;
 use std::net::IpAddr;
 use std::os::fd::AsFd as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
 
 use crate::domain::XdpMode;
+use crate::handover;
+use crate::handover::keys::{KeyError, KeyFile};
 use crate::kernel::abi::{addr_words, address};
 use crate::kernel::maps::Table;
 use crate::kernel::pins::{self, Object, Pins};
 use crate::kernel::skeletons::decap::DecapSkelBuilder;
 use crate::kernel::skeletons::xdp_root::XdpRootSkelBuilder;
 use crate::kernel::xdp;
-use crate::kernel::{BpfError, Result, load};
+use crate::kernel::{BpfError, load};
+
+/// What can go wrong here.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    #[error(transparent)]
+    Bpf(#[from] BpfError),
+    #[error(transparent)]
+    Key(#[from] KeyError),
+}
+
+type Result<T, E = HostError> = std::result::Result<T, E>;
 
 /// IP and TCP headers without options.
 const HEADERS_V4: u32 = 20 + 20;
@@ -39,6 +53,8 @@ pub struct BrokerHost {
     pub gue_port: u16,
     /// bpffs.
     pub bpffs: std::path::PathBuf,
+    /// The key of delayed binding; `None`: this host's kernel takes no connections over.
+    pub handover_key: Option<PathBuf>,
     /// MSS to advertise; `None`: what leaves room for the encapsulation; 0: leave routes alone.
     pub advmss: Option<u32>,
 }
@@ -50,6 +66,8 @@ fn pins_of(bpffs: &Path, interface: &str) -> Pins {
 /// Prepares the host. Repeatable: what is so already stays.
 pub fn up(host: &BrokerHost) -> Result<Vec<String>> {
     let mut done = Vec::new();
+    // Before anything is changed: a key that cannot be read.
+    let keys = host.handover_key.as_deref().map(KeyFile::read).transpose()?;
     attach_decap(host, &mut done)?;
     for vip in &host.vips {
         if ip::add_to_loopback(*vip)? {
@@ -58,12 +76,23 @@ pub fn up(host: &BrokerHost) -> Result<Vec<String>> {
     }
     // Packets of clients come in and answers go out by different ways: that is what direct
     // server return means, and what strict reverse path filtering refuses.
-    for (key, value) in sysctl::wanted(&host.interface) {
+    let mut wanted = sysctl::wanted(&host.interface);
+    if keys.is_some() {
+        wanted.extend(sysctl::wanted_for_takeover());
+    }
+    for (key, value) in wanted {
         if sysctl::set(&host.interface, &key, value)? {
             done.push(format!("{key} = {value}"));
         }
     }
-    if host.advmss != Some(0) {
+    if let Some(keys) = &keys {
+        let image = keys.image(handover::keys::now());
+        if takeover::attach(&pins_of(&host.bpffs, &host.interface), &host.interface, &image)? {
+            done.push(format!("takeover on {}", host.interface));
+        }
+    }
+    // With delayed binding, the balancer's SYN-ACK says what fits.
+    if host.advmss.is_some_and(|mss| mss > 0) || (host.advmss.is_none() && keys.is_none()) {
         let mtu = xdp::interface_mtu(&host.interface)?;
         for v6 in [false, true] {
             if !host.vips.iter().any(|vip| vip.is_ipv6() == v6) {
@@ -82,17 +111,14 @@ pub fn down(interface: &str, bpffs: &Path) -> Result<Vec<String>> {
     let mut done = Vec::new();
     let pins = pins_of(bpffs, interface);
     pins.check()?;
-    let vips: Vec<IpAddr> =
-        Table::<address, u8>::open(&pins.map_of(Object::BrokerHost, "decap_vips"))
-            .and_then(|table| table.keys())
-            .unwrap_or_default()
-            .iter()
-            .map(vip_of)
-            .collect();
+    let vips = vips(&pins);
     for v6 in [false, true] {
         if vips.iter().any(|vip| vip.is_ipv6() == v6) {
             done.extend(ip::set_advmss(interface, v6, None)?);
         }
+    }
+    if takeover::detach(&pins)? {
+        done.push(format!("takeover off {interface}"));
     }
     done.extend(sysctl::restore(interface));
     for vip in vips {
@@ -110,9 +136,21 @@ pub fn down(interface: &str, bpffs: &Path) -> Result<Vec<String>> {
     Ok(done)
 }
 
+/// The services' addresses that this host unwraps packets for.
+fn vips(pins: &Pins) -> Vec<IpAddr> {
+    Table::<address, u8>::open(&pins.map_of(Object::BrokerHost, "decap_vips"))
+        .and_then(|table| table.keys())
+        .unwrap_or_default()
+        .iter()
+        .map(vip_of)
+        .collect()
+}
+
 fn unpin(pins: &Pins) -> Result<()> {
+    takeover::detach(pins)?;
     pins::remove_pins_in(&pins.current(Object::BrokerHost))?;
-    pins::remove_pin(&pins.program("decap")).map(drop)
+    pins::remove_pin(&pins.program("decap"))?;
+    Ok(())
 }
 
 fn vip_key(vip: IpAddr) -> address {
@@ -138,7 +176,8 @@ fn attach_decap(host: &BrokerHost, done: &mut Vec<String>) -> Result<()> {
             program: program.name.clone(),
             id: program.id,
             root_array: pins.root_array().to_owned(),
-        });
+        }
+        .into());
     }
     if !ours {
         // Pins and notes of a program that is not attached any more.
@@ -184,5 +223,5 @@ pub fn veth_peer_up(interface: &str) -> Result<()> {
     let mut storage = MaybeUninit::uninit();
     let open = XdpRootSkelBuilder::default().open(&mut storage).map_err(failed)?;
     let skel = open.load().map_err(failed)?;
-    xdp::attach(interface, skel.progs.xdp_root.as_fd(), XdpMode::Native)
+    Ok(xdp::attach(interface, skel.progs.xdp_root.as_fd(), XdpMode::Native)?)
 }

@@ -17,6 +17,36 @@ pub fn wanted(interface: &str) -> Vec<(String, i32)> {
     ]
 }
 
+/// What taking connections over needs: that the listener's connections can have what the cookie
+/// says, and that a RST carries the mark of what it answers. Conntrack has to take up connections
+/// whose SYN it has not seen, where it is loaded.
+pub fn wanted_for_takeover() -> Vec<(String, i32)> {
+    let mut wanted: Vec<(String, i32)> = [
+        "net/ipv4/tcp_syncookies",
+        "net/ipv4/tcp_timestamps",
+        "net/ipv4/tcp_sack",
+        "net/ipv4/tcp_window_scaling",
+        "net/ipv4/fwmark_reflect",
+        "net/ipv6/fwmark_reflect",
+        "net/netfilter/nf_conntrack_tcp_loose",
+    ]
+    .into_iter()
+    .map(|key| (key.to_owned(), 1))
+    .collect();
+    wanted.retain(|(key, _)| PathBuf::from("/proc/sys").join(key).exists());
+    wanted
+}
+
+/// The value of a key now.
+pub fn value(key: &str) -> Option<i32> {
+    fs::read_to_string(PathBuf::from("/proc/sys").join(key)).ok()?.trim().parse().ok()
+}
+
+/// Whether a value will do: tcp_syncookies = 2 is more than 1.
+pub fn is_enough(key: &str, wanted: i32, value: i32) -> bool {
+    value == wanted || (key.ends_with("tcp_syncookies") && value > wanted)
+}
+
 /// Sets a key and remembers what it was; whether it was another value.
 pub fn set(interface: &str, key: &str, value: i32) -> Result<bool> {
     let path = PathBuf::from("/proc/sys").join(key);
@@ -25,7 +55,7 @@ pub fn set(interface: &str, key: &str, value: i32) -> Result<bool> {
         move |source| BpfError::Io { path, action, source }
     };
     let before = fs::read_to_string(&path).map_err(io("reading"))?.trim().to_owned();
-    if before == value.to_string() {
+    if before.parse().is_ok_and(|before| is_enough(key, value, before)) {
         return Ok(false);
     }
     let mut notes = read_notes(interface);

@@ -3,6 +3,7 @@
 mod chain;
 mod explain;
 mod katran;
+mod keys;
 mod real;
 mod sidecar;
 mod status;
@@ -85,6 +86,8 @@ enum Command {
     Trace(trace::Trace),
     /// Show and change what the balancer holds: VIPs, reals, weights, flags, statistics
     Katran(katran::Katran),
+    /// Make, change and show the key that delayed binding shares with the broker hosts
+    Keys(keys::Keys),
     /// Prepare a broker host for direct server return, or undo it
     Real(real::Real),
     /// Make the other end of a veth pair take what a native XDP program sends
@@ -115,7 +118,7 @@ pub fn main() -> ExitCode {
 
 fn exit_code(error: &Error) -> u8 {
     match error {
-        Error::Config(_) | Error::Refused(_) => USAGE,
+        Error::Config(_) | Error::Refused(_) | Error::Key(_) => USAGE,
         _ => FAILED,
     }
 }
@@ -146,6 +149,7 @@ fn run(cli: Cli) -> Result<(), Error> {
         Command::Counters(args) => args.run(&config()?),
         Command::Trace(args) => args.run(&config()?),
         Command::Katran(args) => args.run(config().map_err(Error::from)),
+        Command::Keys(args) => args.run(),
         Command::Real(args) => args.run(),
         Command::VethPeer(args) => args.run(),
         Command::Completions { shell } => {

@@ -35,6 +35,9 @@ enum Action {
         /// UDP port of GUE, if Katran was built with another GUE_DPORT
         #[arg(long, default_value_t = 6080, value_parser = clap::value_parser!(u16).range(1..))]
         gue_port: u16,
+        /// Take connections over (delayed binding): the balancer's handover key
+        #[arg(long, value_name = "FILE")]
+        handover_key: Option<PathBuf>,
         /// Mount point of bpffs
         #[arg(long, default_value = "/sys/fs/bpf")]
         bpffs: PathBuf,
@@ -66,7 +69,7 @@ fn advmss(text: &str) -> Result<u32, String> {
 impl Real {
     pub fn run(self) -> Result<(), Error> {
         let done = match self.action {
-            Action::Up { interface, vips, xdp_mode, advmss, gue_port, bpffs } => {
+            Action::Up { interface, vips, xdp_mode, advmss, gue_port, handover_key, bpffs } => {
                 let mode = match xdp_mode {
                     Mode::Native => XdpMode::Native,
                     Mode::Generic => XdpMode::Generic,
@@ -77,6 +80,7 @@ impl Real {
                     mode,
                     gue_port,
                     bpffs,
+                    handover_key,
                     advmss,
                 })?
             }

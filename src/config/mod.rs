@@ -10,7 +10,7 @@ pub use error::{ConfigError, Problem};
 pub use read::{address, endpoint, mac, parse_mac};
 
 pub use crate::domain::{
-    BalancerKind, Encapsulation, Group, OnMisprediction, Real, Route, Service, Target, XdpMode,
+    BalancerKind, Binding, Encapsulation, Group, OnMisprediction, Real, Route, Service, Target, XdpMode,
 };
 use crate::kernel::load::LoadSpec;
 use crate::kernel::pins::Pins;
@@ -37,6 +37,8 @@ pub struct Config {
     pub encapsulation: Encapsulation,
     /// MAC address of the gateway towards the reals (embedded balancer).
     pub gateway_mac: Option<[u8; 6]>,
+    /// The key that delayed binding shares with the broker hosts.
+    pub handover_key: PathBuf,
     /// Seconds between two reconciliations with the balancer.
     pub watch_interval_s: u64,
     /// How much the datapath reports and stores in a second.
@@ -66,6 +68,11 @@ impl Config {
             source: Box::new(source),
         })?;
         read::config(path, text, table.get_ref())
+    }
+
+    /// Whether any service binds late.
+    pub fn binds_late(&self) -> bool {
+        self.services.iter().any(|service| service.binding == Binding::Delayed)
     }
 
     /// What the loader has to know.

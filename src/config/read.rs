@@ -8,7 +8,7 @@ use toml::de::DeTable;
 
 use super::reader::{Reader, Source};
 use super::{
-    BalancerKind, Config, ConfigError, Encapsulation, Group, MapSizes, OnMisprediction, Rates,
+    BalancerKind, Binding, Config, ConfigError, Encapsulation, Group, MapSizes, OnMisprediction, Rates,
     Real, Route, Service, Target, XdpMode,
 };
 use crate::domain::ANY;
@@ -65,6 +65,9 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
              `ip neigh` shows it",
         );
     }
+    let handover_key = r
+        .parsed("handover_key", absolute)
+        .unwrap_or_else(|| PathBuf::from("/etc/mqtt-fwd/handover.key"));
     let watch_interval_s = r.number("watch_interval_s", 1..=3600).unwrap_or(1);
     let d = Rates::default();
     let rates = Rates {
@@ -72,9 +75,9 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
         new_flows: r.number("new_flows_per_second", 1..=100_000_000).unwrap_or(d.new_flows),
         new_topics: r.number("new_topics_per_second", 0..=100_000_000).unwrap_or(d.new_topics),
     };
-    let maps = r.table("maps").map_or_else(MapSizes::default, map_sizes);
-
     let services: Vec<Service> = r.tables("service").into_iter().filter_map(service).collect();
+    let late = services.iter().any(|service| service.binding == Binding::Delayed);
+    let maps = map_sizes(r.table("maps"), late);
     if !r.has("service") {
         r.problem("service", "there is none; describe one with [[service]]");
     }
@@ -91,6 +94,7 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
         balancer_endpoint,
         encapsulation,
         gateway_mac,
+        handover_key,
         watch_interval_s,
         rates,
         maps,
@@ -98,13 +102,16 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
     })
 }
 
-#[allow(clippy::needless_pass_by_value)] // the reader ends here
-fn map_sizes(r: Reader<'_>) -> MapSizes {
-    let d = MapSizes::default();
+/// `late`: there are services that bind late, whose maps are next to nothing otherwise.
+fn map_sizes(r: Option<Reader<'_>>, late: bool) -> MapSizes {
+    let d = if late { MapSizes::default() } else { MapSizes::default().without_delayed() };
+    let Some(r) = r else { return d };
     let sizes = MapSizes {
         clients: r.number("clients", 1..=100_000_000).unwrap_or(d.clients),
         flows: r.number("flows", 1..=100_000_000).unwrap_or(d.flows),
         weak_flows: r.number("weak_flows", 1..=100_000_000).unwrap_or(d.weak_flows),
+        client_ids: r.number("client_ids", 1..=100_000_000).unwrap_or(d.client_ids),
+        handovers: r.number("handovers", 1..=10_000_000).unwrap_or(d.handovers),
         topics: r.number("topics", 1..=10_000_000).unwrap_or(d.topics),
         route_states: r.number("route_states", 16..=10_000_000).unwrap_or(d.route_states),
         groups: r.number("groups", 1..=limits::MAX_GROUP_VIPS.0.into()).unwrap_or(d.groups),
@@ -119,6 +126,9 @@ fn service(r: Reader<'_>) -> Option<Service> {
     let addr = r.required("address", "10.1.50.200", address);
     let port = r.number("port", 1..=65_535).unwrap_or(1883);
     let max_packet = r.number("max_packet", 576..=9000);
+    let binding = r
+        .choice("binding", &[("predicted", Binding::Predicted), ("delayed", Binding::Delayed)])
+        .unwrap_or(Binding::Predicted);
     let on_misprediction = r
         .choice(
             "on_misprediction",
@@ -178,6 +188,7 @@ fn service(r: Reader<'_>) -> Option<Service> {
         port,
         default_group: default_group?,
         max_packet,
+        binding,
         on_misprediction,
         groups,
         routes,

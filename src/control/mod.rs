@@ -1,6 +1,7 @@
 //! The sidecar: brings datapath and balancer to what the configuration says, keeps them there, and
 //! says what is wrong.
 
+pub mod handover;
 pub mod health;
 pub mod instance;
 pub mod reconcile;
@@ -23,6 +24,10 @@ pub enum Error {
     Balancer(#[from] BalancerError),
     #[error(transparent)]
     Image(#[from] ImageError),
+    #[error(transparent)]
+    Key(#[from] crate::handover::keys::KeyError),
+    #[error(transparent)]
+    Host(#[from] crate::broker_host::HostError),
     #[error("{0}")]
     Embedded(String),
     #[error("{interface} is not healthy: {problems}")]

@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use super::ids::Identities;
-use crate::config::{Config, OnMisprediction, Service, Target};
+use crate::config::{Binding, Config, OnMisprediction, Service, Target};
 use crate::domain::filter::{Level, TopicFilter};
 use crate::kernel::abi::{
-    addr_words, limits, misprediction_policy, route_edge, route_state, route_state_flags, service,
+    addr_words, binding_mode, limits, misprediction_policy, route_edge, route_state, route_state_flags, service,
     service_table,
 };
 use crate::routes::compile::{Automaton, DEAD, TooManyStates};
@@ -146,8 +146,12 @@ impl Image {
                     OnMisprediction::Reset => misprediction_policy::MISPREDICTION_RESET.0 as u8,
                     OnMisprediction::Keep => misprediction_policy::MISPREDICTION_KEEP.0 as u8,
                 },
+                binding: match svc.binding {
+                    Binding::Predicted => binding_mode::BINDING_PREDICTED.0 as u8,
+                    Binding::Delayed => binding_mode::BINDING_DELAYED.0 as u8,
+                },
                 slot: slot as u16,
-                pad: [0; 26],
+                pad: [0; 25],
             };
         }
         Ok(image)

@@ -2,7 +2,7 @@
 
 use crate::kernel;
 use crate::kernel::abi::{
-    client, client4, client6, flow, flow4, flow6, group, map_use, route_edge, route_state,
+    client, client_id, client4, client6, flow, flow4, flow6, group, handover, handover_keys, map_use, route_edge, route_state,
     service_table, topic, vip_definition,
 };
 use crate::kernel::maps::Table;
@@ -22,6 +22,9 @@ pub struct Datapath {
     pub topics: Table<u64, topic>,
     pub clients: Table<client4, client>,
     pub clients6: Table<client6, client>,
+    pub client_ids: Table<u64, client_id>,
+    pub handovers: Table<flow6, handover>,
+    pub handover_keys: Table<u32, handover_keys>,
     pub flows: Table<flow4, flow>,
     pub flows6: Table<flow6, flow>,
     pub flows_weak: Table<flow4, flow>,
@@ -43,6 +46,9 @@ impl Datapath {
             topics: Table::open(&pins.map("topics"))?,
             clients: Table::open(&pins.map("mqtt_client_ip_to_topic"))?,
             clients6: Table::open(&pins.map("mqtt_client6_to_topic"))?,
+            client_ids: Table::open(&pins.map("client_ids"))?,
+            handovers: Table::open(&pins.map("handovers"))?,
+            handover_keys: Table::open(&pins.map("handover_keys"))?,
             flows: Table::open(&pins.map("flows"))?,
             flows6: Table::open(&pins.map("flows6"))?,
             flows_weak: Table::open(&pins.map("flows_weak"))?,
@@ -64,6 +70,9 @@ impl Datapath {
             topics: Table::of(&maps.topics)?,
             clients: Table::of(&maps.mqtt_client_ip_to_topic)?,
             clients6: Table::of(&maps.mqtt_client6_to_topic)?,
+            client_ids: Table::of(&maps.client_ids)?,
+            handovers: Table::of(&maps.handovers)?,
+            handover_keys: Table::of(&maps.handover_keys)?,
             flows: Table::of(&maps.flows)?,
             flows6: Table::of(&maps.flows6)?,
             flows_weak: Table::of(&maps.flows_weak)?,

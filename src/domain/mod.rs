@@ -54,6 +54,15 @@ pub enum OnMisprediction {
     Keep,
 }
 
+/// When a connection gets its group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Binding {
+    /// At its SYN, by what its client's address published before.
+    Predicted,
+    /// When CONNECT and what follows it were read; the broker's kernel takes the connection over.
+    Delayed,
+}
+
 /// An address that clients use.
 #[derive(Debug, Clone)]
 pub struct Service {
@@ -67,6 +76,8 @@ pub struct Service {
     pub default_group: String,
     /// Largest IP packet that may be encapsulated; `None`: the interface's MTU less the header.
     pub max_packet: Option<u16>,
+    /// When its connections are bound.
+    pub binding: Binding,
     /// What to do about mispredictions.
     pub on_misprediction: OnMisprediction,
     /// Its groups.

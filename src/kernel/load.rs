@@ -297,7 +297,7 @@ impl Predecessor {
 }
 
 /// In the order of `enum tracked_map`.
-const TRACKED: [(&str, tracked_map); 7] = [
+const TRACKED: [(&str, tracked_map); 9] = [
     ("flows", tracked_map::TRACKED_FLOWS),
     ("flows6", tracked_map::TRACKED_FLOWS6),
     ("flows_weak", tracked_map::TRACKED_FLOWS_WEAK),
@@ -305,6 +305,8 @@ const TRACKED: [(&str, tracked_map); 7] = [
     ("mqtt_client_ip_to_topic", tracked_map::TRACKED_CLIENTS),
     ("mqtt_client6_to_topic", tracked_map::TRACKED_CLIENTS6),
     ("topics", tracked_map::TRACKED_TOPICS),
+    ("client_ids", tracked_map::TRACKED_CLIENT_IDS),
+    ("handovers", tracked_map::TRACKED_HANDOVERS),
 ];
 
 /// What was moved was added, as far as evictions are concerned.

@@ -65,6 +65,11 @@ pub enum BpfError {
     #[error("{path}: {what}; run `mqtt-fwd load` first")]
     NotLoaded { path: PathBuf, what: &'static str },
     #[error(
+        "this kernel cannot take connections over (no bpf_sk_assign_tcp_reqsk; Linux 6.9 or later has \
+         it): leave out --handover-key, and use binding = \"predicted\" at the balancer"
+    )]
+    NoTakeover,
+    #[error(
         "loading {object}: {source}; the log above has the kernel's reason (more with --log debug)"
     )]
     Load { object: &'static str, source: libbpf_rs::Error },

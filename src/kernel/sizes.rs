@@ -11,6 +11,10 @@ pub struct MapSizes {
     pub flows: u32,
     /// Flows that are closing, or were first seen in their middle, of each IP version.
     pub weak_flows: u32,
+    /// Clients that are known by their client id.
+    pub client_ids: u32,
+    /// Connections on their way to a broker (delayed binding).
+    pub handovers: u32,
     /// Topics whose text is kept.
     pub topics: u32,
     /// States of the compiled routes.
@@ -28,6 +32,8 @@ impl Default for MapSizes {
             clients: 1 << 20,
             flows: 1 << 20,
             weak_flows: 65_536,
+            client_ids: 1 << 18,
+            handovers: 65_536,
             topics: 65_536,
             route_states: 500_000,
             groups: 1024,
@@ -37,6 +43,11 @@ impl Default for MapSizes {
 }
 
 impl MapSizes {
+    /// The same, where no service binds late.
+    pub fn without_delayed(self) -> Self {
+        Self { client_ids: 1024, handovers: 1024, ..self }
+    }
+
     /// Sets of the cache of bindings: a slot a flow, and as many sets as its keys need
     /// (`forward/cache.h`).
     pub fn cache_sets(&self) -> u32 {
@@ -50,6 +61,8 @@ impl MapSizes {
             "flows" | "flows6" => self.flows,
             "binding_cache" => self.cache_sets(),
             "flows_weak" | "flows6_weak" => self.weak_flows,
+            "client_ids" => self.client_ids,
+            "handovers" => self.handovers,
             "topics" => self.topics,
             // Two generations at a time.
             "mqtt_topic_to_vip" | "route_states" => 2 * self.route_states,

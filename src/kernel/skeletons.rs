@@ -23,6 +23,10 @@ pub mod balancer {
     include!(concat!(env!("OUT_DIR"), "/balancer.skel.rs"));
 }
 
+pub mod takeover {
+    include!(concat!(env!("OUT_DIR"), "/takeover.skel.rs"));
+}
+
 pub mod decap {
     include!(concat!(env!("OUT_DIR"), "/decap.skel.rs"));
 }

@@ -34,7 +34,7 @@ __noinline __u64 flow_open(const struct conn *c, const struct service_table *t,
 	if (!weak)
 		cache_correct(c, t, binding);
 
-	client = binding & PREDICTED ? client_find(c) : NULL;
+	client = binding & PREDICTED ? client_find(c, true) : NULL;
 	report_event(c, EVENT_BOUND, from_to(NO_GROUP, binding), client ? client->topic : 0,
 		     binding & PREDICTED ? REPORT_BY_PREDICTION : 0);
 	return binding;
@@ -52,8 +52,7 @@ __noinline __u64 rival_open(const struct conn *c, const struct service_table *t,
 
 	if (!c || !t || !f)
 		return 0;
-	f->rival_seq = c->seq + 1;
-	f->rival = binding;
+	f->own = rival_of(c->seq + 1, binding);
 	f->flags |= FLOW_RIVAL_SYN;
 	/* Segments without data have to look here now. */
 	cache_correct(c, t, 0);
@@ -69,8 +68,8 @@ __noinline int rival_takes_over(const struct conn *c, struct flow *f)
 	if (!c || !f)
 		return 0;
 
-	binding_t old = flow_binding(f, c), rival = f->rival;
-	__u32 old_end = f->end, start = f->rival_seq;
+	binding_t old = flow_binding(f, c), rival = rival_binding(f->own);
+	__u32 old_end = f->end, start = rival_seq(f->own);
 	bool proven = f->flags & FLOW_RIVAL_SYN;
 	__u16 weak = f->flags & FLOW_WEAK;
 
@@ -80,34 +79,31 @@ __noinline int rival_takes_over(const struct conn *c, struct flow *f)
 		.end = start,
 		.ack = c->ack,
 		.flags = (proven ? FLOW_TRUSTED : FLOW_UNSYNCED) | weak,
-		.rival = old,
-		.rival_seq = old_end,
+		.own = rival_of(old_end, old),
 	};
 	count(REASON_FLOW_REPLACED);
 	return weak && proven ? flow_move(c, f, false) : 0;
 }
 
-/* The group that a flow was bound to is gone, or its entry became another flow's. */
-__noinline __u64 flow_rebind(const struct conn *c, const struct service_table *t,
-			     const struct service *svc, struct flow *f)
+/* A segment of a flow that nobody knows. */
+static __always_inline void bind_unknown(struct bound *b, const struct conn *c,
+					 const struct service_table *t, const struct service *svc,
+					 bool syn, bool ends)
 {
-	__u64 binding, bound;
+	__u64 binding;
 
-	if (!c || !t || !svc || !f)
-		return 0;
-	bound = READ_ONCE(f->bound);
-	if (bound >> 32 == c->tag) {
-		count(REASON_GROUP_GONE);
-		binding = 0;
+	if (syn) {
+		binding = flow_open(c, t, svc, false);
+		b->reason = binding & PREDICTED ? REASON_FLOW_PREDICTED : REASON_FLOW_NEW;
+	} else if (ends) {
+		binding = cache_binding(c, t) ?: predict(c, t, svc);
+		b->reason = REASON_STRAY;
 	} else {
-		count(REASON_FLOW_EVICTED);
-		binding = cache_binding(c, t);
+		binding = flow_open(c, t, svc, true);
+		b->reason = REASON_FLOW_ADOPTED;
 	}
-	if (!binding)
-		binding = predict(c, t, svc);
-	if (bound >> 32 == c->tag)
-		flow_bind(f, c, binding);
-	return binding;
+	b->flow = NULL;
+	b->binding = binding;
 }
 
 static __always_inline void bind_predicted(struct xdp_md *ctx, struct bound *b,
@@ -118,31 +114,19 @@ static __always_inline void bind_predicted(struct xdp_md *ctx, struct bound *b,
 
 	b->flow = NULL;
 	if (!f) {
-		__u64 binding;
-
 		/* During an upgrade, flows that are not here yet are the last program's. */
 		if (!syn && has_predecessor)
 			bpf_tail_call(ctx, &predecessor, 0);
-		if (syn) {
-			binding = flow_open(c, t, svc, false);
-			b->reason = binding & PREDICTED ? REASON_FLOW_PREDICTED : REASON_FLOW_NEW;
-		} else if (ends) {
-			binding = cache_binding(c, t) ?: predict(c, t, svc);
-			b->reason = REASON_STRAY;
-		} else {
-			binding = flow_open(c, t, svc, true);
-			b->reason = REASON_FLOW_ADOPTED;
-		}
-		b->binding = binding;
+		bind_unknown(b, c, t, svc, syn, ends);
 		return;
 	}
 
-	binding_t rival = f->rival;
+	binding_t rival = rival_binding(f->own);
 	if (syn) {
 		if ((__u32)READ_ONCE(f->next) == c->seq + 1 && !(f->flags & FLOW_CLOSING)) {
 			b->reason = REASON_SYN_AGAIN;
 			b->binding = flow_binding(f, c);
-		} else if (rival && f->rival_seq == c->seq + 1 && group_of(rival)) {
+		} else if (rival && rival_seq(f->own) == c->seq + 1 && group_of(rival)) {
 			b->reason = REASON_SYN_AGAIN;
 			b->binding = rival;
 			return;
@@ -152,7 +136,7 @@ static __always_inline void bind_predicted(struct xdp_md *ctx, struct bound *b,
 			return;
 		}
 	} else if (rival) {
-		if (f->rival_seq == c->seq && !(ends && c->seq == f->end)) {
+		if (rival_seq(f->own) == c->seq && !(ends && c->seq == f->end)) {
 			rival_takes_over(c, f);
 			/* It may be in another map by now. */
 			f = flow_find(c);
@@ -161,7 +145,7 @@ static __always_inline void bind_predicted(struct xdp_md *ctx, struct bound *b,
 				return;
 			}
 		} else if (c->payload_length && c->seq == f->end && f->flags & FLOW_RIVAL_SYN) {
-			f->rival = 0; /* the flow goes on, so the SYN was not its client's */
+			f->own = 0; /* the flow goes on, so the SYN was not its client's */
 		}
 	}
 

@@ -9,7 +9,7 @@ use crate::balancer::Vip;
 use crate::balancer::client::{BalancerError, Client};
 use crate::balancer::embedded::service;
 use crate::config::{BalancerKind, Config};
-use crate::control::{Error, Result, health};
+use crate::control::{Error, Result, handover, health};
 use crate::datapath::Datapath;
 
 /// All that the balancer holds is compared once in so many times; in between only which VIPs there
@@ -48,8 +48,14 @@ impl Reconciler {
 
     /// Once: compares, and puts back.
     pub async fn reconcile(&mut self, config: &Config, datapath: &Datapath) {
-        let applied = self.apply(config, datapath).await;
+        let applied = match handover::put_keys(config, datapath) {
+            Ok(()) => self.apply(config, datapath).await,
+            Err(error) => Err(error),
+        };
         let mut problems = health::problems(config);
+        if let Err(error) = handover::bind_silent(config, datapath) {
+            problems.push(error.to_string());
+        }
         if let Err(error) = applied {
             let unreachable = matches!(error, Error::Balancer(BalancerError::Unreachable { .. }));
             let goes_on = unreachable && self.applied_once && problems.is_empty();

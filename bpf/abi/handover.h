@@ -1,0 +1,72 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Delayed binding: what the balancer, which answers SYNs, and the broker hosts, whose kernels
+ * take the connections over, have to agree on.
+ */
+#ifndef MQTT_FWD_ABI_HANDOVER_H
+#define MQTT_FWD_ABI_HANDOVER_H
+
+#include "base.h"
+
+enum handover_limits {
+	/* Bytes of a CONNECT that is answered and kept: it has to fit into the headroom of the
+	 * segment after it, with what the balancer puts around that. */
+	HANDOVER_CONNECT_MAX = 176,
+	/* Window scale of the SYN-ACK (RFC 7323 §2.2), and of the broker's socket. */
+	HANDOVER_WSCALE = 7,
+	/* A CONNACK that is answered here: MQTT 3.1.1 §3.2, without properties. */
+	HANDOVER_CONNACK = 4,
+};
+
+/*
+ * Keys of the cookies in SYN-ACKs. Cookies are made with key[epoch & 1]; the other one, of the
+ * epoch before or the next, is only checked against. All zero: there is none.
+ */
+struct handover_keys {
+	__u64 key[2][2];
+	__u32 epoch;
+	__u32 pad;
+};
+SIZE_IS(struct handover_keys, 40);
+
+enum handover_state {
+	HANDOVER_WAIT = 1, /* CONNECT was answered; nothing has come after it yet */
+	HANDOVER_SILENT, /* and nothing came for too long: to be bound without */
+	HANDOVER_REPEAT, /* bound; the broker may not have CONNECT yet: put in front */
+	HANDOVER_PASS, /* bound; the client's own segments carry CONNECT */
+};
+
+/* A connection on its way to a broker, from CONNECT to the client's first acknowledgement of something
+ * that only the broker can have sent. */
+struct handover {
+	__u32 start; /* sequence number of the client's first byte */
+	__u32 server; /* sequence number of the server's first byte */
+	__u32 tsval; /* last timestamp that was sent from here (RFC 7323 §3) */
+	__u32 client_tsval; /* last timestamp of the client's */
+	__u32 born_s; /* CLOCK_BOOTTIME seconds */
+	__u16 connect_length;
+	__u16 connect_sum; /* of the bytes below, in ones' complement */
+	__u64 id; /* key in `client_ids`; 0: none */
+	__u8 state; /* enum handover_state */
+	__u8 why; /* enum why, should the connection be bound without a message */
+	__u8 timestamps;
+	__u8 id_offset; /* of the client id in CONNECT */
+	__u16 id_length;
+	__u8 pad[2];
+	__u8 connect[HANDOVER_CONNECT_MAX];
+};
+SIZE_IS(struct handover, 40 + HANDOVER_CONNECT_MAX);
+
+/*
+ * What the balancer says of a segment of a connection that its broker may not have yet. It rides
+ * in the identification of the inner IPv4 header, which means nothing beside DF (RFC 6864 §4.1),
+ * or in the lower 16 bits of the IPv6 flow label.
+ */
+enum handover_mark {
+	MARK = 0x4d00,
+	MARK_MASK = 0xff00,
+	MARK_HANDOVER = 0x80, /* carries a CONNECT that has been answered: see the guard */
+	MARK_ACK_MASK = 0x7f, /* else: acknowledges so many bytes that the balancer sent */
+};
+
+#endif /* MQTT_FWD_ABI_HANDOVER_H */

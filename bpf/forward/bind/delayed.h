@@ -1,0 +1,62 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Delayed binding: SYNs are answered here, and a connection gets its group, and a flow, when CONNECT and
+ * what follows it have been read. Everything up to there is another program's (delayed/greet.h).
+ * From there on a flow is a flow; until its broker has answered, a third program says how its
+ * segments leave (delayed/handover.h).
+ *
+ *            SYN ─► SYN-ACK from here, nothing kept
+ *        CONNECT ─► bound at once (WAY_MESSAGE, _CLIENT_ID, _ROUTE, _UNANSWERED),
+ *                   or CONNACK from here, `handovers` keeps CONNECT: WAIT
+ *   next message ─► bound (WAY_ANSWERED); goes to the broker with CONNECT in front
+ *           then ─► FLOW_UNCONFIRMED, until the client acknowledges what only the broker can have sent
+ */
+#ifndef MQTT_FWD_BIND_DELAYED_H
+#define MQTT_FWD_BIND_DELAYED_H
+
+#include "../delayed/segment.h"
+#include "bind.h"
+
+static __always_inline void hand_to(struct xdp_md *ctx, const struct conn *c,
+				    const struct service *svc, binding_t binding, enum step step)
+{
+	struct work *w = work_of_cpu();
+
+	if (!w)
+		return;
+	w->handed.conn = *c;
+	w->handed.slot = svc->slot;
+	w->handed.binding = binding;
+	bpf_tail_call(ctx, &steps, step);
+}
+
+static __always_inline void bind_delayed(struct xdp_md *ctx, struct bound *b, struct conn *c,
+					 const struct service_table *t, const struct service *svc,
+					 bool syn)
+{
+	struct flow *f = flow_find(c);
+
+	b->flow = NULL;
+	if (!f && !syn && has_predecessor)
+		bpf_tail_call(ctx, &predecessor, 0);
+	/*
+	 * After a SYN on a flow's addresses, a segment may be of another connection; it is, if it
+	 * has a cookie. The flow itself shows by its next byte that it goes on.
+	 */
+	if (f && !syn && f->flags & FLOW_RIVAL_SYN && c->seq == f->end && c->payload_length)
+		f->flags &= ~FLOW_RIVAL_SYN;
+	if (!f || syn ||
+	    (f->flags & FLOW_RIVAL_SYN && c->seq != f->end && has_cookie(ctx, c, false))) {
+		hand_to(ctx, c, svc, 0, STEP_GREET);
+		b->binding = 0;
+		return;
+	}
+	c->id = f->own;
+	c->teaches_address = f->way == WAY_UNANSWERED || f->way == WAY_PREDICTED;
+	b->flow = f;
+	b->binding = flow_binding(f, c);
+	if (!group_of(b->binding))
+		b->binding = flow_rebind(c, t, svc, f);
+}
+
+#endif /* MQTT_FWD_BIND_DELAYED_H */

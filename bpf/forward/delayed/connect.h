@@ -1,0 +1,165 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* CONNECT (MQTT 3.1.1 §3.1, MQTT 5 §3.1): who the client is, and whether it may be answered here. */
+#ifndef MQTT_FWD_DELAYED_CONNECT_H
+#define MQTT_FWD_DELAYED_CONNECT_H
+
+#include "../../lib/mqtt.h"
+#include "../maps.h"
+
+enum connect_flags {
+	CONNECT_RESERVED = 1 << 0,
+	CONNECT_CLEAN = 1 << 1,
+	CONNECT_WILL = 1 << 2,
+	CONNECT_WILL_QOS = 3 << 3,
+	CONNECT_WILL_RETAIN = 1 << 5,
+	CONNECT_PASSWORD = 1 << 6,
+	CONNECT_USER = 1 << 7,
+};
+
+/* The protocol names with their lengths in front: MQTT since 3.1.1, MQIsdp before. */
+#define NAME_MQTT 0x00044d515454ULL
+#define NAME_MQISDP 0x00064d5149736470ULL
+
+/* MQTT 3.1 client ids have 1 to 23 characters. */
+#define CLIENT_ID_MAX_31 23
+
+/* A variable byte integer (MQTT 5 §1.5.5) at *offset, which it moves behind it; ~0: cut or malformed. */
+static __always_inline __u32 read_varint(struct xdp_md *ctx, __u32 *offset, __u32 end)
+{
+	__u32 value = 0;
+
+#pragma unroll
+	for (int i = 0; i < 4; i++) {
+		const __u8 *p = frame_at(ctx, *offset, 1);
+
+		if (!p || *offset >= end)
+			return ~0U;
+		*offset += 1;
+		value |= (__u32)(*p & 0x7f) << (7 * i);
+		if (!(*p & 0x80))
+			return value;
+	}
+	return ~0U;
+}
+
+/* A length of two bytes at *offset, which it moves behind it; ~0: cut. */
+static __always_inline __u32 read_length(struct xdp_md *ctx, __u32 *offset, __u32 end)
+{
+	const __u8 *p = frame_at(ctx, *offset, 2);
+
+	if (!p || *offset + 2 > end)
+		return ~0U;
+	*offset += 2;
+	return p[0] << 8 | p[1];
+}
+
+/* Reads the CONNECT that the payload begins with to work.connect. Global (see event.h). */
+__noinline int read_connect(struct xdp_md *ctx, const struct conn *c)
+{
+	struct work *w = work_of_cpu();
+	struct connect *k;
+	const __u8 *p;
+	__u32 offset, end, remaining, length;
+
+	if (!w || !c)
+		return 0;
+	k = &w->connect;
+	*k = (struct connect){};
+	offset = c->payload;
+	end = c->payload + c->payload_length;
+	p = frame_at(ctx, offset, 1);
+	if (!p || *p != MQTT_CONNECT << 4)
+		return 0;
+	offset++;
+	remaining = read_varint(ctx, &offset, end);
+	if (remaining == ~0U)
+		return 0;
+	k->length = offset - c->payload + remaining;
+	if (end > offset + remaining)
+		end = offset + remaining;
+
+	p = frame_at(ctx, offset, 8);
+	if (!p || offset + 8 > end)
+		return 0;
+	__u64 name = load_be64(p);
+	if (name == NAME_MQISDP)
+		offset += 8;
+	else if (name >> 16 == NAME_MQTT)
+		offset += 6;
+	else
+		return 0;
+	p = frame_at(ctx, offset, 4); /* level, flags, keepalive */
+	if (!p || offset + 4 > end)
+		return 0;
+	/* A level that does not go with its name is refused by brokers, not by us. */
+	if ((name == NAME_MQISDP) == (p[0] == 3))
+		k->level = p[0];
+	k->flags = p[1];
+	offset += 4;
+	if (k->level == 5) {
+		length = read_varint(ctx, &offset, end);
+		if (length > 0xffff)
+			return 0;
+		offset += length;
+	}
+	length = read_length(ctx, &offset, end);
+	if (length == ~0U || offset + length > end)
+		return 0;
+	k->id = offset;
+	k->id_length = length;
+	k->has_id = true;
+	offset += length;
+
+	if (!(k->flags & CONNECT_USER))
+		return 0;
+	if (k->flags & CONNECT_WILL) {
+		if (k->level == 5) {
+			length = read_varint(ctx, &offset, end);
+			if (length > 0xffff)
+				return 0;
+			offset += length;
+		}
+#pragma unroll
+		for (int i = 0; i < 2; i++) {
+			length = read_length(ctx, &offset, end);
+			if (length == ~0U || offset + length > end)
+				return 0;
+			offset += length;
+		}
+	}
+	length = read_length(ctx, &offset, end);
+	if (length == ~0U || offset + length > end)
+		return 0;
+	k->user = offset;
+	k->user_length = length;
+	k->has_user = true;
+	return 0;
+}
+
+/*
+ * Why no broker may be answered for, enum why; WHY_NONE: any broker that takes the connection at
+ * all would answer with the same four bytes.
+ */
+static __always_inline __u32 connect_unanswerable(const struct connect *k, const struct conn *c)
+{
+	if (!k->length)
+		return WHY_NOT_CONNECT;
+	if (k->length > c->payload_length || !k->has_id)
+		return WHY_CUT;
+	if (k->level != 3 && k->level != 4)
+		return WHY_MQTT5;
+	if (k->flags & (CONNECT_USER | CONNECT_PASSWORD))
+		return WHY_CREDENTIALS;
+	if (!(k->flags & CONNECT_CLEAN))
+		return WHY_PERSISTENT;
+	if (k->length > HANDOVER_CONNECT_MAX)
+		return WHY_TOO_LONG;
+	/* Brokers differ in what they think of these. */
+	if (k->flags & CONNECT_RESERVED || (k->flags & CONNECT_WILL_QOS) == CONNECT_WILL_QOS ||
+	    (!(k->flags & CONNECT_WILL) && k->flags & (CONNECT_WILL_QOS | CONNECT_WILL_RETAIN)) ||
+	    (k->level == 3 && (!k->id_length || k->id_length > CLIENT_ID_MAX_31)))
+		return WHY_NOT_CONNECT;
+	return WHY_NONE;
+}
+
+#endif /* MQTT_FWD_DELAYED_CONNECT_H */

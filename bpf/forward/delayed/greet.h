@@ -1,0 +1,405 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * A connection without a flow, from its SYN until it is bound. The one writer of `handovers` beside
+ * handover.h, which ends what begins here.
+ *
+ *   nothing kept   SYN                   SYN-ACK
+ *                  without data          dropped, or RST if it ends
+ *                  CONNECT, with cookie  bound, or WAIT and CONNACK
+ *                  without a cookie      the balancer lost a flow: as in predicted mode
+ *   WAIT           CONNECT               CONNACK
+ *                  what comes behind it  bound
+ *                  anything else         dropped
+ *
+ * What is bound gets a flow and goes back to mqtt_fwd, which frames it like any other segment.
+ */
+#ifndef MQTT_FWD_DELAYED_GREET_H
+#define MQTT_FWD_DELAYED_GREET_H
+
+#include "../bind/predicted.h"
+#include "../emit.h"
+#include "../services.h"
+#include "answer.h"
+#include "connect.h"
+#include "decide.h"
+
+/* Client ids and topics are hashed with the same secret, which never makes them equal. */
+#define CLIENT_ID_DOMAIN 0x6964000000000000ULL
+
+static __always_inline struct handover *handover_find(const struct conn *c)
+{
+	struct flow6 key = c->key;
+
+	return bpf_map_lookup_elem(&handovers, &key);
+}
+
+static __always_inline void handover_put(const struct conn *c, const struct handover *h)
+{
+	struct flow6 key = c->key;
+
+	if (bpf_map_update_elem(&handovers, &key, h, BPF_ANY))
+		count(REASON_MAP_FULL);
+	else
+		map_used(TRACKED_HANDOVERS, 1, 0);
+}
+
+static __always_inline void handover_remove(const struct conn *c)
+{
+	struct flow6 key = c->key;
+
+	if (!bpf_map_delete_elem(&handovers, &key))
+		map_used(TRACKED_HANDOVERS, 0, 1);
+}
+
+/* How a connection is bound. */
+struct verdict {
+	binding_t binding;
+	__u32 flags; /* enum flow_flags, beside those that all have */
+	__u32 next; /* sequence number from which on the flow is framed */
+	__u8 way;
+	__u8 why;
+};
+
+/* The flow of a connection that is bound; false: it is not stored. Global (see event.h). */
+__noinline int flow_bound(const struct conn *c, const struct verdict *v)
+{
+	struct flow f = {};
+
+	if (!c || !v)
+		return false;
+	f.bound = tagged(c, v->binding);
+	f.next = tagged(c, v->next);
+	f.end = v->next;
+	f.ack = c->ack;
+	f.flags = v->flags | FLOW_TRUSTED | FLOW_UNCONFIRMED;
+	f.own = c->id;
+	f.way = v->way;
+	f.why = v->why;
+	if (!flow_add(c, &f))
+		return false;
+	count(REASON_BOUND_MESSAGE + v->way - WAY_MESSAGE);
+	if (v->why)
+		count(REASON_WHY_NOT_CONNECT + v->why - WHY_NOT_CONNECT);
+	report_event(c, EVENT_BOUND, from_to(NO_GROUP, v->binding), 0,
+		     (v->flags & FLOW_PREDICTED ? REPORT_BY_PREDICTION : 0) |
+			     v->way << REPORT_WAY_SHIFT | v->why << REPORT_WHY_SHIFT);
+	return true;
+}
+
+_Static_assert(REASON_BOUND_UNANSWERED - REASON_BOUND_MESSAGE == WAY_UNANSWERED - WAY_MESSAGE,
+	       "a counter for each way, in the same order");
+_Static_assert(REASON_WHY_NO_TOPIC - REASON_WHY_NOT_CONNECT == WHY_NO_TOPIC - WHY_NOT_CONNECT,
+	       "a counter for each reason, in the same order");
+
+/* Bound: back to mqtt_fwd, with a flow. If that is not stored, its first segment goes all the same. */
+static __always_inline int bound(struct xdp_md *ctx, struct conn *c, const struct service *svc,
+				 const struct verdict *v)
+{
+	const struct group *g = group_of(v->binding);
+
+	/* What was on these addresses before is over: the cookie says so. */
+	flow_remove(c, false);
+	flow_remove(c, true);
+	if (g && flow_bound(c, v))
+		bpf_tail_call(ctx, &steps, STEP_FORWARD);
+	if (!g)
+		return pass_on(ctx, REASON_NO_GROUP_VIP);
+	return to_group(ctx, g, svc, c->v6, REASON_DATA);
+}
+
+/* By what is known of the client: the last resort, which never fails while there is a default group. */
+static __always_inline void verdict_predicted(struct verdict *v, const struct conn *c,
+					      const struct service_table *t,
+					      const struct service *svc, __u32 why)
+{
+	__u64 binding = predict(c, t, svc);
+
+	v->binding = binding;
+	v->flags |= binding & PREDICTED ? FLOW_PREDICTED : 0;
+	v->way = WAY_UNANSWERED;
+	v->why = why;
+}
+
+/* Who the client is: c->id, and for a new one w->client_id. */
+static __always_inline void identify(struct xdp_md *ctx, struct conn *c, struct work *w,
+				     const struct service_table *t, const struct service *svc)
+{
+	const struct connect *k = &w->connect;
+	__u32 length = k->id_length, kept;
+
+	c->id = 0;
+	if (!k->has_id || !length || length > CLIENT_ID_MAX)
+		return;
+	c->id = text_hash(ctx, t->topic_key[0] ^ CLIENT_ID_DOMAIN ^ svc->id, t->topic_key[1], k->id,
+			  length);
+	w->client_id.service = svc->id;
+	w->client_id.length = length;
+	__builtin_memset(w->client_id.text, 0, sizeof(w->client_id.text));
+	kept = length < CLIENT_ID_TEXT_MAX ? length : CLIENT_ID_TEXT_MAX;
+	frame_copy(ctx, k->id, w->client_id.text, kept, CLIENT_ID_TEXT_MAX);
+}
+
+/* Whether the segment's TCP checksum is that of its header and a payload with this sum. Global. */
+__noinline int checksum_right(struct xdp_md *ctx, const struct conn *c, __u32 payload)
+{
+	__be32 header[15] = {};
+	__u32 offset, length;
+	struct cookie_tuple t;
+	__u64 sum;
+
+	if (!c)
+		return false;
+	offset = tcp_offset_of(c->v6);
+	length = c->payload - offset;
+	barrier_var(length);
+	if (length < sizeof(struct tcphdr) || length > sizeof(header) || !tuple_of(ctx, c->v6, &t) ||
+	    bpf_xdp_load_bytes(ctx, offset, header, length))
+		return false;
+	sum = sum_words(t.src, 4, sum_words(t.dst, 4, payload));
+	sum += bpf_htons(IPPROTO_TCP) + (__u64)bpf_htons(length + c->payload_length);
+	return csum_fold(sum_words(header, 15, sum)) == 0xffff;
+}
+
+/* Keeps CONNECT, which lies whole in the segment and is short, and answers it. */
+static __always_inline int greet_wait(struct xdp_md *ctx, struct conn *c, struct work *w,
+				      const struct service *svc)
+{
+	struct handover *h = &w->handover;
+	__u32 length = w->connect.length;
+
+	__builtin_memset(h, 0, sizeof(*h));
+	h->start = c->seq;
+	h->server = c->ack;
+	h->tsval = w->options.o.tsecr;
+	h->born_s = now_s();
+	h->connect_length = length;
+	h->id = c->id;
+	h->id_offset = w->connect.id - c->payload;
+	h->id_length = w->connect.id_length;
+	h->state = HANDOVER_WAIT;
+	h->why = WHY_NO_TOPIC;
+	barrier_var(length);
+	if (length < 1 || length > HANDOVER_CONNECT_MAX ||
+	    bpf_xdp_load_bytes(ctx, c->payload, h->connect, length))
+		return XDP_DROP;
+	h->connect_sum = csum_fold(
+		bpf_csum_diff(NULL, 0, (__be32 *)h->connect, HANDOVER_CONNECT_MAX, 0) & 0xffffffff);
+	/* It is acknowledged here, so nobody else will find out if it is damaged. */
+	if (!checksum_right(ctx, c, h->connect_sum)) {
+		count(REASON_WAIT_DROPPED);
+		return XDP_DROP;
+	}
+	/* The old connection's flow would take the next segments. */
+	flow_remove(c, false);
+	flow_remove(c, true);
+	if (!answer_connect(ctx, c, svc, h, true)) {
+		count(REASON_HANDOVER_FAILED);
+		return XDP_DROP;
+	}
+	handover_put(c, h);
+	count(REASON_CONNECT_ANSWERED);
+	return XDP_TX;
+}
+
+/* The first data of a connection, with a cookie. */
+static __always_inline int greet_connect(struct xdp_md *ctx, struct conn *c, struct work *w,
+					 const struct service_table *t, const struct service *svc)
+{
+	const struct connect *k = &w->connect;
+	struct verdict v = { .next = c->seq };
+	bool more;
+	__u32 why;
+
+	read_connect(ctx, c);
+	identify(ctx, c, w, t, svc);
+	why = connect_unanswerable(k, c);
+	more = k->length && k->length < c->payload_length;
+
+	v.binding = 0;
+	if (more) {
+		v.binding = decide(ctx, c, t, svc, c->payload + k->length);
+		v.way = WAY_MESSAGE;
+		why = WHY_NO_TOPIC;
+	}
+	if (!v.binding) {
+		v.binding = client_steady(c, t);
+		v.way = WAY_CLIENT_ID;
+		v.flags = v.binding ? FLOW_PREDICTED : 0;
+	}
+	if (!v.binding && why == WHY_NONE)
+		return greet_wait(ctx, c, w, svc);
+	if (!v.binding)
+		verdict_predicted(&v, c, t, svc, why);
+	client_id_keep(c);
+
+	/* Their first segment carries CONNECT: nothing of it has to be kept but its place. */
+	struct handover *h = &w->handover;
+	__builtin_memset(h, 0, sizeof(*h));
+	h->start = c->seq;
+	h->server = c->ack;
+	h->born_s = now_s();
+	h->state = HANDOVER_PASS;
+	handover_put(c, h);
+	return bound(ctx, c, svc, &v);
+}
+
+static __always_inline int greet_answer(struct xdp_md *ctx, struct conn *c,
+					const struct service *svc, struct handover *h, bool connack,
+					enum reason reason)
+{
+	if (!answer_connect(ctx, c, svc, h, connack)) {
+		count(REASON_HANDOVER_FAILED);
+		return XDP_DROP;
+	}
+	count(reason);
+	return XDP_TX;
+}
+
+/* Its client id, from the CONNECT that is kept. */
+static __always_inline void identify_kept(struct conn *c, struct work *w, const struct handover *h,
+					  const struct service *svc)
+{
+	c->id = h->id;
+	if (!c->id)
+		return;
+	w->client_id.service = svc->id;
+	w->client_id.length = h->id_length;
+	for (__u32 i = 0; i < CLIENT_ID_TEXT_MAX; i++) {
+		__u32 at = h->id_offset + i;
+		__u8 byte = 0;
+
+		barrier_var(at);
+		if (i < h->id_length && at < HANDOVER_CONNECT_MAX)
+			byte = h->connect[at];
+		WRITE_ONCE(w->client_id.text[i], byte);
+	}
+}
+
+/* A segment of a connection in WAIT. */
+static __always_inline int greet_waiting(struct xdp_md *ctx, struct conn *c, struct work *w,
+					 const struct service_table *t, const struct service *svc,
+					 struct handover *h, bool fin)
+{
+	__u32 behind = h->start + h->connect_length;
+	struct verdict v = { .next = behind, .flags = FLOW_CONNECTED };
+	bool again = c->seq == h->start, silent = h->state == HANDOVER_SILENT;
+
+	if (!c->payload_length && !fin) {
+		if (c->seq == behind - 1)
+			return greet_answer(ctx, c, svc, h, false, REASON_WAIT_ANSWERED);
+		count(REASON_WAIT_DROPPED);
+		return XDP_DROP;
+	}
+	if (again && c->payload_length <= h->connect_length && !fin && !silent)
+		return greet_answer(ctx, c, svc, h, true, REASON_CONNECT_ANSWERED);
+	if (again) {
+		/* CONNECT and more in one segment: repeated, or by user space, as nothing else came. */
+		v.next = c->seq;
+		v.flags = 0;
+	} else if (c->seq != behind) {
+		count(REASON_WAIT_DROPPED);
+		return XDP_DROP;
+	}
+
+	identify_kept(c, w, h, svc);
+	v.way = WAY_ANSWERED;
+	w->connect.level = 4;
+	v.binding = c->payload_length ?
+			    decide(ctx, c, t, svc, c->payload + (again ? h->connect_length : 0)) :
+			    0;
+	if (!v.binding)
+		verdict_predicted(&v, c, t, svc, silent || !c->payload_length ? WHY_SILENT : WHY_NO_TOPIC);
+	client_id_keep(c);
+	h->state = HANDOVER_REPEAT;
+	return bound(ctx, c, svc, &v);
+}
+
+static __always_inline int greet_unknown(struct xdp_md *ctx, struct conn *c,
+					 const struct service_table *t, const struct service *svc,
+					 bool syn, bool ends)
+{
+	struct bound b = {};
+	const struct group *g;
+
+	bind_unknown(&b, c, t, svc, syn, ends);
+	g = group_of(b.binding);
+	if (!g)
+		return pass_on(ctx, REASON_NO_GROUP_VIP);
+	return to_group(ctx, g, svc, c->v6, b.reason);
+}
+
+static __always_inline int greet(struct xdp_md *ctx, struct work *w)
+{
+	const struct service_table *t = table_in_force();
+	const struct service *svc = t ? service_at(t, w->handed.slot) : NULL;
+	struct conn *c = &w->handed.conn;
+	const struct tcphdr *tcp = tcp_of(ctx, c->v6);
+	bool syn, fin, rst, ack, ends;
+	struct handover *h;
+	struct flow *f;
+
+	if (!svc || !tcp)
+		return pass_on(ctx, REASON_TRUNCATED);
+	syn = tcp->syn;
+	fin = tcp->fin;
+	rst = tcp->rst;
+	ack = tcp->ack;
+	ends = fin || rst;
+	read_options(ctx, c);
+
+	if (syn) {
+		if (ack || ends) {
+			count(REASON_WAIT_DROPPED);
+			return XDP_DROP;
+		}
+		f = flow_find(c);
+		if (f && !(f->flags & FLOW_RIVAL_SYN)) {
+			/* No more than a hint: anybody can send one. */
+			f->flags |= FLOW_RIVAL_SYN;
+			cache_correct(c, t, 0);
+		}
+		if (answer_syn(ctx, c, svc)) {
+			count(REASON_SYN_ANSWERED);
+			return XDP_TX;
+		}
+		return greet_unknown(ctx, c, t, svc, true, false);
+	}
+
+	h = handover_find(c);
+	if (h && h->state <= HANDOVER_SILENT) {
+		/* An old one may have left its place to a new one on the same addresses. */
+		if (c->seq - h->start <= h->connect_length || !has_cookie(ctx, c, true)) {
+			if (rst) {
+				if (c->seq == h->start + h->connect_length)
+					handover_remove(c);
+				count(REASON_WAIT_DROPPED);
+				return XDP_DROP;
+			}
+			return greet_waiting(ctx, c, w, t, svc, h, fin);
+		}
+	}
+	if (!ack || rst || !has_cookie(ctx, c, true))
+		return greet_unknown(ctx, c, t, svc, false, ends);
+	if (c->payload_length)
+		return greet_connect(ctx, c, w, t, svc);
+	if (!fin) {
+		count(REASON_HANDSHAKE);
+		return XDP_DROP;
+	}
+	if (!answer_reset(ctx, c, true)) {
+		count(REASON_HANDOVER_FAILED);
+		return XDP_DROP;
+	}
+	count(REASON_REFUSED);
+	return XDP_TX;
+}
+
+SEC("xdp")
+int mqtt_greet(struct xdp_md *ctx)
+{
+	struct work *w = work_of_cpu();
+
+	return w ? greet(ctx, w) : XDP_DROP;
+}
+
+#endif /* MQTT_FWD_DELAYED_GREET_H */

@@ -1,0 +1,96 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* What delayed binding reads of a segment beyond struct conn: addresses, flags, options, cookie. */
+#ifndef MQTT_FWD_DELAYED_SEGMENT_H
+#define MQTT_FWD_DELAYED_SEGMENT_H
+
+#include "../../lib/cookie.h"
+#include "../../lib/parse.h"
+#include "../maps.h"
+
+static __always_inline __u32 tcp_offset_of(bool v6)
+{
+	return sizeof(struct ethhdr) + (v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr));
+}
+
+static __always_inline struct tcphdr *tcp_of(struct xdp_md *ctx, bool v6)
+{
+	struct tcphdr *tcp = frame_start(ctx) + tcp_offset_of(v6);
+
+	return (void *)(tcp + 1) <= frame_end(ctx) ? tcp : NULL;
+}
+
+static __always_inline bool tuple_of(struct xdp_md *ctx, bool v6, struct cookie_tuple *t)
+{
+	struct cursor cur = cursor_of(ctx);
+	struct tcphdr *tcp;
+
+	*t = (struct cookie_tuple){};
+	if (!parse_eth(&cur))
+		return false;
+	if (v6) {
+		struct ipv6hdr *ip = parse_ipv6(&cur);
+		if (!ip)
+			return false;
+		copy_addr6(t->src, &ip->saddr);
+		copy_addr6(t->dst, &ip->daddr);
+	} else {
+		struct iphdr *ip = parse_ipv4(&cur);
+		if (!ip)
+			return false;
+		t->src[0] = ip->saddr;
+		t->dst[0] = ip->daddr;
+	}
+	tcp = parse_tcp(&cur);
+	if (!tcp)
+		return false;
+	t->sport = tcp->source;
+	t->dport = tcp->dest;
+	return true;
+}
+
+/* Reads the segment's options to work.options. Global (see event.h). */
+__noinline int read_options(struct xdp_md *ctx, const struct conn *c)
+{
+	struct work *w = work_of_cpu();
+	__u32 start, length;
+
+	if (!w || !c)
+		return 0;
+	start = tcp_offset_of(c->v6) + sizeof(struct tcphdr);
+	length = c->payload - start;
+	if (length > TCP_OPTIONS_MAX)
+		length = 0;
+	w->options.length = length;
+	if (length)
+		frame_copy(ctx, start, w->options.bytes, length, 64);
+	tcp_options_scan(&w->options);
+	return 0;
+}
+
+static __always_inline const struct handover_keys *keys_in_force(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&handover_keys, &zero);
+}
+
+/*
+ * Whether a segment of a client's acknowledges a SYN-ACK of ours, and nothing after it. Without
+ * timestamps that is 24 bits of proof, with them 32: those that are in work.options are checked
+ * if `with_options`. Global (see event.h).
+ */
+__noinline int has_cookie(struct xdp_md *ctx, const struct conn *c, __u32 with_options)
+{
+	const struct handover_keys *keys = keys_in_force();
+	struct work *w = work_of_cpu();
+	struct cookie_tuple t;
+	__u32 tsecr;
+
+	if (!c || !keys || !w || !tuple_of(ctx, c->v6, &t))
+		return false;
+	tsecr = w->options.o.tsecr;
+	return cookie_valid(keys, &t, c->seq - 1, c->ack - 1,
+			    with_options && w->options.o.has_timestamps ? &tsecr : NULL, c->v6);
+}
+
+#endif /* MQTT_FWD_DELAYED_SEGMENT_H */

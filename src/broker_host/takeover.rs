@@ -1,0 +1,157 @@
+//! The programs that make this host's kernel take over connections, where delayed binding is used.
+//!
+//! They are attached by links (tcx), whose pins are all there is of them: unpinned, they are gone.
+
+use std::mem::MaybeUninit;
+use std::net::IpAddr;
+use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::path::Path;
+
+use libbpf_rs::MapHandle;
+use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
+
+use crate::kernel::abi::{handover_keys, takeover_counter};
+use crate::kernel::maps::Table;
+use crate::kernel::pins::{self, Object, Pins};
+use crate::kernel::skeletons::takeover::TakeoverSkelBuilder;
+use crate::kernel::{BpfError, Result, xdp};
+
+const LINKS: [(&str, libbpf_sys::bpf_attach_type); 2] = [
+    ("takeover_ingress", libbpf_sys::BPF_TCX_INGRESS),
+    ("takeover_egress", libbpf_sys::BPF_TCX_EGRESS),
+];
+
+/// Whether this kernel can take connections over (Linux 6.9, if it was built with BPF's socket
+/// functions): asked of its BTF, not of its version.
+pub fn supported() -> bool {
+    // SAFETY: the pointer is checked, used for one call, and freed once.
+    unsafe {
+        let btf = libbpf_sys::btf__load_vmlinux_btf();
+        if btf.is_null() {
+            return false;
+        }
+        let id = libbpf_sys::btf__find_by_name_kind(
+            btf,
+            c"bpf_sk_assign_tcp_reqsk".as_ptr(),
+            libbpf_sys::BTF_KIND_FUNC,
+        );
+        libbpf_sys::btf__free(btf);
+        id > 0
+    }
+}
+
+/// Whether the programs are attached.
+pub fn is_attached(pins: &Pins) -> bool {
+    LINKS.iter().all(|(name, _)| pins.program(name).exists())
+}
+
+/// Attaches the programs, behind `decap`; whether they were not.
+pub fn attach(pins: &Pins, interface: &str, keys: &handover_keys) -> Result<bool> {
+    if is_attached(pins) {
+        put_keys(pins, keys)?;
+        return Ok(false);
+    }
+    if !supported() {
+        return Err(BpfError::NoTakeover);
+    }
+    detach(pins)?;
+    let failed = |source| BpfError::Load { object: "takeover", source };
+    let mut storage = MaybeUninit::uninit();
+    let mut open = TakeoverSkelBuilder::default().open(&mut storage).map_err(failed)?;
+    let path = pins.map_of(Object::BrokerHost, "decap_vips");
+    let vips = MapHandle::from_pinned_path(&path).map_err(|source| BpfError::Pin {
+        path: path.clone(),
+        action: "opening",
+        source,
+    })?;
+    open.maps.decap_vips.reuse_fd(vips.as_fd()).map_err(failed)?;
+    let mut skel = open.load().map_err(failed)?;
+    Table::<u32, handover_keys>::of(&skel.maps.handover_keys)?.put(&0, keys)?;
+
+    let pin = |source| BpfError::Pin { path: pins.dir(), action: "pinning", source };
+    skel.maps.handover_keys.pin(pins.map_of(Object::BrokerHost, "handover_keys")).map_err(pin)?;
+    skel.maps
+        .takeover_counters
+        .pin(pins.map_of(Object::BrokerHost, "takeover_counters"))
+        .map_err(pin)?;
+    let index = xdp::interface_index(interface)?;
+    let programs = [skel.progs.takeover_ingress.as_fd(), skel.progs.takeover_egress.as_fd()];
+    for ((name, place), program) in LINKS.into_iter().zip(programs) {
+        let io = |action, error: i32| BpfError::Io {
+            path: pins.program(name),
+            action,
+            source: std::io::Error::from_raw_os_error(-error),
+        };
+        // SAFETY: both descriptors are open; without options there is no pointer to follow.
+        let link = unsafe {
+            libbpf_sys::bpf_link_create(program.as_raw_fd(), index, place, std::ptr::null())
+        };
+        if link < 0 {
+            return Err(io("attaching (tcx)", link));
+        }
+        // SAFETY: the kernel just gave us this descriptor.
+        let link = unsafe { OwnedFd::from_raw_fd(link) };
+        let path = c_path(&pins.program(name));
+        // SAFETY: the path is a C string that lives through the call.
+        let error = unsafe { libbpf_sys::bpf_obj_pin(link.as_raw_fd(), path.as_ptr()) };
+        if error < 0 {
+            return Err(io("pinning its link", error));
+        }
+    }
+    Ok(true)
+}
+
+fn c_path(path: &Path) -> std::ffi::CString {
+    std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).unwrap_or_default()
+}
+
+/// Takes the programs away; whether there were any.
+pub fn detach(pins: &Pins) -> Result<bool> {
+    let mut some = false;
+    for (name, _) in LINKS {
+        some |= pins::remove_pin(&pins.program(name))?;
+    }
+    for name in ["handover_keys", "takeover_counters"] {
+        pins::remove_pin(&pins.map_of(Object::BrokerHost, name))?;
+    }
+    Ok(some)
+}
+
+/// Gives the programs other keys.
+pub fn put_keys(pins: &Pins, keys: &handover_keys) -> Result<()> {
+    Table::<u32, handover_keys>::open(&pins.map_of(Object::BrokerHost, "handover_keys"))?
+        .put(&0, keys)
+}
+
+/// What the programs hold.
+pub fn keys(pins: &Pins) -> Result<handover_keys> {
+    let table =
+        Table::<u32, handover_keys>::open(&pins.map_of(Object::BrokerHost, "handover_keys"))?;
+    Ok(table.get(&0)?.unwrap_or_default())
+}
+
+/// What the programs have done, for people.
+pub fn counters(pins: &Pins) -> Result<Vec<(&'static str, u64)>> {
+    let table =
+        Table::<u32, u64>::open(&pins.map_of(Object::BrokerHost, "takeover_counters"))?;
+    let texts = [
+        (takeover_counter::TAKEOVER_DONE, "connections taken over"),
+        (takeover_counter::TAKEOVER_REFUSED, "connections that the kernel refused"),
+        (takeover_counter::TAKEOVER_NO_COOKIE, "first segments without a valid cookie: another key?"),
+        (takeover_counter::TAKEOVER_EARLY, "segments before their connection was taken over"),
+        (takeover_counter::TAKEOVER_ACK_HELD, "acknowledgements held back"),
+        (takeover_counter::TAKEOVER_OLD_SOCKET, "older sockets on the same addresses ended"),
+        (takeover_counter::TAKEOVER_RESET_HELD, "RSTs held back"),
+        (takeover_counter::TAKEOVER_CONNACK_SAME, "CONNACKs as the balancer answered"),
+        (takeover_counter::TAKEOVER_CONNACK_DIFFERENT, "CONNACKs that differed: connection reset"),
+    ];
+    texts
+        .into_iter()
+        .map(|(counter, text)| Ok((text, table.get_per_cpu(&counter.0)?.iter().sum())))
+        .collect()
+}
+
+/// The services' addresses that this host has.
+pub fn addresses(pins: &Pins) -> Vec<IpAddr> {
+    super::vips(pins)
+}

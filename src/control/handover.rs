@@ -1,0 +1,217 @@
+//! What delayed binding needs of user space: its keys, and an end to waiting for clients that say
+//! nothing after CONNECT.
+
+use std::net::IpAddr;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+
+use libbpf_rs::Program;
+use tracing::{debug, info};
+
+use super::{Error, Result, view};
+use crate::config::Config;
+use crate::datapath::Datapath;
+use crate::handover::keys::{KeyFile, now};
+use crate::kernel::BpfError;
+use crate::kernel::abi::{Pod as _, flow6, handover, handover_state, words_addr};
+use crate::kernel::xdp;
+
+/// A client that has said nothing for so long after its CONNECT was answered is given to a broker as
+/// it is: it may only listen to what its session or its will is for.
+const SILENT_S: u64 = 3;
+
+/// Brings the keys into the datapath: once, and whenever the file or the time says otherwise.
+pub fn put_keys(config: &Config, datapath: &Datapath) -> Result<()> {
+    if !config.binds_late() {
+        return Ok(());
+    }
+    let file = KeyFile::read(&config.handover_key)?;
+    let image = file.image(now());
+    let before = datapath.handover_keys.get(&0)?.unwrap_or_default();
+    if before.bytes() != image.bytes() {
+        datapath.handover_keys.put(&0, &image)?;
+        let key = file.in_use(now());
+        info!(epoch = key.epoch, fingerprint = key.fingerprint(), "handover key in use");
+    }
+    Ok(())
+}
+
+/// Binds connections whose clients are silent. Returns how many.
+pub fn bind_silent(config: &Config, datapath: &Datapath) -> Result<usize> {
+    if !config.binds_late() {
+        return Ok(0);
+    }
+    let now = view::boot_time().as_secs();
+    let waiting = |h: &handover| {
+        u32::from(h.state) <= handover_state::HANDOVER_SILENT.0
+            && now.saturating_sub(u64::from(h.born_s)) >= SILENT_S
+    };
+    let silent: Vec<(flow6, handover)> =
+        datapath.handovers.entries()?.into_iter().filter(|(_, h)| waiting(h)).collect();
+    if silent.is_empty() {
+        return Ok(0);
+    }
+    let path = config.pins().program("mqtt_fwd");
+    let program = Program::fd_from_pinned_path(&path).map_err(|source| BpfError::Pin {
+        path: path.clone(),
+        action: "opening",
+        source,
+    })?;
+    let interface = xdp::interface_index(&config.interface)?;
+    let services = datapath.service_table()?;
+    let mut bound = 0;
+    for (key, mut h) in silent {
+        let Some(service) = services.service[..usize::from(services.count)]
+            .iter()
+            .find(|service| service.id == key.service)
+        else {
+            continue;
+        };
+        h.state = handover_state::HANDOVER_SILENT.0 as u8;
+        // If its message has come meanwhile, it is bound, and this must not undo that.
+        let current = datapath.handovers.get(&key)?;
+        if !current.is_some_and(|c| u32::from(c.state) <= handover_state::HANDOVER_SILENT.0) {
+            continue;
+        }
+        datapath.handovers.put(&key, &h)?;
+        let v6 = service.v6 != 0;
+        let client = (words_addr(key.addr, v6), u16::from_be(key.port));
+        let vip = (words_addr(service.addr, v6), u16::from_be(service.port));
+        debug!(client = %client.0, port = client.1, "silent since CONNECT: bound without a message");
+        inject(program.as_fd(), interface, &connect_again(client, vip, &h))?;
+        bound += 1;
+    }
+    Ok(bound)
+}
+
+/// The client's CONNECT, once more.
+fn connect_again(client: (IpAddr, u16), vip: (IpAddr, u16), h: &handover) -> Vec<u8> {
+    let mut tcp = Vec::with_capacity(32 + h.connect.len());
+    tcp.extend(client.1.to_be_bytes());
+    tcp.extend(vip.1.to_be_bytes());
+    tcp.extend(h.start.to_be_bytes());
+    tcp.extend(h.server.to_be_bytes());
+    let words: u16 = if h.timestamps == 0 { 5 } else { 8 };
+    const PSH_ACK: u16 = 0x18;
+    tcp.extend((words << 12 | PSH_ACK).to_be_bytes());
+    // The window is the client's next segment's to say.
+    tcp.extend(1024u16.to_be_bytes());
+    tcp.extend([0; 4]);
+    if h.timestamps != 0 {
+        tcp.extend([1, 1, 8, 10]);
+        tcp.extend(h.client_tsval.to_be_bytes());
+        tcp.extend(h.tsval.to_be_bytes());
+    }
+    tcp.extend(&h.connect[..usize::from(h.connect_length).min(h.connect.len())]);
+
+    let mut ip = Vec::with_capacity(40);
+    let length = tcp.len() as u16;
+    let mut pseudo = Vec::new();
+    let ether_type: u16 = match (client.0, vip.0) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            ip.extend([0x45, 0]);
+            ip.extend((20 + length).to_be_bytes());
+            ip.extend([0, 0, 0x40, 0, 64, 6, 0, 0]);
+            ip.extend(from.octets());
+            ip.extend(to.octets());
+            let check = !ones_sum(&ip, 0);
+            ip[10..12].copy_from_slice(&check.to_be_bytes());
+            pseudo.extend(from.octets());
+            pseudo.extend(to.octets());
+            0x0800
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            ip.extend([0x60, 0, 0, 0]);
+            ip.extend(length.to_be_bytes());
+            ip.extend([6, 64]);
+            ip.extend(from.octets());
+            ip.extend(to.octets());
+            pseudo.extend(from.octets());
+            pseudo.extend(to.octets());
+            0x86dd
+        }
+        // Clients and services of one table are of one family.
+        _ => return Vec::new(),
+    };
+    let check = !ones_sum(&tcp, u32::from(ones_sum(&pseudo, 6 + u32::from(length))));
+    tcp[16..18].copy_from_slice(&check.to_be_bytes());
+    let mut frame = vec![0; 12];
+    frame.extend(ether_type.to_be_bytes());
+    frame.extend(ip);
+    frame.extend(tcp);
+    frame
+}
+
+/// RFC 1071, in host order.
+fn ones_sum(bytes: &[u8], start: u32) -> u16 {
+    let words = bytes.chunks(2).map(|w| u32::from(w[0]) << 8 | u32::from(*w.get(1).unwrap_or(&0)));
+    let mut sum = words.fold(u64::from(start), |sum, word| sum + u64::from(word));
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    sum as u16
+}
+
+/// Gives a frame to an XDP program as if it had come in on the interface (Linux 5.18).
+fn inject(program: BorrowedFd<'_>, interface: i32, frame: &[u8]) -> Result<()> {
+    let mut context = libbpf_sys::xdp_md {
+        data: 0,
+        data_end: frame.len() as u32,
+        ingress_ifindex: interface.cast_unsigned(),
+        ..Default::default()
+    };
+    let mut options = libbpf_sys::bpf_test_run_opts {
+        sz: size_of::<libbpf_sys::bpf_test_run_opts>() as u64,
+        data_in: frame.as_ptr().cast(),
+        data_size_in: frame.len() as u32,
+        ctx_in: (&raw mut context).cast(),
+        ctx_size_in: size_of::<libbpf_sys::xdp_md>() as u32,
+        repeat: 1,
+        flags: libbpf_sys::BPF_F_TEST_XDP_LIVE_FRAMES,
+        ..Default::default()
+    };
+    // SAFETY: frame, context and options live through the call, and have the sizes given.
+    let failed =
+        unsafe { libbpf_sys::bpf_prog_test_run_opts(program.as_raw_fd(), &raw mut options) };
+    if failed == 0 {
+        return Ok(());
+    }
+    Err(Error::Io {
+        what: "giving a silent client's connection to a broker".to_owned(),
+        source: std::io::Error::from_raw_os_error(-failed),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_injected_is_a_tcp_segment_with_right_checksums() {
+        let mut h = handover { start: 1000, server: 5000, connect_length: 15, ..handover::zeroed() };
+        h.connect[..15].copy_from_slice(b"\x10\x0d\x00\x04MQTT\x04\x02\x00\x3c\x00\x01c");
+        for (timestamps, client, vip) in
+            [(0, "10.1.1.1", "10.1.50.200"), (1, "fd01:1::1", "fd01:50::200")]
+        {
+            h.timestamps = timestamps;
+            let frame = connect_again(
+                (client.parse().unwrap(), 40_000),
+                (vip.parse().unwrap(), 1883),
+                &h,
+            );
+            let packet = etherparse::PacketHeaders::from_ethernet_slice(&frame).unwrap();
+            let tcp = packet.transport.unwrap().tcp().unwrap();
+            assert_eq!((tcp.sequence_number, tcp.acknowledgment_number), (1000, 5000));
+            let payload = packet.payload.slice();
+            assert_eq!(payload, &h.connect[..15]);
+            let right = match packet.net.unwrap() {
+                etherparse::NetHeaders::Ipv4(ip, _) => {
+                    assert_eq!(ip.header_checksum, ip.calc_header_checksum());
+                    tcp.calc_checksum_ipv4(&ip, payload).unwrap()
+                }
+                etherparse::NetHeaders::Ipv6(ip, _) => tcp.calc_checksum_ipv6(&ip, payload).unwrap(),
+                etherparse::NetHeaders::Arp(_) => unreachable!(),
+            };
+            assert_eq!(tcp.checksum, right);
+        }
+    }
+}
