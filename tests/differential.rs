@@ -378,9 +378,7 @@ fn random_streams_are_framed_routed_and_learned_as_the_rules_say() {
         flows: 1 << 16,
         weak_flows: 1 << 16,
         topics: 1 << 18,
-        route_states: 4096,
-        groups: 64,
-        vips: 16,
+        ..datapath::SMALL
     };
     let keep = datapath::CONFIG.replace("max_packet", "on_misprediction = \"keep\"\nmax_packet");
     let fixtures =

@@ -219,7 +219,15 @@ fn an_upgrade_to_a_build_of_another_layout_loses_nothing() {
     }
     let stop = std::env::temp_dir().join(format!("{}.stop", lab.name));
     let other = example("other-build");
+    /// However the test ends, the publishers do.
+    struct Stop<'a>(&'a std::path::Path);
+    impl Drop for Stop<'_> {
+        fn drop(&mut self) {
+            let _ = std::fs::write(self.0, "");
+        }
+    }
     let published: Vec<(usize, u64)> = std::thread::scope(|scope| {
+        let ended = Stop(&stop);
         let publishers: Vec<_> = topics
             .iter()
             .enumerate()
@@ -241,7 +249,7 @@ fn an_upgrade_to_a_build_of_another_layout_loses_nothing() {
             let moved = lab.mqtt_fwd(&["load"]);
             assert!(moved.contains("moved to maps of other layout"), "{moved}");
         }
-        std::fs::write(&stop, "").unwrap();
+        drop(ended);
         publishers.into_iter().map(|p| p.join().unwrap()).collect()
     });
     std::fs::remove_file(&stop).unwrap();

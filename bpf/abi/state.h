@@ -61,7 +61,7 @@ struct client_id {
 	__u8 pad[4];
 	__u8 text[CLIENT_ID_TEXT_MAX];
 };
-SIZE_IS(struct client_id, 40 + 8 + CLIENT_ID_TEXT_MAX);
+SIZE_IS(struct client_id, sizeof(struct client) + 8 + CLIENT_ID_TEXT_MAX);
 
 struct flow4 {
 	__be32 addr;

@@ -476,12 +476,13 @@ static __always_inline void frame_segment(struct xdp_md *ctx, struct flow *f, co
 {
 	struct work *w = work_of_cpu();
 	struct parse p = { .ctx = ctx, .w = w, .f = f, .c = c, .t = t, .svc = svc };
-	struct flow6 key = c->key;
 
 	if (!w)
 		return;
 	if (f->parser == PARSER_TOPIC) {
-		const struct topic_stream *stream = bpf_map_lookup_elem(&topic_streams, &key);
+		w->stream_key = c->key;
+		const struct topic_stream *stream =
+			bpf_map_lookup_elem(&topic_streams, &w->stream_key);
 		if (stream) {
 			w->stream = *stream;
 		} else {
@@ -503,8 +504,10 @@ static __always_inline void frame_segment(struct xdp_md *ctx, struct flow *f, co
 			 &p, 0);
 	tally_count(w);
 	s->offset = w->offset;
-	if (f->parser == PARSER_TOPIC)
-		bpf_map_update_elem(&topic_streams, &key, &w->stream, BPF_ANY);
+	if (f->parser == PARSER_TOPIC) {
+		w->stream_key = c->key;
+		bpf_map_update_elem(&topic_streams, &w->stream_key, &w->stream, BPF_ANY);
+	}
 }
 
 /* What the segment's payload says, for flow, client and counters. Global (see event.h). */

@@ -200,6 +200,8 @@ struct work {
 	__u32 tally[PUBLISH_REASONS]; /* for counters[REASON_PUBLISH …], once a segment */
 	__u64 hash; /* PAUSE_TOPIC */
 	struct publish publish;
+	struct flow6 stream_key; /* there is more room for it here than on the stack */
+	__u32 pad;
 	struct topic_stream stream;
 	__u8 beyond_text[TOPIC_TEXT_MAX]; /* what a copy to stream.text may touch, to the verifier */
 	struct topic topic;

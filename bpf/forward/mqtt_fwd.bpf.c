@@ -77,13 +77,13 @@ static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 	}
 	c->tag = conn_tag(&c->key);
 
+	struct flow *f = flow_find(c);
 	if (svc->binding == BINDING_DELAYED)
-		bind_delayed(ctx, &b, c, t, svc, syn);
+		bind_delayed(ctx, &b, c, t, svc, f, syn);
 	else
-		bind_predicted(ctx, &b, c, t, svc, syn, ends);
+		bind_predicted(ctx, &b, c, t, svc, f, syn, ends);
 	g = group_of(b.binding);
-
-	struct flow *f = b.flow;
+	f = b.flow;
 	if (f && !syn) {
 		if (c->payload_length) {
 			frame(ctx, f, c, t, svc);

@@ -21,17 +21,22 @@ pub fn clients(config: &Config, output: Output) -> Result<(), Error> {
         return Ok(());
     }
     table::print(
-        &["service", "client", "last topic", "group", ">age", ">hits", ">misses", "multi-group"],
+        &["service", "client", "by", "last topic", "group", ">age", ">hits", ">misses", "remark"],
         rows.into_iter().map(|r| {
             vec![
                 r.service,
-                r.client.to_string(),
+                r.client,
+                r.by.to_owned(),
                 r.topic,
                 r.group,
                 age(r.age_s),
                 r.hits.to_string(),
                 r.misses.to_string(),
-                mark(r.multi_group, "multi-group"),
+                if r.multi_group {
+                    "multi-group".to_owned()
+                } else {
+                    mark(r.misjudged, "not by id alone")
+                },
             ]
         }),
     );
@@ -46,13 +51,14 @@ pub fn flows(config: &Config, output: Output) -> Result<(), Error> {
         return Ok(());
     }
     table::print(
-        &["service", "client", "group", "bound by", "state", "last topic", "misrouted"],
+        &["service", "client", "client id", "group", "bound by", "state", "last topic", "misrouted"],
         rows.into_iter().map(|r| {
             vec![
                 r.service,
                 r.client.to_string(),
+                r.client_id,
                 r.group,
-                if r.predicted { "prediction" } else { "default" }.to_owned(),
+                r.why.map_or_else(|| r.bound_by.to_owned(), |why| format!("{} ({why})", r.bound_by)),
                 r.state.to_owned(),
                 r.topic,
                 mark(r.misrouted, "misrouted"),

@@ -43,6 +43,8 @@ struct Line<'a> {
     group: Option<&'a str>,
     topic: Option<String>,
     by_prediction: bool,
+    bound_by: Option<&'static str>,
+    why: Option<&'static str>,
     ended: bool,
 }
 
@@ -95,6 +97,7 @@ impl Trace {
             event_kind::EVENT_UNFRAMED => "unframed",
             _ => "?",
         };
+        let (bound_by, why) = view::way_text(event.way, event.why, event.by_prediction != 0);
         let row = Line {
             time: time.as_secs_f64(),
             event: kind,
@@ -104,6 +107,8 @@ impl Trace {
             group: group(event.to_group),
             topic: (event.topic != 0).then(|| view::topic_text(&event.text, event.topic_length)),
             by_prediction: event.by_prediction != 0,
+            bound_by: (kind == "bound").then_some(bound_by),
+            why,
             ended: event.ended != 0,
         };
         if self.json {
@@ -122,8 +127,16 @@ impl Line<'_> {
         let group = self.group.unwrap_or("?");
         let topic = self.topic.as_deref().unwrap_or("?");
         let what = match self.event {
-            "bound" if self.by_prediction => format!("to {group}, predicted by topic {topic}"),
-            "bound" => format!("to {group}, by default"),
+            "bound" => {
+                let by = match self.bound_by {
+                    Some("prediction") if self.topic.is_some() => {
+                        format!("prediction (topic {topic})")
+                    }
+                    by => by.unwrap_or("default").to_owned(),
+                };
+                let why = self.why.map(|why| format!(" ({why})")).unwrap_or_default();
+                format!("to {group}, by {by}{why}")
+            }
             "learned" => format!("topic {topic} → {group}"),
             "mispredicted" => format!(
                 "topic {topic} is {group}'s, but the flow is {}'s: {}",

@@ -1,6 +1,6 @@
 //! What the maps hold, in rows for tables and JSON.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -71,7 +71,9 @@ impl Names {
 #[derive(Debug, Serialize)]
 pub struct ClientRow {
     pub service: String,
-    pub client: IpAddr,
+    /// Address, or client id where those are what clients are known by.
+    pub client: String,
+    pub by: &'static str,
     pub topic: String,
     pub group: String,
     /// Since it was learned.
@@ -80,6 +82,32 @@ pub struct ClientRow {
     pub misses: u16,
     pub group_changes: u8,
     pub multi_group: bool,
+    /// Its client id alone decides no longer, since that was wrong once.
+    pub misjudged: bool,
+}
+
+/// How a flow came to its group, for people; and what stood in the way of a better one.
+pub fn way_text(way: u8, why: u8, predicted: bool) -> (&'static str, Option<&'static str>) {
+    let text = match types::way(u32::from(way)) {
+        types::way::WAY_MESSAGE => "message",
+        types::way::WAY_CLIENT_ID => "client id",
+        types::way::WAY_ANSWERED if why == 0 => "message (answered)",
+        types::way::WAY_ROUTE => "route",
+        _ if predicted => "prediction",
+        _ => "default",
+    };
+    let why = match types::why(u32::from(why)) {
+        types::why::WHY_NOT_CONNECT => Some("no CONNECT that all brokers take"),
+        types::why::WHY_CUT => Some("CONNECT in several segments"),
+        types::why::WHY_TOO_LONG => Some("CONNECT too long"),
+        types::why::WHY_MQTT5 => Some("MQTT 5"),
+        types::why::WHY_PERSISTENT => Some("persistent session"),
+        types::why::WHY_CREDENTIALS => Some("credentials"),
+        types::why::WHY_SILENT => Some("silent"),
+        types::why::WHY_NO_TOPIC => Some("no topic decides"),
+        _ => None,
+    };
+    (text, why)
 }
 
 /// A flow and its binding.
@@ -90,6 +118,12 @@ pub struct FlowRow {
     pub group: String,
     pub topic: String,
     pub state: &'static str,
+    /// What it was bound by.
+    pub bound_by: &'static str,
+    /// Why not by its first message.
+    pub why: Option<&'static str>,
+    /// By its client id; empty where that is not known.
+    pub client_id: String,
     pub predicted: bool,
     pub misrouted: bool,
 }
@@ -131,7 +165,34 @@ impl Topics<'_> {
     }
 }
 
-/// All clients, by service and address.
+/// Texts of client ids.
+struct ClientIds<'a> {
+    datapath: &'a Datapath,
+    /// Services that know clients by their ids: elsewhere `flow.own` means something else.
+    late: BTreeSet<u16>,
+}
+
+impl<'a> ClientIds<'a> {
+    fn read(datapath: &'a Datapath) -> Result<Self> {
+        let table = datapath.service_table()?;
+        let late = table.service[..usize::from(table.count)]
+            .iter()
+            .filter(|s| u32::from(s.binding) == types::binding_mode::BINDING_DELAYED.0)
+            .map(|s| s.id)
+            .collect();
+        Ok(Self { datapath, late })
+    }
+
+    fn text(&mut self, service: u16, flow: &flow) -> Result<String> {
+        if flow.own == 0 || !self.late.contains(&service) {
+            return Ok(String::new());
+        }
+        let known = self.datapath.client_ids.get(&flow.own)?;
+        Ok(known.map_or_else(|| "(forgotten)".to_owned(), |id| topic_text(&id.text, id.length)))
+    }
+}
+
+/// All clients, by service, and address or client id.
 pub fn clients(datapath: &Datapath, names: &Names) -> Result<Vec<ClientRow>> {
     let mut topics = Topics { datapath, seen: BTreeMap::new() };
     let now = boot_time().as_secs();
@@ -144,20 +205,33 @@ pub fn clients(datapath: &Datapath, names: &Names) -> Result<Vec<ClientRow>> {
         .entries()?
         .into_iter()
         .map(|(key, c): (client6, client)| (key.service, words_addr(key.addr, true), c));
-    let mut all: Vec<_> = v4.chain(v6).collect();
-    all.sort_by_key(|(service, addr, _)| (*service, *addr));
-    all.into_iter()
-        .map(|(service, addr, c)| {
+    let mut addresses: Vec<_> = v4.chain(v6).collect();
+    addresses.sort_by_key(|(service, addr, _)| (*service, *addr));
+    let mut ids: Vec<_> = datapath.client_ids.entries()?;
+    ids.sort_by_key(|(_, id)| (id.service, id.text));
+    let addresses =
+        addresses.into_iter().map(|(service, addr, c)| (service, addr.to_string(), "address", c));
+    let ids = ids.into_iter().map(|(_, id)| {
+        (id.service, topic_text(&id.text, id.length), "client id", id.client)
+    });
+    addresses
+        .chain(ids)
+        .map(|(service, client, by, c)| {
             Ok(ClientRow {
                 service: names.service(service),
-                client: addr,
+                client,
+                by,
                 topic: topics.text(c.topic)?,
-                group: names.bound(c.group[usize::from(c.best).min(c.group.len() - 1)]),
+                group: match c.group[usize::from(c.best).min(c.group.len() - 1)] {
+                    0 => String::new(),
+                    binding => names.bound(binding),
+                },
                 age_s: now.saturating_sub(u64::from(c.learned_s)),
                 hits: c.hits,
                 misses: c.misses,
                 group_changes: c.group_changes,
                 multi_group: u32::from(c.flags) & client_flags::CLIENT_MULTI_GROUP.0 != 0,
+                misjudged: u32::from(c.flags) & client_flags::CLIENT_MISJUDGED.0 != 0,
             })
         })
         .collect()
@@ -166,6 +240,7 @@ pub fn clients(datapath: &Datapath, names: &Names) -> Result<Vec<ClientRow>> {
 /// All flows, by service and address.
 pub fn flows(datapath: &Datapath, names: &Names) -> Result<Vec<FlowRow>> {
     let mut topics = Topics { datapath, seen: BTreeMap::new() };
+    let mut ids = ClientIds::read(datapath)?;
     let mut all = Vec::new();
     for (key, f) in datapath.flows.entries()?.into_iter().chain(datapath.flows_weak.entries()?) {
         let key: flow4 = key;
@@ -197,6 +272,9 @@ pub fn flows(datapath: &Datapath, names: &Names) -> Result<Vec<FlowRow>> {
                 } else {
                     "opening"
                 },
+                bound_by: way_text(f.way, f.why, has(flow_flags::FLOW_PREDICTED)).0,
+                why: way_text(f.way, f.why, false).1,
+                client_id: ids.text(service, &f)?,
                 predicted: has(flow_flags::FLOW_PREDICTED),
                 misrouted: has(flow_flags::FLOW_MISROUTED),
             })
@@ -236,6 +314,18 @@ pub fn map_uses(datapath: &Datapath) -> Result<Vec<MapUse>> {
         ("clients", tracked_map::TRACKED_CLIENTS, count(&d.clients)?, d.clients.max_entries()),
         ("clients6", tracked_map::TRACKED_CLIENTS6, count(&d.clients6)?, d.clients6.max_entries()),
         ("topics", tracked_map::TRACKED_TOPICS, count(&d.topics)?, d.topics.max_entries()),
+        (
+            "client_ids",
+            tracked_map::TRACKED_CLIENT_IDS,
+            count(&d.client_ids)?,
+            d.client_ids.max_entries(),
+        ),
+        (
+            "handovers",
+            tracked_map::TRACKED_HANDOVERS,
+            count(&d.handovers)?,
+            d.handovers.max_entries(),
+        ),
     ];
     sizes
         .into_iter()
@@ -251,13 +341,14 @@ pub fn map_uses(datapath: &Datapath) -> Result<Vec<MapUse>> {
         .collect()
 }
 
-/// How many client addresses publish to several groups in turn: devices behind one address, or a
+/// How many clients, by address or client id, publish to several groups in turn: devices behind one address, or a
 /// device with several topics.
 pub fn multi_group_clients(datapath: &Datapath) -> Result<usize> {
     let multi = |c: &client| u32::from(c.flags) & client_flags::CLIENT_MULTI_GROUP.0 != 0;
     let v4 = datapath.clients.entries()?.iter().filter(|(_, c)| multi(c)).count();
     let v6 = datapath.clients6.entries()?.iter().filter(|(_, c)| multi(c)).count();
-    Ok(v4 + v6)
+    let ids = datapath.client_ids.entries()?.iter().filter(|(_, id)| multi(&id.client)).count();
+    Ok(v4 + v6 + ids)
 }
 
 /// How many entries a map has.

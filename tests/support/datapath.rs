@@ -141,6 +141,8 @@ pub const SMALL: MapSizes = MapSizes {
     clients: 4096,
     flows: 4096,
     weak_flows: 1024,
+    client_ids: 4096,
+    handovers: 1024,
     topics: 4096,
     route_states: 4096,
     groups: 64,
@@ -243,7 +245,6 @@ impl Fixture {
     }
 
     pub fn client(&self, addr: &str) -> Option<view::ClientRow> {
-        let addr: std::net::IpAddr = addr.parse().unwrap();
         let rows = view::clients(&self.datapath, &self.names()).unwrap();
         rows.into_iter().find(|row| row.client == addr)
     }

@@ -32,10 +32,8 @@ static __always_inline void hand_to(struct xdp_md *ctx, const struct conn *c,
 
 static __always_inline void bind_delayed(struct xdp_md *ctx, struct bound *b, struct conn *c,
 					 const struct service_table *t, const struct service *svc,
-					 bool syn)
+					 struct flow *f, bool syn)
 {
-	struct flow *f = flow_find(c);
-
 	b->flow = NULL;
 	if (!f && !syn && has_predecessor)
 		bpf_tail_call(ctx, &predecessor, 0);

@@ -108,10 +108,9 @@ static __always_inline void bind_unknown(struct bound *b, const struct conn *c,
 
 static __always_inline void bind_predicted(struct xdp_md *ctx, struct bound *b,
 					   const struct conn *c, const struct service_table *t,
-					   const struct service *svc, bool syn, bool ends)
+					   const struct service *svc, struct flow *f, bool syn,
+					   bool ends)
 {
-	struct flow *f = flow_find(c);
-
 	b->flow = NULL;
 	if (!f) {
 		/* During an upgrade, flows that are not here yet are the last program's. */
