@@ -158,7 +158,8 @@ struct flow {
 	__u32 ack; /* acknowledgement number of the last segment in order */
 	/*
 	 * The binding mode's own. Predicted: a rival, another connection on the same addresses, its
-	 * first sequence number | its binding << 32; 0: none. Delayed: key in `client_ids`; 0: none.
+	 * first sequence number | its binding << 32; 0: none. Delayed (way is not WAY_PREDICTED): key in
+	 * `client_ids`; 0: none.
 	 */
 	__u64 own;
 	__u32 cut_seq; /* FLOW_ENDED: everything from here on is not the broker's to see */

@@ -202,11 +202,7 @@ static __always_inline bool read_segment(struct __sk_buff *skb, struct segment *
 	return true;
 }
 
-#define TCP_FLAG_FIN bpf_htons(0x01)
-#define TCP_FLAG_SYN bpf_htons(0x02)
-#define TCP_FLAG_RST bpf_htons(0x04)
-#define TCP_FLAG_ACK bpf_htons(0x10)
-#define TCP_FLAGS_ALL bpf_htons(0x3f)
+#define TCP_FLAGS_ALL 0x3f
 
 #define SEQ_OFFSET 4
 #define ACK_OFFSET 8
@@ -338,7 +334,7 @@ static __always_inline int end_older(struct __sk_buff *skb, const struct segment
 	skb->mark = MARK_AGAIN;
 	bpf_clone_redirect(skb, skb->ifindex, BPF_F_INGRESS);
 	set_word(skb, s, SEQ_OFFSET, s->seq, rcv_nxt);
-	set_flags(skb, s, s->flags | TCP_FLAG_RST);
+	set_flags(skb, s, s->flags | bpf_htons(TCP_RST));
 	return TC_ACT_OK;
 }
 
@@ -351,8 +347,8 @@ int takeover_ingress(struct __sk_buff *skb)
 	struct address vip = {};
 	int verdict = TC_ACT_OK;
 
-	if (!read_segment(skb, &s) || !s.mark || s.flags & (TCP_FLAG_SYN | TCP_FLAG_RST) ||
-	    !(s.flags & TCP_FLAG_ACK))
+	if (!read_segment(skb, &s) || !s.mark || s.flags & bpf_htons(TCP_SYN | TCP_RST) ||
+	    !(s.flags & bpf_htons(TCP_ACK)))
 		return TC_ACT_OK;
 	__builtin_memcpy(vip.addr, s.tuple.dst, sizeof(vip.addr));
 	if (!bpf_map_lookup_elem(&decap_vips, &vip))
@@ -443,7 +439,7 @@ static __always_inline int reset(struct __sk_buff *skb, const struct segment *s,
 	bpf_l4_csum_replace(skb, s->tcp + CHECK_OFFSET, bpf_htons(s->header + s->payload),
 			    bpf_htons(s->header), BPF_F_PSEUDO_HDR | 2);
 	set_word(skb, s, SEQ_OFFSET, s->seq, seq);
-	set_flags(skb, s, (s->flags & ~TCP_FLAGS_ALL) | TCP_FLAG_RST | TCP_FLAG_ACK);
+	set_flags(skb, s, (s->flags & ~bpf_htons(TCP_FLAGS_ALL)) | bpf_htons(TCP_RST | TCP_ACK));
 
 	__be16 length;
 	if (s->v6) {
@@ -469,7 +465,7 @@ int takeover_egress(struct __sk_buff *skb)
 	__u32 at;
 
 	if (skb->mark == MARK_NO_RESET) {
-		if (!read_segment(skb, &s) || !(s.flags & TCP_FLAG_RST))
+		if (!read_segment(skb, &s) || !(s.flags & bpf_htons(TCP_RST)))
 			return TC_ACT_OK;
 		count(TAKEOVER_RESET_HELD);
 		return TC_ACT_SHOT;

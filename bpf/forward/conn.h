@@ -6,16 +6,13 @@
 #include "../abi/state.h"
 
 struct conn {
-	__u64 id; /* key in `client_ids`, as far as that is known by now; 0: none */
 	struct flow6 key; /* IPv4: address in key.addr[0], the rest 0 */
-	__u8 v6;
-	__u8 teaches_address; /* beside its client id */
-	__u8 pad[2];
 	__u32 tag; /* of the key, never 0: see struct flow */
 	__u32 seq; /* host order */
 	__u32 ack; /* host order */
-	__u32 payload; /* offset from the start of the frame */
-	__u32 payload_length;
+	__u16 payload; /* offset from the start of the frame */
+	__u16 payload_length;
+	__u32 v6;
 };
 
 static __always_inline __u32 conn_tag(const struct flow6 *key)

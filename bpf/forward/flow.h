@@ -32,6 +32,12 @@ static __always_inline __u64 rival_of(__u32 seq, binding_t binding)
 	return seq | (__u64)binding << 32;
 }
 
+/* Key in `client_ids` of the flow's client; 0: it is known by its address. */
+static __always_inline __u64 flow_client(const struct flow *f)
+{
+	return f->way == WAY_PREDICTED ? 0 : f->own;
+}
+
 /* The flow's binding; 0 if its entry is another flow's by now. */
 static __always_inline binding_t flow_binding(const struct flow *f, const struct conn *c)
 {

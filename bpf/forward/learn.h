@@ -31,14 +31,17 @@ static __always_inline __u32 now_s(void)
 /* By its client id, or else by its address. */
 static __always_inline struct client *client_find(const struct conn *c, bool by_id)
 {
-	if (by_id && c->id) {
-		__u64 key = c->id;
-		struct client_id *known = bpf_map_lookup_elem(&client_ids, &key);
+	struct work *w = work_of_cpu();
+
+	if (!w)
+		return NULL;
+	if (by_id && w->id) {
+		struct client_id *known = bpf_map_lookup_elem(&client_ids, &w->id);
 		return known ? &known->client : NULL;
 	}
 	if (c->v6) {
-		struct client6 key = client6_of(c);
-		return bpf_map_lookup_elem(&mqtt_client6_to_topic, &key);
+		w->client_key = client6_of(c);
+		return bpf_map_lookup_elem(&mqtt_client6_to_topic, &w->client_key);
 	}
 	struct client4 key = client4_of(c);
 	return bpf_map_lookup_elem(&mqtt_client_ip_to_topic, &key);
@@ -50,8 +53,9 @@ static __always_inline void client_add(const struct conn *c, struct work *w)
 	long failed;
 
 	if (c->v6) {
-		struct client6 key = client6_of(c);
-		failed = bpf_map_update_elem(&mqtt_client6_to_topic, &key, &w->client, BPF_ANY);
+		w->client_key = client6_of(c);
+		failed = bpf_map_update_elem(&mqtt_client6_to_topic, &w->client_key, &w->client,
+					     BPF_ANY);
 	} else {
 		struct client4 key = client4_of(c);
 		failed = bpf_map_update_elem(&mqtt_client_ip_to_topic, &key, &w->client, BPF_ANY);
@@ -63,22 +67,16 @@ static __always_inline void client_add(const struct conn *c, struct work *w)
 }
 
 /*
- * Remembers the client whose id w->client_id has, if it is new: what it publishes will be learned from
- * its flow. Global (see event.h).
+ * Remembers the client whose id w->client_id has, if it is new: what it publishes will be learned
+ * from its flow.
  */
-__noinline int client_id_keep(const struct conn *c)
+static __always_inline int client_id_keep(struct work *w)
 {
-	struct work *w = work_of_cpu();
-	__u64 key;
-
-	if (!c || !w || !c->id)
-		return 0;
-	key = c->id;
-	if (bpf_map_lookup_elem(&client_ids, &key))
+	if (!w->id || bpf_map_lookup_elem(&client_ids, &w->id))
 		return 0;
 	__builtin_memset(&w->client_id.client, 0, sizeof(w->client_id.client));
 	w->client_id.client.learned_s = now_s();
-	if (bpf_map_update_elem(&client_ids, &key, &w->client_id, BPF_NOEXIST))
+	if (bpf_map_update_elem(&client_ids, &w->id, &w->client_id, BPF_NOEXIST))
 		count(REASON_MAP_FULL);
 	else
 		map_used(TRACKED_CLIENT_IDS, 1, 0);
@@ -137,14 +135,17 @@ static __always_inline void client_reroute(struct client *client, const struct s
 #define PREDICTED (1ULL << 32)
 
 __noinline __u64 predict(const struct conn *c, const struct service_table *t,
-			 const struct service *svc)
+			 const struct service *svc, __u64 id)
 {
-	if (!c || !t || !svc)
+	struct work *w = work_of_cpu();
+
+	if (!c || !t || !svc || !w)
 		return 0;
+	w->id = id;
 	for (int by_id = 1; by_id >= 0; by_id--) {
 		struct client *client = NULL;
 
-		if (!by_id || c->id)
+		if (!by_id || id)
 			client = client_find(c, by_id);
 		if (client) {
 			client_reroute(client, t);
@@ -157,14 +158,12 @@ __noinline __u64 predict(const struct conn *c, const struct service_table *t,
 }
 
 /* The binding that a client id alone decides on; 0: it does not. */
-__noinline __u64 client_steady(const struct conn *c, const struct service_table *t)
+static __always_inline binding_t client_steady(const struct conn *c,
+					       const struct service_table *t, const struct work *w)
 {
-	struct client *client;
+	struct client *client = w->id ? client_find(c, true) : NULL;
 	binding_t best;
 
-	if (!c || !t || !c->id)
-		return 0;
-	client = client_find(c, true);
 	if (!client || client->flags & (CLIENT_MULTI_GROUP | CLIENT_MISJUDGED))
 		return 0;
 	client_reroute(client, t);
@@ -276,14 +275,15 @@ __noinline __u32 learn(const struct conn *c, const struct service_table *t, __u6
 
 	if (!c || !t || !group)
 		return 0;
-	by_id = c->id && !(messages & LEARN_ADDRESS);
+	struct work *w = work_of_cpu();
+	if (!w)
+		return 0;
+	by_id = w->id && !(messages & LEARN_ADDRESS);
 	messages &= ~LEARN_ADDRESS;
 	client = client_find(c, by_id);
 	if (!client) {
-		struct work *w = work_of_cpu();
-
 		/* A client id's record was made when the flow was, and is gone. */
-		if (!w || by_id)
+		if (by_id)
 			return 0;
 		__builtin_memset(&w->client, 0, sizeof(w->client));
 		w->client.topic = hash;
@@ -361,7 +361,7 @@ __noinline int learn_misjudged(const struct conn *c)
 {
 	struct client *client;
 
-	if (!c || !c->id)
+	if (!c)
 		return 0;
 	client = client_find(c, true);
 	if (client && !(client->flags & CLIENT_MISJUDGED)) {

@@ -200,8 +200,14 @@ struct work {
 	__u32 tally[PUBLISH_REASONS]; /* for counters[REASON_PUBLISH …], once a segment */
 	__u64 hash; /* PAUSE_TOPIC */
 	struct publish publish;
-	struct flow6 stream_key; /* there is more room for it here than on the stack */
-	__u32 pad;
+	/* Keys: there is more room for them here than on the stack. */
+	struct flow6 stream_key;
+	struct client6 client_key;
+	/*
+	 * Key in `client_ids` of the client in hand; 0: it is known by its address. Whoever learns of
+	 * a client or predicts says first which.
+	 */
+	__u64 id;
 	struct topic_stream stream;
 	__u8 beyond_text[TOPIC_TEXT_MAX]; /* what a copy to stream.text may touch, to the verifier */
 	struct topic topic;
@@ -209,7 +215,7 @@ struct work {
 	struct client_id client_id;
 	struct handed handed;
 	struct connect connect;
-	struct handover handover;
+	struct handover handover; /* with room behind it: see CONNECT_BOUND */
 	struct tcp_option_scan options;
 	struct answer answer;
 	__u8 segment[SEGMENT_MAX];

@@ -60,17 +60,35 @@ static __always_inline bool bypasses_flows(const struct flow *f, const struct se
 	return svc->binding == BINDING_DELAYED ? !(f->flags & FLOW_RIVAL_SYN) : !f->own;
 }
 
+/* With a packet's verdict, as a word of its own would be one too many on the stack. */
+#define UNCONFIRMED (1U << 31)
+
+/* What a segment's flags make of it: asked when it is needed, so that one word is kept, not three. */
+static __always_inline bool is_syn(__be16 flags)
+{
+	return flags & bpf_htons(TCP_SYN);
+}
+
+static __always_inline bool is_end(__be16 flags)
+{
+	return flags & bpf_htons(TCP_FIN | TCP_RST);
+}
+
+static __always_inline bool is_bare(const struct conn *c, __be16 flags)
+{
+	return !c->payload_length && !(flags & bpf_htons(TCP_SYN | TCP_FIN | TCP_RST));
+}
+
 static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 					  const struct service_table *t,
 					  const struct service *svc, const struct tcphdr *tcp,
 					  const bool v6)
 {
-	bool syn = tcp->syn, ends = tcp->fin || tcp->rst;
-	bool bare = !c->payload_length && !syn && !ends, unconfirmed = false;
+	__be16 flags = ((__be16 *)tcp)[6];
 	struct bound b = { .reason = c->payload_length ? REASON_DATA : REASON_NO_DATA };
 	const struct group *g;
 
-	if (bare && !looks_into_flows(tcp, c)) {
+	if (is_bare(c, flags) && !looks_into_flows(tcp, c)) {
 		g = group_of_slot(cache_find(c, t));
 		if (g)
 			return to_group(ctx, g, svc, v6, REASON_NO_DATA);
@@ -79,22 +97,23 @@ static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 
 	struct flow *f = flow_find(c);
 	if (svc->binding == BINDING_DELAYED)
-		bind_delayed(ctx, &b, c, t, svc, f, syn);
+		bind_delayed(ctx, &b, c, t, svc, f, is_syn(flags));
 	else
-		bind_predicted(ctx, &b, c, t, svc, f, syn, ends);
+		bind_predicted(ctx, &b, c, t, svc, f, is_syn(flags), is_end(flags));
 	g = group_of(b.binding);
 	f = b.flow;
-	if (f && !syn) {
+	if (f && !is_syn(flags)) {
 		if (c->payload_length) {
 			frame(ctx, f, c, t, svc);
 			if (f->flags & FLOW_ENDED)
 				cut_segment(ctx, c, f);
-		} else if (bare && bypasses_flows(f, svc)) {
+		} else if (is_bare(c, flags) && bypasses_flows(f, svc)) {
 			cache_keep(c, t, b.binding);
 		}
-		unconfirmed = f->flags & FLOW_UNCONFIRMED;
+		if (f->flags & FLOW_UNCONFIRMED)
+			b.reason |= UNCONFIRMED;
 		/* Only with the number that is next: anybody can send one with another. */
-		if (ends && !(f->flags & FLOW_CLOSING) && c->seq + c->payload_length == f->end) {
+		if (is_end(flags) && !(f->flags & FLOW_CLOSING) && c->seq + c->payload_length == f->end) {
 			publish_teach_rest(c, f, t);
 			count(REASON_FLOW_CLOSED);
 			cache_correct(c, t, 0);
@@ -108,9 +127,9 @@ static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 	}
 	if (!g)
 		return pass_on(ctx, REASON_NO_GROUP_VIP);
-	if (unconfirmed)
+	if (b.reason & UNCONFIRMED)
 		hand_to(ctx, c, svc, b.binding, STEP_HANDOVER);
-	return to_group(ctx, g, svc, v6, b.reason);
+	return to_group(ctx, g, svc, v6, b.reason & ~UNCONFIRMED);
 }
 
 /* TCP header and payload of a packet whose IP header says that they end at `end` (offset). */

@@ -34,8 +34,9 @@ static __always_inline bool publish_again(struct flow *f)
 }
 
 /* Tells the client's record, and whoever listens. Whether a misrouted flow may be ended. */
-static __always_inline bool teach(const struct conn *c, const struct service_table *t, __u64 hash,
-				  binding_t group, __u32 messages)
+static __always_inline bool teach(const struct conn *c, const struct flow *f,
+				  const struct service_table *t, __u64 hash, binding_t group,
+				  __u32 messages)
 {
 	__u32 learned = learn(c, t, hash, group, messages);
 
@@ -43,7 +44,7 @@ static __always_inline bool teach(const struct conn *c, const struct service_tab
 		count(REASON_LEARNED);
 		report_event(c, EVENT_LEARNED, from_to(learned >> 16, group), hash, 0);
 	}
-	if (c->teaches_address)
+	if (f->way == WAY_UNANSWERED)
 		learn(c, t, hash, group, messages | LEARN_ADDRESS);
 	return learned & LEARNED_MAY_END;
 }
@@ -54,15 +55,17 @@ static __always_inline void publish_teach_rest(const struct conn *c, struct flow
 {
 	__u32 messages = f->untaught;
 	__u64 hash = f->topic;
+	struct work *w = work_of_cpu();
 
-	if (!messages || !(f->flags & FLOW_TRUSTED))
+	if (!w || !messages || !(f->flags & FLOW_TRUSTED))
 		return;
+	w->id = flow_client(f);
 	f->untaught = 0;
 	const struct topic *topic = bpf_map_lookup_elem(&topics, &hash);
 	const struct topic_verdict *v = topic ? &topic->verdict[t->generation & 1] : NULL;
 
 	if (v && v->generation == t->generation && binding_group(v->binding) != ANY_GROUP)
-		teach(c, t, hash, v->binding, messages);
+		teach(c, f, t, hash, v->binding, messages);
 }
 
 /* A misrouted PUBLISH that begins at sequence number `start`: no broker is to see it. */
@@ -96,6 +99,7 @@ __noinline int publish_judge(const struct conn *c, struct flow *f, const struct 
 		return 0;
 	}
 	p = &w->publish;
+	w->id = flow_client(f);
 	bound = flow_binding(f, c);
 	trusted = f->flags & FLOW_TRUSTED;
 	right = binding_group(bound) == binding_group(p->to);
@@ -128,7 +132,7 @@ __noinline int publish_judge(const struct conn *c, struct flow *f, const struct 
 				learn_misjudged(c);
 		}
 		f->flags |= FLOW_PUBLISHED;
-		may_end = p->to && teach(c, t, p->hash, p->to, messages);
+		may_end = p->to && teach(c, f, t, p->hash, p->to, messages);
 	}
 	if (right) {
 		count(REASON_PUBLISH);

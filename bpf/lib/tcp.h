@@ -15,6 +15,9 @@ static __always_inline bool seq_before(__u32 a, __u32 b)
 	return (__s32)(a - b) < 0;
 }
 
+/* In the 16 bits that begin with the header's length (RFC 9293 §3.1). */
+enum tcp_flags { TCP_FIN = 1, TCP_SYN = 2, TCP_RST = 4, TCP_PSH = 8, TCP_ACK = 16 };
+
 enum tcp_option {
 	TCP_OPTION_END = 0,
 	TCP_OPTION_NOP = 1,

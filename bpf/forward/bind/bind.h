@@ -33,7 +33,7 @@ __noinline __u64 flow_rebind(const struct conn *c, const struct service_table *t
 		binding = cache_binding(c, t);
 	}
 	if (!binding)
-		binding = predict(c, t, svc);
+		binding = predict(c, t, svc, flow_client(f));
 	if (bound >> 32 == c->tag)
 		flow_bind(f, c, binding);
 	return binding;

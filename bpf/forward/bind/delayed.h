@@ -17,16 +17,23 @@
 #include "../delayed/segment.h"
 #include "bind.h"
 
-static __always_inline void hand_to(struct xdp_md *ctx, const struct conn *c,
-				    const struct service *svc, binding_t binding, enum step step)
+/* What the next program needs to know. Global (see event.h): the caller has no stack to spare. */
+__noinline int hand_over(const struct conn *c, const struct service *svc, __u32 binding)
 {
 	struct work *w = work_of_cpu();
 
-	if (!w)
-		return;
+	if (!w || !c || !svc)
+		return 0;
 	w->handed.conn = *c;
 	w->handed.slot = svc->slot;
 	w->handed.binding = binding;
+	return 0;
+}
+
+static __always_inline void hand_to(struct xdp_md *ctx, const struct conn *c,
+				    const struct service *svc, binding_t binding, enum step step)
+{
+	hand_over(c, svc, binding);
 	bpf_tail_call(ctx, &steps, step);
 }
 
@@ -49,8 +56,6 @@ static __always_inline void bind_delayed(struct xdp_md *ctx, struct bound *b, st
 		b->binding = 0;
 		return;
 	}
-	c->id = f->own;
-	c->teaches_address = f->way == WAY_UNANSWERED || f->way == WAY_PREDICTED;
 	b->flow = f;
 	b->binding = flow_binding(f, c);
 	if (!group_of(b->binding))

@@ -21,7 +21,7 @@ __noinline __u64 flow_open(const struct conn *c, const struct service_table *t,
 	struct client *client;
 
 	if (!binding)
-		binding = predict(c, t, svc);
+		binding = predict(c, t, svc, 0);
 	f.bound = tagged(c, binding);
 	f.next = tagged(c, c->seq + 1);
 	f.flags = weak ? FLOW_UNSYNCED | FLOW_WEAK : FLOW_TRUSTED;
@@ -48,7 +48,7 @@ __noinline __u64 flow_open(const struct conn *c, const struct service_table *t,
 __noinline __u64 rival_open(const struct conn *c, const struct service_table *t,
 			    const struct service *svc, struct flow *f)
 {
-	__u64 binding = predict(c, t, svc);
+	__u64 binding = predict(c, t, svc, 0);
 
 	if (!c || !t || !f)
 		return 0;
@@ -96,7 +96,7 @@ static __always_inline void bind_unknown(struct bound *b, const struct conn *c,
 		binding = flow_open(c, t, svc, false);
 		b->reason = binding & PREDICTED ? REASON_FLOW_PREDICTED : REASON_FLOW_NEW;
 	} else if (ends) {
-		binding = cache_binding(c, t) ?: predict(c, t, svc);
+		binding = cache_binding(c, t) ?: predict(c, t, svc, 0);
 		b->reason = REASON_STRAY;
 	} else {
 		binding = flow_open(c, t, svc, true);

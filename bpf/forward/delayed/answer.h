@@ -9,8 +9,6 @@
 #include "../../lib/csum.h"
 #include "segment.h"
 
-enum tcp_flags { TCP_FIN = 1, TCP_SYN = 2, TCP_RST = 4, TCP_PSH = 8, TCP_ACK = 16 };
-
 #define MQTT_CONNACK_ACCEPTED 0x20020000 /* MQTT 3.1.1 §3.2: no session present, accepted */
 
 /*

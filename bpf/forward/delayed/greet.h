@@ -23,6 +23,9 @@
 #include "connect.h"
 #include "decide.h"
 
+/* To the verifier, what is copied to or from handover.connect may be this long; see struct work. */
+#define CONNECT_BOUND 256
+
 /* Client ids and topics are hashed with the same secret, which never makes them equal. */
 #define CLIENT_ID_DOMAIN 0x6964000000000000ULL
 
@@ -63,16 +66,17 @@ struct verdict {
 /* The flow of a connection that is bound; false: it is not stored. Global (see event.h). */
 __noinline int flow_bound(const struct conn *c, const struct verdict *v)
 {
+	struct work *w = work_of_cpu();
 	struct flow f = {};
 
-	if (!c || !v)
+	if (!c || !v || !w)
 		return false;
 	f.bound = tagged(c, v->binding);
 	f.next = tagged(c, v->next);
 	f.end = v->next;
 	f.ack = c->ack;
 	f.flags = v->flags | FLOW_TRUSTED | FLOW_UNCONFIRMED;
-	f.own = c->id;
+	f.own = w->id;
 	f.way = v->way;
 	f.why = v->why;
 	if (!flow_add(c, &f))
@@ -109,10 +113,10 @@ static __always_inline int bound(struct xdp_md *ctx, struct conn *c, const struc
 
 /* By what is known of the client: the last resort, which never fails while there is a default group. */
 static __always_inline void verdict_predicted(struct verdict *v, const struct conn *c,
-					      const struct service_table *t,
+					      const struct work *w, const struct service_table *t,
 					      const struct service *svc, __u32 why)
 {
-	__u64 binding = predict(c, t, svc);
+	__u64 binding = predict(c, t, svc, w->id);
 
 	v->binding = binding;
 	v->flags |= binding & PREDICTED ? FLOW_PREDICTED : 0;
@@ -120,17 +124,17 @@ static __always_inline void verdict_predicted(struct verdict *v, const struct co
 	v->why = why;
 }
 
-/* Who the client is: c->id, and for a new one w->client_id. */
-static __always_inline void identify(struct xdp_md *ctx, struct conn *c, struct work *w,
+/* Who the client is: w->id, and for a new one w->client_id. */
+static __always_inline void identify(struct xdp_md *ctx, struct work *w,
 				     const struct service_table *t, const struct service *svc)
 {
 	const struct connect *k = &w->connect;
 	__u32 length = k->id_length, kept;
 
-	c->id = 0;
+	w->id = 0;
 	if (!k->has_id || !length || length > CLIENT_ID_MAX)
 		return;
-	c->id = text_hash(ctx, t->topic_key[0] ^ CLIENT_ID_DOMAIN ^ svc->id, t->topic_key[1], k->id,
+	w->id = text_hash(ctx, t->topic_key[0] ^ CLIENT_ID_DOMAIN ^ svc->id, t->topic_key[1], k->id,
 			  length);
 	w->client_id.service = svc->id;
 	w->client_id.length = length;
@@ -173,14 +177,13 @@ static __always_inline int greet_wait(struct xdp_md *ctx, struct conn *c, struct
 	h->tsval = w->options.o.tsecr;
 	h->born_s = now_s();
 	h->connect_length = length;
-	h->id = c->id;
+	h->id = w->id;
 	h->id_offset = w->connect.id - c->payload;
 	h->id_length = w->connect.id_length;
 	h->state = HANDOVER_WAIT;
 	h->why = WHY_NO_TOPIC;
-	barrier_var(length);
-	if (length < 1 || length > HANDOVER_CONNECT_MAX ||
-	    bpf_xdp_load_bytes(ctx, c->payload, h->connect, length))
+	if (length > HANDOVER_CONNECT_MAX ||
+	    !frame_copy(ctx, c->payload, h->connect, length, CONNECT_BOUND))
 		return XDP_DROP;
 	h->connect_sum = csum_fold(
 		bpf_csum_diff(NULL, 0, (__be32 *)h->connect, HANDOVER_CONNECT_MAX, 0) & 0xffffffff);
@@ -211,7 +214,7 @@ static __always_inline int greet_connect(struct xdp_md *ctx, struct conn *c, str
 	__u32 why;
 
 	read_connect(ctx, c);
-	identify(ctx, c, w, t, svc);
+	identify(ctx, w, t, svc);
 	why = connect_unanswerable(k, c);
 	more = k->length && k->length < c->payload_length;
 
@@ -222,15 +225,15 @@ static __always_inline int greet_connect(struct xdp_md *ctx, struct conn *c, str
 		why = WHY_NO_TOPIC;
 	}
 	if (!v.binding) {
-		v.binding = client_steady(c, t);
+		v.binding = client_steady(c, t, w);
 		v.way = WAY_CLIENT_ID;
 		v.flags = v.binding ? FLOW_PREDICTED : 0;
 	}
 	if (!v.binding && why == WHY_NONE)
 		return greet_wait(ctx, c, w, svc);
 	if (!v.binding)
-		verdict_predicted(&v, c, t, svc, why);
-	client_id_keep(c);
+		verdict_predicted(&v, c, w, t, svc, why);
+	client_id_keep(w);
 
 	/* Their first segment carries CONNECT: nothing of it has to be kept but its place. */
 	struct handover *h = &w->handover;
@@ -256,11 +259,11 @@ static __always_inline int greet_answer(struct xdp_md *ctx, struct conn *c,
 }
 
 /* Its client id, from the CONNECT that is kept. */
-static __always_inline void identify_kept(struct conn *c, struct work *w, const struct handover *h,
+static __always_inline void identify_kept(struct work *w, const struct handover *h,
 					  const struct service *svc)
 {
-	c->id = h->id;
-	if (!c->id)
+	w->id = h->id;
+	if (!w->id)
 		return;
 	w->client_id.service = svc->id;
 	w->client_id.length = h->id_length;
@@ -301,15 +304,15 @@ static __always_inline int greet_waiting(struct xdp_md *ctx, struct conn *c, str
 		return XDP_DROP;
 	}
 
-	identify_kept(c, w, h, svc);
+	identify_kept(w, h, svc);
 	v.way = WAY_ANSWERED;
 	w->connect.level = 4;
 	v.binding = c->payload_length ?
 			    decide(ctx, c, t, svc, c->payload + (again ? h->connect_length : 0)) :
 			    0;
 	if (!v.binding)
-		verdict_predicted(&v, c, t, svc, silent || !c->payload_length ? WHY_SILENT : WHY_NO_TOPIC);
-	client_id_keep(c);
+		verdict_predicted(&v, c, w, t, svc, silent || !c->payload_length ? WHY_SILENT : WHY_NO_TOPIC);
+	client_id_keep(w);
 	h->state = HANDOVER_REPEAT;
 	return bound(ctx, c, svc, &v);
 }

@@ -151,9 +151,8 @@ __noinline int put_connect_in_front(struct xdp_md *ctx, struct conn *c, __u32 ma
 	    bpf_xdp_store_bytes(ctx, 0, w->segment, ((header - 1) & (HEADERS_MAX - 1)) + 1))
 		return false;
 	barrier_var(length);
-	length &= 255;
-	if (length < 1 || length > HANDOVER_CONNECT_MAX ||
-	    bpf_xdp_store_bytes(ctx, header, w->handover.connect, length))
+	if (bpf_xdp_store_bytes(ctx, header, w->handover.connect,
+				((length - 1) & (CONNECT_BOUND - 1)) + 1))
 		return false;
 	c->payload_length += length;
 	return true;
