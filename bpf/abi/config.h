@@ -19,6 +19,7 @@ enum limits {
 	CACHE_WAYS = 8, /* slots of a cache_set */
 	CLIENT_ID_TEXT_MAX = 64, /* bytes of a client id's text that are kept for people */
 	CLIENT_ID_MAX = 256, /* bytes; clients with longer ids are not known by them */
+	STRAYS = 4096, /* size of the table of that name */
 	CLIENT_GROUPS = 3, /* groups that a client's record weighs against each other */
 	POSITION_MQTT_FWD = 1,
 	POSITION_BALANCER = 2,

@@ -23,13 +23,14 @@
 	VERDICT(SYN_AGAIN, "SYN repeated: stays bound as it was")                               \
 	VERDICT(SYN_RIVAL, "SYN on the addresses of a known flow, which stays until this one proves itself") \
 	VERDICT(FLOW_ADOPTED, "first seen in its middle: bound by prediction")                  \
-	VERDICT(STRAY, "FIN or RST of no known flow: follows the prediction, leaves nothing")   \
+	VERDICT(STRAY, "of no known flow, and opens none: follows the prediction, leaves nothing")   \
 	VERDICT(SYN_ANSWERED, "SYN: answered here, and nothing kept")                           \
 	VERDICT(HANDSHAKE, "acknowledges the SYN-ACK from here, without data: dropped")         \
 	VERDICT(CONNECT_ANSWERED, "CONNECT: answered here; the next message decides its group") \
 	VERDICT(WAIT_ANSWERED, "keepalive probe of a connection without a group yet: answered") \
 	VERDICT(WAIT_DROPPED, "nothing new, or behind a gap, of a connection without a group yet: dropped") \
 	VERDICT(REFUSED, "end of a connection that no broker has: answered with RST")           \
+	VERDICT(STRAY_DROPPED, "of no known flow, without a cookie, seen once: dropped until it is repeated") \
 	VERDICT(HANDOVER_FAILED, "no room for an answer, or to put CONNECT in front: dropped")  \
 	VERDICT(ICMP_ERROR, "ICMP error about a flow: sent to the flow's group")                \
 	VERDICT(TOO_BIG, "too large to be encapsulated: answered with ICMP")                    \

@@ -11,3 +11,5 @@ pub mod mqtt;
 pub mod net;
 pub mod packet;
 pub mod server;
+pub mod session;
+pub mod wire;

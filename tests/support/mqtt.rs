@@ -24,13 +24,21 @@ fn text(bytes: &[u8]) -> Vec<u8> {
 
 /// Protocol level 3 (3.1), 4 (3.1.1) or 5.
 pub fn connect(level: u8) -> Vec<u8> {
+    connect_as(level, 0x02, b"client", &[])
+}
+
+/// With flags (MQTT 3.1.1 §3.1.2.3), a client id, and whatever texts the flags ask for.
+pub fn connect_as(level: u8, flags: u8, id: &[u8], texts: &[&[u8]]) -> Vec<u8> {
     let name: &[u8] = if level == 3 { b"MQIsdp" } else { b"MQTT" };
     let mut body = text(name);
-    body.extend([level, 0x02, 0, 60]);
+    body.extend([level, flags, 0, 60]);
     if level == 5 {
         body.push(0); // no properties
     }
-    body.extend(text(b"client"));
+    body.extend(text(id));
+    for t in texts {
+        body.extend(text(t));
+    }
     packet(0x10, &body)
 }
 

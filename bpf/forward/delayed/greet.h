@@ -6,7 +6,7 @@
  *   nothing kept   SYN                   SYN-ACK
  *                  without data          dropped, or RST if it ends
  *                  CONNECT, with cookie  bound, or WAIT and CONNACK
- *                  without a cookie      the balancer lost a flow: as in predicted mode
+ *                  without a cookie      a flow that was lost, or nobody's: see greet_stray()
  *   WAIT           CONNECT               CONNACK
  *                  what comes behind it  bound
  *                  anything else         dropped
@@ -317,14 +317,63 @@ static __always_inline int greet_waiting(struct xdp_md *ctx, struct conn *c, str
 	return bound(ctx, c, svc, &v);
 }
 
-static __always_inline int greet_unknown(struct xdp_md *ctx, struct conn *c,
-					 const struct service_table *t, const struct service *svc,
-					 bool syn, bool ends)
+/*
+ * Whether something of this flow was here before: not just now, and not long ago. What follows CONNECT
+ * closely may be handled before it, by another CPU; a broker's RST for that would end a connection
+ * that is being made. Whoever lost a flow comes again.
+ */
+#define STRAY_SOON_NS 150000000ULL
+#define STRAY_LATE_NS 60000000000ULL
+
+static __always_inline bool stray_again(const struct conn *c, const struct service_table *t)
+{
+	__u32 key = ((c->tag ^ (__u32)t->topic_key[0]) * 0x9e3779b1U) >> 20;
+	__u64 now = bpf_ktime_get_boot_ns(), age;
+	__u64 *seen = bpf_map_lookup_elem(&strays, &key);
+
+	if (!seen)
+		return false;
+	age = now - READ_ONCE(*seen);
+	if (age < STRAY_SOON_NS)
+		return false;
+	if (age < STRAY_LATE_NS)
+		return true;
+	WRITE_ONCE(*seen, now);
+	return false;
+}
+
+_Static_assert(STRAYS == 1 << (32 - 20), "a hash of so many bits");
+
+/* Neither a flow nor a cookie: one that was lost, or nobody's. Nothing is kept. */
+static __always_inline int greet_stray(struct xdp_md *ctx, struct conn *c,
+				       const struct service_table *t, const struct service *svc,
+				       bool rst)
+{
+	const struct group *g;
+	binding_t binding;
+
+	if (!rst && !stray_again(c, t)) {
+		count(REASON_STRAY_DROPPED);
+		return XDP_DROP;
+	}
+	binding = cache_binding(c, t);
+	if (!binding)
+		binding = predict(c, t, svc, 0);
+	g = group_of(binding);
+	if (!g)
+		return pass_on(ctx, REASON_NO_GROUP_VIP);
+	return to_group(ctx, g, svc, c->v6, REASON_STRAY);
+}
+
+/* There is no key yet: as in predicted mode. */
+static __always_inline int greet_without_key(struct xdp_md *ctx, struct conn *c,
+					     const struct service_table *t,
+					     const struct service *svc)
 {
 	struct bound b = {};
 	const struct group *g;
 
-	bind_unknown(&b, c, t, svc, syn, ends);
+	bind_unknown(&b, c, t, svc, true, false);
 	g = group_of(b.binding);
 	if (!g)
 		return pass_on(ctx, REASON_NO_GROUP_VIP);
@@ -365,7 +414,7 @@ static __always_inline int greet(struct xdp_md *ctx, struct work *w)
 			count(REASON_SYN_ANSWERED);
 			return XDP_TX;
 		}
-		return greet_unknown(ctx, c, t, svc, true, false);
+		return greet_without_key(ctx, c, t, svc);
 	}
 
 	h = handover_find(c);
@@ -382,7 +431,7 @@ static __always_inline int greet(struct xdp_md *ctx, struct work *w)
 		}
 	}
 	if (!ack || rst || !has_cookie(ctx, c, true))
-		return greet_unknown(ctx, c, t, svc, false, ends);
+		return greet_stray(ctx, c, t, svc, rst);
 	if (c->payload_length)
 		return greet_connect(ctx, c, w, t, svc);
 	if (!fin) {

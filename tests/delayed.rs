@@ -1,0 +1,266 @@
+//! Delayed binding in the lab: real TCP stacks, real brokers, and a wire that loses, doubles and
+//! delays what it is told to.
+
+mod support;
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use mqtt_fwd::broker_host::takeover;
+use support::lab::{Lab, ONE_REAL_EACH, config};
+use support::mqtt;
+use support::net::wait_for;
+use support::session::{SERVICE, SERVICE6, STYLES, Session, run_all};
+use support::wire::{Fate, Kind, Seen, Wire};
+
+/// A lab whose services bind late; `None` where this kernel cannot take connections over.
+fn delayed(routes: &[(&str, &str)]) -> Option<Lab> {
+    if !takeover::supported() {
+        eprintln!("skipped: this kernel has no bpf_sk_assign_tcp_reqsk (Linux 6.9)");
+        return None;
+    }
+    let text = config(ONE_REAL_EACH, routes).replace("flows = 1000", "flows = 10000");
+    Some(Lab::up(&text, &["--delayed"]))
+}
+
+const ROUTES: &[(&str, &str)] = &[("m/temp", "a"), ("m/hum", "b"), ("birth/#", "any")];
+/// Topics and the reals of their groups.
+const TOPICS: [(&str, u32); 3] = [("m/temp", 1), ("m/hum", 2), ("m/other", 3)];
+
+fn bpffs(lab: &Lab, real: u32) -> String {
+    format!("/run/mqtt-fwd-lab/{}/bpf/r{real}", lab.name)
+}
+
+/// How often each payload arrived, and where.
+fn arrivals(lab: &Lab) -> BTreeMap<String, Vec<u32>> {
+    let mut all: BTreeMap<String, Vec<u32>> = BTreeMap::new();
+    for (real, lines) in lab.received() {
+        for line in lines {
+            let (_, payload) = line.split_once(' ').unwrap_or((&line, ""));
+            all.entry(payload.to_owned()).or_default().push(real);
+        }
+    }
+    all
+}
+
+/// Each message of these sessions is where its topic belongs: once, or with QoS 1 at least once.
+fn all_right(lab: &Lab, sessions: &[Session]) {
+    let wanted: usize = sessions.iter().map(|s| s.messages.len()).sum();
+    let all = wait_for(&format!("{wanted} messages at the brokers"), || {
+        let all = arrivals(lab);
+        let there = sessions.iter().flat_map(|s| &s.messages).filter(|m| all.contains_key(*m));
+        (there.count() == wanted).then_some(all)
+    });
+    for session in sessions {
+        let real = TOPICS.iter().find(|(topic, _)| *topic == session.topic).unwrap().1;
+        for message in &session.messages {
+            let at = &all[message];
+            assert!(at.iter().all(|r| *r == real), "{message}: {at:?} instead of {real}");
+            assert!(session.qos == 1 || at.len() == 1, "{message} {} times", at.len());
+        }
+    }
+}
+
+/// Sessions of all styles and topics, IPv4 and IPv6, with and without client ids.
+fn sessions(tag: &str, count: usize, messages: usize, qos: u8) -> Vec<Session> {
+    (0..count)
+        .map(|i| {
+            let service = if i % 2 == 0 { SERVICE } else { SERVICE6 };
+            let (topic, _) = TOPICS[i % TOPICS.len()];
+            // A third has no id; the others are known the next time.
+            let id = if i % 3 == 2 { String::new() } else { format!("d{qos}-{i}") };
+            Session {
+                style: STYLES[(i / 3) % 3],
+                topic: topic.to_owned(),
+                messages: (0..messages).map(|m| format!("{tag}-{i}-{m}")).collect(),
+                qos,
+                ..Session::new("c1", service, &id)
+            }
+        })
+        .collect()
+}
+
+fn expect_all(results: &[std::io::Result<()>]) {
+    let failed: Vec<_> =
+        results.iter().enumerate().filter_map(|(i, r)| r.as_ref().err().map(|e| (i, e))).collect();
+    assert!(failed.is_empty(), "{failed:?}");
+}
+
+#[test]
+fn every_message_of_every_kind_of_client_is_where_its_topic_belongs_once() {
+    let Some(lab) = delayed(ROUTES) else { return };
+    for (tag, qos) in [("zero", 0), ("one", 1), ("zero-again", 0), ("one-again", 1)] {
+        let sessions = sessions(tag, 150, 5, qos);
+        expect_all(&run_all(&lab, &sessions, 8));
+        all_right(&lab, &sessions);
+    }
+    let counters = lab.mqtt_fwd(&["counters"]);
+    for way in ["bound_message", "bound_client_id", "bound_answered"] {
+        assert!(counters.contains(way), "{counters}");
+    }
+    assert!(!counters.contains("mispredicted"), "{counters}");
+}
+
+/// The nth segment of a kind of each connection.
+fn nth_of_kind(kind: Kind, wrapped: bool, fate: Fate) -> Box<dyn FnMut(Option<Seen>) -> Fate + Send> {
+    let mut met = HashSet::new();
+    Box::new(move |seen| match seen {
+        Some(s) if s.kind == kind && s.wrapped == wrapped && met.insert(s.port) => fate,
+        _ => Fate::Pass,
+    })
+}
+
+#[test]
+fn each_step_may_be_lost_doubled_or_late() {
+    let Some(lab) = delayed(ROUTES) else { return };
+    type Rule = Box<dyn FnMut(Option<Seen>) -> Fate + Send>;
+    let rules: [Arc<Mutex<Rule>>; 2] =
+        std::array::from_fn(|_| Arc::new(Mutex::new(Box::new(|_| Fate::Pass) as Rule)));
+    let by = |rule: &Arc<Mutex<Rule>>| -> Rule {
+        let rule = rule.clone();
+        Box::new(move |seen| (rule.lock().unwrap())(seen))
+    };
+    let _client = Wire::of_client(&lab, "c1", by(&rules[0]));
+    let _balancer = Wire::of_balancer(&lab, by(&rules[1]));
+    let steps = [
+        ("SYN", 0, Kind::Syn, false),
+        ("SYN-ACK", 0, Kind::SynAck, false),
+        ("ACK", 0, Kind::Ack, false),
+        ("CONNECT", 0, Kind::Connect, false),
+        ("CONNECT and more", 0, Kind::ConnectAndMore, false),
+        ("CONNACK", 0, Kind::Connack, false),
+        ("PUBLISH", 0, Kind::Publish, false),
+        ("PUBACK", 0, Kind::Puback, false),
+        ("FIN", 0, Kind::Fin, false),
+        ("CONNECT to the broker", 1, Kind::Connect, true),
+        ("hand-over", 1, Kind::ConnectAndMore, true),
+        ("PUBLISH to the broker", 1, Kind::Publish, true),
+        ("ACK to the broker", 1, Kind::Ack, true),
+    ];
+    let fates =
+        [("lost", Fate::Lost), ("doubled", Fate::Twice), ("late", Fate::Late(Duration::from_millis(40)))];
+    for (step, wire, kind, wrapped) in steps {
+        for (what, fate) in fates {
+            *rules[wire].lock().unwrap() = nth_of_kind(kind, wrapped, fate);
+            let mut all = Vec::new();
+            for qos in [0, 1] {
+                all.extend(sessions(&format!("{kind:?}{wrapped}{what}{qos}"), 18, 3, qos));
+            }
+            let results = run_all(&lab, &all, 36);
+            *rules[wire].lock().unwrap() = Box::new(|_| Fate::Pass);
+            for (session, result) in all.iter().zip(&results) {
+                assert!(result.is_ok(), "{step} {what}: {result:?} {session:?}");
+            }
+            all_right(&lab, &all);
+        }
+    }
+}
+
+#[test]
+fn a_thousand_connections_through_random_loss() {
+    let Some(lab) = delayed(ROUTES) else { return };
+    let percent = Arc::new(Mutex::new(0u32));
+    let rule = |percent: &Arc<Mutex<u32>>, mut state: u64| {
+        let percent = percent.clone();
+        Box::new(move |_: Option<Seen>| {
+            // xorshift (Marsaglia): the same losses each time.
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            match state % 300 {
+                n if n < u64::from(*percent.lock().unwrap()) * 3 => {
+                    [Fate::Lost, Fate::Lost, Fate::Twice, Fate::Late(Duration::from_millis(20))]
+                        [(state >> 32) as usize % 4]
+                }
+                _ => Fate::Pass,
+            }
+        })
+    };
+    let _client = Wire::of_client(&lab, "c1", rule(&percent, 1883));
+    let _balancer = Wire::of_balancer(&lab, rule(&percent, 8883));
+    for (share, count) in [(1, 1000), (5, 400), (10, 200)] {
+        for round in 0..2 {
+            *percent.lock().unwrap() = share;
+            let mut all = sessions(&format!("loss{share}q1r{round}"), count / 4, 3, 1);
+            all.extend(sessions(&format!("loss{share}q0r{round}"), count / 4, 3, 0));
+            let results = run_all(&lab, &all, 64);
+            *percent.lock().unwrap() = 0;
+            expect_all(&results);
+            all_right(&lab, &all);
+        }
+        println!("{share} %: {count} connections, all messages right");
+    }
+}
+
+#[test]
+fn clients_that_say_nothing_after_connect_get_a_broker_and_their_will_is_published() {
+    let Some(lab) = delayed(&[("m/temp", "a"), ("will/#", "default")]) else { return };
+    let connect = mqtt::connect_as(4, 0x06, b"silent", &[b"will/silent", b"gone"]);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            use std::io::{Read as _, Write as _};
+            support::session::enter(&lab, "c1");
+            let mut stream = std::net::TcpStream::connect(SERVICE).unwrap();
+            stream.write_all(&connect).unwrap();
+            let mut answer = [0; 4];
+            stream.read_exact(&mut answer).unwrap();
+            assert_eq!(answer, [0x20, 2, 0, 0]);
+            wait_for("the silent client's broker", || {
+                lab.mqtt_fwd(&["flows"]).contains("silent").then_some(())
+            });
+            // The broker's own CONNACK is what the balancer said: TCP takes it for a repetition.
+            stream.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+            assert!(stream.read(&mut answer).is_err());
+            stream.write_all(&mqtt::pingreq()).unwrap();
+            stream.read_exact(&mut answer[..2]).unwrap();
+            assert_eq!(answer[..2], [0xd0, 0]);
+            drop(stream); // without DISCONNECT: its will
+        });
+    });
+    assert_eq!(lab.wait_received("will/silent gone"), 3);
+    // And one that hangs up while nobody has it.
+    let hung_up = mqtt::connect_as(4, 0x06, b"hung-up", &[b"will/hung-up", b"gone"]);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            use std::io::{Read as _, Write as _};
+            support::session::enter(&lab, "c1");
+            let mut stream = std::net::TcpStream::connect(SERVICE6).unwrap();
+            stream.write_all(&hung_up).unwrap();
+            stream.read_exact(&mut [0; 4]).unwrap();
+        });
+    });
+    assert_eq!(lab.wait_received("will/hung-up gone"), 3);
+}
+
+#[test]
+fn a_refusal_is_not_hidden() {
+    let Some(lab) = delayed(ROUTES) else { return };
+    // A broker that lets nobody in, on the host of group a.
+    let conf = format!("/run/mqtt-fwd-lab/{}/closed.conf", lab.name);
+    std::fs::write(&conf, "listener 1883\nallow_anonymous false\nuser root\n").unwrap();
+    let pid = lab.ok("r1", &["sh", "-c", "ss -Hltnp | grep -o 'pid=[0-9]*' | head -n1 | cut -d= -f2"]);
+    lab.ok("r1", &["kill", pid.trim()]);
+    wait_for("the open broker's end", || {
+        let there = lab.exec("r1", &["sh", "-c", "ss -Hltn | grep -q :1883"]);
+        (!there.status.success()).then_some(())
+    });
+    lab.ok("r1", &["mosquitto", "-d", "-c", &conf]);
+    wait_for("the closed broker", || {
+        let there = lab.exec("r1", &["sh", "-c", "ss -Hltn | grep -q :1883"]);
+        there.status.success().then_some(())
+    });
+    let session = Session {
+        topic: "m/temp".to_owned(),
+        messages: vec!["refused".to_owned()],
+        ..Session::new("c1", SERVICE, "intruder")
+    };
+    // The first time the balancer answered; from then on it knows the client's group.
+    for expected in ["reset", "[20, 02, 00, 05]"] {
+        let error = run_all(&lab, std::slice::from_ref(&session), 1).remove(0).unwrap_err();
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+    assert!(arrivals(&lab).is_empty());
+    let status = lab.ok("r1", &["mqtt-fwd", "real", "status", "--interface", "eth0", "--bpffs", &bpffs(&lab, 1)]);
+    assert!(status.contains("1  CONNACKs that differed"), "{status}");
+}

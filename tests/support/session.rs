@@ -1,0 +1,140 @@
+//! An MQTT client's connection to a service, from a lab's client host: raw, so that a test says
+//! what is written when.
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::time::Duration;
+
+use nix::sched::{CloneFlags, setns};
+
+use super::lab::Lab;
+use super::mqtt;
+
+pub const SERVICE: &str = "10.1.50.200:1883";
+pub const SERVICE6: &str = "[fd01:50::200]:1883";
+
+/// When a client writes its first messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Style {
+    /// After CONNACK, as the standard's own example.
+    Waits,
+    /// At once, each packet a write of its own.
+    Hurries,
+    /// CONNECT and all messages in one write.
+    OneWrite,
+}
+
+pub const STYLES: [Style; 3] = [Style::Waits, Style::Hurries, Style::OneWrite];
+
+/// A client's connection.
+#[derive(Debug, Clone)]
+pub struct Session {
+    pub host: String,
+    pub service: SocketAddr,
+    pub connect: Vec<u8>,
+    pub style: Style,
+    pub topic: String,
+    pub messages: Vec<String>,
+    pub qos: u8,
+}
+
+impl Session {
+    pub fn new(host: &str, service: &str, id: &str) -> Self {
+        Self {
+            host: host.to_owned(),
+            service: service.parse().unwrap(),
+            connect: mqtt::connect_as(4, 0x02, id.as_bytes(), &[]),
+            style: Style::Waits,
+            topic: String::new(),
+            messages: Vec::new(),
+            qos: 1,
+        }
+    }
+
+    /// Runs it to its end, in this thread, which is in the host's namespace from then on.
+    pub fn run(&self, lab: &Lab) -> std::io::Result<()> {
+        enter(lab, &self.host);
+        let mut stream = TcpStream::connect_timeout(&self.service, Duration::from_secs(20))?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+        let publishes: Vec<Vec<u8>> = self
+            .messages
+            .iter()
+            .map(|m| mqtt::publish(self.topic.as_bytes(), self.qos, m.as_bytes()))
+            .collect();
+        match self.style {
+            Style::Waits => {
+                stream.write_all(&self.connect)?;
+                expect(&mut stream, &[0x20, 2, 0, 0])?;
+                for publish in &publishes {
+                    stream.write_all(publish)?;
+                    self.acknowledged(&mut stream)?;
+                }
+            }
+            Style::Hurries => {
+                stream.write_all(&self.connect)?;
+                for publish in &publishes {
+                    stream.write_all(publish)?;
+                }
+            }
+            Style::OneWrite => {
+                let all = [&self.connect[..], &publishes.concat()].concat();
+                stream.write_all(&all)?;
+            }
+        }
+        if self.style != Style::Waits {
+            expect(&mut stream, &[0x20, 2, 0, 0])?;
+            for _ in &publishes {
+                self.acknowledged(&mut stream)?;
+            }
+        }
+        stream.write_all(&mqtt::disconnect())?;
+        stream.shutdown(Shutdown::Write)?;
+        // The broker closes: then it has read all of it.
+        let mut rest = Vec::new();
+        stream.read_to_end(&mut rest)?;
+        assert!(rest.is_empty(), "{rest:?}");
+        Ok(())
+    }
+
+    fn acknowledged(&self, stream: &mut TcpStream) -> std::io::Result<()> {
+        if self.qos == 1 { expect(stream, &[0x40, 2, 0, 7]) } else { Ok(()) }
+    }
+}
+
+/// Puts this thread into a host's network namespace.
+pub fn enter(lab: &Lab, host: &str) {
+    let namespace = File::open(format!("/run/netns/{}-{host}", lab.name)).unwrap();
+    setns(namespace, CloneFlags::CLONE_NEWNET).unwrap();
+}
+
+fn expect(stream: &mut TcpStream, expected: &[u8]) -> std::io::Result<()> {
+    let mut bytes = vec![0; expected.len()];
+    stream.read_exact(&mut bytes)?;
+    if bytes == expected {
+        return Ok(());
+    }
+    Err(std::io::Error::other(format!("{bytes:02x?} instead of {expected:02x?}")))
+}
+
+/// Runs sessions, so many at a time; what became of each.
+pub fn run_all(lab: &Lab, sessions: &[Session], at_once: usize) -> Vec<std::io::Result<()>> {
+    let next = std::sync::atomic::AtomicUsize::new(0);
+    let done = std::sync::Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..at_once {
+            scope.spawn(|| {
+                loop {
+                    let i = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                    let Some(session) = sessions.get(i) else { return };
+                    let result = session.run(lab);
+                    done.lock().unwrap().push((i, result));
+                }
+            });
+        }
+    });
+    let mut done = done.into_inner().unwrap();
+    done.sort_by_key(|(i, _)| *i);
+    done.into_iter().map(|(_, result)| result).collect()
+}
