@@ -5,7 +5,7 @@ mod support;
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mqtt_fwd::broker_host::takeover;
 use support::lab::{Lab, ONE_REAL_EACH, config};
@@ -161,9 +161,11 @@ fn each_step_may_be_lost_doubled_or_late() {
 fn a_thousand_connections_through_random_loss() {
     let Some(lab) = delayed(ROUTES) else { return };
     let percent = Arc::new(Mutex::new(0u32));
+    // What happened, should something go wrong.
+    let history: Arc<Mutex<Vec<(Instant, u64, Seen, Fate)>>> = Arc::default();
     let rule = |percent: &Arc<Mutex<u32>>, mut state: u64| {
-        let percent = percent.clone();
-        Box::new(move |_: Option<Seen>| {
+        let (percent, history, wire) = (percent.clone(), history.clone(), state);
+        let mut fate = move || {
             // xorshift (Marsaglia): the same losses each time.
             state ^= state << 13;
             state ^= state >> 7;
@@ -175,6 +177,13 @@ fn a_thousand_connections_through_random_loss() {
                 }
                 _ => Fate::Pass,
             }
+        };
+        Box::new(move |seen: Option<Seen>| {
+            let fate = fate();
+            if let Some(seen) = seen {
+                history.lock().unwrap().push((Instant::now(), wire, seen, fate));
+            }
+            fate
         })
     };
     let _client = Wire::of_client(&lab, "c1", rule(&percent, 1883));
@@ -186,8 +195,18 @@ fn a_thousand_connections_through_random_loss() {
             all.extend(sessions(&format!("loss{share}q0r{round}"), count / 4, 3, 0));
             let results = run_all(&lab, &all, 64);
             *percent.lock().unwrap() = 0;
+            for error in results.iter().filter_map(|r| r.as_ref().err()) {
+                let text = error.to_string();
+                let port = text.strip_prefix("port ").and_then(|t| t.split(':').next());
+                for (at, wire, seen, fate) in history.lock().unwrap().iter() {
+                    if port.is_some_and(|port| port == seen.port.to_string()) {
+                        println!("{:?} {wire} {fate:?} {seen:?}", at.elapsed());
+                    }
+                }
+            }
             expect_all(&results);
             all_right(&lab, &all);
+            history.lock().unwrap().clear();
         }
         println!("{share} %: {count} connections, all messages right");
     }

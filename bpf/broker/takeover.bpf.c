@@ -97,18 +97,26 @@ enum takeover_counter {
 	TAKEOVER_RESET_HELD, /* RSTs not sent */
 	TAKEOVER_CONNACK_SAME,
 	TAKEOVER_CONNACK_DIFFERENT, /* connections ended for it */
+	TAKEOVER_REPLAYED, /* first segments that came once more, after their connection had ended */
 	TAKEOVER_COUNTERS,
 };
 MAP(takeover_counters, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, __u64, TAKEOVER_COUNTERS);
 
-/* Connections whose CONNACK the balancer has sent, until the broker sends its own. */
+/* Connections that were taken over: what the broker's CONNACK has to be, and whether it was sent. */
 struct guard_key {
 	__be32 client[4];
 	__be16 client_port;
 	__be16 port;
 };
+enum guard_state {
+	GUARD_OPEN, /* taken over; the broker may send what it likes */
+	GUARD_ANSWERED, /* the balancer has sent its CONNACK */
+	GUARD_DONE, /* the broker has: the same cookie is worth nothing any more */
+};
+
 struct guard {
 	__u32 seq; /* of the CONNACK's first byte */
+	__u32 state; /* enum guard_state */
 };
 MAP(guards, BPF_MAP_TYPE_LRU_HASH, struct guard_key, struct guard, 1 << 16);
 
@@ -254,13 +262,13 @@ static __always_inline bool segment_has_cookie(const struct segment *s, const st
 				    o->has_timestamps ? &tsecr : NULL, s->v6);
 }
 
-static __always_inline void guard_begin(const struct segment *s)
+static __always_inline struct guard_key guard_key_of(const __be32 client[4], __be16 client_port,
+						     __be16 port)
 {
-	struct guard_key key = { .client_port = s->tuple.sport, .port = s->tuple.dport };
-	struct guard guard = { .seq = s->ack };
+	struct guard_key key = { .client_port = client_port, .port = port };
 
-	__builtin_memcpy(key.client, s->tuple.src, sizeof(key.client));
-	bpf_map_update_elem(&guards, &key, &guard, BPF_ANY);
+	__builtin_memcpy(key.client, client, sizeof(key.client));
+	return key;
 }
 
 /* A marked segment for which there is only a listener. */
@@ -287,6 +295,17 @@ static __always_inline int for_listener(struct __sk_buff *skb, const struct segm
 			set_word(skb, s, ACK_OFFSET, s->ack, s->ack - held);
 		return TC_ACT_OK;
 	}
+	/*
+	 * TCP remembers connections that ended, but only one of both ends does (TIME_WAIT, RFC 9293
+	 * §3.6.1). A first segment that the network doubled must not become another connection, and
+	 * its messages not come twice.
+	 */
+	struct guard_key key = guard_key_of(s->tuple.src, s->tuple.sport, s->tuple.dport);
+	const struct guard *before = bpf_map_lookup_elem(&guards, &key);
+	if (before && before->seq == s->ack && before->state == GUARD_DONE) {
+		count(TAKEOVER_REPLAYED);
+		return TC_ACT_SHOT;
+	}
 	attrs.mss = cookie_mss(cookie, s->v6);
 	if ((cookie & COOKIE_WSCALE_MASK) != COOKIE_NO_WSCALE) {
 		attrs.wscale_ok = 1;
@@ -304,16 +323,19 @@ static __always_inline int for_listener(struct __sk_buff *skb, const struct segm
 		return TC_ACT_OK;
 	int error = bpf_sk_assign_tcp_reqsk(skb, (struct sock *)sk, &attrs, sizeof(attrs));
 	if (error) {
-		__u32 key = TAKEOVER_ERROR;
-		__u64 *last = bpf_map_lookup_elem(&takeover_counters, &key);
+		__u32 last_error = TAKEOVER_ERROR;
+		__u64 *last = bpf_map_lookup_elem(&takeover_counters, &last_error);
 		if (last)
 			*last = -error;
 		count(TAKEOVER_REFUSED);
 		return TC_ACT_SHOT;
 	}
 	count(TAKEOVER_DONE);
-	if (s->mark & MARK_HANDOVER)
-		guard_begin(s);
+	struct guard guard = {
+		.seq = s->ack,
+		.state = s->mark & MARK_HANDOVER ? GUARD_ANSWERED : GUARD_OPEN,
+	};
+	bpf_map_update_elem(&guards, &key, &guard, BPF_ANY);
 	return TC_ACT_OK;
 }
 
@@ -458,11 +480,8 @@ static __always_inline int reset(struct __sk_buff *skb, const struct segment *s,
 SEC("tc")
 int takeover_egress(struct __sk_buff *skb)
 {
-	struct guard_key key = {};
-	const struct guard *guard;
 	struct segment s;
 	__u8 connack[HANDOVER_CONNACK] = {};
-	__u32 at;
 
 	if (skb->mark == MARK_NO_RESET) {
 		if (!read_segment(skb, &s) || !(s.flags & bpf_htons(TCP_RST)))
@@ -473,14 +492,14 @@ int takeover_egress(struct __sk_buff *skb)
 	if (!read_segment(skb, &s) || !s.payload ||
 	    bpf_skb_load_bytes(skb, s.tcp + s.header, connack, 1) || connack[0] != MQTT_CONNACK_TYPE)
 		return TC_ACT_OK;
-	key.client_port = s.tuple.dport;
-	key.port = s.tuple.sport;
-	__builtin_memcpy(key.client, s.tuple.dst, sizeof(key.client));
-	guard = bpf_map_lookup_elem(&guards, &key);
-	if (!guard || guard->seq != s.seq)
+	struct guard_key key = guard_key_of(s.tuple.dst, s.tuple.dport, s.tuple.sport);
+	struct guard *guard = bpf_map_lookup_elem(&guards, &key);
+	if (!guard || guard->seq != s.seq || guard->state == GUARD_DONE)
 		return TC_ACT_OK;
-	at = guard->seq;
-	bpf_map_delete_elem(&guards, &key);
+	__u32 at = guard->seq, state = guard->state;
+	guard->state = GUARD_DONE;
+	if (state == GUARD_OPEN)
+		return TC_ACT_OK;
 	if (s.payload >= HANDOVER_CONNACK &&
 	    !bpf_skb_load_bytes(skb, s.tcp + s.header, connack, sizeof(connack)) &&
 	    connack[1] == 2 && !connack[2] && !connack[3]) {

@@ -144,6 +144,7 @@ pub fn counters(pins: &Pins) -> Result<Vec<(&'static str, u64)>> {
         (takeover_counter::TAKEOVER_RESET_HELD, "RSTs held back"),
         (takeover_counter::TAKEOVER_CONNACK_SAME, "CONNACKs as the balancer answered"),
         (takeover_counter::TAKEOVER_CONNACK_DIFFERENT, "CONNACKs that differed: connection reset"),
+        (takeover_counter::TAKEOVER_REPLAYED, "first segments repeated after their connection's end"),
     ];
     texts
         .into_iter()

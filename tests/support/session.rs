@@ -55,7 +55,12 @@ impl Session {
     /// Runs it to its end, in this thread, which is in the host's namespace from then on.
     pub fn run(&self, lab: &Lab) -> std::io::Result<()> {
         enter(lab, &self.host);
-        let mut stream = TcpStream::connect_timeout(&self.service, Duration::from_secs(20))?;
+        let stream = TcpStream::connect_timeout(&self.service, Duration::from_secs(20))?;
+        let port = stream.local_addr()?.port();
+        self.talk(stream).map_err(|e| std::io::Error::other(format!("port {port}: {e}")))
+    }
+
+    fn talk(&self, mut stream: TcpStream) -> std::io::Result<()> {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(Duration::from_secs(20)))?;
         let publishes: Vec<Vec<u8>> = self

@@ -52,6 +52,9 @@ pub struct Seen {
     /// The client's port.
     pub port: u16,
     pub from_client: bool,
+    pub seq: u32,
+    pub ack: u32,
+    pub length: usize,
 }
 
 pub fn seen(frame: &[u8]) -> Option<Seen> {
@@ -83,7 +86,8 @@ pub fn seen(frame: &[u8]) -> Option<Seen> {
         }
     };
     let port = if from_client { tcp.source_port() } else { tcp.destination_port() };
-    Some(Seen { kind, wrapped, port, from_client })
+    let (seq, ack) = (tcp.sequence_number(), tcp.acknowledgment_number());
+    Some(Seen { kind, wrapped, port, from_client, seq, ack, length: payload.len() })
 }
 
 pub type Rule = Box<dyn FnMut(Option<Seen>) -> Fate + Send>;

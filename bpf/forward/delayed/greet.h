@@ -319,10 +319,10 @@ static __always_inline int greet_waiting(struct xdp_md *ctx, struct conn *c, str
 
 /*
  * Whether something of this flow was here before: not just now, and not long ago. What follows CONNECT
- * closely may be handled before it, by another CPU; a broker's RST for that would end a connection
+ * closely may be handled before it, by another CPU, or CONNECT may be lost; RST for that would end a connection
  * that is being made. Whoever lost a flow comes again.
  */
-#define STRAY_SOON_NS 150000000ULL
+#define STRAY_SOON_NS 3000000000ULL
 #define STRAY_LATE_NS 60000000000ULL
 
 static __always_inline bool stray_again(const struct conn *c, const struct service_table *t)

@@ -29,9 +29,12 @@ static __always_inline bool is_confirmed(const struct conn *c, const struct hand
 		return true;
 	if (c->seq - h->start > FLOW_WINDOW || acked > FLOW_WINDOW)
 		return false;
-	return acked > ours || (h->state == HANDOVER_REPEAT && h->timestamps &&
-				w->options.o.has_timestamps &&
-				seq_before(h->tsval, w->options.o.tsecr));
+	if (acked > ours)
+		return true;
+	/* Every timestamp from here has the same lowest byte, also those of SYN-ACKs sent again. */
+	return h->state == HANDOVER_REPEAT && h->timestamps && w->options.o.has_timestamps &&
+	       seq_before(h->tsval, w->options.o.tsecr) &&
+	       (h->tsval ^ w->options.o.tsecr) & 0xff;
 }
 
 /* Marks the packet for the broker host (abi/handover.h). */
