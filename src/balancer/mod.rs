@@ -3,7 +3,7 @@
 pub mod client;
 pub mod embedded;
 pub mod listeners;
-mod sock_diag;
+pub mod sock_diag;
 
 use std::fmt;
 use std::net::IpAddr;

@@ -26,7 +26,8 @@ fn host_prefix(addr: IpAddr) -> String {
     format!("{addr}/{}", if addr.is_ipv4() { 32 } else { 128 })
 }
 
-fn on_loopback(addr: IpAddr) -> Result<bool> {
+/// Whether the loopback interface has an address.
+pub fn on_loopback(addr: IpAddr) -> Result<bool> {
     Ok(!ip(&["-o", "addr", "show", "dev", "lo", "to", &host_prefix(addr)])?.trim().is_empty())
 }
 

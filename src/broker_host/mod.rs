@@ -2,6 +2,7 @@
 //! MQTT_VIP. Everything is undone by [`down`].
 
 mod ip;
+pub mod status;
 mod sysctl;
 pub mod takeover;
 

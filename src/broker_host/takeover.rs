@@ -3,7 +3,6 @@
 //! They are attached by links (tcx), whose pins are all there is of them: unpinned, they are gone.
 
 use std::mem::MaybeUninit;
-use std::net::IpAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::path::Path;
 
@@ -150,9 +149,4 @@ pub fn counters(pins: &Pins) -> Result<Vec<(&'static str, u64)>> {
         .into_iter()
         .map(|(counter, text)| Ok((text, table.get_per_cpu(&counter.0)?.iter().sum())))
         .collect()
-}
-
-/// The services' addresses that this host has.
-pub fn addresses(pins: &Pins) -> Vec<IpAddr> {
-    super::vips(pins)
 }

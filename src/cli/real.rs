@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::table::line;
+use super::table::{self, line};
 use crate::broker_host;
 use crate::config::{XdpMode, address};
 use crate::control::Error;
@@ -42,6 +42,8 @@ enum Action {
         #[arg(long, default_value = "/sys/fs/bpf")]
         bpffs: PathBuf,
     },
+    /// Show what the host has and lacks; fails if something is wrong
+    Status(Status),
     /// Undo that
     Down {
         /// The interface given to `up`
@@ -51,6 +53,59 @@ enum Action {
         #[arg(long, default_value = "/sys/fs/bpf")]
         bpffs: PathBuf,
     },
+}
+
+#[derive(Debug, Args)]
+struct Status {
+    /// The interface given to `up`
+    #[arg(long)]
+    interface: String,
+    /// The key file: whether the programs hold what is in it
+    #[arg(long, value_name = "FILE")]
+    handover_key: Option<PathBuf>,
+    /// Mount point of bpffs
+    #[arg(long, default_value = "/sys/fs/bpf")]
+    bpffs: PathBuf,
+    #[command(flatten)]
+    output: table::Output,
+}
+
+impl Status {
+    fn run(&self) -> Result<(), Error> {
+        let status = broker_host::status::status(
+            &self.interface,
+            &self.bpffs,
+            self.handover_key.as_deref(),
+        )?;
+        if self.output.json {
+            table::json(&status);
+        } else {
+            print(&self.interface, &status);
+        }
+        if status.problems.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Unhealthy {
+            interface: self.interface.clone(),
+            problems: status.problems.join("; "),
+        })
+    }
+}
+
+fn print(interface: &str, status: &broker_host::status::Status) {
+    let vips: Vec<_> = status.vips.iter().map(ToString::to_string).collect();
+    let unwraps = if status.unwraps { "unwraps packets for" } else { "does not unwrap packets for" };
+    line(&format!("{interface}: {unwraps} {}", vips.join(", ")));
+    match (status.takes_over, status.key_epoch) {
+        (true, Some(epoch)) => line(&format!("takes connections over, key of epoch {epoch} in use")),
+        _ if status.can_take_over => {
+            line("takes no connections over (`real up --handover-key FILE` makes it)");
+        }
+        _ => line("takes no connections over: this kernel cannot (Linux 6.9 or later can)"),
+    }
+    for (text, count) in &status.counters {
+        line(&format!("{count:10}  {text}"));
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -84,6 +139,7 @@ impl Real {
                     advmss,
                 })?
             }
+            Action::Status(args) => return args.run(),
             Action::Down { interface, bpffs } => broker_host::down(&interface, &bpffs)?,
         };
         for what in &done {

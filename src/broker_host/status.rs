@@ -1,0 +1,117 @@
+//! What a broker host has, and what it lacks: each problem with its mend.
+
+use std::net::IpAddr;
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::{HostError, pins_of, sysctl, takeover, vips};
+use crate::balancer::sock_diag;
+use crate::handover::keys::{KeyFile, now};
+use crate::kernel::load::pinned_program;
+use crate::kernel::xdp;
+
+/// For tables and JSON.
+#[derive(Debug, Serialize)]
+pub struct Status {
+    /// The services' addresses that packets are unwrapped for.
+    pub vips: Vec<IpAddr>,
+    /// The unwrapping program is on the interface.
+    pub unwraps: bool,
+    /// The programs that take connections over are.
+    pub takes_over: bool,
+    /// This kernel can.
+    pub can_take_over: bool,
+    /// Epoch of the key that is in use, if there is one.
+    pub key_epoch: Option<u32>,
+    /// What the programs have done.
+    pub counters: Vec<(&'static str, u64)>,
+    /// What is wrong, and what to do about it.
+    pub problems: Vec<String>,
+}
+
+/// Looks at the host. With a key file: also whether that is what the programs hold.
+pub fn status(
+    interface: &str,
+    bpffs: &Path,
+    key_file: Option<&Path>,
+) -> Result<Status, HostError> {
+    let pins = pins_of(bpffs, interface);
+    pins.check()?;
+    let attached = xdp::attached(interface)?;
+    let decap = pinned_program(&pins.program("decap"));
+    let unwraps = matches!((&attached, &decap), (Some(a), Some(d)) if a.id == d.id);
+    let takes_over = takeover::is_attached(&pins);
+    let vips = vips(&pins);
+    let mut problems = Vec::new();
+    if !unwraps {
+        problems.push(format!(
+            "{interface}: packets are not unwrapped; run `mqtt-fwd real up` (again)"
+        ));
+    }
+    for vip in &vips {
+        if !super::ip::on_loopback(*vip)? {
+            problems.push(format!(
+                "{vip} is not on lo: packets for it go nowhere; run `mqtt-fwd real up` again"
+            ));
+        }
+    }
+    wrong_settings(interface, takes_over, &mut problems);
+    let mut counters = Vec::new();
+    let mut key_epoch = None;
+    if takes_over {
+        counters = takeover::counters(&pins)?;
+        let held = takeover::keys(&pins)?;
+        key_epoch = Some(held.epoch);
+        if let Some(path) = key_file {
+            let file = KeyFile::read(path)?;
+            let wanted = file.image(now());
+            if held.key != wanted.key {
+                problems.push(format!(
+                    "{} holds other keys than the programs; `mqtt-fwd real up` again gives them \
+                     these",
+                    path.display()
+                ));
+            }
+        }
+        listeners(&vips, &mut problems);
+    }
+    let can_take_over = takeover::supported();
+    Ok(Status { vips, unwraps, takes_over, can_take_over, key_epoch, counters, problems })
+}
+
+fn wrong_settings(interface: &str, takes_over: bool, problems: &mut Vec<String>) {
+    let mut wanted = sysctl::wanted(interface);
+    if takes_over {
+        wanted.extend(sysctl::wanted_for_takeover());
+    }
+    for (key, wanted) in wanted {
+        let Some(value) = sysctl::value(&key) else { continue };
+        if !sysctl::is_enough(&key, wanted, value) {
+            problems.push(format!(
+                "{} = {value}; it has to be {wanted}: `mqtt-fwd real up` again sets it",
+                key.replace('/', ".")
+            ));
+        }
+    }
+}
+
+/// A listener that takes multipath TCP, as Go's do from 1.24 on, cannot be given connections.
+fn listeners(vips: &[IpAddr], problems: &mut Vec<String>) {
+    let Ok(all) = sock_diag::listening() else { return };
+    let concerns = |ip: IpAddr| ip.is_unspecified() || vips.contains(&ip);
+    for listener in all.iter().filter(|l| l.mptcp && concerns(l.local.ip())) {
+        problems.push(format!(
+            "{}: listens for multipath TCP, so connections cannot be handed to it; turn that off \
+             (Go: GODEBUG=multipathtcp=0)",
+            listener.local
+        ));
+    }
+    if !all.iter().any(|l| concerns(l.local.ip())) {
+        problems.push(
+            "nobody listens for the services' addresses in this network namespace; start the \
+             broker, here and not in another namespace"
+                .to_owned(),
+        );
+    }
+}
