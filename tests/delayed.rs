@@ -283,3 +283,47 @@ fn a_refusal_is_not_hidden() {
     let status = lab.ok("r1", &["mqtt-fwd", "real", "status", "--interface", "eth0", "--bpffs", &bpffs(&lab, 1)]);
     assert!(status.contains("1  CONNACKs that differed"), "{status}");
 }
+
+#[test]
+fn routes_by_connect_come_before_topics() {
+    if !takeover::supported() {
+        return;
+    }
+    let text = config(ONE_REAL_EACH, ROUTES)
+        + "[[service.route]]\nclient_id = \"plant7-*\"\ngroup = \"b\"\n\
+           [[service.route]]\nclient_id = \"plant7-pump\"\ngroup = \"a\"\n\
+           [[service.route]]\nusername = \"meter*\"\ngroup = \"default\"\n";
+    let lab = Lab::up(&text, &["--delayed"]);
+    let named = |id: &str, user: Option<&str>, message: &str| {
+        let connect = match user {
+            Some(user) => mqtt::connect_as(4, 0x82, id.as_bytes(), &[user.as_bytes()]),
+            None => mqtt::connect_as(4, 0x02, id.as_bytes(), &[]),
+        };
+        Session {
+            connect,
+            topic: "m/temp".to_owned(),
+            messages: vec![message.to_owned()],
+            ..Session::new("c1", SERVICE6, id)
+        }
+    };
+    let sessions = [
+        (named("plant7-fan", None, "prefix"), 2),
+        (named("plant7-pump", None, "exact"), 1),
+        (named("plant7-pump2", None, "longer"), 2),
+        (named("x", Some("meter-1"), "user"), 3),
+        (named("plant7-fan", Some("meter-1"), "id first"), 2),
+        (named("y", Some("me"), "topic"), 1),
+    ];
+    for (session, real) in &sessions {
+        // A topic that nobody routed for is unknown with credentials: bound by default, and moved.
+        for _ in 0..2 {
+            let result = run_all(&lab, std::slice::from_ref(session), 1).remove(0);
+            if result.is_ok() {
+                break;
+            }
+        }
+        assert_eq!(lab.wait_received(&format!("m/temp {}", session.messages[0])), *real, "{session:?}");
+    }
+    let flows = lab.mqtt_fwd(&["counters"]);
+    assert!(flows.contains("bound_route"), "{flows}");
+}

@@ -19,6 +19,7 @@ enum limits {
 	CACHE_WAYS = 8, /* slots of a cache_set */
 	CLIENT_ID_TEXT_MAX = 64, /* bytes of a client id's text that are kept for people */
 	CLIENT_ID_MAX = 256, /* bytes; clients with longer ids are not known by them */
+	CLIENT_ROUTE_TEXT_MAX = 128, /* bytes of a client id or user name that routes look at */
 	STRAYS = 4096, /* size of the table of that name */
 	CLIENT_GROUPS = 3, /* groups that a client's record weighs against each other */
 	POSITION_MQTT_FWD = 1,
@@ -27,6 +28,8 @@ enum limits {
 	NO_GROUP = 0xffff,
 	/* route_state.group: follows its flow, whatever group that is bound to. */
 	ANY_GROUP = 0xfffe,
+	/* Katran's F_HASH_NO_SRC_PORT, a flag of a VIP: all connections of an address have one real. */
+	VIP_FLAG_BY_ADDRESS = 1 << 0,
 	/* Flag of a balancer's VIP: this is an MQTT group, look it up in mqtt_service_vips. */
 	VIP_FLAG_MQTT_GROUP = 1 << 30,
 };
@@ -69,7 +72,8 @@ struct service {
 	__u8 v6;
 	__u8 on_misprediction; /* enum misprediction_policy */
 	__u8 binding; /* enum binding_mode */
-	__u8 pad[25];
+	__u8 client_routes; /* 1 << enum client_route_kind of the routes that there are */
+	__u8 pad[24];
 };
 SIZE_IS(struct service, 64);
 
@@ -102,6 +106,27 @@ struct group {
 	__u8 pad2[8];
 };
 SIZE_IS(struct group, 64);
+
+/* Routes by CONNECT (delayed binding), the ones that are asked first first. */
+enum client_route_kind {
+	CLIENT_ROUTE_ID,
+	CLIENT_ROUTE_USER,
+	CLIENT_ROUTE_KINDS,
+};
+
+/*
+ * Key of a route by client id or user name, in a trie that finds the longest prefix. An exact text
+ * ends with the byte 0, which no MQTT text has (MQTT 3.1.1 §1.5.3), so it is longer than any of
+ * its prefixes.
+ */
+struct client_route {
+	__u32 prefix; /* bits of what follows */
+	__u16 service;
+	__u8 kind; /* enum client_route_kind */
+	__u8 generation; /* its lowest bit */
+	__u8 text[CLIENT_ROUTE_TEXT_MAX];
+};
+SIZE_IS(struct client_route, 8 + CLIENT_ROUTE_TEXT_MAX);
 
 struct route_edge {
 	__u64 level; /* SipHash-1-3 of the level's text under route_key */

@@ -353,6 +353,9 @@ int balancer_ingress(struct xdp_md *ctx)
 	if (!vip)
 		return XDP_PASS;
 
+	if (vip->flags & VIP_FLAG_BY_ADDRESS)
+		p.conn.sport = 0;
+
 	__u32 real_num = p.syn ? NO_REAL : known_real(&p, vip);
 	stat_add(&balancer_stats, STAT_LRU, 1, 0);
 	if (real_num == NO_REAL) {

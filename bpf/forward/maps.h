@@ -74,6 +74,8 @@ LINE_ARRAY(groups, struct group, 1024);
  */
 MAP_WITH_FLAGS(mqtt_topic_to_vip, BPF_MAP_TYPE_HASH, BPF_F_NO_PREALLOC, struct route_edge, __u32,
 	       1 << 20);
+MAP_WITH_FLAGS(client_routes, BPF_MAP_TYPE_LPM_TRIE, BPF_F_NO_PREALLOC, struct client_route, __u32,
+	       1 << 16);
 MAP(route_states, BPF_MAP_TYPE_ARRAY, __u32, struct route_state, 1 << 19);
 
 /*
@@ -221,6 +223,8 @@ struct work {
 	struct client_id client_id;
 	struct handed handed;
 	struct connect connect;
+	struct client_route client_route;
+	__u8 beyond_client_route[CLIENT_ROUTE_TEXT_MAX]; /* as beyond_text */
 	struct handover handover; /* with room behind it: see CONNECT_BOUND */
 	struct tcp_option_scan options;
 	struct answer answer;

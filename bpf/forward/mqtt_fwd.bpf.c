@@ -27,6 +27,7 @@ struct exported_types {
 	enum budget_kind budget_kind;
 	enum binding_mode binding_mode;
 	enum client_flags client_flags;
+	enum client_route_kind client_route_kind;
 	enum event_kind event_kind;
 	enum flow_flags flow_flags;
 	enum handover_limits handover_limits;

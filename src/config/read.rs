@@ -11,7 +11,7 @@ use super::{
     BalancerKind, Binding, Config, ConfigError, Encapsulation, Group, MapSizes, OnMisprediction, Rates,
     Real, Route, Service, Target, XdpMode,
 };
-use crate::domain::ANY;
+use crate::domain::{ANY, Affinity, ClientRoute, ClientRouteKind};
 use crate::domain::filter::TopicFilter;
 use crate::kernel::abi::limits;
 use crate::routes::compile;
@@ -159,7 +159,13 @@ fn service(r: Reader<'_>) -> Option<Service> {
 
     let default_group = r.required("default_group", "default", known);
     let mut routes = Vec::new();
+    let mut client_routes = Vec::new();
     for route in r.tables("route") {
+        if route.has("client_id") || route.has("username") {
+            client_routes.extend(client_route(&route, binding, &known));
+            route.finish();
+            continue;
+        }
         let filter = route.required("topic", "measurements/#", |text| {
             let filter = TopicFilter::parse(text).map_err(|e| e.to_string())?;
             let most = limits::MAX_ROUTE_LEVELS.0 as usize;
@@ -178,6 +184,13 @@ fn service(r: Reader<'_>) -> Option<Service> {
         }
         route.finish();
     }
+    for (i, route) in client_routes.iter().enumerate() {
+        let same = |r: &ClientRoute| (r.kind, r.pattern()) == (route.kind, route.pattern());
+        if client_routes[..i].iter().any(same) {
+            let (kind, pattern) = (route.kind.key(), route.pattern());
+            r.problem("route", format!("{kind} {pattern:?} is routed twice; remove one of the two"));
+        }
+    }
     for twice in duplicates(&routes) {
         r.problem("route", format!("topic {twice:?} is routed twice; remove one of the two"));
     }
@@ -192,7 +205,54 @@ fn service(r: Reader<'_>) -> Option<Service> {
         on_misprediction,
         groups,
         routes,
+        client_routes,
     })
+}
+
+/// A route by what CONNECT says.
+fn client_route(
+    r: &Reader<'_>,
+    binding: Binding,
+    known: &dyn Fn(&str) -> Result<String, String>,
+) -> Option<ClientRoute> {
+    let kind = if r.has("client_id") { ClientRouteKind::ClientId } else { ClientRouteKind::Username };
+    for other in ["topic", "username"] {
+        if r.has(other) && other != kind.key() {
+            r.problem(
+                other,
+                format!("a route looks at one thing, and this one has {} already", kind.key()),
+            );
+        }
+    }
+    if binding == Binding::Predicted {
+        r.problem(
+            kind.key(),
+            "needs binding = \"delayed\": with \"predicted\", the group is chosen before CONNECT",
+        );
+    }
+    let text = r.required(kind.key(), "plant7-*", |text| {
+        let (text, prefix) = match text.strip_suffix('*') {
+            Some(text) => (text, true),
+            None => (text, false),
+        };
+        // An exact text has a byte more in the datapath.
+        let most = limits::CLIENT_ROUTE_TEXT_MAX.0 as usize - 1;
+        if text.len() > most || (text.is_empty() && !prefix) {
+            return Err(format!("must be 1 to {most} bytes long"));
+        }
+        if text.contains(['*', '\0']) {
+            return Err("a * stands for the rest, so only at the end".to_owned());
+        }
+        Ok((text.to_owned(), prefix))
+    });
+    let group = r.required("group", "default", |name| {
+        if name == ANY {
+            return Err("a client has to belong somewhere; name a group".to_owned());
+        }
+        known(name)
+    });
+    let ((text, prefix), group) = (text?, group?);
+    Some(ClientRoute { kind, text, prefix, group })
 }
 
 fn duplicates(routes: &[Route]) -> Vec<String> {
@@ -224,6 +284,9 @@ fn group(r: Reader<'_>, service: Option<IpAddr>) -> Option<Group> {
         );
     }
 
+    let affinity = r
+        .choice("affinity", &[("none", Affinity::None), ("client_ip", Affinity::ClientIp)])
+        .unwrap_or(Affinity::None);
     let mut reals: Vec<Real> = Vec::new();
     let mut complete = true;
     let readers = r.tables("reals");
@@ -251,7 +314,7 @@ fn group(r: Reader<'_>, service: Option<IpAddr>) -> Option<Group> {
     }
     r.finish();
     complete.then_some(())?;
-    Some(Group { name: name?, vip: vip?, reals })
+    Some(Group { name: name?, vip: vip?, affinity, reals })
 }
 
 /// What has to hold between services.

@@ -5,9 +5,10 @@ use std::net::IpAddr;
 
 use super::ids::Identities;
 use crate::config::{Binding, Config, OnMisprediction, Service, Target};
+use crate::domain::ClientRouteKind;
 use crate::domain::filter::{Level, TopicFilter};
 use crate::kernel::abi::{
-    addr_words, binding_mode, limits, misprediction_policy, route_edge, route_state, route_state_flags, service,
+    Pod as _, addr_words, binding_mode, client_route, client_route_kind, limits, misprediction_policy, route_edge, route_state, route_state_flags, service,
     service_table,
 };
 use crate::routes::compile::{Automaton, DEAD, TooManyStates};
@@ -20,6 +21,8 @@ pub struct Image {
     pub table: service_table,
     /// For the map `route_states`.
     pub states: BTreeMap<u32, route_state>,
+    /// For the map `client_routes`: key → group.
+    pub client_routes: Vec<(client_route, u32)>,
     /// For the map `mqtt_topic_to_vip`: (state, level's hash) → state.
     pub edges: BTreeMap<(u32, u64), u32>,
 }
@@ -111,6 +114,7 @@ impl Image {
                 ..service_table::default()
             },
             states: BTreeMap::new(),
+            client_routes: Vec::new(),
             edges: BTreeMap::new(),
         };
         // Numbers are taken in turns, and 0 is not given away.
@@ -127,6 +131,7 @@ impl Image {
                 let vip = svc.group(name).map(|g| g.vip)?;
                 identities.groups.get(&(id, name.to_owned(), vip)).copied()
             };
+            let kinds = image.add_client_routes(svc, id, &group_id);
             let automaton = image.add_routes(svc, keys, &mut next_state, end, &group_id)?;
             if let IpAddr::V4(addr) = svc.addr {
                 image.table.v4_key[slot] = u64::from(u32::from_ne_bytes(addr.octets()))
@@ -150,11 +155,43 @@ impl Image {
                     Binding::Predicted => binding_mode::BINDING_PREDICTED.0 as u8,
                     Binding::Delayed => binding_mode::BINDING_DELAYED.0 as u8,
                 },
+                client_routes: kinds,
                 slot: slot as u16,
-                pad: [0; 25],
+                pad: [0; 24],
             };
         }
         Ok(image)
+    }
+
+    /// Adds a service's routes by CONNECT; returns which kinds there are.
+    fn add_client_routes(
+        &mut self,
+        svc: &Service,
+        id: u16,
+        group_id: &dyn Fn(&str) -> Option<u16>,
+    ) -> u8 {
+        let mut kinds = 0;
+        for route in &svc.client_routes {
+            let Some(group) = group_id(&route.group) else { continue };
+            let kind = match route.kind {
+                ClientRouteKind::ClientId => client_route_kind::CLIENT_ROUTE_ID,
+                ClientRouteKind::Username => client_route_kind::CLIENT_ROUTE_USER,
+            };
+            let mut key = client_route {
+                service: id,
+                kind: kind.0 as u8,
+                generation: (self.table.generation & 1) as u8,
+                ..client_route::zeroed()
+            };
+            let text = route.text.as_bytes();
+            key.text[..text.len()].copy_from_slice(text);
+            let length = text.len() + usize::from(!route.prefix);
+            const IN_FRONT: u32 = 32; // service, kind and generation
+            key.prefix = IN_FRONT + 8 * length as u32;
+            self.client_routes.push((key, group.into()));
+            kinds |= 1 << kind.0;
+        }
+        kinds
     }
 
     /// Adds a service's routes; returns the two states that a topic may start in.

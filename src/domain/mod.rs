@@ -82,8 +82,34 @@ pub struct Service {
     pub on_misprediction: OnMisprediction,
     /// Its groups.
     pub groups: Vec<Group>,
-    /// Its routes.
+    /// Its routes by topic.
     pub routes: Vec<Route>,
+    /// Its routes by CONNECT, which come before those.
+    pub client_routes: Vec<ClientRoute>,
+}
+
+impl Service {
+    /// The group of a client, if a route names it: by client id before user name, the longest
+    /// match of each.
+    pub fn group_of_client(&self, client_id: &str, username: &str) -> Option<&ClientRoute> {
+        [(ClientRouteKind::ClientId, client_id), (ClientRouteKind::Username, username)]
+            .into_iter()
+            .filter(|(_, text)| !text.is_empty())
+            .find_map(|(kind, text)| {
+                let matching =
+                    self.client_routes.iter().filter(|r| r.kind == kind && r.matches(text));
+                matching.max_by_key(|r| (r.text.len(), !r.prefix))
+            })
+    }
+}
+
+/// What makes a client find the same broker of its group again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Affinity {
+    /// Nothing: connections are spread.
+    None,
+    /// Its address.
+    ClientIp,
 }
 
 /// Brokers for some topics.
@@ -93,6 +119,8 @@ pub struct Group {
     pub name: String,
     /// The group VIP: an address that only the balancer knows.
     pub vip: IpAddr,
+    /// How its clients are spread over its brokers.
+    pub affinity: Affinity,
     /// The brokers' addresses, at least one.
     pub reals: Vec<Real>,
 }
@@ -113,6 +141,50 @@ pub struct Route {
     pub filter: TopicFilter,
     /// Where they belong.
     pub target: Target,
+}
+
+/// A route by what CONNECT says of the client.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClientRoute {
+    /// By what.
+    pub kind: ClientRouteKind,
+    /// The text; if `prefix`, only what it begins with.
+    pub text: String,
+    /// Whether all that begins so is meant.
+    pub prefix: bool,
+    /// The group's name.
+    pub group: String,
+}
+
+/// What a [`ClientRoute`] looks at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ClientRouteKind {
+    /// The client id: asked first.
+    ClientId,
+    /// The user name.
+    Username,
+}
+
+impl ClientRouteKind {
+    /// As the configuration names it.
+    pub fn key(self) -> &'static str {
+        match self {
+            Self::ClientId => "client_id",
+            Self::Username => "username",
+        }
+    }
+}
+
+impl ClientRoute {
+    /// As it is configured.
+    pub fn pattern(&self) -> String {
+        format!("{}{}", self.text, if self.prefix { "*" } else { "" })
+    }
+
+    /// Whether it names a client.
+    pub fn matches(&self, text: &str) -> bool {
+        if self.prefix { text.starts_with(&self.text) } else { text == self.text }
+    }
 }
 
 /// Where a route's topics belong.

@@ -116,6 +116,11 @@ impl<K: Pod, V: Pod> Table<K, V> {
         Ok(self.entries()?.into_iter().map(|(key, _)| key).collect())
     }
 
+    /// All keys, of a map that is neither hash nor array, and that nobody else changes.
+    pub fn keys_one_by_one(&self) -> Vec<K> {
+        self.map.keys().map(|key| K::from_bytes(&key)).collect()
+    }
+
     /// A per-CPU map's values at `key`.
     pub fn get_per_cpu(&self, key: &K) -> Result<Vec<V>> {
         let values =

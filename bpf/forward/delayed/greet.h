@@ -164,6 +164,45 @@ __noinline int checksum_right(struct xdp_md *ctx, const struct conn *c, __u32 pa
 	return csum_fold(sum_words(header, 15, sum)) == 0xffff;
 }
 
+/* The group of the route that names the client id or user name at `offset`; 0: there is none. */
+static __always_inline binding_t client_route(struct xdp_md *ctx, struct work *w,
+					      const struct service_table *t,
+					      const struct service *svc, __u32 kind, __u32 offset,
+					      __u32 length)
+{
+	struct client_route *key = &w->client_route;
+	const __u32 *group;
+
+	if (!length)
+		return 0;
+	if (length > CLIENT_ROUTE_TEXT_MAX)
+		length = CLIENT_ROUTE_TEXT_MAX;
+	__builtin_memset(key, 0, sizeof(*key));
+	key->prefix = 8 * (sizeof(*key) - sizeof(key->prefix));
+	key->service = svc->id;
+	key->kind = kind;
+	key->generation = t->generation & 1;
+	if (!frame_copy(ctx, offset, key->text, length, CLIENT_ROUTE_TEXT_MAX))
+		return 0;
+	group = bpf_map_lookup_elem(&client_routes, key);
+	return group ? binding_now(*group) : 0;
+}
+
+/* One rule: client id before user name, and both before topics; the longest match of each. */
+static __always_inline binding_t route_of_client(struct xdp_md *ctx, struct work *w,
+						 const struct service_table *t,
+						 const struct service *svc)
+{
+	const struct connect *k = &w->connect;
+	binding_t binding = 0;
+
+	if (svc->client_routes & 1 << CLIENT_ROUTE_ID && k->has_id)
+		binding = client_route(ctx, w, t, svc, CLIENT_ROUTE_ID, k->id, k->id_length);
+	if (!binding && svc->client_routes & 1 << CLIENT_ROUTE_USER && k->has_user)
+		binding = client_route(ctx, w, t, svc, CLIENT_ROUTE_USER, k->user, k->user_length);
+	return binding;
+}
+
 /* Keeps CONNECT, which lies whole in the segment and is short, and answers it. */
 static __always_inline int greet_wait(struct xdp_md *ctx, struct conn *c, struct work *w,
 				      const struct service *svc)
@@ -218,8 +257,12 @@ static __always_inline int greet_connect(struct xdp_md *ctx, struct conn *c, str
 	why = connect_unanswerable(k, c);
 	more = k->length && k->length < c->payload_length;
 
-	v.binding = 0;
-	if (more) {
+	v.binding = route_of_client(ctx, w, t, svc);
+	if (v.binding) {
+		v.way = WAY_ROUTE;
+		v.flags = FLOW_ROUTED;
+	}
+	if (!v.binding && more) {
 		v.binding = decide(ctx, c, t, svc, c->payload + k->length);
 		v.way = WAY_MESSAGE;
 		why = WHY_NO_TOPIC;

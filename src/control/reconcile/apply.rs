@@ -6,7 +6,7 @@
 
 use tracing::{info, warn};
 
-use super::plan::{self, Call, GROUP_FLAG, Plan};
+use super::plan::{self, Call, OUR_FLAGS, Plan, Wanted};
 use crate::balancer::client::{BalancerError, Client};
 use crate::config::Config;
 use crate::control::{Result, handover};
@@ -83,8 +83,8 @@ fn remove_service_vips(plan: &Plan, datapath: &Datapath) -> Result<()> {
 async fn call(client: &mut Client, step: &Call) -> Result<(), BalancerError> {
     info!("{step}");
     match step {
-        Call::AddVip(vip) => client.add_vip(*vip, GROUP_FLAG).await,
-        Call::SetFlag(vip) => client.modify_vip(*vip, GROUP_FLAG, true).await,
+        Call::AddVip(vip, flags) => client.add_vip(*vip, *flags).await,
+        Call::SetFlags(vip, flags, set) => client.modify_vip(*vip, *flags, *set).await,
         Call::AddReals(vip, reals) => client.add_reals(*vip, reals).await,
         Call::DelReals(vip, reals) => client.del_reals(*vip, reals).await,
         Call::DelVip(vip) => client.del_vip(*vip).await,
@@ -94,7 +94,7 @@ async fn call(client: &mut Client, step: &Call) -> Result<(), BalancerError> {
 /// New VIPs are not used by anybody yet; what was changed on others stays for the next try.
 async fn take_back(done: &[&Call], client: &mut Client) {
     for step in done.iter().rev() {
-        if let Call::AddVip(vip) = step
+        if let Call::AddVip(vip, _) = step
             && let Err(error) = client.del_vip(*vip).await
         {
             warn!(%vip, %error, "could not be taken back");
@@ -111,6 +111,14 @@ fn switch(image: &Image, plan: &Plan, datapath: &Datapath) -> Result<()> {
         if image::is_of_generation(edge.state, generation) {
             datapath.route_edges.remove(&edge)?;
         }
+    }
+    for key in datapath.client_routes.keys_one_by_one() {
+        if u32::from(key.generation) == generation & 1 {
+            datapath.client_routes.remove(&key)?;
+        }
+    }
+    for (key, group) in &image.client_routes {
+        datapath.client_routes.put(key, group)?;
     }
     datapath.route_states.put_all(&image.state_entries())?;
     datapath.route_edges.put_all(&image.edge_entries())?;
@@ -175,12 +183,16 @@ pub async fn difference(
 ) -> Result<Option<String>, BalancerError> {
     let wanted = plan::wanted_vips(config);
     let present = plan::present_vips(&wanted, client).await?;
-    for (vip, (reals, _)) in wanted {
+    for (vip, Wanted { reals, flags, .. }) in wanted {
         if !present.contains(&vip) {
             return Ok(Some(format!("VIP {vip} is missing")));
         }
-        if client.vip_flags(vip).await? & GROUP_FLAG == 0 {
-            return Ok(Some(format!("VIP {vip} lacks flag {GROUP_FLAG:#x}")));
+        let has = client.vip_flags(vip).await? & OUR_FLAGS;
+        if flags & !has != 0 {
+            return Ok(Some(format!("VIP {vip} lacks flag {:#x}", flags & !has)));
+        }
+        if has != flags {
+            return Ok(Some(format!("VIP {vip} has flag {:#x}", has & !flags)));
         }
         let has = client.reals(vip).await?;
         if has != reals {

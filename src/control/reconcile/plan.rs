@@ -8,20 +8,21 @@ use std::net::IpAddr;
 use crate::balancer::Vip;
 use crate::balancer::client::{BalancerError, Client};
 use crate::config::Config;
+use crate::domain::Affinity;
 use crate::control::Result;
 use crate::datapath::Datapath;
 use crate::datapath::ids::Identities;
 use crate::datapath::image::{self, Image};
-use crate::kernel::abi::{limits, route_edge, vip_definition, vip_key, words_addr};
+use crate::kernel::abi::{client_route, limits, route_edge, vip_definition, vip_key, words_addr};
 use crate::kernel::xdp;
 
 /// A call to the balancer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Call {
-    /// A VIP with the flag of MQTT groups.
-    AddVip(Vip),
-    /// The flag, for a VIP that is there without it.
-    SetFlag(Vip),
+    /// A VIP, with its flags.
+    AddVip(Vip, u32),
+    /// Sets or clears flags of a VIP that is there.
+    SetFlags(Vip, u32, bool),
     /// New reals, or new weights.
     AddReals(Vip, BTreeMap<IpAddr, u32>),
     /// Reals that are not wanted any more. Their connections stay.
@@ -37,8 +38,11 @@ impl fmt::Display for Call {
             texts.join(", ")
         };
         match self {
-            Self::AddVip(vip) => write!(f, "balancer: add VIP {vip}"),
-            Self::SetFlag(vip) => write!(f, "balancer: mark VIP {vip} as an MQTT group"),
+            Self::AddVip(vip, _) => write!(f, "balancer: add VIP {vip}"),
+            Self::SetFlags(vip, flags, set) => {
+                let verb = if *set { "set" } else { "clear" };
+                write!(f, "balancer: {verb} flags {flags:#x} of VIP {vip}")
+            }
             Self::AddReals(vip, reals) => write!(f, "balancer: {vip}: add {}", list(reals)),
             Self::DelReals(vip, reals) => write!(f, "balancer: {vip}: remove {}", list(reals)),
             Self::DelVip(vip) => write!(f, "balancer: remove VIP {vip}"),
@@ -112,15 +116,37 @@ impl Plan {
 /// The flag that group VIPs have.
 pub const GROUP_FLAG: u32 = limits::VIP_FLAG_MQTT_GROUP.0;
 
+/// Katran's flag for VIPs whose clients find the same real again.
+pub const BY_ADDRESS_FLAG: u32 = limits::VIP_FLAG_BY_ADDRESS.0;
+
+/// The flags that are this product's to set and clear.
+pub const OUR_FLAGS: u32 = GROUP_FLAG | BY_ADDRESS_FLAG;
+
+/// What a group's VIP has to have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wanted {
+    /// Reals with their weights.
+    pub reals: BTreeMap<IpAddr, u32>,
+    /// The service whose address the balancer puts back.
+    pub service: Vip,
+    /// Of [`OUR_FLAGS`].
+    pub flags: u32,
+}
+
 /// The VIPs that the configuration's groups need, with their reals and their service.
-pub fn wanted_vips(config: &Config) -> BTreeMap<Vip, (BTreeMap<IpAddr, u32>, Vip)> {
+pub fn wanted_vips(config: &Config) -> BTreeMap<Vip, Wanted> {
     let mut wanted = BTreeMap::new();
     for service in &config.services {
         for group in &service.groups {
             let reals = group.reals.iter().map(|r| (r.addr, r.weight)).collect();
+            let flags = match group.affinity {
+                Affinity::None => GROUP_FLAG,
+                Affinity::ClientIp => GROUP_FLAG | BY_ADDRESS_FLAG,
+            };
+            let service_vip = Vip::tcp(service.addr, service.port);
             wanted.insert(
                 Vip::tcp(group.vip, service.port),
-                (reals, Vip::tcp(service.addr, service.port)),
+                Wanted { reals, service: service_vip, flags },
             );
         }
     }
@@ -144,8 +170,8 @@ pub fn plan_maps(config: &Config, datapath: &Datapath, mtu: u32) -> Result<Plan>
     Ok(Plan {
         add_service_vips: wanted
             .iter()
-            .filter(|(vip, (_, service))| service_vips.get(vip) != Some(service))
-            .map(|(vip, (_, service))| (*vip, *service))
+            .filter(|(vip, wanted)| service_vips.get(vip) != Some(&wanted.service))
+            .map(|(vip, wanted)| (*vip, wanted.service))
             .collect(),
         before: Vec::new(),
         new_groups: identities
@@ -172,7 +198,7 @@ pub fn plan_maps(config: &Config, datapath: &Datapath, mtu: u32) -> Result<Plan>
 
 /// The balancer's VIPs. Those that are wanted must be written as calls name them.
 pub async fn present_vips(
-    wanted: &BTreeMap<Vip, (BTreeMap<IpAddr, u32>, Vip)>,
+    wanted: &BTreeMap<Vip, Wanted>,
     client: &mut Client,
 ) -> Result<BTreeSet<Vip>, BalancerError> {
     let all = client.verbatim_vips().await?;
@@ -185,18 +211,22 @@ pub async fn present_vips(
 
 async fn plan_balancer(
     plan: &mut Plan,
-    wanted: &BTreeMap<Vip, (BTreeMap<IpAddr, u32>, Vip)>,
+    wanted: &BTreeMap<Vip, Wanted>,
     client: &mut Client,
 ) -> Result<(), BalancerError> {
     let present = present_vips(wanted, client).await?;
-    for (vip, (reals, _)) in wanted {
+    for (vip, Wanted { reals, flags, .. }) in wanted {
         if !present.contains(vip) {
-            plan.before.push(Call::AddVip(*vip));
+            plan.before.push(Call::AddVip(*vip, *flags));
             plan.before.push(Call::AddReals(*vip, reals.clone()));
             continue;
         }
-        if client.vip_flags(*vip).await? & GROUP_FLAG == 0 {
-            plan.before.push(Call::SetFlag(*vip));
+        let has = client.vip_flags(*vip).await?;
+        if flags & !has != 0 {
+            plan.before.push(Call::SetFlags(*vip, flags & !has, true));
+        }
+        if has & !flags & OUR_FLAGS != 0 {
+            plan.before.push(Call::SetFlags(*vip, has & !flags & OUR_FLAGS, false));
         }
         let has = client.reals(*vip).await?;
         let add: BTreeMap<_, _> = reals
@@ -274,6 +304,16 @@ fn in_force(datapath: &Datapath, image: &Image) -> Result<bool> {
         .collect();
     if edges != image.edges {
         return Ok(false);
+    }
+    let routes = datapath.client_routes.keys_one_by_one();
+    let of_generation = |key: &client_route| u32::from(key.generation) == generation & 1;
+    if routes.iter().filter(|key| of_generation(key)).count() != image.client_routes.len() {
+        return Ok(false);
+    }
+    for (key, group) in &image.client_routes {
+        if datapath.client_routes.get(key)? != Some(*group) {
+            return Ok(false);
+        }
     }
     for (number, state) in &image.states {
         let there = datapath.route_states.get(number)?;
