@@ -103,7 +103,11 @@ fn every_message_of_every_kind_of_client_is_where_its_topic_belongs_once() {
 }
 
 /// The nth segment of a kind of each connection.
-fn nth_of_kind(kind: Kind, wrapped: bool, fate: Fate) -> Box<dyn FnMut(Option<Seen>) -> Fate + Send> {
+fn nth_of_kind(
+    kind: Kind,
+    wrapped: bool,
+    fate: Fate,
+) -> Box<dyn FnMut(Option<Seen>) -> Fate + Send> {
     let mut met = HashSet::new();
     Box::new(move |seen| match seen {
         Some(s) if s.kind == kind && s.wrapped == wrapped && met.insert(s.port) => fate,
@@ -138,8 +142,11 @@ fn each_step_may_be_lost_doubled_or_late() {
         ("PUBLISH to the broker", 1, Kind::Publish, true),
         ("ACK to the broker", 1, Kind::Ack, true),
     ];
-    let fates =
-        [("lost", Fate::Lost), ("doubled", Fate::Twice), ("late", Fate::Late(Duration::from_millis(40)))];
+    let fates = [
+        ("lost", Fate::Lost),
+        ("doubled", Fate::Twice),
+        ("late", Fate::Late(Duration::from_millis(40))),
+    ];
     for (step, wire, kind, wrapped) in steps {
         for (what, fate) in fates {
             *rules[wire].lock().unwrap() = nth_of_kind(kind, wrapped, fate);
@@ -258,7 +265,8 @@ fn a_refusal_is_not_hidden() {
     // A broker that lets nobody in, on the host of group a.
     let conf = format!("/run/mqtt-fwd-lab/{}/closed.conf", lab.name);
     std::fs::write(&conf, "listener 1883\nallow_anonymous false\nuser root\n").unwrap();
-    let pid = lab.ok("r1", &["sh", "-c", "ss -Hltnp | grep -o 'pid=[0-9]*' | head -n1 | cut -d= -f2"]);
+    let pid =
+        lab.ok("r1", &["sh", "-c", "ss -Hltnp | grep -o 'pid=[0-9]*' | head -n1 | cut -d= -f2"]);
     lab.ok("r1", &["kill", pid.trim()]);
     wait_for("the open broker's end", || {
         let there = lab.exec("r1", &["sh", "-c", "ss -Hltn | grep -q :1883"]);
@@ -280,7 +288,10 @@ fn a_refusal_is_not_hidden() {
         assert!(error.to_string().contains(expected), "{error}");
     }
     assert!(arrivals(&lab).is_empty());
-    let status = lab.ok("r1", &["mqtt-fwd", "real", "status", "--interface", "eth0", "--bpffs", &bpffs(&lab, 1)]);
+    let status = lab.ok(
+        "r1",
+        &["mqtt-fwd", "real", "status", "--interface", "eth0", "--bpffs", &bpffs(&lab, 1)],
+    );
     assert!(status.contains("1  CONNACKs that differed"), "{status}");
 }
 
@@ -322,7 +333,11 @@ fn routes_by_connect_come_before_topics() {
                 break;
             }
         }
-        assert_eq!(lab.wait_received(&format!("m/temp {}", session.messages[0])), *real, "{session:?}");
+        assert_eq!(
+            lab.wait_received(&format!("m/temp {}", session.messages[0])),
+            *real,
+            "{session:?}"
+        );
     }
     let flows = lab.mqtt_fwd(&["counters"]);
     assert!(flows.contains("bound_route"), "{flows}");

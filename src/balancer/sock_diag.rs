@@ -86,8 +86,7 @@ fn take(mut messages: &[u8], all: &mut Vec<Listening>) -> nix::Result<bool> {
                     return Err(nix::Error::EBADMSG);
                 };
                 // INET_DIAG_ULP_INFO names the upper layer protocol; nothing else has such a text.
-                let mptcp =
-                    attributes.is_some_and(|a| a.windows(6).any(|text| text == b"mptcp\0"));
+                let mptcp = attributes.is_some_and(|a| a.windows(6).any(|text| text == b"mptcp\0"));
                 all.push(Listening { local: local(m), inode: u32_at(m, 68).into(), mptcp });
             }
         }

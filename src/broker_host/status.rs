@@ -31,11 +31,7 @@ pub struct Status {
 }
 
 /// Looks at the host. With a key file: also whether that is what the programs hold.
-pub fn status(
-    interface: &str,
-    bpffs: &Path,
-    key_file: Option<&Path>,
-) -> Result<Status, HostError> {
+pub fn status(interface: &str, bpffs: &Path, key_file: Option<&Path>) -> Result<Status, HostError> {
     let pins = pins_of(bpffs, interface);
     pins.check()?;
     let attached = xdp::attached(interface)?;

@@ -131,19 +131,24 @@ pub fn keys(pins: &Pins) -> Result<handover_keys> {
 
 /// What the programs have done, for people.
 pub fn counters(pins: &Pins) -> Result<Vec<(&'static str, u64)>> {
-    let table =
-        Table::<u32, u64>::open(&pins.map_of(Object::BrokerHost, "takeover_counters"))?;
+    let table = Table::<u32, u64>::open(&pins.map_of(Object::BrokerHost, "takeover_counters"))?;
     let texts = [
         (takeover_counter::TAKEOVER_DONE, "connections taken over"),
         (takeover_counter::TAKEOVER_REFUSED, "connections that the kernel refused"),
-        (takeover_counter::TAKEOVER_NO_COOKIE, "first segments without a valid cookie: another key?"),
+        (
+            takeover_counter::TAKEOVER_NO_COOKIE,
+            "first segments without a valid cookie: another key?",
+        ),
         (takeover_counter::TAKEOVER_EARLY, "segments before their connection was taken over"),
         (takeover_counter::TAKEOVER_ACK_HELD, "acknowledgements held back"),
         (takeover_counter::TAKEOVER_OLD_SOCKET, "older sockets on the same addresses ended"),
         (takeover_counter::TAKEOVER_RESET_HELD, "RSTs held back"),
         (takeover_counter::TAKEOVER_CONNACK_SAME, "CONNACKs as the balancer answered"),
         (takeover_counter::TAKEOVER_CONNACK_DIFFERENT, "CONNACKs that differed: connection reset"),
-        (takeover_counter::TAKEOVER_REPLAYED, "first segments repeated after their connection's end"),
+        (
+            takeover_counter::TAKEOVER_REPLAYED,
+            "first segments repeated after their connection's end",
+        ),
     ];
     texts
         .into_iter()

@@ -94,10 +94,13 @@ impl Status {
 
 fn print(interface: &str, status: &broker_host::status::Status) {
     let vips: Vec<_> = status.vips.iter().map(ToString::to_string).collect();
-    let unwraps = if status.unwraps { "unwraps packets for" } else { "does not unwrap packets for" };
+    let unwraps =
+        if status.unwraps { "unwraps packets for" } else { "does not unwrap packets for" };
     line(&format!("{interface}: {unwraps} {}", vips.join(", ")));
     match (status.takes_over, status.key_epoch) {
-        (true, Some(epoch)) => line(&format!("takes connections over, key of epoch {epoch} in use")),
+        (true, Some(epoch)) => {
+            line(&format!("takes connections over, key of epoch {epoch} in use"));
+        }
         _ if status.can_take_over => {
             line("takes no connections over (`real up --handover-key FILE` makes it)");
         }

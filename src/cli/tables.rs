@@ -51,14 +51,24 @@ pub fn flows(config: &Config, output: Output) -> Result<(), Error> {
         return Ok(());
     }
     table::print(
-        &["service", "client", "client id", "group", "bound by", "state", "last topic", "misrouted"],
+        &[
+            "service",
+            "client",
+            "client id",
+            "group",
+            "bound by",
+            "state",
+            "last topic",
+            "misrouted",
+        ],
         rows.into_iter().map(|r| {
             vec![
                 r.service,
                 r.client.to_string(),
                 r.client_id,
                 r.group,
-                r.why.map_or_else(|| r.bound_by.to_owned(), |why| format!("{} ({why})", r.bound_by)),
+                r.why
+                    .map_or_else(|| r.bound_by.to_owned(), |why| format!("{} ({why})", r.bound_by)),
                 r.state.to_owned(),
                 r.topic,
                 mark(r.misrouted, "misrouted"),

@@ -10,7 +10,8 @@ pub use error::{ConfigError, Problem};
 pub use read::{address, endpoint, mac, parse_mac};
 
 pub use crate::domain::{
-    BalancerKind, Binding, Encapsulation, Group, OnMisprediction, Real, Route, Service, Target, XdpMode,
+    BalancerKind, Binding, Encapsulation, Group, OnMisprediction, Real, Route, Service, Target,
+    XdpMode,
 };
 use crate::kernel::load::LoadSpec;
 use crate::kernel::pins::Pins;

@@ -8,11 +8,11 @@ use toml::de::DeTable;
 
 use super::reader::{Reader, Source};
 use super::{
-    BalancerKind, Binding, Config, ConfigError, Encapsulation, Group, MapSizes, OnMisprediction, Rates,
-    Real, Route, Service, Target, XdpMode,
+    BalancerKind, Binding, Config, ConfigError, Encapsulation, Group, MapSizes, OnMisprediction,
+    Rates, Real, Route, Service, Target, XdpMode,
 };
-use crate::domain::{ANY, Affinity, ClientRoute, ClientRouteKind};
 use crate::domain::filter::TopicFilter;
+use crate::domain::{ANY, Affinity, ClientRoute, ClientRouteKind};
 use crate::kernel::abi::limits;
 use crate::routes::compile;
 
@@ -188,7 +188,10 @@ fn service(r: Reader<'_>) -> Option<Service> {
         let same = |r: &ClientRoute| (r.kind, r.pattern()) == (route.kind, route.pattern());
         if client_routes[..i].iter().any(same) {
             let (kind, pattern) = (route.kind.key(), route.pattern());
-            r.problem("route", format!("{kind} {pattern:?} is routed twice; remove one of the two"));
+            r.problem(
+                "route",
+                format!("{kind} {pattern:?} is routed twice; remove one of the two"),
+            );
         }
     }
     for twice in duplicates(&routes) {
@@ -215,7 +218,8 @@ fn client_route(
     binding: Binding,
     known: &dyn Fn(&str) -> Result<String, String>,
 ) -> Option<ClientRoute> {
-    let kind = if r.has("client_id") { ClientRouteKind::ClientId } else { ClientRouteKind::Username };
+    let kind =
+        if r.has("client_id") { ClientRouteKind::ClientId } else { ClientRouteKind::Username };
     for other in ["topic", "username"] {
         if r.has(other) && other != kind.key() {
             r.problem(

@@ -69,7 +69,7 @@ pub fn bind_silent(config: &Config, datapath: &Datapath) -> Result<usize> {
         h.state = handover_state::HANDOVER_SILENT.0 as u8;
         // If its message has come meanwhile, it is bound, and this must not undo that.
         let current = datapath.handovers.get(&key)?;
-        if !current.is_some_and(|c| u32::from(c.state) <= handover_state::HANDOVER_SILENT.0) {
+        if current.is_none_or(|c| u32::from(c.state) > handover_state::HANDOVER_SILENT.0) {
             continue;
         }
         datapath.handovers.put(&key, &h)?;
@@ -187,17 +187,15 @@ mod tests {
 
     #[test]
     fn what_is_injected_is_a_tcp_segment_with_right_checksums() {
-        let mut h = handover { start: 1000, server: 5000, connect_length: 15, ..handover::zeroed() };
+        let mut h =
+            handover { start: 1000, server: 5000, connect_length: 15, ..handover::zeroed() };
         h.connect[..15].copy_from_slice(b"\x10\x0d\x00\x04MQTT\x04\x02\x00\x3c\x00\x01c");
         for (timestamps, client, vip) in
             [(0, "10.1.1.1", "10.1.50.200"), (1, "fd01:1::1", "fd01:50::200")]
         {
             h.timestamps = timestamps;
-            let frame = connect_again(
-                (client.parse().unwrap(), 40_000),
-                (vip.parse().unwrap(), 1883),
-                &h,
-            );
+            let frame =
+                connect_again((client.parse().unwrap(), 40_000), (vip.parse().unwrap(), 1883), &h);
             let packet = etherparse::PacketHeaders::from_ethernet_slice(&frame).unwrap();
             let tcp = packet.transport.unwrap().tcp().unwrap();
             assert_eq!((tcp.sequence_number, tcp.acknowledgment_number), (1000, 5000));
@@ -208,7 +206,9 @@ mod tests {
                     assert_eq!(ip.header_checksum, ip.calc_header_checksum());
                     tcp.calc_checksum_ipv4(&ip, payload).unwrap()
                 }
-                etherparse::NetHeaders::Ipv6(ip, _) => tcp.calc_checksum_ipv6(&ip, payload).unwrap(),
+                etherparse::NetHeaders::Ipv6(ip, _) => {
+                    tcp.calc_checksum_ipv6(&ip, payload).unwrap()
+                }
                 etherparse::NetHeaders::Arp(_) => unreachable!(),
             };
             assert_eq!(tcp.checksum, right);

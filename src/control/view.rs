@@ -211,9 +211,9 @@ pub fn clients(datapath: &Datapath, names: &Names) -> Result<Vec<ClientRow>> {
     ids.sort_by_key(|(_, id)| (id.service, id.text));
     let addresses =
         addresses.into_iter().map(|(service, addr, c)| (service, addr.to_string(), "address", c));
-    let ids = ids.into_iter().map(|(_, id)| {
-        (id.service, topic_text(&id.text, id.length), "client id", id.client)
-    });
+    let ids = ids
+        .into_iter()
+        .map(|(_, id)| (id.service, topic_text(&id.text, id.length), "client id", id.client));
     addresses
         .chain(ids)
         .map(|(service, client, by, c)| {

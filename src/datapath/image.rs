@@ -8,8 +8,8 @@ use crate::config::{Binding, Config, OnMisprediction, Service, Target};
 use crate::domain::ClientRouteKind;
 use crate::domain::filter::{Level, TopicFilter};
 use crate::kernel::abi::{
-    Pod as _, addr_words, binding_mode, client_route, client_route_kind, limits, misprediction_policy, route_edge, route_state, route_state_flags, service,
-    service_table,
+    Pod as _, addr_words, binding_mode, client_route, client_route_kind, limits,
+    misprediction_policy, route_edge, route_state, route_state_flags, service, service_table,
 };
 use crate::routes::compile::{Automaton, DEAD, TooManyStates};
 use crate::routes::hash::Keys;

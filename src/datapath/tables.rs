@@ -2,8 +2,8 @@
 
 use crate::kernel;
 use crate::kernel::abi::{
-    client, client_id, client_route, client4, client6, flow, flow4, flow6, group, handover, handover_keys, map_use, route_edge, route_state,
-    service_table, topic, vip_definition,
+    client, client_id, client_route, client4, client6, flow, flow4, flow6, group, handover,
+    handover_keys, map_use, route_edge, route_state, service_table, topic, vip_definition,
 };
 use crate::kernel::maps::Table;
 use crate::kernel::pins::Pins;

@@ -24,9 +24,13 @@ pub enum KeyError {
     None { path: PathBuf },
     #[error("{path}: others may read this secret (mode {mode:04o}); `chmod 600 {path}`")]
     Readable { path: PathBuf, mode: u32 },
-    #[error("{path}: not a handover key ({why}); copy it anew, or make one with `mqtt-fwd keys new`")]
+    #[error(
+        "{path}: not a handover key ({why}); copy it anew, or make one with `mqtt-fwd keys new`"
+    )]
     Malformed { path: PathBuf, why: String },
-    #[error("{path}: is there already; `mqtt-fwd keys rotate` changes it without losing connections")]
+    #[error(
+        "{path}: is there already; `mqtt-fwd keys rotate` changes it without losing connections"
+    )]
     Exists { path: PathBuf },
     #[error(
         "{path}: the key of epoch {epoch} is not in use before {seconds} s from now; rotate after that, \
@@ -67,7 +71,7 @@ impl Key {
     fn random(epoch: u32, now: u64, use_from: u64) -> Result<Self> {
         let mut secret = [0u8; 16];
         getrandom::fill(&mut secret).map_err(KeyError::Random)?;
-        let secret = secret.iter().map(|byte| format!("{byte:02x}")).collect();
+        let secret = format!("{:032x}", u128::from_be_bytes(secret));
         Ok(Self { epoch, made: now, use_from, secret })
     }
 
@@ -105,9 +109,9 @@ impl KeyFile {
         if mode & 0o077 != 0 {
             return Err(KeyError::Readable { path: path.to_owned(), mode });
         }
-        let malformed = |why: &str| KeyError::Malformed { path: path.to_owned(), why: why.to_owned() };
-        let file: Self =
-            toml::from_str(&text).map_err(|e| malformed(e.message().trim()))?;
+        let malformed =
+            |why: &str| KeyError::Malformed { path: path.to_owned(), why: why.to_owned() };
+        let file: Self = toml::from_str(&text).map_err(|e| malformed(e.message().trim()))?;
         if file.key.is_empty() || file.key.len() > 2 {
             return Err(malformed("it has one key, or two while they are changed"));
         }
@@ -149,8 +153,7 @@ impl KeyFile {
     /// Whole or not at all: beside it first, then in its place.
     fn write(&self, path: &Path) -> Result<()> {
         let io = |action| move |source| KeyError::Io { path: path.to_owned(), action, source };
-        let text = toml::to_string(self)
-            .map_err(|e| io("writing")(std::io::Error::other(e)))?;
+        let text = toml::to_string(self).map_err(|e| io("writing")(std::io::Error::other(e)))?;
         if let Some(dir) = path.parent() {
             fs::create_dir_all(dir).map_err(io("making its directory"))?;
         }

@@ -8,10 +8,11 @@ pub use super::skeletons::balancer::types::{
 };
 pub use super::skeletons::decap::types::address;
 pub use super::skeletons::mqtt_fwd::types::{
-    binding_mode, client, client_flags, client_id, client_route, client_route_kind, client4, client6, event, event_kind, flow,
-    flow_flags, flow4, flow6, group, handover, handover_keys, handover_limits, handover_state, limits,
-    map_use, misprediction_policy, parser, reason, route_edge, route_state, route_state_flags,
-    service, service_table, topic, topic_verdict, tracked_map, vip_definition, way, why,
+    binding_mode, client, client_flags, client_id, client_route, client_route_kind, client4,
+    client6, event, event_kind, flow, flow_flags, flow4, flow6, group, handover, handover_keys,
+    handover_limits, handover_state, limits, map_use, misprediction_policy, parser, reason,
+    route_edge, route_state, route_state_flags, service, service_table, topic, topic_verdict,
+    tracked_map, vip_definition, way, why,
 };
 pub use super::skeletons::takeover::types::takeover_counter;
 

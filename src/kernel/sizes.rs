@@ -44,6 +44,7 @@ impl Default for MapSizes {
 
 impl MapSizes {
     /// The same, where no service binds late.
+    #[must_use]
     pub fn without_delayed(self) -> Self {
         Self { client_ids: 1024, handovers: 1024, ..self }
     }

@@ -39,13 +39,14 @@ pub enum Role {
 /// The role of a map of either object.
 pub fn role(name: &str) -> Role {
     match name {
-        "generation" | "handover_keys" | "client_routes" | "services" | "groups" | "mqtt_topic_to_vip" | "route_states" | "vip_map"
-        | "ch_rings" | "reals" | "vip_reals" | "ctl_array" => Role::Configuration,
+        "generation" | "handover_keys" | "client_routes" | "services" | "groups"
+        | "mqtt_topic_to_vip" | "route_states" | "vip_map" | "ch_rings" | "reals" | "vip_reals"
+        | "ctl_array" => Role::Configuration,
         "mqtt_client_ip_to_topic" | "mqtt_client6_to_topic" | "client_ids" | "topics" => {
             Role::Knowledge
         }
-        "handovers" | "flows" | "flows6" | "flows_weak" | "flows6_weak" | "topic_streams" | "connections"
-        | "connections6" => Role::Flows,
+        "handovers" | "flows" | "flows6" | "flows_weak" | "flows6_weak" | "topic_streams"
+        | "connections" | "connections6" => Role::Flows,
         _ => Role::Scratch,
     }
 }

@@ -189,13 +189,7 @@ fn packet_socket(interface: &str) -> OwnedFd {
         );
         assert_eq!(set, 0);
         let room = 8i32 << 20;
-        libc::setsockopt(
-            fd,
-            libc::SOL_SOCKET,
-            libc::SO_RCVBUFFORCE,
-            (&raw const room).cast(),
-            4,
-        );
+        libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, (&raw const room).cast(), 4);
         OwnedFd::from_raw_fd(fd)
     }
 }
@@ -242,12 +236,7 @@ fn carry(ends: &[OwnedFd; 2], rule: &mut Rule, stop: &AtomicBool) {
             loop {
                 // SAFETY: the buffer is valid for its length.
                 let length = unsafe {
-                    libc::recv(
-                        ends[from].as_raw_fd(),
-                        buffer.as_mut_ptr().cast(),
-                        buffer.len(),
-                        0,
-                    )
+                    libc::recv(ends[from].as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0)
                 };
                 if length <= 0 {
                     break;

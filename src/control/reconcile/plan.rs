@@ -8,11 +8,11 @@ use std::net::IpAddr;
 use crate::balancer::Vip;
 use crate::balancer::client::{BalancerError, Client};
 use crate::config::Config;
-use crate::domain::Affinity;
 use crate::control::Result;
 use crate::datapath::Datapath;
 use crate::datapath::ids::Identities;
 use crate::datapath::image::{self, Image};
+use crate::domain::Affinity;
 use crate::kernel::abi::{client_route, limits, route_edge, vip_definition, vip_key, words_addr};
 use crate::kernel::xdp;
 
@@ -40,8 +40,15 @@ impl fmt::Display for Call {
         match self {
             Self::AddVip(vip, _) => write!(f, "balancer: add VIP {vip}"),
             Self::SetFlags(vip, flags, set) => {
-                let verb = if *set { "set" } else { "clear" };
-                write!(f, "balancer: {verb} flags {flags:#x} of VIP {vip}")
+                let mut what = Vec::new();
+                if flags & GROUP_FLAG != 0 {
+                    what.push(format!("mark VIP {vip} as an MQTT group"));
+                }
+                if flags & BY_ADDRESS_FLAG != 0 {
+                    let by = if *set { "address" } else { "address and port" };
+                    what.push(format!("spread clients of VIP {vip} by {by}"));
+                }
+                write!(f, "balancer: {}", what.join(", "))
             }
             Self::AddReals(vip, reals) => write!(f, "balancer: {vip}: add {}", list(reals)),
             Self::DelReals(vip, reals) => write!(f, "balancer: {vip}: remove {}", list(reals)),
