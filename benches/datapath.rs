@@ -9,21 +9,15 @@ mod common;
 #[allow(unused)]
 mod support;
 
-use std::mem::MaybeUninit;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::AsFd as _;
 
 use common::rewind::RewindSkel;
-use common::{Bench, Case, ROUNDS, load_rewind, median};
-use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
-use libbpf_rs::{MapCore as _, MapFlags, OpenObject};
+use common::{Bench, Case, ROUNDS, load_balancer, load_rewind, median};
+use libbpf_rs::{MapCore as _, MapFlags};
 use mqtt_fwd::config::MapSizes;
-use mqtt_fwd::kernel::abi::{
-    Pod as _, addr_words, real_definition, vip_definition, vip_key, vip_meta,
-};
+use mqtt_fwd::kernel::abi::Pod as _;
 use mqtt_fwd::kernel::chain;
-use mqtt_fwd::kernel::maps::Table;
-use mqtt_fwd::kernel::skeletons::balancer::BalancerSkelBuilder;
 use mqtt_fwd::kernel::xdp::ProgramInfo;
 use support::datapath::{Fixture, SERVICE, SERVICE6, XDP_TX, sentinel};
 use support::{mqtt, packet};
@@ -72,28 +66,7 @@ fn case(v6: bool, clients: u32, payload: &[u8]) -> Case {
 
 /// The embedded balancer alone, one established flow.
 fn balancer_cost(bench: &Bench, v6: bool) -> (f64, u32) {
-    let storage: &'static mut MaybeUninit<OpenObject> = Box::leak(Box::new(MaybeUninit::uninit()));
-    let mut open = BalancerSkelBuilder::default().open(storage).unwrap();
-    open.maps.rodata_data.as_deref_mut().unwrap().has_predecessor = 0;
-    let skel = open.load().unwrap();
-    // The group's VIP, as mqtt_fwd hands it on: with the service's address to put back.
-    let (service, vip, real): (SocketAddr, IpAddr, IpAddr) = if v6 {
-        (SERVICE6.parse().unwrap(), "fd01:50::250".parse().unwrap(), "fd01:3::203".parse().unwrap())
-    } else {
-        (SERVICE.parse().unwrap(), "10.1.50.250".parse().unwrap(), "10.1.3.203".parse().unwrap())
-    };
-    let vips: Table<vip_definition, vip_meta> = Table::of(&skel.maps.vip_map).unwrap();
-    let flags = mqtt_fwd::control::reconcile::plan::GROUP_FLAG;
-    vips.put(&vip_key(vip, 1883), &vip_meta { flags, vip_num: 0, epoch: 1 }).unwrap();
-    let services: Table<vip_definition, vip_definition> =
-        Table::of(&skel.maps.mqtt_service_vips).unwrap();
-    services.put(&vip_key(vip, 1883), &vip_key(service.ip(), 1883)).unwrap();
-    let reals: Table<u32, real_definition> = Table::of(&skel.maps.reals).unwrap();
-    let definition = real_definition { addr: addr_words(real), v6: v6.into(), pad: [0; 3] };
-    reals.put(&1, &definition).unwrap();
-    let rings: Table<u32, u32> = Table::of(&skel.maps.ch_rings).unwrap();
-    rings.put_all(&(0..65_537).map(|i| (i, 1)).collect::<Vec<_>>()).unwrap();
-
+    let (skel, vip) = load_balancer(v6);
     let ack = Case { dst: vip, ..case(v6, 1, &[]) };
     let wrapped = if v6 { 40 } else { 20 };
     let (plain, stripping) =

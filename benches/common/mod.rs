@@ -2,16 +2,20 @@
 //! client, again and again, and what a program behind it costs.
 
 use std::mem::MaybeUninit;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
 use libbpf_rs::{MapCore as _, MapFlags, OpenObject};
-use mqtt_fwd::kernel::abi::{Pod as _, addr_words};
+use mqtt_fwd::kernel::abi::{
+    Pod as _, addr_words, real_definition, vip_definition, vip_key, vip_meta,
+};
 use mqtt_fwd::kernel::chain;
+use mqtt_fwd::kernel::maps::Table;
+use mqtt_fwd::kernel::skeletons::balancer::{BalancerSkel, BalancerSkelBuilder};
 use rewind::{RewindSkel, RewindSkelBuilder};
 
-use crate::support::datapath::{Fixture, XDP_TX, test_run};
+use crate::support::datapath::{Fixture, SERVICE, SERVICE6, XDP_TX, test_run};
 
 #[allow(warnings, clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks)]
 pub mod rewind {
@@ -49,6 +53,32 @@ pub fn load_rewind(case: &Case, wrapped: u16, fixture: &Fixture) -> RewindSkel<'
     rodata.src = addr_words(case.src);
     open.maps.root_array.reuse_fd(fixture.skel.maps.root_array.as_fd()).unwrap();
     open.load().unwrap()
+}
+
+/// The embedded balancer with the group VIP of one family, and one real behind it.
+pub fn load_balancer(v6: bool) -> (BalancerSkel<'static>, IpAddr) {
+    let storage: &'static mut MaybeUninit<OpenObject> = Box::leak(Box::new(MaybeUninit::uninit()));
+    let mut open = BalancerSkelBuilder::default().open(storage).unwrap();
+    open.maps.rodata_data.as_deref_mut().unwrap().has_predecessor = 0;
+    let skel = open.load().unwrap();
+    // The group's VIP, as mqtt_fwd hands it on: with the service's address to put back.
+    let (service, vip, real): (SocketAddr, IpAddr, IpAddr) = if v6 {
+        (SERVICE6.parse().unwrap(), "fd01:50::250".parse().unwrap(), "fd01:3::203".parse().unwrap())
+    } else {
+        (SERVICE.parse().unwrap(), "10.1.50.250".parse().unwrap(), "10.1.3.203".parse().unwrap())
+    };
+    let vips: Table<vip_definition, vip_meta> = Table::of(&skel.maps.vip_map).unwrap();
+    let flags = mqtt_fwd::control::reconcile::plan::GROUP_FLAG;
+    vips.put(&vip_key(vip, 1883), &vip_meta { flags, vip_num: 0, epoch: 1 }).unwrap();
+    let services: Table<vip_definition, vip_definition> =
+        Table::of(&skel.maps.mqtt_service_vips).unwrap();
+    services.put(&vip_key(vip, 1883), &vip_key(service.ip(), 1883)).unwrap();
+    let reals: Table<u32, real_definition> = Table::of(&skel.maps.reals).unwrap();
+    let definition = real_definition { addr: addr_words(real), v6: v6.into(), pad: [0; 3] };
+    reals.put(&1, &definition).unwrap();
+    let rings: Table<u32, u32> = Table::of(&skel.maps.ch_rings).unwrap();
+    rings.put_all(&(0..65_537).map(|i| (i, 1)).collect::<Vec<_>>()).unwrap();
+    (skel, vip)
 }
 
 pub fn median(mut values: Vec<f64>) -> f64 {

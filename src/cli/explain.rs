@@ -1,11 +1,14 @@
 //! `check` and `routes`: what the configuration means.
 
+use std::collections::BTreeSet;
+
 use clap::Args;
 use serde::Serialize;
 
 use super::table::{self, line};
-use crate::config::{Config, Service};
+use crate::config::{Binding, Config, Service};
 use crate::domain::filter::{TopicFilter, most_specific};
+use crate::handover::keys::{KeyFile, now};
 
 pub fn check(config: &Config) {
     line(&format!("{}: valid", config.path.display()));
@@ -19,6 +22,29 @@ pub fn check(config: &Config) {
             service.groups.len(),
             service.default_group
         ));
+        if service.binding == Binding::Delayed {
+            handover(config, service);
+        }
+    }
+}
+
+/// What delayed binding needs that the configuration cannot give.
+fn handover(config: &Config, service: &Service) {
+    let hosts: BTreeSet<_> =
+        service.groups.iter().flat_map(|g| &g.reals).map(|r| r.addr.to_string()).collect();
+    let list: Vec<_> = hosts.into_iter().collect();
+    line(&format!(
+        "  binding = \"delayed\": each broker host ({}) needs Linux 6.9 or later and \
+         `mqtt-fwd real up --handover-key FILE`; `mqtt-fwd real status` there says what is missing",
+        list.join(", ")
+    ));
+    match KeyFile::read(&config.handover_key) {
+        Ok(file) => line(&format!(
+            "  handover key {}: fingerprint {} in use; the hosts' `mqtt-fwd keys show` must say the same",
+            config.handover_key.display(),
+            file.in_use(now()).fingerprint()
+        )),
+        Err(e) => line(&format!("  not ready: {e}")),
     }
 }
 
@@ -76,6 +102,9 @@ fn all(service: &Service) -> Vec<Row> {
         .iter()
         .map(|route| row(service, route.filter.to_string(), route.target.name()))
         .collect();
+    rows.extend(service.client_routes.iter().map(|route| {
+        row(service, format!("{} {}", route.kind.key(), route.pattern()), &route.group)
+    }));
     rows.push(row(service, "(all else)".to_owned(), &service.default_group));
     rows
 }

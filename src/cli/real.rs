@@ -6,9 +6,10 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::table::{self, line};
-use crate::broker_host;
+use crate::broker_host::{self, takeover};
 use crate::config::{XdpMode, address};
 use crate::control::Error;
+use crate::kernel::BpfError;
 
 #[derive(Debug, Args)]
 pub struct Real {
@@ -44,6 +45,8 @@ enum Action {
     },
     /// Show what the host has and lacks; fails if something is wrong
     Status(Status),
+    /// Say whether this kernel can take connections over, which delayed binding needs
+    Probe,
     /// Undo that
     Down {
         /// The interface given to `up`
@@ -143,6 +146,11 @@ impl Real {
                 })?
             }
             Action::Status(args) => return args.run(),
+            Action::Probe if takeover::supported() => {
+                line("this kernel can take connections over");
+                return Ok(());
+            }
+            Action::Probe => return Err(BpfError::NoTakeover.into()),
             Action::Down { interface, bpffs } => broker_host::down(&interface, &bpffs)?,
         };
         for what in &done {

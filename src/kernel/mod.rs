@@ -66,7 +66,7 @@ pub enum BpfError {
     NotLoaded { path: PathBuf, what: &'static str },
     #[error(
         "this kernel cannot take connections over (no bpf_sk_assign_tcp_reqsk; Linux 6.9 or later has \
-         it): leave out --handover-key, and use binding = \"predicted\" at the balancer"
+         it); use binding = \"predicted\" at the balancer, and `real up` without --handover-key"
     )]
     NoTakeover,
     #[error(

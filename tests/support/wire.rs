@@ -232,11 +232,11 @@ fn carry(ends: &[OwnedFd; 2], rule: &mut Rule, stop: &AtomicBool) {
         let pause = if waiting.is_empty() { 20 } else { 1 };
         // SAFETY: an array of two, and its length.
         unsafe { libc::poll(polled.as_mut_ptr(), 2, pause) };
-        for from in 0..2 {
+        for (from, end) in ends.iter().enumerate() {
             loop {
                 // SAFETY: the buffer is valid for its length.
                 let length = unsafe {
-                    libc::recv(ends[from].as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0)
+                    libc::recv(end.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0)
                 };
                 if length <= 0 {
                     break;
