@@ -112,8 +112,8 @@ MAP(handover_keys, BPF_MAP_TYPE_ARRAY, __u32, struct handover_keys, 1);
 MAP(handovers, BPF_MAP_TYPE_LRU_HASH, struct flow6, struct handover, 1 << 16);
 
 /*
- * When a segment of no known flow was last taken for the first of its kind, by a hash of the flow:
- * nothing is kept for whoever sends them.
+ * When a segment of no known flow was last taken for the first of its flow, by a hash of that, and its
+ * tag: a table of a fixed size, in which nothing is kept for whoever sends them.
  */
 MAP(strays, BPF_MAP_TYPE_ARRAY, __u32, __u64, STRAYS);
 

@@ -365,23 +365,22 @@ static __always_inline int greet_waiting(struct xdp_md *ctx, struct conn *c, str
  * closely may be handled before it, by another CPU, or CONNECT may be lost; RST for that would end a connection
  * that is being made. Whoever lost a flow comes again.
  */
-#define STRAY_SOON_NS 3000000000ULL
-#define STRAY_LATE_NS 60000000000ULL
+#define STRAY_SOON_MS 3000
+#define STRAY_LATE_MS 60000
 
 static __always_inline bool stray_again(const struct conn *c, const struct service_table *t)
 {
 	__u32 key = ((c->tag ^ (__u32)t->topic_key[0]) * 0x9e3779b1U) >> 20;
-	__u64 now = bpf_ktime_get_boot_ns(), age;
-	__u64 *seen = bpf_map_lookup_elem(&strays, &key);
+	__u64 *place = bpf_map_lookup_elem(&strays, &key), seen;
+	__u32 age;
 
-	if (!seen)
+	if (!place)
 		return false;
-	age = now - READ_ONCE(*seen);
-	if (age < STRAY_SOON_NS)
-		return false;
-	if (age < STRAY_LATE_NS)
-		return true;
-	WRITE_ONCE(*seen, now);
+	seen = READ_ONCE(*place); /* ms | tag << 32 */
+	age = now_ms() - (__u32)seen;
+	if (seen >> 32 == c->tag && age < STRAY_LATE_MS)
+		return age >= STRAY_SOON_MS;
+	WRITE_ONCE(*place, tagged(c, now_ms()));
 	return false;
 }
 
