@@ -342,3 +342,74 @@ fn routes_by_connect_come_before_topics() {
     let flows = lab.mqtt_fwd(&["counters"]);
     assert!(flows.contains("bound_route"), "{flows}");
 }
+
+/// Group a has three reals, each with a VIP of its own; the affinity decides among them.
+fn with_affinity(affinity: &str) -> String {
+    let mut text = String::new();
+    for line in
+        config(&[("a", 1, &[201, 202, 203]), ("default", 250, &[204])], &[("m/#", "a")]).lines()
+    {
+        text += line;
+        text += "\n";
+        if line.starts_with("name = \"a\"") {
+            text += &format!("affinity = \"{affinity}\"\n");
+        }
+        for (host, prefix, vip) in
+            [("10.1.3.", "\"10.1.3.", "10.1.50."), ("fd01:3::", "\"fd01:3::", "fd01:50::")]
+        {
+            let real =
+                line.strip_prefix(&format!("address = {prefix}")).map(|r| r.trim_end_matches('"'));
+            if let Some(real @ ("201" | "202" | "203")) = real {
+                assert!(line.contains(host));
+                text += &format!("vip = \"{vip}1{}\"\n", &real[1..]);
+            }
+        }
+    }
+    text
+}
+
+#[test]
+fn a_client_id_finds_the_same_broker_again_and_a_topic_has_one() {
+    if !takeover::supported() {
+        return;
+    }
+    for affinity in ["client_id", "topic"] {
+        let lab = Lab::up(&with_affinity(affinity), &["--delayed"]);
+        let mut all = Vec::new();
+        for round in 0..4 {
+            for i in 0..30 {
+                all.push(Session {
+                    style: STYLES[(i + round) % 3],
+                    topic: format!("m/{}", (i + round) % 7),
+                    messages: vec![format!("{round}-{i}")],
+                    ..Session::new(
+                        "c1",
+                        if i % 2 == 0 { SERVICE } else { SERVICE6 },
+                        &format!("id{i}"),
+                    )
+                });
+            }
+        }
+        expect_all(&run_all(&lab, &all, 1));
+        let at = wait_for("all messages", || {
+            let at = arrivals(&lab);
+            (at.len() == all.len()).then_some(at)
+        });
+        let mut reals: BTreeMap<String, HashSet<u32>> = BTreeMap::new();
+        for session in &all {
+            let (_, i) = session.messages[0].split_once('-').unwrap();
+            let v6 = session.service.is_ipv6();
+            let key = match affinity {
+                "client_id" => format!("id{i}"),
+                _ => format!("{} {v6}", session.topic),
+            };
+            reals.entry(key).or_default().extend(&at[&session.messages[0]]);
+        }
+        for (key, reals) in &reals {
+            assert_eq!(reals.len(), 1, "{affinity}: {key} at {reals:?}");
+        }
+        let used: HashSet<u32> = reals.values().flatten().copied().collect();
+        assert_eq!(used.len(), 3, "{affinity}: all brokers of the group are used: {used:?}");
+        assert!(!lab.mqtt_fwd(&["counters"]).contains("mispredicted"));
+    }
+}

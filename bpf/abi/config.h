@@ -20,6 +20,7 @@ enum limits {
 	CLIENT_ID_TEXT_MAX = 64, /* bytes of a client id's text that are kept for people */
 	CLIENT_ID_MAX = 256, /* bytes; clients with longer ids are not known by them */
 	CLIENT_ROUTE_TEXT_MAX = 128, /* bytes of a client id or user name that routes look at */
+	MEMBER_SLOTS = 1021, /* of a group whose reals are chosen here */
 	STRAYS = 4096, /* size of the table of that name */
 	CLIENT_GROUPS = 3, /* groups that a client's record weighs against each other */
 	POSITION_MQTT_FWD = 1,
@@ -73,7 +74,8 @@ struct service {
 	__u8 on_misprediction; /* enum misprediction_policy */
 	__u8 binding; /* enum binding_mode */
 	__u8 client_routes; /* 1 << enum client_route_kind of the routes that there are */
-	__u8 pad[24];
+	__u8 has_members; /* some of its groups choose their reals here: see struct member_slot */
+	__u8 pad[23];
 };
 SIZE_IS(struct service, 64);
 
@@ -101,7 +103,7 @@ struct group {
 	__u16 epoch; /* 0: free. Whoever remembers another epoch means an earlier group. */
 	__u16 service; /* service.id */
 	__u16 last_epoch; /* of a free one: the next is another than any before */
-	__u16 pad;
+	__u16 parent; /* own number; of one real alone (affinity): that of the group it belongs to */
 	char name[GROUP_NAME_MAX];
 	__u8 pad2[8];
 };
@@ -127,6 +129,31 @@ struct client_route {
 	__u8 text[CLIENT_ROUTE_TEXT_MAX];
 };
 SIZE_IS(struct client_route, 8 + CLIENT_ROUTE_TEXT_MAX);
+
+/* What decides on the real of a group that chooses it here. */
+enum affinity {
+	AFFINITY_CLIENT_ID,
+	AFFINITY_TOPIC,
+};
+
+/*
+ * A group whose reals are chosen here has a group VIP for each of them, at the balancer with that real
+ * alone, and a table of those, filled by user space so that a real that goes moves its own clients only.
+ */
+struct member_slot {
+	__u16 group;
+	__u8 generation; /* its lowest bit */
+	__u8 pad;
+	__u32 slot; /* of MEMBER_SLOTS */
+};
+SIZE_IS(struct member_slot, 8);
+
+struct member {
+	__u16 group; /* number of the group of that real alone */
+	__u8 affinity; /* enum affinity, of the group */
+	__u8 pad;
+};
+SIZE_IS(struct member, 4);
 
 struct route_edge {
 	__u64 level; /* SipHash-1-3 of the level's text under route_key */

@@ -76,6 +76,7 @@ MAP_WITH_FLAGS(mqtt_topic_to_vip, BPF_MAP_TYPE_HASH, BPF_F_NO_PREALLOC, struct r
 	       1 << 20);
 MAP_WITH_FLAGS(client_routes, BPF_MAP_TYPE_LPM_TRIE, BPF_F_NO_PREALLOC, struct client_route, __u32,
 	       1 << 16);
+MAP_WITH_FLAGS(members, BPF_MAP_TYPE_HASH, BPF_F_NO_PREALLOC, struct member_slot, struct member, 1 << 20);
 MAP(route_states, BPF_MAP_TYPE_ARRAY, __u32, struct route_state, 1 << 19);
 
 /*
@@ -182,6 +183,15 @@ struct answer {
 	__be32 word[ANSWER_WORDS]; /* zero behind those */
 };
 
+/* How a connection is bound (delayed/greet.h). */
+struct verdict {
+	binding_t binding;
+	__u32 flags; /* enum flow_flags, beside those that all have */
+	__u32 next; /* sequence number from which on the flow is framed */
+	__u8 way;
+	__u8 why;
+};
+
 /* What one of `steps` hands to another. */
 struct handed {
 	struct conn conn;
@@ -223,6 +233,7 @@ struct work {
 	struct client_id client_id;
 	struct handed handed;
 	struct connect connect;
+	struct verdict verdict;
 	struct client_route client_route;
 	__u8 beyond_client_route[CLIENT_ROUTE_TEXT_MAX]; /* as beyond_text */
 	struct handover handover; /* with room behind it: see CONNECT_BOUND */
@@ -306,6 +317,18 @@ static __always_inline const struct group *group_of(binding_t binding)
 	const struct group *g = bpf_map_lookup_elem(&groups, &key);
 
 	return g && binding && READ_ONCE(g->epoch) == binding >> 16 ? g : NULL;
+}
+
+/* Whether a flow that is bound so belongs to a group: it may be bound to one of its reals. */
+static __always_inline bool belongs_to(binding_t bound, __u16 group)
+{
+	__u32 key = binding_group(bound);
+	const struct group *g;
+
+	if (key == group)
+		return true;
+	g = bpf_map_lookup_elem(&groups, &key);
+	return g && READ_ONCE(g->parent) == group;
 }
 
 /* A binding to whatever group has this number now; 0: none has. */

@@ -25,6 +25,7 @@ struct exported_types {
 	struct event event;
 	enum limits limits;
 	enum budget_kind budget_kind;
+	enum affinity affinity;
 	enum binding_mode binding_mode;
 	enum client_flags client_flags;
 	enum client_route_kind client_route_kind;

@@ -102,7 +102,7 @@ __noinline int publish_judge(const struct conn *c, struct flow *f, const struct 
 	w->id = flow_client(f);
 	bound = flow_binding(f, c);
 	trusted = f->flags & FLOW_TRUSTED;
-	right = binding_group(bound) == binding_group(p->to);
+	right = belongs_to(bound, binding_group(p->to));
 	same_group = f->topic == p->hash || (right && !(f->flags & FLOW_MISROUTED));
 	if (!same_group)
 		publish_teach_rest(c, f, t);

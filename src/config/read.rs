@@ -141,7 +141,8 @@ fn service(r: Reader<'_>) -> Option<Service> {
         r.problem("group", "there is none; describe one with [[service.group]]");
     }
     let complete = group_readers.len();
-    let groups: Vec<Group> = group_readers.into_iter().filter_map(|g| group(g, addr)).collect();
+    let groups: Vec<Group> =
+        group_readers.into_iter().filter_map(|g| group(g, addr, binding)).collect();
     // Names of groups that are wrong in themselves would only make routes look wrong, too.
     let complete = complete == groups.len();
     for (i, g) in groups.iter().enumerate() {
@@ -269,7 +270,7 @@ fn duplicates(routes: &[Route]) -> Vec<String> {
     twice
 }
 
-fn group(r: Reader<'_>, service: Option<IpAddr>) -> Option<Group> {
+fn group(r: Reader<'_>, service: Option<IpAddr>, binding: Binding) -> Option<Group> {
     let name = r.required("name", "temperature", |text| {
         if text == ANY {
             return Err("means \"whatever group the flow is bound to\" in routes; choose another"
@@ -289,8 +290,23 @@ fn group(r: Reader<'_>, service: Option<IpAddr>) -> Option<Group> {
     }
 
     let affinity = r
-        .choice("affinity", &[("none", Affinity::None), ("client_ip", Affinity::ClientIp)])
+        .choice(
+            "affinity",
+            &[
+                ("none", Affinity::None),
+                ("client_ip", Affinity::ClientIp),
+                ("client_id", Affinity::ClientId),
+                ("topic", Affinity::Topic),
+            ],
+        )
         .unwrap_or(Affinity::None);
+    if affinity.chooses_real() && binding == Binding::Predicted {
+        r.problem(
+            "affinity",
+            "needs binding = \"delayed\": with \"predicted\", neither client id nor topic are known \
+             when the real is chosen; \"client_ip\" works with both",
+        );
+    }
     let mut reals: Vec<Real> = Vec::new();
     let mut complete = true;
     let readers = r.tables("reals");
@@ -301,6 +317,24 @@ fn group(r: Reader<'_>, service: Option<IpAddr>) -> Option<Group> {
         let addr = real.required("address", "10.1.3.201", address);
         // Katran's ring weighs by repetition; larger numbers only slow its building.
         let weight = real.number("weight", 1..=1000).unwrap_or(1);
+        let own_vip = real.parsed("vip", address);
+        match (affinity.chooses_real(), own_vip) {
+            (true, None) if !real.has("vip") => real.problem(
+                "vip",
+                "is missing; with this affinity each real has a group VIP of its own, an address \
+                 that only the balancer knows",
+            ),
+            (false, Some(_)) => {
+                real.problem(
+                    "vip",
+                    "only affinity = \"client_id\" or \"topic\" needs it; remove it",
+                );
+            }
+            (true, Some(own)) if vip.is_some_and(|v| v.is_ipv4() != own.is_ipv4()) => {
+                real.problem("vip", "is of another IP version than its group's");
+            }
+            _ => {}
+        }
         match addr {
             Some(addr) if reals.iter().any(|known| known.addr == addr) => {
                 real.problem("address", "is in this group twice; raise its weight instead");
@@ -311,7 +345,7 @@ fn group(r: Reader<'_>, service: Option<IpAddr>) -> Option<Group> {
                     "an IPv4 real cannot get packets of an IPv6 VIP; give its IPv6 address",
                 );
             }
-            Some(addr) => reals.push(Real { addr, weight }),
+            Some(addr) => reals.push(Real { addr, weight, vip: own_vip }),
             None => complete = false,
         }
         real.finish();
@@ -358,6 +392,9 @@ fn across_services(services: &[Service], maps: &MapSizes, source: &Source<'_>) {
         claim(format!("service[{i}].address"), service.addr);
         for (j, group) in service.groups.iter().enumerate() {
             claim(format!("service[{i}].group[{j}].vip"), group.vip);
+            for (k, vip) in group.reals.iter().enumerate().filter_map(|(k, r)| Some((k, r.vip?))) {
+                claim(format!("service[{i}].group[{j}].reals[{k}].vip"), vip);
+            }
         }
         let vips: Vec<IpAddr> =
             service.groups.iter().map(|group| group.vip).chain([service.addr]).collect();
@@ -375,7 +412,12 @@ fn across_services(services: &[Service], maps: &MapSizes, source: &Source<'_>) {
             report(format!("service[{i}].route"), String::new(), problem);
         }
     }
-    let groups: usize = services.iter().map(|s| s.groups.len()).sum();
+    // A group, and one for each real that has a VIP of its own.
+    let groups: usize = services
+        .iter()
+        .flat_map(|s| &s.groups)
+        .map(|g| 1 + g.reals.iter().filter(|r| r.vip.is_some()).count())
+        .sum();
     if groups > maps.groups as usize {
         report(
             "maps.groups".to_owned(),

@@ -31,6 +31,8 @@ pub struct Entry {
     pub service: u16,
     /// Its name.
     pub name: String,
+    /// Its own number; of a real's own VIP: the number of the group that the real is of.
+    pub parent: u16,
 }
 
 impl From<&Entry> for group {
@@ -40,6 +42,7 @@ impl From<&Entry> for group {
             epoch: entry.epoch,
             service: entry.service,
             last_epoch: entry.epoch,
+            parent: entry.parent,
             name: name_array(&entry.name),
             ..Self::zeroed()
         }
@@ -54,6 +57,7 @@ impl Entry {
             epoch: group.epoch,
             service: group.service,
             name: name_text(&group.name),
+            parent: group.parent,
         }
     }
 }
@@ -98,8 +102,13 @@ impl Identities {
         let mut free = slots.iter().filter(|(_, g)| g.epoch == 0).map(|(id, g)| (*id as u16, g));
         for service in &config.services {
             let service_id = identities.services[&(service.addr, service.port)];
-            for group in &service.groups {
-                let key = (service_id, group.name.clone(), group.vip);
+            // A real's own VIP is a group, too, of the same name, behind the group that it is of.
+            let vips = service.groups.iter().flat_map(|group| {
+                let reals = group.reals.iter().filter_map(|real| real.vip);
+                std::iter::once(group.vip).chain(reals).map(move |vip| (group, vip))
+            });
+            for (group, vip) in vips {
+                let key = (service_id, group.name.clone(), vip);
                 let known = old_groups
                     .get(&key)
                     .and_then(|id| Some((*id, slots.iter().find(|(i, _)| i == &u32::from(*id))?)))
@@ -114,8 +123,10 @@ impl Identities {
                         wanted: "room for the new groups beside the old ones".to_owned(),
                     });
                 };
-                let entry =
-                    Entry { vip: group.vip, epoch, service: service_id, name: group.name.clone() };
+                let of = (service_id, group.name.clone(), group.vip);
+                let parent = identities.groups.get(&of).copied().unwrap_or(id);
+                let name = group.name.clone();
+                let entry = Entry { vip, epoch, service: service_id, name, parent };
                 identities.groups.insert(key, id);
                 identities.entries.insert(id, entry);
             }

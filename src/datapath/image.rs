@@ -4,12 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use super::ids::Identities;
+use super::rendezvous;
 use crate::config::{Binding, Config, OnMisprediction, Service, Target};
-use crate::domain::ClientRouteKind;
 use crate::domain::filter::{Level, TopicFilter};
+use crate::domain::{Affinity, ClientRouteKind};
 use crate::kernel::abi::{
-    Pod as _, addr_words, binding_mode, client_route, client_route_kind, limits,
-    misprediction_policy, route_edge, route_state, route_state_flags, service, service_table,
+    Pod as _, addr_words, affinity, binding_mode, client_route, client_route_kind, limits, member,
+    member_slot, misprediction_policy, route_edge, route_state, route_state_flags, service,
+    service_table,
 };
 use crate::routes::compile::{Automaton, DEAD, TooManyStates};
 use crate::routes::hash::Keys;
@@ -21,6 +23,8 @@ pub struct Image {
     pub table: service_table,
     /// For the map `route_states`.
     pub states: BTreeMap<u32, route_state>,
+    /// For the map `members`: slot → group of one real.
+    pub members: Vec<(member_slot, member)>,
     /// For the map `client_routes`: key → group.
     pub client_routes: Vec<(client_route, u32)>,
     /// For the map `mqtt_topic_to_vip`: (state, level's hash) → state.
@@ -115,6 +119,7 @@ impl Image {
             },
             states: BTreeMap::new(),
             client_routes: Vec::new(),
+            members: Vec::new(),
             edges: BTreeMap::new(),
         };
         // Numbers are taken in turns, and 0 is not given away.
@@ -131,6 +136,7 @@ impl Image {
                 let vip = svc.group(name).map(|g| g.vip)?;
                 identities.groups.get(&(id, name.to_owned(), vip)).copied()
             };
+            let has_members = image.add_members(svc, id, identities);
             let kinds = image.add_client_routes(svc, id, &group_id);
             let automaton = image.add_routes(svc, keys, &mut next_state, end, &group_id)?;
             if let IpAddr::V4(addr) = svc.addr {
@@ -156,11 +162,40 @@ impl Image {
                     Binding::Delayed => binding_mode::BINDING_DELAYED.0 as u8,
                 },
                 client_routes: kinds,
+                has_members: has_members.into(),
                 slot: slot as u16,
-                pad: [0; 24],
+                pad: [0; 23],
             };
         }
         Ok(image)
+    }
+
+    /// Adds the tables of groups whose reals are chosen here; whether there are any.
+    fn add_members(&mut self, svc: &Service, service: u16, identities: &Identities) -> bool {
+        let mut some = false;
+        for group in &svc.groups {
+            let kind = match group.affinity {
+                Affinity::ClientId => affinity::AFFINITY_CLIENT_ID,
+                Affinity::Topic => affinity::AFFINITY_TOPIC,
+                Affinity::None | Affinity::ClientIp => continue,
+            };
+            let number =
+                |vip: IpAddr| identities.groups.get(&(service, group.name.clone(), vip)).copied();
+            let Some(own) = number(group.vip) else { continue };
+            let reals: Vec<(u16, IpAddr, u32)> = group
+                .reals
+                .iter()
+                .filter_map(|r| Some((number(r.vip?)?, r.addr, r.weight)))
+                .collect();
+            for (slot, chosen) in rendezvous::fill(&reals).into_iter().enumerate() {
+                let generation = (self.table.generation & 1) as u8;
+                let key = member_slot { group: own, generation, pad: 0, slot: slot as u32 };
+                let value = member { group: chosen, affinity: kind.0 as u8, pad: 0 };
+                self.members.push((key, value));
+                some = true;
+            }
+        }
+        some
     }
 
     /// Adds a service's routes by CONNECT; returns which kinds there are.

@@ -3,6 +3,7 @@
 pub mod events;
 pub mod ids;
 pub mod image;
+mod rendezvous;
 mod tables;
 
 pub use tables::Datapath;

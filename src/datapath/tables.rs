@@ -3,7 +3,8 @@
 use crate::kernel;
 use crate::kernel::abi::{
     client, client_id, client_route, client4, client6, flow, flow4, flow6, group, handover,
-    handover_keys, map_use, route_edge, route_state, service_table, topic, vip_definition,
+    handover_keys, map_use, member, member_slot, route_edge, route_state, service_table, topic,
+    vip_definition,
 };
 use crate::kernel::maps::Table;
 use crate::kernel::pins::Pins;
@@ -19,6 +20,7 @@ pub struct Datapath {
     pub route_edges: Table<route_edge, u32>,
     pub route_states: Table<u32, route_state>,
     pub client_routes: Table<client_route, u32>,
+    pub members: Table<member_slot, member>,
     pub service_vips: Table<vip_definition, vip_definition>,
     pub topics: Table<u64, topic>,
     pub clients: Table<client4, client>,
@@ -43,6 +45,7 @@ impl Datapath {
             groups: Table::open(&pins.map("groups"))?,
             route_edges: Table::open(&pins.map("mqtt_topic_to_vip"))?,
             route_states: Table::open(&pins.map("route_states"))?,
+            members: Table::open(&pins.map("members"))?,
             client_routes: Table::open(&pins.map("client_routes"))?,
             service_vips: Table::open(&pins.map("mqtt_service_vips"))?,
             topics: Table::open(&pins.map("topics"))?,
@@ -68,6 +71,7 @@ impl Datapath {
             groups: Table::of(&maps.groups)?,
             route_edges: Table::of(&maps.mqtt_topic_to_vip)?,
             route_states: Table::of(&maps.route_states)?,
+            members: Table::of(&maps.members)?,
             client_routes: Table::of(&maps.client_routes)?,
             service_vips: Table::of(&maps.mqtt_service_vips)?,
             topics: Table::of(&maps.topics)?,

@@ -108,8 +108,19 @@ impl Service {
 pub enum Affinity {
     /// Nothing: connections are spread.
     None,
-    /// Its address.
+    /// Its address: the balancer's hash leaves the port out.
     ClientIp,
+    /// Its client id: the real is chosen here.
+    ClientId,
+    /// The topic: all who publish it in the group share a broker. The real is chosen here.
+    Topic,
+}
+
+impl Affinity {
+    /// Whether the real is chosen here, so that each has a VIP with itself alone.
+    pub fn chooses_real(self) -> bool {
+        matches!(self, Self::ClientId | Self::Topic)
+    }
 }
 
 /// Brokers for some topics.
@@ -132,6 +143,8 @@ pub struct Real {
     pub addr: IpAddr,
     /// Its share of new flows, in relation to the others'.
     pub weight: u32,
+    /// The VIP with this real alone, where its group's affinity needs one.
+    pub vip: Option<IpAddr>,
 }
 
 /// Topic filter → target.

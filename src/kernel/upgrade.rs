@@ -39,7 +39,7 @@ pub enum Role {
 /// The role of a map of either object.
 pub fn role(name: &str) -> Role {
     match name {
-        "generation" | "handover_keys" | "client_routes" | "services" | "groups"
+        "generation" | "handover_keys" | "client_routes" | "members" | "services" | "groups"
         | "mqtt_topic_to_vip" | "route_states" | "vip_map" | "ch_rings" | "reals" | "vip_reals"
         | "ctl_array" => Role::Configuration,
         "mqtt_client_ip_to_topic" | "mqtt_client6_to_topic" | "client_ids" | "topics" => {

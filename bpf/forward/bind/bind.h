@@ -9,6 +9,7 @@
 #include "../cache.h"
 #include "../flow.h"
 #include "../learn.h"
+#include "affinity.h"
 
 struct bound {
 	binding_t binding; /* 0: there is no usable group */
@@ -34,6 +35,7 @@ __noinline __u64 flow_rebind(const struct conn *c, const struct service_table *t
 	}
 	if (!binding)
 		binding = predict(c, t, svc, flow_client(f));
+	binding = member_of(c, t, svc, (__u32)binding, f->topic);
 	if (bound >> 32 == c->tag)
 		flow_bind(f, c, binding);
 	return binding;

@@ -55,6 +55,8 @@ static __always_inline binding_t filter_binding(const struct decide *d, __u32 of
 	bpf_loop(length, wildcard_step, &scan, 0);
 	topic_begin(s, d->t, d->svc);
 	topic_feed(d->ctx, d->t, d->svc, offset, scan.length);
+	if (scan.length == length)
+		d->w->publish.hash = siphash_stream_final(&s->whole);
 	if (scan.length == length && !(s->flags & ROUTE_FINAL))
 		topic_level_end(s, d->t, d->svc);
 	else if (scan.length != length && !(s->flags & ROUTE_FINAL))
@@ -87,6 +89,7 @@ static long decide_step(__u32 index, void *arg)
 			hash = topic_hash(d->ctx, d->t, d->svc, at, length);
 			if (!hash)
 				return 1;
+			w->publish.hash = hash;
 			w->publish.to = topic_binding(d->ctx, d->t, d->svc, w, hash, at, length);
 		} else {
 			topic_begin(&w->stream, d->t, d->svc);
@@ -94,6 +97,7 @@ static long decide_step(__u32 index, void *arg)
 			if (!(w->stream.flags & ROUTE_FINAL))
 				topic_level_end(&w->stream, d->t, d->svc);
 			w->publish.to = stream_binding(w, d->svc);
+			w->publish.hash = siphash_stream_final(&w->stream.whole);
 		}
 		break;
 	case MQTT_SUBSCRIBE:
@@ -133,6 +137,7 @@ __noinline __u32 decide(struct xdp_md *ctx, const struct conn *c, const struct s
 	w->end = c->payload + c->payload_length;
 	w->budget = TOPIC_BUDGET;
 	w->publish.to = 0;
+	w->publish.hash = 0;
 	bpf_loop(DECIDE_PACKETS, decide_step, &d, 0);
 	return w->publish.to;
 }

@@ -54,23 +54,22 @@ static __always_inline void handover_remove(const struct conn *c)
 		map_used(TRACKED_HANDOVERS, 0, 1);
 }
 
-/* How a connection is bound. */
-struct verdict {
-	binding_t binding;
-	__u32 flags; /* enum flow_flags, beside those that all have */
-	__u32 next; /* sequence number from which on the flow is framed */
-	__u8 way;
-	__u8 why;
-};
+static __always_inline struct verdict *verdict_begin(struct work *w, __u32 next, __u32 flags)
+{
+	w->verdict = (struct verdict){ .next = next, .flags = flags };
+	return &w->verdict;
+}
 
 /* The flow of a connection that is bound; false: it is not stored. Global (see event.h). */
-__noinline int flow_bound(const struct conn *c, const struct verdict *v)
+__noinline int flow_bound(const struct conn *c)
 {
 	struct work *w = work_of_cpu();
+	const struct verdict *v;
 	struct flow f = {};
 
-	if (!c || !v || !w)
+	if (!c || !w)
 		return false;
+	v = &w->verdict;
 	f.bound = tagged(c, v->binding);
 	f.next = tagged(c, v->next);
 	f.end = v->next;
@@ -95,16 +94,32 @@ _Static_assert(REASON_BOUND_UNANSWERED - REASON_BOUND_MESSAGE == WAY_UNANSWERED 
 _Static_assert(REASON_WHY_NO_TOPIC - REASON_WHY_NOT_CONNECT == WHY_NO_TOPIC - WHY_NOT_CONNECT,
 	       "a counter for each reason, in the same order");
 
-/* Bound: back to mqtt_fwd, with a flow. If that is not stored, its first segment goes all the same. */
-static __always_inline int bound(struct xdp_md *ctx, struct conn *c, const struct service *svc,
-				 const struct verdict *v)
+/* What a connection is bound by, if its group chooses reals by topic: its own, or its client's last. */
+static __always_inline __u64 topic_of(const struct conn *c, const struct work *w, __u8 way)
 {
-	const struct group *g = group_of(v->binding);
+	const struct client *client;
+
+	if (way == WAY_MESSAGE || way == WAY_ANSWERED)
+		return w->publish.hash;
+	client = client_find(c, true);
+	return client ? client->topic : 0;
+}
+
+/* Bound: back to mqtt_fwd, with a flow. If that is not stored, its first segment goes all the same. */
+static __always_inline int bound(struct xdp_md *ctx, struct conn *c, struct work *w,
+				 const struct service_table *t, const struct service *svc)
+{
+	struct verdict *v = &w->verdict;
+	const struct group *g;
+
+	if (svc->has_members)
+		v->binding = member_of(c, t, svc, v->binding, topic_of(c, w, v->way));
+	g = group_of(v->binding);
 
 	/* What was on these addresses before is over: the cookie says so. */
 	flow_remove(c, false);
 	flow_remove(c, true);
-	if (g && flow_bound(c, v))
+	if (g && flow_bound(c))
 		bpf_tail_call(ctx, &steps, STEP_FORWARD);
 	if (!g)
 		return pass_on(ctx, REASON_NO_GROUP_VIP);
@@ -112,10 +127,11 @@ static __always_inline int bound(struct xdp_md *ctx, struct conn *c, const struc
 }
 
 /* By what is known of the client: the last resort, which never fails while there is a default group. */
-static __always_inline void verdict_predicted(struct verdict *v, const struct conn *c,
-					      const struct work *w, const struct service_table *t,
+static __always_inline void verdict_predicted(const struct conn *c, struct work *w,
+					      const struct service_table *t,
 					      const struct service *svc, __u32 why)
 {
+	struct verdict *v = &w->verdict;
 	__u64 binding = predict(c, t, svc, w->id);
 
 	v->binding = binding;
@@ -248,7 +264,7 @@ static __always_inline int greet_connect(struct xdp_md *ctx, struct conn *c, str
 					 const struct service_table *t, const struct service *svc)
 {
 	const struct connect *k = &w->connect;
-	struct verdict v = { .next = c->seq };
+	struct verdict *v = verdict_begin(w, c->seq, 0);
 	bool more;
 	__u32 why;
 
@@ -257,25 +273,27 @@ static __always_inline int greet_connect(struct xdp_md *ctx, struct conn *c, str
 	why = connect_unanswerable(k, c);
 	more = k->length && k->length < c->payload_length;
 
-	v.binding = route_of_client(ctx, w, t, svc);
-	if (v.binding) {
-		v.way = WAY_ROUTE;
-		v.flags = FLOW_ROUTED;
+	v->binding = route_of_client(ctx, w, t, svc);
+	if (v->binding) {
+		v->way = WAY_ROUTE;
+		v->flags = FLOW_ROUTED;
 	}
-	if (!v.binding && more) {
-		v.binding = decide(ctx, c, t, svc, c->payload + k->length);
-		v.way = WAY_MESSAGE;
+	if (!v->binding && more) {
+		v->binding = decide(ctx, c, t, svc, c->payload + k->length);
+		v->way = WAY_MESSAGE;
 		why = WHY_NO_TOPIC;
 	}
-	if (!v.binding) {
-		v.binding = client_steady(c, t, w);
-		v.way = WAY_CLIENT_ID;
-		v.flags = v.binding ? FLOW_PREDICTED : 0;
+	if (!v->binding) {
+		v->binding = client_steady(c, t, w);
+		if (why == WHY_NONE && needs_topic(t, svc, v->binding))
+			v->binding = 0;
+		v->way = WAY_CLIENT_ID;
+		v->flags = v->binding ? FLOW_PREDICTED : 0;
 	}
-	if (!v.binding && why == WHY_NONE)
+	if (!v->binding && why == WHY_NONE)
 		return greet_wait(ctx, c, w, svc);
-	if (!v.binding)
-		verdict_predicted(&v, c, w, t, svc, why);
+	if (!v->binding)
+		verdict_predicted(c, w, t, svc, why);
 	client_id_keep(w);
 
 	/* Their first segment carries CONNECT: nothing of it has to be kept but its place. */
@@ -286,7 +304,7 @@ static __always_inline int greet_connect(struct xdp_md *ctx, struct conn *c, str
 	h->born_s = now_s();
 	h->state = HANDOVER_PASS;
 	handover_put(c, h);
-	return bound(ctx, c, svc, &v);
+	return bound(ctx, c, w, t, svc);
 }
 
 static __always_inline int greet_answer(struct xdp_md *ctx, struct conn *c,
@@ -327,7 +345,7 @@ static __always_inline int greet_waiting(struct xdp_md *ctx, struct conn *c, str
 					 struct handover *h, bool fin)
 {
 	__u32 behind = h->start + h->connect_length;
-	struct verdict v = { .next = behind, .flags = FLOW_CONNECTED };
+	struct verdict *v = verdict_begin(w, behind, FLOW_CONNECTED);
 	bool again = c->seq == h->start, silent = h->state == HANDOVER_SILENT;
 
 	if (!c->payload_length && !fin) {
@@ -340,24 +358,24 @@ static __always_inline int greet_waiting(struct xdp_md *ctx, struct conn *c, str
 		return greet_answer(ctx, c, svc, h, true, REASON_CONNECT_ANSWERED);
 	if (again) {
 		/* CONNECT and more in one segment: repeated, or by user space, as nothing else came. */
-		v.next = c->seq;
-		v.flags = 0;
+		v->next = c->seq;
+		v->flags = 0;
 	} else if (c->seq != behind) {
 		count(REASON_WAIT_DROPPED);
 		return XDP_DROP;
 	}
 
 	identify_kept(w, h, svc);
-	v.way = WAY_ANSWERED;
+	v->way = WAY_ANSWERED;
 	w->connect.level = 4;
-	v.binding = c->payload_length ?
+	v->binding = c->payload_length ?
 			    decide(ctx, c, t, svc, c->payload + (again ? h->connect_length : 0)) :
 			    0;
-	if (!v.binding)
-		verdict_predicted(&v, c, w, t, svc, silent || !c->payload_length ? WHY_SILENT : WHY_NO_TOPIC);
+	if (!v->binding)
+		verdict_predicted(c, w, t, svc, silent || !c->payload_length ? WHY_SILENT : WHY_NO_TOPIC);
 	client_id_keep(w);
 	h->state = HANDOVER_REPEAT;
-	return bound(ctx, c, svc, &v);
+	return bound(ctx, c, w, t, svc);
 }
 
 /*

@@ -112,6 +112,12 @@ fn switch(image: &Image, plan: &Plan, datapath: &Datapath) -> Result<()> {
             datapath.route_edges.remove(&edge)?;
         }
     }
+    for key in datapath.members.keys()? {
+        if u32::from(key.generation) == generation & 1 {
+            datapath.members.remove(&key)?;
+        }
+    }
+    datapath.members.put_all(&image.members)?;
     for key in datapath.client_routes.keys_one_by_one() {
         if u32::from(key.generation) == generation & 1 {
             datapath.client_routes.remove(&key)?;

@@ -13,7 +13,9 @@ use crate::datapath::Datapath;
 use crate::datapath::ids::Identities;
 use crate::datapath::image::{self, Image};
 use crate::domain::Affinity;
-use crate::kernel::abi::{client_route, limits, route_edge, vip_definition, vip_key, words_addr};
+use crate::kernel::abi::{
+    client_route, limits, member, member_slot, route_edge, vip_definition, vip_key, words_addr,
+};
 use crate::kernel::xdp;
 
 /// A call to the balancer.
@@ -147,10 +149,17 @@ pub fn wanted_vips(config: &Config) -> BTreeMap<Vip, Wanted> {
         for group in &service.groups {
             let reals = group.reals.iter().map(|r| (r.addr, r.weight)).collect();
             let flags = match group.affinity {
-                Affinity::None => GROUP_FLAG,
                 Affinity::ClientIp => GROUP_FLAG | BY_ADDRESS_FLAG,
+                Affinity::None | Affinity::ClientId | Affinity::Topic => GROUP_FLAG,
             };
             let service_vip = Vip::tcp(service.addr, service.port);
+            for real in &group.reals {
+                if let Some(vip) = real.vip {
+                    let reals = BTreeMap::from([(real.addr, 1)]);
+                    let alone = Wanted { reals, service: service_vip, flags: GROUP_FLAG };
+                    wanted.insert(Vip::tcp(vip, service.port), alone);
+                }
+            }
             wanted.insert(
                 Vip::tcp(group.vip, service.port),
                 Wanted { reals, service: service_vip, flags },
@@ -184,7 +193,9 @@ pub fn plan_maps(config: &Config, datapath: &Datapath, mtu: u32) -> Result<Plan>
         new_groups: identities
             .entries
             .iter()
-            .filter(|(id, entry)| current.get(id).is_none_or(|g| g.epoch != entry.epoch))
+            .filter(|(id, entry)| {
+                current.get(id).is_none_or(|g| (g.epoch, g.parent) != (entry.epoch, entry.parent))
+            })
             .map(|(id, _)| *id)
             .collect(),
         switch: changed_image(config, datapath, &identities, mtu)?,
@@ -310,6 +321,18 @@ fn in_force(datapath: &Datapath, image: &Image) -> Result<bool> {
         .map(|(edge, next)| ((edge.state, edge.level), next))
         .collect();
     if edges != image.edges {
+        return Ok(false);
+    }
+    let members: BTreeMap<(u16, u32), u16> = datapath
+        .members
+        .entries()?
+        .into_iter()
+        .filter(|(key, _)| u32::from(key.generation) == generation & 1)
+        .map(|(key, m): (member_slot, member)| ((key.group, key.slot), m.group))
+        .collect();
+    let wanted: BTreeMap<(u16, u32), u16> =
+        image.members.iter().map(|(key, m)| ((key.group, key.slot), m.group)).collect();
+    if members != wanted {
         return Ok(false);
     }
     let routes = datapath.client_routes.keys_one_by_one();
