@@ -169,7 +169,8 @@ fn a_thousand_connections_through_random_loss() {
     let Some(lab) = delayed(ROUTES) else { return };
     let percent = Arc::new(Mutex::new(0u32));
     // What happened, should something go wrong.
-    let history: Arc<Mutex<Vec<(Instant, u64, Seen, Fate)>>> = Arc::default();
+    type History = Arc<Mutex<Vec<(Instant, u64, Seen, Fate)>>>;
+    let history = History::default();
     let rule = |percent: &Arc<Mutex<u32>>, mut state: u64| {
         let (percent, history, wire) = (percent.clone(), history.clone(), state);
         let mut fate = move || {
