@@ -471,8 +471,8 @@ fn random_packets_meet_what_the_model_says() {
                     format!("[fd01:7::{n:x}]:4000")
                 };
                 let mut client = Client::new(&addr, n.wrapping_mul(0x9e37_79b9));
-                client.offer.timestamps = n % 3 != 0;
-                client.offer.wscale = n % 5 != 0;
+                client.offer.timestamps = !n.is_multiple_of(3);
+                client.offer.wscale = !n.is_multiple_of(5);
                 // No client id: the model need not know what clients are known for.
                 let connect = mqtt::connect_as(4, 2, b"", &[]);
                 let state = State::Nothing;

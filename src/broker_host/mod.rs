@@ -1,7 +1,8 @@
 //! A broker host: takes the balancer's packets out of their wrapping and answers clients as
 //! MQTT_VIP. Everything is undone by [`down`].
 
-mod ip;
+mod net;
+mod notes;
 pub mod status;
 mod sysctl;
 pub mod takeover;
@@ -12,6 +13,8 @@ use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
 use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
+
+use notes::Notes;
 
 use crate::domain::XdpMode;
 use crate::handover;
@@ -70,8 +73,12 @@ pub fn up(host: &BrokerHost) -> Result<Vec<String>> {
     // Before anything is changed: a key that cannot be read.
     let keys = host.handover_key.as_deref().map(KeyFile::read).transpose()?;
     attach_decap(host, &mut done)?;
+    let mut notes = Notes::read(&host.interface);
     for vip in &host.vips {
-        if ip::add_to_loopback(*vip)? {
+        if !net::on_loopback(*vip)? {
+            notes.loopback.insert(*vip);
+            notes.write(&host.interface)?;
+            net::add_to_loopback(*vip)?;
             done.push(format!("{vip} on lo"));
         }
     }
@@ -82,7 +89,7 @@ pub fn up(host: &BrokerHost) -> Result<Vec<String>> {
         wanted.extend(sysctl::wanted_for_takeover());
     }
     for (key, value) in wanted {
-        if sysctl::set(&host.interface, &key, value)? {
+        if sysctl::set(&mut notes, &host.interface, &key, value)? {
             done.push(format!("{key} = {value}"));
         }
     }
@@ -101,7 +108,16 @@ pub fn up(host: &BrokerHost) -> Result<Vec<String>> {
             }
             let headers = if v6 { HEADERS_V6 } else { HEADERS_V4 };
             let mss = host.advmss.unwrap_or(mtu.saturating_sub(headers + ENCAPSULATION));
-            done.extend(ip::set_advmss(&host.interface, v6, Some(mss))?);
+            for route in net::set_advmss(&host.interface, v6, mss)? {
+                done.push(format!("route {} advmss {mss}", route.destination));
+                let noted = |r: &net::ChangedRoute| {
+                    (&r.destination, r.priority) == (&route.destination, route.priority)
+                };
+                if !notes.routes.iter().any(noted) {
+                    notes.routes.push(route);
+                }
+            }
+            notes.write(&host.interface)?;
         }
     }
     Ok(done)
@@ -112,21 +128,19 @@ pub fn down(interface: &str, bpffs: &Path) -> Result<Vec<String>> {
     let mut done = Vec::new();
     let pins = pins_of(bpffs, interface);
     pins.check()?;
-    let vips = vips(&pins);
-    for v6 in [false, true] {
-        if vips.iter().any(|vip| vip.is_ipv6() == v6) {
-            done.extend(ip::set_advmss(interface, v6, None)?);
-        }
-    }
+    let notes = Notes::read(interface);
+    done.extend(net::restore_advmss(interface, &notes.routes)?);
     if takeover::detach(&pins)? {
         done.push(format!("takeover off {interface}"));
     }
-    done.extend(sysctl::restore(interface));
-    for vip in vips {
-        if ip::remove_from_loopback(vip)? {
+    done.extend(sysctl::restore(&notes));
+    // One that was there before is not ours to remove.
+    for vip in notes.loopback {
+        if net::remove_from_loopback(vip)? {
             done.push(format!("{vip} off lo"));
         }
     }
+    Notes::forget(interface);
     if let Some(program) = load::pinned_program(&pins.program("decap"))
         && xdp::detach(interface, program.id).unwrap_or(false)
     {
@@ -182,7 +196,7 @@ fn attach_decap(host: &BrokerHost, done: &mut Vec<String>) -> Result<()> {
     }
     if !ours {
         // Pins and notes of a program that is not attached any more.
-        sysctl::forget(&host.interface);
+        Notes::forget(&host.interface);
         unpin(&pins)?;
         pins::make_dir(&pins.current(Object::BrokerHost))?;
         let failed = |source| BpfError::Load { object: "decap", source };

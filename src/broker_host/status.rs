@@ -46,7 +46,7 @@ pub fn status(interface: &str, bpffs: &Path, key_file: Option<&Path>) -> Result<
         ));
     }
     for vip in &vips {
-        if !super::ip::on_loopback(*vip)? {
+        if !super::net::on_loopback(*vip)? {
             problems.push(format!(
                 "{vip} is not on lo: packets for it go nowhere; run `mqtt-fwd real up` again"
             ));

@@ -1,10 +1,9 @@
-//! Kernel settings of a broker host, and what they were before.
+//! Kernel settings of a broker host.
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 
+use super::notes::Notes;
 use crate::kernel::{BpfError, Result};
 
 /// What direct server return needs: no strict reverse path filter, and no ARP answers for the
@@ -47,8 +46,8 @@ pub fn is_enough(key: &str, wanted: i32, value: i32) -> bool {
     value == wanted || (key.ends_with("tcp_syncookies") && value > wanted)
 }
 
-/// Sets a key and remembers what it was; whether it was another value.
-pub fn set(interface: &str, key: &str, value: i32) -> Result<bool> {
+/// Sets a key and notes what it was; whether it was another value.
+pub fn set(notes: &mut Notes, interface: &str, key: &str, value: i32) -> Result<bool> {
     let path = PathBuf::from("/proc/sys").join(key);
     let io = |action| {
         let path = path.clone();
@@ -58,50 +57,21 @@ pub fn set(interface: &str, key: &str, value: i32) -> Result<bool> {
     if before.parse().is_ok_and(|before| is_enough(key, value, before)) {
         return Ok(false);
     }
-    let mut notes = read_notes(interface);
-    notes.entry(key.to_owned()).or_insert(before);
-    write_notes(interface, &notes)?;
+    notes.settings.entry(key.to_owned()).or_insert(before);
+    notes.write(interface)?;
     fs::write(&path, value.to_string()).map_err(io("writing"))?;
     Ok(true)
 }
 
 /// Puts back what was there before.
-pub fn restore(interface: &str) -> Vec<String> {
+pub fn restore(notes: &Notes) -> Vec<String> {
     let mut done = Vec::new();
-    for (key, before) in read_notes(interface) {
-        let path = PathBuf::from("/proc/sys").join(&key);
+    for (key, before) in &notes.settings {
+        let path = PathBuf::from("/proc/sys").join(key);
         // The interface, and the key with it, may be gone.
-        if fs::write(&path, &before).is_ok() {
+        if fs::write(&path, before).is_ok() {
             done.push(format!("{key} = {before}"));
         }
     }
-    forget(interface);
     done
-}
-
-/// Forgets what is noted: of a namespace that had this one's number before.
-pub fn forget(interface: &str) {
-    let _ = fs::remove_file(notes_path(interface));
-}
-
-/// Notes are kept by network namespace: interfaces of two may have the same name.
-fn notes_path(interface: &str) -> PathBuf {
-    let namespace = fs::metadata("/proc/self/ns/net").map(|m| m.ino()).unwrap_or_default();
-    PathBuf::from("/run/mqtt-fwd").join(format!("real-{namespace}-{interface}.json"))
-}
-
-fn read_notes(interface: &str) -> BTreeMap<String, String> {
-    fs::read_to_string(notes_path(interface))
-        .ok()
-        .and_then(|text| serde_json::from_str(&text).ok())
-        .unwrap_or_default()
-}
-
-fn write_notes(interface: &str, notes: &BTreeMap<String, String>) -> Result<()> {
-    let path = notes_path(interface);
-    let write = || {
-        fs::create_dir_all("/run/mqtt-fwd")?;
-        fs::write(&path, serde_json::to_string(notes)?)
-    };
-    write().map_err(|source| BpfError::Io { path: path.clone(), action: "writing", source })
 }
