@@ -31,10 +31,9 @@ fn state(net: &Net) -> String {
         "neigh",
         "tentative",
     ];
-    all.lines()
-        .filter(|line| !volatile.iter().any(|v| line.contains(v)))
-        .map(|line| format!("{line}\n"))
-        .collect()
+    let lines: Vec<&str> =
+        all.lines().filter(|line| !volatile.iter().any(|v| line.contains(v))).collect();
+    lines.join("\n")
 }
 
 /// Names the lines that differ.

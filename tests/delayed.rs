@@ -414,3 +414,57 @@ fn a_client_id_finds_the_same_broker_again_and_a_topic_has_one() {
         assert!(!lab.mqtt_fwd(&["counters"]).contains("mispredicted"));
     }
 }
+
+#[test]
+fn another_tcp_than_linux_with_small_windows_and_late_acknowledgements() {
+    use support::other_stack::{Shape, converse};
+    let Some(lab) = delayed(ROUTES) else { return };
+    let connect = mqtt::connect_as(4, 2, b"smol", &[]);
+    let known = mqtt::connect_as(4, 2, b"smol-again", &[]);
+    let mut port = 20_000;
+    let mut wanted = Vec::new();
+    for window in [200, 600, 4096, 100_000] {
+        for (ack_delay, nagle) in [(None, false), (Some(40), true), (Some(200), false)] {
+            for v6 in [false, true] {
+                let own: (std::net::IpAddr, std::net::IpAddr) = if v6 {
+                    ("fd01:1::77".parse().unwrap(), "fd01:1::101".parse().unwrap())
+                } else {
+                    ("10.1.1.77".parse().unwrap(), "10.1.1.101".parse().unwrap())
+                };
+                let service: std::net::SocketAddr =
+                    if v6 { SERVICE6 } else { SERVICE }.parse().unwrap();
+                for (style, first) in [&connect, &known].into_iter().enumerate() {
+                    port += 1;
+                    let payloads = [format!("{port}-0"), format!("{port}-1")];
+                    let publish = |p: &String| mqtt::publish(b"m/hum", 1, p.as_bytes());
+                    let (one, two) = (publish(&payloads[0]), publish(&payloads[1]));
+                    let together = [&first[..], &one].concat();
+                    let bye = mqtt::disconnect();
+                    // Waiting for CONNACK, or all at once.
+                    let pieces: &[(&[u8], usize)] = if style == 0 {
+                        &[(first, 4), (&one, 4), (&two, 4), (&bye, 0)]
+                    } else {
+                        &[(&together, 8), (&two, 4), (&bye, 0)]
+                    };
+                    let shape = Shape { window, ack_delay, nagle };
+                    let service = (service.ip(), service.port());
+                    let got = std::thread::scope(|scope| {
+                        let talk = || converse(&lab, "c1", own, service, port, shape, pieces);
+                        scope.spawn(talk).join().unwrap()
+                    });
+                    let expected =
+                        [&[0x20, 2, 0, 0], [0x40, 2, 0, 7].repeat(2).as_slice()].concat();
+                    assert_eq!(got.as_deref(), Ok(&expected[..]), "{shape:?} {service:?}");
+                    wanted.extend(payloads);
+                }
+            }
+        }
+    }
+    let all = arrivals(&lab);
+    for payload in wanted {
+        assert!(
+            all.get(&payload).is_some_and(|at| at.iter().all(|r| *r == 2)),
+            "{payload}: {all:?}"
+        );
+    }
+}

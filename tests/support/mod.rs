@@ -9,6 +9,7 @@ pub mod lab;
 pub mod model;
 pub mod mqtt;
 pub mod net;
+pub mod other_stack;
 pub mod packet;
 pub mod server;
 pub mod session;
