@@ -56,8 +56,11 @@ struct Client {
 impl Client {
     fn new(v6: bool, n: u32) -> Self {
         let [a, b, c, d] = n.to_be_bytes();
-        let addr =
-            if v6 { format!("[fd01:9::{n:x}]:4000") } else { format!("11.{}.{c}.{d}:4000", a ^ b) };
+        let addr = if v6 {
+            format!("[fd01:9::{n:x}]:4000")
+        } else {
+            format!("{}:4000", std::net::Ipv4Addr::from(0x0b00_0000 + n))
+        };
         let service = if v6 { SERVICE6 } else { SERVICE };
         Self { addr: addr.parse().unwrap(), service: service.parse().unwrap(), ack: 0 }
     }
@@ -80,6 +83,7 @@ impl Client {
     }
 }
 
+#[allow(clippy::too_many_lines)] // one step after the other
 fn main() {
     if !std::env::args().any(|a| a == "--bench") {
         return;
