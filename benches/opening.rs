@@ -55,7 +55,6 @@ struct Client {
 
 impl Client {
     fn new(v6: bool, n: u32) -> Self {
-        let [a, b, c, d] = n.to_be_bytes();
         let addr = if v6 {
             format!("[fd01:9::{n:x}]:4000")
         } else {

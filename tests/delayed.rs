@@ -273,6 +273,16 @@ fn a_refusal_is_not_hidden() {
         let there = lab.exec("r1", &["sh", "-c", "ss -Hltn | grep -q :1883"]);
         (!there.status.success()).then_some(())
     });
+    // Nobody listens: the client is told at once, though the balancer has answered its CONNECT.
+    let session = Session {
+        topic: "m/temp".to_owned(),
+        messages: vec!["nobody".to_owned()],
+        ..Session::new("c1", SERVICE, "")
+    };
+    let started = Instant::now();
+    let error = run_all(&lab, std::slice::from_ref(&session), 1).remove(0).unwrap_err();
+    assert!(error.to_string().contains("reset"), "{error}");
+    assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
     lab.ok("r1", &["mosquitto", "-d", "-c", &conf]);
     wait_for("the closed broker", || {
         let there = lab.exec("r1", &["sh", "-c", "ss -Hltn | grep -q :1883"]);

@@ -29,6 +29,7 @@
 #include <bpf/bpf_core_read.h>
 
 #define MARK_AGAIN 0x4d510001U /* skb->mark: sent round once more, an older socket has been ended */
+#define MARK_RESET_AHEAD 0x4d510003U /* its RST has to be where the client is: behind a CONNACK */
 #define MARK_NO_RESET 0x4d510002U /* its RST, which net.ipv4.fwmark_reflect marks alike, goes no further */
 
 /* How far a segment of the same connection may lie from what its socket expects. */
@@ -388,8 +389,12 @@ int takeover_ingress(struct __sk_buff *skb)
 		tuple.ipv4.dport = s.tuple.dport;
 		sk = bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
 	}
-	if (!sk)
+	if (!sk) {
+		/* Nobody listens: the client is told so, though it has an answer to its CONNECT. */
+		if (s.mark & MARK_HANDOVER)
+			skb->mark = MARK_RESET_AHEAD;
 		return TC_ACT_OK;
+	}
 
 	if (sk->state == BPF_TCP_LISTEN) {
 		verdict = for_listener(skb, &s, sk);
@@ -483,6 +488,11 @@ int takeover_egress(struct __sk_buff *skb)
 	struct segment s;
 	__u8 connack[HANDOVER_CONNACK] = {};
 
+	if (skb->mark == MARK_RESET_AHEAD) {
+		if (read_segment(skb, &s) && s.flags & bpf_htons(TCP_RST))
+			set_word(skb, &s, SEQ_OFFSET, s.seq, s.seq + HANDOVER_CONNACK);
+		return TC_ACT_OK;
+	}
 	if (skb->mark == MARK_NO_RESET) {
 		if (!read_segment(skb, &s) || !(s.flags & bpf_htons(TCP_RST)))
 			return TC_ACT_OK;
