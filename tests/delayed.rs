@@ -478,3 +478,164 @@ fn another_tcp_than_linux_with_small_windows_and_late_acknowledgements() {
         );
     }
 }
+
+/// A session from a port of its own; `n` makes its message another's.
+fn from_port(n: usize, service: &str, port: u16, style: support::session::Style) -> Session {
+    Session {
+        style,
+        topic: TOPICS[n % 3].0.to_owned(),
+        messages: vec![format!("port-{n}")],
+        port: Some(port),
+        ..Session::new("c1", service, "")
+    }
+}
+
+#[test]
+fn old_ports_are_used_again_over_time_wait_and_dead_connections() {
+    let Some(lab) = delayed(ROUTES) else { return };
+    let mut all = Vec::new();
+    // The broker closes first and keeps TIME_WAIT; then the same port, at once.
+    for n in 0..24 {
+        let service = if n % 2 == 0 { SERVICE } else { SERVICE6 };
+        all.push(from_port(n, service, 30_001, STYLES[(n / 2) % 3]));
+    }
+    // Where the topic, and with it the broker, stays the same.
+    for n in 0..12 {
+        let service = if n % 2 == 0 { SERVICE } else { SERVICE6 };
+        all.push(from_port(100 + 3 * n, service, 30_002, STYLES[(n / 2) % 3]));
+    }
+    expect_all(&run_all(&lab, &all, 1));
+    all_right(&lab, &all);
+
+    // The client vanishes: its broker has a connection that nobody is at the other end of.
+    let _wire = Wire::of_client(
+        &lab,
+        "c1",
+        Box::new(|seen| match seen {
+            Some(s) if s.kind == Kind::Rst && s.from_client => Fate::Lost,
+            _ => Fate::Pass,
+        }),
+    );
+    let mut again = Vec::new();
+    for n in 0..18 {
+        let service = if n % 2 == 0 { SERVICE } else { SERVICE6 };
+        let vanishes = n % 4 < 2;
+        let port = 30_003;
+        again.push(Session {
+            vanishes,
+            ..from_port(200 + 3 * n, service, port, STYLES[(n / 2) % 3])
+        });
+    }
+    expect_all(&run_all(&lab, &again, 1));
+    all_right(&lab, &again);
+    let status = lab.exec(
+        "r3",
+        &["mqtt-fwd", "real", "status", "--interface", "eth0", "--bpffs", &bpffs(&lab, 3)],
+    );
+    println!("{}", String::from_utf8_lossy(&status.stdout));
+}
+
+#[test]
+fn programs_may_be_replaced_and_the_sidecar_killed_while_connections_open() {
+    let Some(lab) = delayed(ROUTES) else { return };
+    let all = sessions("replaced", 900, 3, 1);
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let results = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                lab.mqtt_fwd(&["load"]);
+            }
+        });
+        scope.spawn(|| {
+            let sidecar = |what: &str| {
+                let output = lab.script("sidecar").arg(what).output().unwrap();
+                assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            };
+            sidecar("kill");
+            sidecar("start");
+        });
+        let results = run_all(&lab, &all, 8);
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        results
+    });
+    expect_all(&results);
+    all_right(&lab, &all);
+}
+
+#[test]
+fn a_full_accept_queue_delays_connections_and_loses_nothing() {
+    let Some(lab) = delayed(ROUTES) else { return };
+    let pid =
+        lab.ok("r1", &["sh", "-c", "ss -Hltnp | grep -o 'pid=[0-9]*' | head -n1 | cut -d= -f2"]);
+    lab.ok("r1", &["kill", pid.trim()]);
+    // A listener that takes nobody for a while; then it answers as a broker would, and writes down.
+    let script = format!(
+        "import socket,threading,time\n\
+         s=socket.create_server(('',1883),backlog=1)\n\
+         open('/run/mqtt-fwd-lab/{name}/listens','w')\n\
+         time.sleep(2)\n\
+         def serve(c):\n    \
+           got=b''\n    \
+           while b'queue-' not in got: got+=c.recv(1000)\n    \
+           c.sendall(bytes([0x20,2,0,0,0x40,2,0,7])); c.recv(100); c.close()\n    \
+           open('/run/mqtt-fwd-lab/{name}/took','a').write(str(got.count(b'queue-'))+'\\n')\n\
+         while True:\n    c,_=s.accept()\n    threading.Thread(target=serve,args=(c,)).start()\n",
+        name = lab.name
+    );
+    let file = format!("/run/mqtt-fwd-lab/{}/slow.py", lab.name);
+    std::fs::write(&file, script).unwrap();
+    lab.ok("r1", &["sh", "-c", &format!("python3 {file} >/dev/null 2>&1 &")]);
+    wait_for("the slow listener", || {
+        std::fs::exists(format!("/run/mqtt-fwd-lab/{}/listens", lab.name)).unwrap().then_some(())
+    });
+    let all: Vec<Session> = (0..6)
+        .map(|i| Session {
+            style: STYLES[i % 3],
+            topic: "m/temp".to_owned(),
+            messages: vec![format!("queue-{i}")],
+            ..Session::new("c1", SERVICE, "")
+        })
+        .collect();
+    expect_all(&run_all(&lab, &all, 6));
+    let took = wait_for("all of them", || {
+        let took = std::fs::read_to_string(format!("/run/mqtt-fwd-lab/{}/took", lab.name)).ok()?;
+        (took.lines().count() >= 6).then_some(took)
+    });
+    assert!(took.lines().all(|n| n == "1") && took.lines().count() == 6, "{took}");
+}
+
+#[test]
+fn a_balancer_that_forgot_its_client_lets_it_be_told() {
+    let Some(lab) = delayed(ROUTES) else { return };
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            use std::io::{Read as _, Write as _};
+            support::session::enter(&lab, "c1");
+            let mut stream = std::net::TcpStream::connect(SERVICE).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+            stream.write_all(&mqtt::connect_as(4, 2, b"", &[])).unwrap();
+            stream.read_exact(&mut [0; 4]).unwrap();
+            // What was kept of its CONNECT is lost.
+            let map =
+                format!("/run/mqtt-fwd-lab/{}/bpf/lb/mqtt_fwd/eth0/mqtt_fwd/handovers", lab.name);
+            let dump = lab.ok("lb", &["bpftool", "-j", "map", "dump", "pinned", &map]);
+            let dump: serde_json::Value = serde_json::from_str(&dump).unwrap();
+            for entry in dump.as_array().unwrap() {
+                let key: Vec<&str> =
+                    entry["key"].as_array().unwrap().iter().map(|b| b.as_str().unwrap()).collect();
+                let delete =
+                    [&["bpftool", "map", "delete", "pinned", &map, "key", "hex"][..], &key];
+                let hex: Vec<String> =
+                    delete.concat().iter().map(|w| w.trim_start_matches("0x").to_owned()).collect();
+                let hex: Vec<&str> = hex.iter().map(String::as_str).collect();
+                lab.ok("lb", &hex);
+            }
+            let started = Instant::now();
+            stream.write_all(&mqtt::publish(b"m/temp", 1, b"forgotten")).unwrap();
+            let error = stream.read_exact(&mut [0; 4]).unwrap_err();
+            assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "so it connects anew");
+            assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
+        });
+    });
+    assert!(arrivals(&lab).is_empty());
+}

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use nix::sched::{CloneFlags, setns};
@@ -37,6 +38,10 @@ pub struct Session {
     pub topic: String,
     pub messages: Vec<String>,
     pub qos: u8,
+    /// Its own port, if it matters which.
+    pub port: Option<u16>,
+    /// At the end it goes away without a word: RST, and that may be lost.
+    pub vanishes: bool,
 }
 
 impl Session {
@@ -49,13 +54,18 @@ impl Session {
             topic: String::new(),
             messages: Vec::new(),
             qos: 1,
+            port: None,
+            vanishes: false,
         }
     }
 
     /// Runs it to its end, in this thread, which is in the host's namespace from then on.
     pub fn run(&self, lab: &Lab) -> std::io::Result<()> {
         enter(lab, &self.host);
-        let stream = TcpStream::connect_timeout(&self.service, Duration::from_secs(20))?;
+        let stream = match self.port {
+            Some(port) => connect_from(port, self.service)?,
+            None => TcpStream::connect_timeout(&self.service, Duration::from_secs(20))?,
+        };
         let port = stream.local_addr()?.port();
         self.talk(stream).map_err(|e| std::io::Error::other(format!("port {port}: {e}")))
     }
@@ -94,8 +104,16 @@ impl Session {
                 self.acknowledged(&mut stream)?;
             }
         }
+        if self.vanishes {
+            let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+            set_option(&stream, libc::SOL_SOCKET, libc::SO_LINGER, &linger)?;
+            return Ok(());
+        }
         stream.write_all(&mqtt::disconnect())?;
-        stream.shutdown(Shutdown::Write)?;
+        // With a port of its own, it lets the broker close first, and keep TIME_WAIT.
+        if self.port.is_none() {
+            stream.shutdown(Shutdown::Write)?;
+        }
         // The broker closes: then it has read all of it.
         let mut rest = Vec::new();
         stream.read_to_end(&mut rest)?;
@@ -106,6 +124,37 @@ impl Session {
     fn acknowledged(&self, stream: &mut TcpStream) -> std::io::Result<()> {
         if self.qos == 1 { expect(stream, &[0x40, 2, 0, 7]) } else { Ok(()) }
     }
+}
+
+fn set_option<T>(stream: &impl AsRawFd, level: i32, name: i32, value: &T) -> std::io::Result<()> {
+    // SAFETY: the value is valid for its size.
+    let failed = unsafe {
+        libc::setsockopt(
+            stream.as_raw_fd(),
+            level,
+            name,
+            std::ptr::from_ref(value).cast(),
+            size_of::<T>() as u32,
+        )
+    };
+    if failed == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
+/// Connects from a port, whatever was on it before.
+fn connect_from(port: u16, to: SocketAddr) -> std::io::Result<TcpStream> {
+    use nix::sys::socket::{
+        AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, socket,
+    };
+    let (family, any): (_, std::net::IpAddr) = if to.is_ipv4() {
+        (AddressFamily::Inet, std::net::Ipv4Addr::UNSPECIFIED.into())
+    } else {
+        (AddressFamily::Inet6, std::net::Ipv6Addr::UNSPECIFIED.into())
+    };
+    let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    set_option(&socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, &1i32)?;
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(any, port)))?;
+    connect(socket.as_raw_fd(), &SockaddrStorage::from(to))?;
+    Ok(TcpStream::from(socket))
 }
 
 /// Puts this thread into a host's network namespace.
