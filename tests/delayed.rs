@@ -639,3 +639,21 @@ fn a_balancer_that_forgot_its_client_lets_it_be_told() {
     });
     assert!(arrivals(&lab).is_empty());
 }
+
+#[test]
+fn an_old_flow_does_not_take_what_overtakes_connect_on_its_ports() {
+    let Some(lab) = delayed(ROUTES) else { return };
+    let first: Vec<Session> =
+        (0..6).map(|n| from_port(n, SERVICE, 31_000 + n as u16, STYLES[0])).collect();
+    expect_all(&run_all(&lab, &first, 1));
+    // The same ports again; each CONNECT is lost once, and what was written behind it is not.
+    let _wire = Wire::of_balancer(&lab, nth_of_kind(Kind::Connect, false, Fate::Lost));
+    let again: Vec<Session> = (0..6)
+        .map(|n| Session {
+            messages: (0..4).map(|m| format!("again-{n}-{m}")).collect(),
+            ..from_port(n, SERVICE, 31_000 + n as u16, STYLES[1])
+        })
+        .collect();
+    expect_all(&run_all(&lab, &again, 1));
+    all_right(&lab, &again);
+}

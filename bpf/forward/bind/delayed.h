@@ -37,6 +37,16 @@ static __always_inline void hand_to(struct xdp_md *ctx, const struct conn *c,
 	bpf_tail_call(ctx, &steps, step);
 }
 
+/* Whether a segment is too far from where the flow is, or behind its end, to be the flow's own. */
+static __always_inline bool is_far(const struct flow *f, const struct conn *c)
+{
+	__u32 ahead = c->seq - f->end;
+
+	if (f->flags & FLOW_CLOSING && ahead < 1U << 31)
+		return true;
+	return ahead + FLOW_WINDOW > 2 * FLOW_WINDOW;
+}
+
 static __always_inline void bind_delayed(struct xdp_md *ctx, struct bound *b, struct conn *c,
 					 const struct service_table *t, const struct service *svc,
 					 struct flow *f, bool syn)
@@ -45,13 +55,14 @@ static __always_inline void bind_delayed(struct xdp_md *ctx, struct bound *b, st
 	if (!f && !syn && has_predecessor)
 		bpf_tail_call(ctx, &predecessor, 0);
 	/*
-	 * After a SYN on a flow's addresses, a segment may be of another connection; it is, if it
-	 * has a cookie. The flow itself shows by its next byte that it goes on.
+	 * After a SYN on a flow's addresses, a segment may be of another connection. The flow itself
+	 * shows by its next byte that it goes on.
 	 */
 	if (f && !syn && f->flags & FLOW_RIVAL_SYN && c->seq == f->end && c->payload_length)
 		f->flags &= ~FLOW_RIVAL_SYN;
 	if (!f || syn ||
-	    (f->flags & FLOW_RIVAL_SYN && c->seq != f->end && has_cookie(ctx, c, false))) {
+	    (f->flags & FLOW_RIVAL_SYN && c->seq != f->end &&
+	     (is_far(f, c) || has_cookie(ctx, c, false)))) {
 		hand_to(ctx, c, svc, 0, STEP_GREET);
 		b->binding = 0;
 		return;
