@@ -657,3 +657,139 @@ fn an_old_flow_does_not_take_what_overtakes_connect_on_its_ports() {
     expect_all(&run_all(&lab, &again, 1));
     all_right(&lab, &again);
 }
+
+#[test]
+fn every_set_of_tcp_options() {
+    let Some(lab) = delayed(ROUTES) else { return };
+    for n in 0..8 {
+        let on = |bit: u32| u32::from(n >> bit & 1 == 1);
+        for host in ["c1", "gw"] {
+            let settings = format!(
+                "sysctl -qw net.ipv4.tcp_timestamps={} net.ipv4.tcp_sack={} \
+                 net.ipv4.tcp_window_scaling={}",
+                on(0),
+                on(1),
+                on(2)
+            );
+            lab.ok(host, &["sh", "-c", &settings]);
+        }
+        let all: Vec<Session> =
+            [sessions(&format!("o{n}q0"), 18, 3, 0), sessions(&format!("o{n}q1"), 18, 3, 1)]
+                .concat();
+        expect_all(&run_all(&lab, &all, 4));
+        all_right(&lab, &all);
+    }
+}
+
+#[test]
+fn the_key_is_rotated_while_connections_open() {
+    let Some(lab) = delayed(ROUTES) else { return };
+    let file = format!("/run/mqtt-fwd-lab/{}/handover.key", lab.name);
+    let all = sessions("rotated", 2400, 2, 1);
+    let results = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..2 {
+                lab.mqtt_fwd(&["keys", "rotate", "--file", &file, "--after", "2"]);
+                for real in 1..=3 {
+                    let (host, bpffs) = (format!("r{real}"), bpffs(&lab, real));
+                    let up = [
+                        "mqtt-fwd",
+                        "--log",
+                        "warn",
+                        "real",
+                        "up",
+                        "--interface",
+                        "eth0",
+                        "--bpffs",
+                        &bpffs,
+                        "--vip",
+                        "10.1.50.200",
+                        "--vip",
+                        "fd01:50::200",
+                        "--handover-key",
+                        &file,
+                    ];
+                    lab.ok(&host, &up);
+                }
+                std::thread::sleep(Duration::from_millis(3500));
+            }
+        });
+        let mut results = Vec::new();
+        for part in all.chunks(60) {
+            results.extend(run_all(&lab, part, 4));
+            std::thread::sleep(Duration::from_millis(120));
+        }
+        results
+    });
+    expect_all(&results);
+    all_right(&lab, &all);
+    let shown = lab.mqtt_fwd(&["keys", "show", "--file", &file]);
+    assert!(shown.contains("in use") && shown.contains('3'), "{shown}");
+}
+
+#[test]
+fn connect_in_pieces_and_connect_of_two_kilobytes() {
+    let Some(lab) = delayed(ROUTES) else { return };
+    let will = vec![b'w'; 1800];
+    let large = mqtt::connect_as(4, 0x06, b"large", &[b"m/other", &will]);
+    let small = mqtt::connect_as(4, 2, b"dribble", &[]);
+    for service in [SERVICE, SERVICE6] {
+        for (connect, piece) in [(&large, 4000), (&large, 100), (&small, 1)] {
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    use std::io::{Read as _, Write as _};
+                    support::session::enter(&lab, "c1");
+                    let mut stream = std::net::TcpStream::connect(service).unwrap();
+                    stream.set_nodelay(true).unwrap();
+                    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+                    for part in connect.chunks(piece) {
+                        stream.write_all(part).unwrap();
+                        std::thread::sleep(Duration::from_millis(2));
+                    }
+                    let mut answer = [0; 4];
+                    stream.read_exact(&mut answer).unwrap();
+                    assert_eq!(answer, [0x20, 2, 0, 0]);
+                    // Of the default group, where it is.
+                    stream.write_all(&mqtt::publish(b"m/other", 1, b"pieces")).unwrap();
+                    stream.read_exact(&mut answer).unwrap();
+                    assert_eq!(answer, [0x40, 2, 0, 7]);
+                    stream.write_all(&mqtt::disconnect()).unwrap();
+                });
+            });
+        }
+    }
+    assert_eq!(arrivals(&lab)["pieces"], vec![3; 6]);
+    let why = lab.mqtt_fwd(&["counters"]);
+    assert!(why.contains("why_cut"), "{why}");
+}
+
+#[test]
+fn an_address_finds_the_same_broker_again() {
+    let text = config(&[("a", 1, &[201, 202, 203]), ("default", 250, &[204])], &[("m/#", "a")])
+        .replace("name = \"a\"\n", "name = \"a\"\naffinity = \"client_ip\"\n");
+    // The default group has one real, so what is unknown says nothing.
+    let lab = Lab::up(&text, &[]);
+    let mut used = HashSet::new();
+    for host in ["c1", "c2", "c3", "c4", "c5", "c6"] {
+        for (i, service) in [SERVICE, SERVICE6].into_iter().cycle().take(14).enumerate() {
+            let session = Session {
+                topic: "m/x".to_owned(),
+                messages: vec![format!("{host}-{i}")],
+                ..Session::new(host, service, &format!("{host}{i}"))
+            };
+            // The first of each family teaches, and is ended for it.
+            let result = run_all(&lab, &[session], 1).remove(0);
+            assert!(result.is_ok() || i < 2, "{host} {i}: {result:?}");
+        }
+        let at = arrivals(&lab);
+        for family in 0..2 {
+            let reals: HashSet<u32> = (2..14)
+                .filter(|i| i % 2 == family)
+                .flat_map(|i| at[&format!("{host}-{i}")].clone())
+                .collect();
+            assert_eq!(reals.len(), 1, "{host}: {reals:?}");
+            used.extend(reals);
+        }
+    }
+    assert!(used.len() > 1 && !used.contains(&4), "{used:?}");
+}

@@ -586,3 +586,59 @@ fn whatever_strangers_send_nothing_is_kept_and_no_answer_is_longer() {
     }
     assert_eq!(kept(&f), 0);
 }
+
+#[test]
+fn routes_by_connect_follow_one_rule() {
+    let pattern = "[ab]{1,3}\\*?|\\*";
+    let text = "[abc]{0,4}";
+    let groups = prop_oneof![Just("a"), Just("b")];
+    let routes = proptest::collection::btree_map((any::<bool>(), pattern), groups, 1..8);
+    let clients = proptest::collection::vec((text, proptest::option::of(text)), 20);
+    let next = std::cell::Cell::new(0u32);
+    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
+        cases: 40,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    });
+    let checked = runner.run(&(routes, clients), |(routes, clients)| {
+        let lines: Vec<String> = routes
+            .iter()
+            .map(|((by_id, pattern), group)| {
+                let key = if *by_id { "client_id" } else { "username" };
+                format!("{{ {key} = \"{pattern}\", group = \"{group}\" }},\n")
+            })
+            .collect();
+        let config = datapath::CONFIG
+            .replace("max_packet", "binding = \"delayed\"\nmax_packet")
+            .replacen("route = [\n", &format!("route = [\n{}", lines.concat()), 1);
+        let f = Fixture::with(&config);
+        let keys = handover_keys { key: [[1, 2], [3, 4]], epoch: 1, pad: 0 };
+        f.datapath.handover_keys.put(&0, &keys).unwrap();
+        for (id, user) in clients {
+            let n = next.get();
+            next.set(n + 1);
+            let addr = format!("{}:4000", std::net::Ipv4Addr::from(0x0c00_0000 + n));
+            let client = Client::open(&f, &addr, n);
+            let flags = if user.is_some() { 0x82 } else { 0x02 };
+            let texts: Vec<&[u8]> = user.iter().map(String::as_bytes).collect();
+            // With a message of group b's: only what no route names is bound by that.
+            let connect = mqtt::connect_as(4, flags, id.as_bytes(), &texts);
+            let all = [&connect[..], &mqtt::publish(b"sensor/b", 0, b"x")].concat();
+            let sent = client.segment(0, &all, |_| {});
+            let rule = f.config.services[0].group_of_client(&id, user.as_deref().unwrap_or(""));
+            let expected = rule.map_or("b", |route| &route.group).to_owned();
+            let outcome = f.send(&sent);
+            prop_assert_eq!(outcome.verdict, JUMPED);
+            let group = match packet::dst(&outcome.packet).to_string().as_str() {
+                "10.1.50.1" => "a",
+                "10.1.50.2" => "b",
+                _ => "default",
+            };
+            prop_assert_eq!(group, expected, "{:?} {:?} under {:?}", id, user, lines);
+        }
+        Ok(())
+    });
+    if let Err(error) = checked {
+        panic!("{error}");
+    }
+}

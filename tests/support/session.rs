@@ -182,7 +182,15 @@ pub fn run_all(lab: &Lab, sessions: &[Session], at_once: usize) -> Vec<std::io::
                 loop {
                     let i = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                     let Some(session) = sessions.get(i) else { return };
+                    let started = std::time::Instant::now();
                     let result = session.run(lab);
+                    if started.elapsed() > Duration::from_millis(900) {
+                        println!(
+                            "{:?} {i} took {:?}: {result:?} {session:?}",
+                            std::time::SystemTime::now(),
+                            started.elapsed()
+                        );
+                    }
                     done.lock().unwrap().push((i, result));
                 }
             });
