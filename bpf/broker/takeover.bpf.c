@@ -35,6 +35,9 @@
 /* How far a segment of the same connection may lie from what its socket expects. */
 #define SAME_CONNECTION (1 << 24)
 
+/* How long a segment may wander through the network: TIME_WAIT, as the kernel has it. */
+#define REPLAY_S 60
+
 /* The balancer marks less than this. */
 #define ACK_AHEAD_MAX 16
 
@@ -112,12 +115,13 @@ struct guard_key {
 enum guard_state {
 	GUARD_OPEN, /* taken over; the broker may send what it likes */
 	GUARD_ANSWERED, /* the balancer has sent its CONNACK */
-	GUARD_DONE, /* the broker has: the same cookie is worth nothing any more */
+	GUARD_DONE, /* the broker has: the same cookie is worth nothing for a while */
 };
 
 struct guard {
 	__u32 seq; /* of the CONNACK's first byte */
-	__u32 state; /* enum guard_state */
+	__u16 state; /* enum guard_state */
+	__u16 done_s; /* GUARD_DONE: when, CLOCK_BOOTTIME seconds */
 };
 MAP(guards, BPF_MAP_TYPE_LRU_HASH, struct guard_key, struct guard, 1 << 16);
 
@@ -132,6 +136,11 @@ static __always_inline void count(__u32 counter)
 
 	if (n)
 		*n += 1;
+}
+
+static __always_inline __u16 now_s(void)
+{
+	return bpf_ktime_get_boot_ns() / 1000000000ULL;
 }
 
 /* A TCP segment to or from a service of this host. */
@@ -303,7 +312,8 @@ static __always_inline int for_listener(struct __sk_buff *skb, const struct segm
 	 */
 	struct guard_key key = guard_key_of(s->tuple.src, s->tuple.sport, s->tuple.dport);
 	const struct guard *before = bpf_map_lookup_elem(&guards, &key);
-	if (before && before->seq == s->ack && before->state == GUARD_DONE) {
+	if (before && before->seq == s->ack && before->state == GUARD_DONE &&
+	    (__u16)(now_s() - before->done_s) < REPLAY_S) {
 		count(TAKEOVER_REPLAYED);
 		return TC_ACT_SHOT;
 	}
@@ -507,6 +517,7 @@ int takeover_egress(struct __sk_buff *skb)
 	if (!guard || guard->seq != s.seq || guard->state == GUARD_DONE)
 		return TC_ACT_OK;
 	__u32 at = guard->seq, state = guard->state;
+	guard->done_s = now_s();
 	guard->state = GUARD_DONE;
 	if (state == GUARD_OPEN)
 		return TC_ACT_OK;

@@ -41,9 +41,10 @@ pub fn value(key: &str) -> Option<i32> {
     fs::read_to_string(PathBuf::from("/proc/sys").join(key)).ok()?.trim().parse().ok()
 }
 
-/// Whether a value will do: tcp_syncookies = 2 is more than 1.
+/// Whether a value will do: 2 is more than 1 for tcp_syncookies, and for tcp_timestamps.
 pub fn is_enough(key: &str, wanted: i32, value: i32) -> bool {
-    value == wanted || (key.ends_with("tcp_syncookies") && value > wanted)
+    let more_is_enough = key.ends_with("tcp_syncookies") || key.ends_with("tcp_timestamps");
+    value == wanted || (more_is_enough && value > wanted)
 }
 
 /// Sets a key and notes what it was; whether it was another value.

@@ -59,19 +59,21 @@ pub fn bind_silent(config: &Config, datapath: &Datapath) -> Result<usize> {
     let interface = xdp::interface_index(&config.interface)?;
     let services = datapath.service_table()?;
     let mut bound = 0;
-    for (key, mut h) in silent {
+    for (key, seen) in silent {
         let Some(service) = services.service[..usize::from(services.count)]
             .iter()
             .find(|service| service.id == key.service)
         else {
             continue;
         };
+        // If its message has come meanwhile, it is bound; if another connection has its place, that has
+        // just begun. Neither must be undone.
+        let current = datapath.handovers.get(&key)?.filter(|now| {
+            (now.start, now.server) == (seen.start, seen.server)
+                && u32::from(now.state) <= handover_state::HANDOVER_SILENT.0
+        });
+        let Some(mut h) = current else { continue };
         h.state = handover_state::HANDOVER_SILENT.0 as u8;
-        // If its message has come meanwhile, it is bound, and this must not undo that.
-        let current = datapath.handovers.get(&key)?;
-        if current.is_none_or(|c| u32::from(c.state) > handover_state::HANDOVER_SILENT.0) {
-            continue;
-        }
         datapath.handovers.put(&key, &h)?;
         let v6 = service.v6 != 0;
         let client = (words_addr(key.addr, v6), u16::from_be(key.port));

@@ -56,13 +56,14 @@ static __always_inline void bind_delayed(struct xdp_md *ctx, struct bound *b, st
 		bpf_tail_call(ctx, &predecessor, 0);
 	/*
 	 * After a SYN on a flow's addresses, a segment may be of another connection. The flow itself
-	 * shows by its next byte that it goes on.
+	 * shows by its next byte that it goes on; and what lies a little before that may well be
+	 * its own CONNECT, doubled by the network, cookie and all.
 	 */
 	if (f && !syn && f->flags & FLOW_RIVAL_SYN && c->seq == f->end && c->payload_length)
 		f->flags &= ~FLOW_RIVAL_SYN;
 	if (!f || syn ||
 	    (f->flags & FLOW_RIVAL_SYN && c->seq != f->end &&
-	     (is_far(f, c) || has_cookie(ctx, c, false)))) {
+	     (is_far(f, c) || (seq_before(f->end, c->seq) && has_cookie(ctx, c, false))))) {
 		hand_to(ctx, c, svc, 0, STEP_GREET);
 		b->binding = 0;
 		return;
