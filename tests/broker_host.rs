@@ -131,6 +131,25 @@ fn undone_everything_is_as_it_was() {
     // This one was right before; the others are put right by `up`.
     net.command("sysctl").args(["-qw", "net.ipv4.tcp_syncookies=1"]).output().unwrap();
     net.ok(&late);
+    // A listener that connections cannot be handed to, where the kernel has multipath TCP at all.
+    let listen = "import socket,time;s=socket.socket(socket.AF_INET,socket.SOCK_STREAM,262);\
+                  s.bind(('',1883));s.listen();print('listens',flush=True);time.sleep(30)";
+    let mut listener = net
+        .command("python3")
+        .args(["-c", listen])
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    let said = std::io::BufReader::new(listener.stdout.take().unwrap());
+    std::io::BufRead::read_line(&mut { said }, &mut line).unwrap();
+    if line.contains("listens") {
+        let problems = net.fails(1, &status);
+        assert!(problems.contains("0.0.0.0:1883: listens for multipath TCP"), "{problems}");
+    }
+    let _ = listener.kill();
+    let _ = listener.wait();
     // Another key than the programs'.
     let other = net.dir.join("other.key");
     let other = other.to_str().unwrap();

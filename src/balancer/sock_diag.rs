@@ -59,6 +59,9 @@ fn request(family: u8) -> [u8; REQUEST] {
     bytes[6..8].copy_from_slice(&NLM_F_REQUEST_DUMP.to_ne_bytes());
     bytes[HEADER] = family;
     bytes[HEADER + 1] = libc::IPPROTO_TCP as u8;
+    // With it the kernel names the upper layer protocol, too.
+    const INET_DIAG_INFO: u8 = 2;
+    bytes[HEADER + 2] = 1 << (INET_DIAG_INFO - 1);
     bytes[HEADER + 4..HEADER + 8].copy_from_slice(&TCP_LISTEN.to_ne_bytes());
     bytes
 }
