@@ -758,7 +758,7 @@ fn connect_in_pieces_and_connect_of_two_kilobytes() {
             });
         }
     }
-    assert_eq!(arrivals(&lab)["pieces"], vec![3; 6]);
+    wait_for("all of them", || (arrivals(&lab).get("pieces")? == &vec![3; 6]).then_some(()));
     let why = lab.mqtt_fwd(&["counters"]);
     assert!(why.contains("why_cut"), "{why}");
 }
@@ -781,7 +781,10 @@ fn an_address_finds_the_same_broker_again() {
             let result = run_all(&lab, &[session], 1).remove(0);
             assert!(result.is_ok() || i < 2, "{host} {i}: {result:?}");
         }
-        let at = arrivals(&lab);
+        let at = wait_for("all but what taught", || {
+            let at = arrivals(&lab);
+            (2..14).all(|i| at.contains_key(&format!("{host}-{i}"))).then_some(at)
+        });
         for family in 0..2 {
             let reals: HashSet<u32> = (2..14)
                 .filter(|i| i % 2 == family)
