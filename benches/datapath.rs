@@ -9,17 +9,21 @@ mod common;
 #[allow(unused)]
 mod support;
 
+use std::mem::MaybeUninit;
 use std::net::SocketAddr;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, BorrowedFd};
 
 use common::rewind::RewindSkel;
 use common::{Bench, Case, ROUNDS, load_balancer, load_rewind, median};
-use libbpf_rs::{MapCore as _, MapFlags};
+use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
+use libbpf_rs::{MapCore as _, MapFlags, OpenObject};
+use mqtt_fwd::broker_host::takeover;
 use mqtt_fwd::config::MapSizes;
-use mqtt_fwd::kernel::abi::Pod as _;
+use mqtt_fwd::kernel::abi::{Pod as _, handover_keys};
 use mqtt_fwd::kernel::chain;
+use mqtt_fwd::kernel::skeletons::takeover::TakeoverSkelBuilder;
 use mqtt_fwd::kernel::xdp::ProgramInfo;
-use support::datapath::{Fixture, SERVICE, SERVICE6, XDP_TX, sentinel};
+use support::datapath::{Fixture, SERVICE, SERVICE6, XDP_TX, sentinel, sentinel_tc, test_run};
 use support::{mqtt, packet};
 
 const MILLION: u32 = 1_000_000;
@@ -128,6 +132,59 @@ fn publishes() -> Vec<(&'static str, Case)> {
     cases
 }
 
+/// What the broker host's programs cost on an established flow, which they leave alone: ingress and
+/// egress.
+fn takeover_cost() -> Option<(f64, f64)> {
+    if !takeover::supported() {
+        return None;
+    }
+    let storage: &'static mut MaybeUninit<OpenObject> = Box::leak(Box::new(MaybeUninit::uninit()));
+    let skel = TakeoverSkelBuilder::default().open(storage).unwrap().load().unwrap();
+    let (client, service): (SocketAddr, SocketAddr) =
+        (client_addr(false), SERVICE.parse().unwrap());
+    let publish = mqtt::publish(b"sensor/a", 1, b"21.5");
+    let incoming = packet::tcp(client, service, 1, 1, |_| {}, &publish);
+    let outgoing = packet::tcp(service, client, 1, 1, |_| {}, &mqtt::puback());
+    let nothing = sentinel_tc();
+    let cost = |program: BorrowedFd<'_>, packet: &[u8]| {
+        let ns = |program: &BorrowedFd<'_>| f64::from(test_run(program, packet, MILLION).1);
+        median((0..ROUNDS).map(|_| ns(&program) - ns(&nothing.as_fd())).collect())
+    };
+    Some((
+        cost(skel.progs.takeover_ingress.as_fd(), &incoming),
+        cost(skel.progs.takeover_egress.as_fd(), &outgoing),
+    ))
+}
+
+/// An established segment while its service binds in one way and in the other, turn by turn: once
+/// its broker answered, a flow is the same in both.
+fn established_by_binding(bench: &mut Bench, payload: &[u8]) -> (f64, f64) {
+    let predicted = bench.fixture.config.clone();
+    let delayed = support::datapath::config(
+        &CONFIG.replace("max_packet", "binding = \"delayed\"\nmax_packet"),
+    );
+    let keys = handover_keys { key: [[1, 2], [3, 4]], epoch: 1, pad: 0 };
+    bench.fixture.datapath.handover_keys.put(&0, &keys).unwrap();
+    let case = case(false, 1, payload);
+    let next = open_and_publish(bench, false, 1, payload);
+    let rewind = load_rewind(&case, 0, &bench.fixture);
+    rewind_to(&rewind, next);
+    let bare = load_rewind(&case, 0, &bench.fixture);
+    let mut all = (Vec::new(), Vec::new());
+    for _ in 0..3 * ROUNDS {
+        for (config, ns) in [(&predicted, &mut all.0), (&delayed, &mut all.1)] {
+            bench.fixture.config = config.clone();
+            bench.fixture.apply();
+            let mqtt_fwd = bench.fixture.skel.progs.mqtt_fwd.as_fd();
+            let bare = bench.run(&bare, bench.end.as_fd(), &case.packet);
+            ns.push(bench.run(&rewind, mqtt_fwd, &case.packet) - bare);
+        }
+    }
+    bench.fixture.config = predicted;
+    bench.fixture.apply();
+    (median(all.0), median(all.1))
+}
+
 fn main() {
     // `cargo test --benches` runs this, too; it is not a test.
     if !std::env::args().any(|a| a == "--bench") {
@@ -136,7 +193,7 @@ fn main() {
     // Twice what is used, as docs/configuration.md advises.
     let sizes = MapSizes { clients: 2 * MILLION, flows: 2 * MILLION, ..MapSizes::default() };
     let fixture = Fixture::sized(CONFIG, &sizes);
-    let bench = Bench { fixture, end: sentinel(XDP_TX) };
+    let mut bench = Bench { fixture, end: sentinel(XDP_TX) };
     bench.put(chain::BALANCER, bench.end.as_fd());
 
     let info = ProgramInfo::by_fd(bench.fixture.skel.progs.mqtt_fwd.as_fd()).unwrap();
@@ -153,6 +210,24 @@ fn main() {
     line("embedded balancer, established ACK, IPv6", 1, balancer6, true);
 
     let wanted = |name: &str| name.contains(&filter);
+    if wanted("broker host") {
+        match takeover_cost() {
+            Some((ingress, egress)) => {
+                line("broker host, ingress, established", 1, ingress, false);
+                line("broker host, egress, established", 1, egress, false);
+                line("broker host, both", 1, ingress + egress, false);
+            }
+            None => println!("broker host: this kernel cannot take connections over"),
+        }
+    }
+    let publish = mqtt::publish(b"site/7/x", 0, b"21.5");
+    for (name, payload) in [("ACK", &[][..]), ("PUBLISH", &publish)] {
+        if wanted("established by binding") {
+            let (predicted, delayed) = established_by_binding(&mut bench, payload);
+            line(&format!("established {name}, binding = predicted"), 1, predicted, false);
+            line(&format!("established {name}, binding = delayed"), 1, delayed, false);
+        }
+    }
     if wanted("not ours") {
         let others = Case { dst: "10.1.50.201".parse().unwrap(), ..case(false, 1, &[]) };
         line("not ours", 1, bench.measure(&others, |_| {}), false);

@@ -10,18 +10,13 @@ mod common;
 #[allow(unused)]
 mod support;
 
-use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 
 use common::{load_balancer, median};
 use etherparse::{SlicedPacket, TcpHeader, TransportSlice};
-use libbpf_rs::OpenObject;
-use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
-use mqtt_fwd::broker_host::takeover;
 use mqtt_fwd::config::MapSizes;
 use mqtt_fwd::kernel::abi::handover_keys;
-use mqtt_fwd::kernel::skeletons::takeover::TakeoverSkelBuilder;
 use support::datapath::{Fixture, SERVICE, SERVICE6, XDP_TX, sentinel, test_run};
 use support::{datapath, mqtt, packet};
 
@@ -87,28 +82,6 @@ impl Client {
     }
 }
 
-/// What the broker host's programs cost on an established flow, which they leave alone.
-fn host() {
-    if !takeover::supported() {
-        println!("broker host: this kernel cannot take connections over");
-        return;
-    }
-    let storage: &'static mut MaybeUninit<OpenObject> = Box::leak(Box::new(MaybeUninit::uninit()));
-    let skel = TakeoverSkelBuilder::default().open(storage).unwrap().load().unwrap();
-    let (client, service): (SocketAddr, SocketAddr) =
-        ("11.0.0.1:4000".parse().unwrap(), SERVICE.parse().unwrap());
-    let publish = mqtt::publish(b"sensor/a", 1, b"21.5");
-    let incoming = packet::tcp(client, service, 1, 1, |_| {}, &publish);
-    let outgoing = packet::tcp(service, client, 1, 1, |_| {}, &mqtt::puback());
-    for (name, program, packet) in [
-        ("broker host, ingress, established flow", skel.progs.takeover_ingress.as_fd(), &incoming),
-        ("broker host, egress, established flow", skel.progs.takeover_egress.as_fd(), &outgoing),
-    ] {
-        let all = (0..ROUNDS).map(|_| f64::from(test_run(&program, packet, 1_000_000).1)).collect();
-        println!("{name:52}{:>10.0}", median(all));
-    }
-}
-
 /// The same flood of SYNs from all over, with both kinds of binding.
 fn flood() {
     const SYNS: u32 = 100_000;
@@ -158,7 +131,6 @@ fn main() {
     let keys = handover_keys { key: [[1, 2], [3, 4]], epoch: 1, pad: 0 };
     f.datapath.handover_keys.put(&0, &keys).unwrap();
     let nothing = sentinel(XDP_TX);
-    host();
     flood();
 
     println!("{:52}{:>10}{:>12}", "one by one, with a system call in between", "ns", "× balancer");

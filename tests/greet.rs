@@ -13,8 +13,16 @@ use support::datapath::{self, Fixture, JUMPED, Outcome, SERVICE, SERVICE6, XDP_D
 use support::{mqtt, packet};
 
 fn delayed() -> Fixture {
+    delayed_at(u32::MAX)
+}
+
+/// Delayed binding, with so many new flows in a window of time.
+fn delayed_at(flows_per_window: u32) -> Fixture {
     let text = datapath::CONFIG.replace("max_packet", "binding = \"delayed\"\nmax_packet");
-    let f = Fixture::with(&text);
+    let f = Fixture::loaded(&text, &datapath::SMALL, |rodata| {
+        rodata.flows_per_window = flows_per_window;
+        rodata.topics_per_window = u32::MAX;
+    });
     let keys = handover_keys { key: [[1, 2], [3, 4]], epoch: 1, pad: 0 };
     f.datapath.handover_keys.put(&0, &keys).unwrap();
     f
@@ -183,7 +191,7 @@ fn syn_acks_offer_what_was_offered_and_remember_it_in_the_sequence_number() {
 }
 
 #[test]
-fn a_million_spoofed_syns_change_nothing_and_get_no_further() {
+fn spoofed_syns_change_nothing_and_get_no_further() {
     let f = delayed();
     // A flow that is there, bound.
     let client = Client::open(&f, "10.1.1.1:5000", 7);
@@ -191,7 +199,7 @@ fn a_million_spoofed_syns_change_nothing_and_get_no_further() {
         [mqtt::connect_as(4, 2, b"known", &[]), mqtt::publish(b"sensor/a", 0, b"x")].concat();
     assert_eq!(f.send(&client.segment(0, &first, |_| {})).verdict, JUMPED);
     let before = kept(&f);
-    // BPF_PROG_TEST_RUN counts runs, not packets: addresses from all over, a thousand runs each.
+    // From addresses all over; SPOOFED_SYNS=1000000 is the full flood.
     let spoofed = std::env::var("SPOOFED_SYNS").map_or(20_000, |n| n.parse().expect("a number"));
     for i in 0..spoofed {
         let ip = std::net::Ipv4Addr::from(0x0b00_0000 + i * 257);
@@ -205,6 +213,34 @@ fn a_million_spoofed_syns_change_nothing_and_get_no_further() {
     // The flow goes on, at its group.
     let next = client.segment(first.len() as u32, &mqtt::publish(b"sensor/a", 0, b"y"), |_| {});
     assert_eq!(packet::dst(&f.send(&next).packet).to_string(), "10.1.50.1");
+}
+
+/// Without a flow, nothing would tell the broker host to take the connection over.
+#[test]
+fn above_the_rate_of_new_flows_segments_are_dropped_and_bound_when_repeated() {
+    let f = delayed_at(1);
+    let window = std::time::Duration::from_millis(1100);
+    let connect = mqtt::connect_as(4, 2, b"", &[]);
+    let publish = mqtt::publish(b"sensor/a", 0, b"x");
+    let together = [&connect[..], &publish].concat();
+    let waits = Client::open(&f, "10.1.1.1:5001", 7);
+    assert_eq!(f.send(&waits.segment(0, &connect, |_| {})).verdict, XDP_TX, "CONNACK");
+    let (first, late) =
+        (Client::open(&f, "10.1.1.1:5002", 8), Client::open(&f, "10.1.1.1:5003", 9));
+    std::thread::sleep(window);
+    assert_eq!(f.send(&first.segment(0, &together, |_| {})).verdict, JUMPED);
+    let segments =
+        [late.segment(0, &together, |_| {}), waits.segment(connect.len() as u32, &publish, |_| {})];
+    for segment in &segments {
+        let (outcome, counted) = f.send_counting(segment);
+        assert_eq!((outcome.verdict, counted["handover_failed"]), (XDP_DROP, 1));
+    }
+    for segment in &segments {
+        std::thread::sleep(window);
+        let outcome = f.send(segment);
+        assert_eq!(outcome.verdict, JUMPED);
+        assert_eq!(packet::dst(&outcome.packet).to_string(), "10.1.50.1");
+    }
 }
 
 #[test]

@@ -48,11 +48,11 @@ struct handover {
 	__u16 connect_sum; /* of the bytes below, in ones' complement */
 	__u64 id; /* key in `client_ids`; 0: none */
 	__u8 state; /* enum handover_state */
-	__u8 why; /* enum why, should the connection be bound without a message */
 	__u8 timestamps;
 	__u8 id_offset; /* of the client id in CONNECT */
+	__u8 pad;
 	__u16 id_length;
-	__u8 pad[2];
+	__u8 pad2[2];
 	__u8 connect[HANDOVER_CONNECT_MAX];
 };
 SIZE_IS(struct handover, 40 + HANDOVER_CONNECT_MAX);

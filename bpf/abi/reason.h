@@ -31,7 +31,7 @@
 	VERDICT(WAIT_DROPPED, "nothing new, or behind a gap, of a connection without a group yet: dropped") \
 	VERDICT(REFUSED, "end of a connection that no broker has: answered with RST")           \
 	VERDICT(STRAY_DROPPED, "of no known flow, without a cookie, seen once: dropped until it is repeated") \
-	VERDICT(HANDOVER_FAILED, "no room for an answer, or to put CONNECT in front: dropped")  \
+	VERDICT(HANDOVER_FAILED, "no room for an answer, for CONNECT in front, or for a new flow: dropped") \
 	VERDICT(ICMP_ERROR, "ICMP error about a flow: sent to the flow's group")                \
 	VERDICT(TOO_BIG, "too large to be encapsulated: answered with ICMP")                    \
 	VERDICT(NO_GROUP_VIP, "no usable group for the flow: passed on unchanged")              \

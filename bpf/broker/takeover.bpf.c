@@ -152,7 +152,7 @@ struct segment {
 	__u32 payload; /* length */
 	__u32 seq;
 	__u32 ack;
-	__u32 mark; /* what the balancer says of it; 0: nothing */
+	__u32 mark; /* what the balancer says of it; ingress only */
 	__be16 flags;
 	__u16 pad;
 };
@@ -172,6 +172,57 @@ static __always_inline __u32 mark_of(__u16 word)
 	return (word & MARK_MASK) == MARK ? word : 0;
 }
 
+/* What the balancer says of a packet, by its IP header alone; 0: nothing, so it is none of ours. */
+static __always_inline __u32 read_mark(struct __sk_buff *skb)
+{
+	struct cursor cur = { .pos = skb_start(skb), .end = skb_end(skb) };
+	const struct ethhdr *eth = parse_eth(&cur);
+
+	if (!eth)
+		return 0;
+	if (eth->h_proto == bpf_htons(ETH_P_IP)) {
+		const struct iphdr *ip = parse_ipv4(&cur);
+		return ip && ip->frag_off & bpf_htons(IP_DF) ? mark_of(bpf_ntohs(ip->id)) : 0;
+	}
+	if (eth->h_proto == bpf_htons(ETH_P_IPV6)) {
+		const struct ipv6hdr *ip = parse_ipv6(&cur);
+		return ip ? mark_of(bpf_ntohs(((__be16 *)ip)[1])) : 0;
+	}
+	return 0;
+}
+
+/*
+ * Whether a packet's TCP payload begins with a byte. As little as says so: every packet of the
+ * broker's is asked, and its payload need not be where its headers are.
+ */
+static __always_inline bool payload_begins_with(struct __sk_buff *skb, __u8 byte)
+{
+	struct cursor cur = { .pos = skb_start(skb), .end = skb_end(skb) };
+	const struct ethhdr *eth = parse_eth(&cur);
+	const struct tcphdr *tcp;
+	__u32 offset;
+	__u8 first;
+
+	if (!eth)
+		return false;
+	if (eth->h_proto == bpf_htons(ETH_P_IP)) {
+		const struct iphdr *ip = parse_ipv4(&cur);
+		if (!ip || ip->protocol != IPPROTO_TCP)
+			return false;
+		offset = sizeof(*eth) + sizeof(*ip);
+	} else {
+		const struct ipv6hdr *ip = parse_ipv6(&cur);
+		if (eth->h_proto != bpf_htons(ETH_P_IPV6) || !ip || ip->nexthdr != IPPROTO_TCP)
+			return false;
+		offset = sizeof(*eth) + sizeof(*ip);
+	}
+	tcp = parse_tcp(&cur);
+	if (!tcp)
+		return false;
+	offset += tcp->doff * 4;
+	return skb->len > offset && !bpf_skb_load_bytes(skb, offset, &first, 1) && first == byte;
+}
+
 static __always_inline bool read_segment(struct __sk_buff *skb, struct segment *s)
 {
 	struct cursor cur = { .pos = skb_start(skb), .end = skb_end(skb) };
@@ -189,7 +240,6 @@ static __always_inline bool read_segment(struct __sk_buff *skb, struct segment *
 			return false;
 		s->tuple.src[0] = ip->saddr;
 		s->tuple.dst[0] = ip->daddr;
-		s->mark = ip->frag_off & bpf_htons(IP_DF) ? mark_of(bpf_ntohs(ip->id)) : 0;
 		s->tcp = sizeof(*eth) + sizeof(*ip);
 		length = bpf_ntohs(ip->tot_len) - sizeof(*ip);
 	} else if (eth->h_proto == bpf_htons(ETH_P_IPV6)) {
@@ -198,7 +248,6 @@ static __always_inline bool read_segment(struct __sk_buff *skb, struct segment *
 			return false;
 		copy_addr6(s->tuple.src, &ip->saddr);
 		copy_addr6(s->tuple.dst, &ip->daddr);
-		s->mark = mark_of(bpf_ntohs(((__be16 *)ip)[1]));
 		s->v6 = true;
 		s->tcp = sizeof(*eth) + sizeof(*ip);
 		length = bpf_ntohs(ip->payload_len);
@@ -379,10 +428,12 @@ int takeover_ingress(struct __sk_buff *skb)
 	struct bpf_sock *sk;
 	struct address vip = {};
 	int verdict = TC_ACT_OK;
+	__u32 mark = read_mark(skb);
 
-	if (!read_segment(skb, &s) || !s.mark || s.flags & bpf_htons(TCP_SYN | TCP_RST) ||
+	if (!mark || !read_segment(skb, &s) || s.flags & bpf_htons(TCP_SYN | TCP_RST) ||
 	    !(s.flags & bpf_htons(TCP_ACK)))
 		return TC_ACT_OK;
+	s.mark = mark;
 	__builtin_memcpy(vip.addr, s.tuple.dst, sizeof(vip.addr));
 	if (!bpf_map_lookup_elem(&decap_vips, &vip))
 		return TC_ACT_OK;
@@ -509,8 +560,7 @@ int takeover_egress(struct __sk_buff *skb)
 		count(TAKEOVER_RESET_HELD);
 		return TC_ACT_SHOT;
 	}
-	if (!read_segment(skb, &s) || !s.payload ||
-	    bpf_skb_load_bytes(skb, s.tcp + s.header, connack, 1) || connack[0] != MQTT_CONNACK_TYPE)
+	if (!payload_begins_with(skb, MQTT_CONNACK_TYPE) || !read_segment(skb, &s) || !s.payload)
 		return TC_ACT_OK;
 	struct guard_key key = guard_key_of(s.tuple.dst, s.tuple.dport, s.tuple.sport);
 	struct guard *guard = bpf_map_lookup_elem(&guards, &key);

@@ -1,4 +1,4 @@
-//! What a broker host has, and what it lacks: each problem with its mend.
+//! What a broker host has, and what it lacks: each problem with what to do about it.
 
 use std::net::IpAddr;
 use std::path::Path;

@@ -4,6 +4,7 @@
 use std::net::IpAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 
+use etherparse::{PacketBuilder, TcpHeader, TcpOptionElement};
 use libbpf_rs::Program;
 use tracing::{debug, info};
 
@@ -85,72 +86,33 @@ pub fn bind_silent(config: &Config, datapath: &Datapath) -> Result<usize> {
     Ok(bound)
 }
 
-/// The client's CONNECT, once more.
+/// The client's CONNECT, once more. Nothing if client and service are of different families, as
+/// those of one table never are.
 fn connect_again(client: (IpAddr, u16), vip: (IpAddr, u16), h: &handover) -> Vec<u8> {
-    let mut tcp = Vec::with_capacity(32 + h.connect.len());
-    tcp.extend(client.1.to_be_bytes());
-    tcp.extend(vip.1.to_be_bytes());
-    tcp.extend(h.start.to_be_bytes());
-    tcp.extend(h.server.to_be_bytes());
-    let words: u16 = if h.timestamps == 0 { 5 } else { 8 };
-    const PSH_ACK: u16 = 0x18;
-    tcp.extend((words << 12 | PSH_ACK).to_be_bytes());
-    // The window is the client's next segment's to say.
-    tcp.extend(1024u16.to_be_bytes());
-    tcp.extend([0; 4]);
-    if h.timestamps != 0 {
-        tcp.extend([1, 1, 8, 10]);
-        tcp.extend(h.client_tsval.to_be_bytes());
-        tcp.extend(h.tsval.to_be_bytes());
-    }
-    tcp.extend(&h.connect[..usize::from(h.connect_length).min(h.connect.len())]);
-
-    let mut ip = Vec::with_capacity(40);
-    let length = tcp.len() as u16;
-    let mut pseudo = Vec::new();
-    let ether_type: u16 = match (client.0, vip.0) {
-        (IpAddr::V4(from), IpAddr::V4(to)) => {
-            ip.extend([0x45, 0]);
-            ip.extend((20 + length).to_be_bytes());
-            ip.extend([0, 0, 0x40, 0, 64, 6, 0, 0]);
-            ip.extend(from.octets());
-            ip.extend(to.octets());
-            let check = !ones_sum(&ip, 0);
-            ip[10..12].copy_from_slice(&check.to_be_bytes());
-            pseudo.extend(from.octets());
-            pseudo.extend(to.octets());
-            0x0800
-        }
-        (IpAddr::V6(from), IpAddr::V6(to)) => {
-            ip.extend([0x60, 0, 0, 0]);
-            ip.extend(length.to_be_bytes());
-            ip.extend([6, 64]);
-            ip.extend(from.octets());
-            ip.extend(to.octets());
-            pseudo.extend(from.octets());
-            pseudo.extend(to.octets());
-            0x86dd
-        }
-        // Clients and services of one table are of one family.
+    const HOPS: u8 = 64;
+    let ethernet = PacketBuilder::ethernet2([0; 6], [0; 6]);
+    let ip = match (client.0, vip.0) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => ethernet.ipv4(from.octets(), to.octets(), HOPS),
+        (IpAddr::V6(from), IpAddr::V6(to)) => ethernet.ipv6(from.octets(), to.octets(), HOPS),
         _ => return Vec::new(),
     };
-    let check = !ones_sum(&tcp, u32::from(ones_sum(&pseudo, 6 + u32::from(length))));
-    tcp[16..18].copy_from_slice(&check.to_be_bytes());
-    let mut frame = vec![0; 12];
-    frame.extend(ether_type.to_be_bytes());
-    frame.extend(ip);
-    frame.extend(tcp);
-    frame
-}
-
-/// RFC 1071, in host order.
-fn ones_sum(bytes: &[u8], start: u32) -> u16 {
-    let words = bytes.chunks(2).map(|w| u32::from(w[0]) << 8 | u32::from(*w.get(1).unwrap_or(&0)));
-    let mut sum = words.fold(u64::from(start), |sum, word| sum + u64::from(word));
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
+    // The window is the client's next segment's to say.
+    let mut tcp = TcpHeader::new(client.1, vip.1, h.start, 1024);
+    tcp.acknowledgment_number = h.server;
+    (tcp.ack, tcp.psh) = (true, true);
+    if h.timestamps != 0 {
+        let timestamps = [
+            TcpOptionElement::Noop,
+            TcpOptionElement::Noop,
+            TcpOptionElement::Timestamp(h.client_tsval, h.tsval),
+        ];
+        tcp.set_options(&timestamps).expect("12 bytes of options fit");
     }
-    sum as u16
+    let connect = &h.connect[..usize::from(h.connect_length).min(h.connect.len())];
+    let segment = ip.tcp_header(tcp);
+    let mut frame = Vec::with_capacity(segment.size(connect.len()));
+    segment.write(&mut frame, connect).expect("CONNECT, of bounded length, fits into a packet");
+    frame
 }
 
 /// Gives a frame to an XDP program as if it had come in on the interface (Linux 5.18).

@@ -15,7 +15,7 @@ use siphasher::sip::SipHasher24;
 
 use crate::kernel::abi::handover_keys;
 
-/// What can be wrong with it, each with the mend.
+/// What can be wrong with it, each with what to do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum KeyError {
     #[error(

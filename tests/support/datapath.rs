@@ -76,6 +76,21 @@ pub fn config(text: &str) -> Config {
 
 /// Loads `r0 = verdict; exit` as an XDP program.
 pub fn sentinel(verdict: u32) -> OwnedFd {
+    // All programs of a prog array have to have the same attach type.
+    constant(verdict, libbpf_sys::BPF_PROG_TYPE_XDP, libbpf_sys::BPF_XDP)
+}
+
+/// A TC program that lets everything through.
+pub fn sentinel_tc() -> OwnedFd {
+    const TC_ACT_OK: u32 = 0;
+    constant(TC_ACT_OK, libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, 0)
+}
+
+fn constant(
+    verdict: u32,
+    kind: libbpf_sys::bpf_prog_type,
+    attach: libbpf_sys::bpf_attach_type,
+) -> OwnedFd {
     let instructions = [
         libbpf_sys::bpf_insn {
             code: (libbpf_sys::BPF_ALU64 | libbpf_sys::BPF_MOV | libbpf_sys::BPF_K) as u8,
@@ -89,14 +104,13 @@ pub fn sentinel(verdict: u32) -> OwnedFd {
     ];
     let mut options = libbpf_sys::bpf_prog_load_opts {
         sz: size_of::<libbpf_sys::bpf_prog_load_opts>() as u64,
-        // All programs of a prog array have to have the same one.
-        expected_attach_type: libbpf_sys::BPF_XDP,
+        expected_attach_type: attach,
         ..Default::default()
     };
     // SAFETY: pointers are valid for the lengths given, for the whole call.
     let fd = unsafe {
         libbpf_sys::bpf_prog_load(
-            libbpf_sys::BPF_PROG_TYPE_XDP,
+            kind,
             c"sentinel".as_ptr(),
             c"GPL".as_ptr(),
             instructions.as_ptr(),

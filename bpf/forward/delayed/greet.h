@@ -105,9 +105,26 @@ static __always_inline __u64 topic_of(const struct conn *c, const struct work *w
 	return client ? client->topic : 0;
 }
 
-/* Bound: back to mqtt_fwd, with a flow. If that is not stored, its first segment goes all the same. */
+/* On by a binding that leaves no flow. */
+static __always_inline int greet_forward(struct xdp_md *ctx, const struct conn *c,
+					 const struct service *svc, binding_t binding,
+					 enum reason reason)
+{
+	const struct group *g = group_of(binding);
+
+	if (!g)
+		return pass_on(ctx, REASON_NO_GROUP_VIP);
+	return to_group(ctx, g, svc, c->v6, reason);
+}
+
+/*
+ * Bound: back to mqtt_fwd, with a flow. Without one, nothing would tell the broker host to take the
+ * connection over: above the rate of new flows, the segment is dropped, and TCP repeats it.
+ * `waiting`: the connection's place in `handovers`, if CONNECT is kept there.
+ */
 static __always_inline int bound(struct xdp_md *ctx, struct conn *c, struct work *w,
-				 const struct service_table *t, const struct service *svc)
+				 const struct service_table *t, const struct service *svc,
+				 struct handover *waiting)
 {
 	struct verdict *v = &w->verdict;
 	const struct group *g;
@@ -119,11 +136,15 @@ static __always_inline int bound(struct xdp_md *ctx, struct conn *c, struct work
 	/* What was on these addresses before is over: the cookie says so. */
 	flow_remove(c, false);
 	flow_remove(c, true);
-	if (g && flow_bound(c))
-		bpf_tail_call(ctx, &steps, STEP_FORWARD);
 	if (!g)
 		return pass_on(ctx, REASON_NO_GROUP_VIP);
-	return to_group(ctx, g, svc, c->v6, REASON_DATA);
+	if (flow_bound(c)) {
+		if (waiting)
+			waiting->state = HANDOVER_REPEAT;
+		bpf_tail_call(ctx, &steps, STEP_FORWARD);
+	}
+	count(REASON_HANDOVER_FAILED);
+	return XDP_DROP;
 }
 
 /* By what is known of the client: the last resort, which never fails while there is a default group. */
@@ -236,7 +257,6 @@ static __always_inline int greet_wait(struct xdp_md *ctx, struct conn *c, struct
 	h->id_offset = w->connect.id - c->payload;
 	h->id_length = w->connect.id_length;
 	h->state = HANDOVER_WAIT;
-	h->why = WHY_NO_TOPIC;
 	if (length > HANDOVER_CONNECT_MAX ||
 	    !frame_copy(ctx, c->payload, h->connect, length, CONNECT_BOUND))
 		return XDP_DROP;
@@ -304,7 +324,7 @@ static __always_inline int greet_connect(struct xdp_md *ctx, struct conn *c, str
 	h->born_s = now_s();
 	h->state = HANDOVER_PASS;
 	handover_put(c, h);
-	return bound(ctx, c, w, t, svc);
+	return bound(ctx, c, w, t, svc, NULL);
 }
 
 static __always_inline int greet_answer(struct xdp_md *ctx, struct conn *c,
@@ -374,14 +394,13 @@ static __always_inline int greet_waiting(struct xdp_md *ctx, struct conn *c, str
 	if (!v->binding)
 		verdict_predicted(c, w, t, svc, silent || !c->payload_length ? WHY_SILENT : WHY_NO_TOPIC);
 	client_id_keep(w);
-	h->state = HANDOVER_REPEAT;
-	return bound(ctx, c, w, t, svc);
+	return bound(ctx, c, w, t, svc, h);
 }
 
 /*
- * Whether something of this flow was here before: not just now, and not long ago. What follows CONNECT
- * closely may be handled before it, by another CPU, or CONNECT may be lost; RST for that would end a connection
- * that is being made. Whoever lost a flow comes again.
+ * Whether something of this flow was here before: not just now, and not long ago. What follows
+ * CONNECT may overtake it, or CONNECT may be lost; a broker's RST would then end a connection that
+ * is being opened. A flow that the balancer lost sends again.
  */
 #define STRAY_SOON_MS 3000
 #define STRAY_LATE_MS 60000
@@ -409,7 +428,6 @@ static __always_inline int greet_stray(struct xdp_md *ctx, struct conn *c,
 				       const struct service_table *t, const struct service *svc,
 				       bool rst)
 {
-	const struct group *g;
 	binding_t binding;
 
 	if (!rst && !stray_again(c, t)) {
@@ -419,10 +437,7 @@ static __always_inline int greet_stray(struct xdp_md *ctx, struct conn *c,
 	binding = cache_binding(c, t);
 	if (!binding)
 		binding = predict(c, t, svc, 0);
-	g = group_of(binding);
-	if (!g)
-		return pass_on(ctx, REASON_NO_GROUP_VIP);
-	return to_group(ctx, g, svc, c->v6, REASON_STRAY);
+	return greet_forward(ctx, c, svc, binding, REASON_STRAY);
 }
 
 /* There is no key yet: as in predicted mode. */
@@ -431,13 +446,9 @@ static __always_inline int greet_without_key(struct xdp_md *ctx, struct conn *c,
 					     const struct service *svc)
 {
 	struct bound b = {};
-	const struct group *g;
 
 	bind_unknown(&b, c, t, svc, true, false);
-	g = group_of(b.binding);
-	if (!g)
-		return pass_on(ctx, REASON_NO_GROUP_VIP);
-	return to_group(ctx, g, svc, c->v6, b.reason);
+	return greet_forward(ctx, c, svc, b.binding, b.reason);
 }
 
 static __always_inline int greet(struct xdp_md *ctx, struct work *w)
@@ -446,7 +457,7 @@ static __always_inline int greet(struct xdp_md *ctx, struct work *w)
 	const struct service *svc = t ? service_at(t, w->handed.slot) : NULL;
 	struct conn *c = &w->handed.conn;
 	const struct tcphdr *tcp = tcp_of(ctx, c->v6);
-	bool syn, fin, rst, ack, ends;
+	bool syn, fin, rst, ack;
 	struct handover *h;
 	struct flow *f;
 
@@ -456,11 +467,10 @@ static __always_inline int greet(struct xdp_md *ctx, struct work *w)
 	fin = tcp->fin;
 	rst = tcp->rst;
 	ack = tcp->ack;
-	ends = fin || rst;
 	read_options(ctx, c);
 
 	if (syn) {
-		if (ack || ends) {
+		if (ack || fin || rst) {
 			count(REASON_WAIT_DROPPED);
 			return XDP_DROP;
 		}

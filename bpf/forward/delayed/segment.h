@@ -75,9 +75,9 @@ static __always_inline const struct handover_keys *keys_in_force(void)
 }
 
 /*
- * Whether a segment of a client's acknowledges a SYN-ACK of ours, and nothing after it. Without
- * timestamps that is 24 bits of proof, with them 32: those that are in work.options are checked
- * if `with_options`. Global (see event.h).
+ * Whether a client's segment acknowledges a SYN-ACK that was sent from here, and nothing after it.
+ * Without timestamps that is 24 bits of proof, with them 32: work.options are checked if
+ * `with_options`. Global (see event.h).
  */
 __noinline int has_cookie(struct xdp_md *ctx, const struct conn *c, __u32 with_options)
 {
