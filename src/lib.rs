@@ -11,5 +11,6 @@ pub mod datapath;
 pub mod domain;
 pub mod handover;
 pub mod kernel;
+pub mod relay;
 pub mod routes;
 pub mod telemetry;

@@ -88,6 +88,8 @@ enum Command {
     Katran(katran::Katran),
     /// Make, change and show the key that delayed binding shares with the broker hosts
     Keys(keys::Keys),
+    /// Run the relay, in the foreground: every message its group, many brokers as one
+    Relay,
     /// Prepare a broker host for direct server return, or undo it
     Real(real::Real),
     /// Make the other end of a veth pair take what a native XDP program sends
@@ -150,6 +152,7 @@ fn run(cli: Cli) -> Result<(), Error> {
         Command::Trace(args) => args.run(&config()?),
         Command::Katran(args) => args.run(config().map_err(Error::from)),
         Command::Keys(args) => args.run(),
+        Command::Relay => crate::relay::run(&config()?).map_err(Error::from),
         Command::Real(args) => args.run(),
         Command::VethPeer(args) => args.run(),
         Command::Completions { shell } => {

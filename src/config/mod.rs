@@ -10,8 +10,8 @@ pub use error::{ConfigError, Problem};
 pub use read::{address, endpoint, mac, parse_mac};
 
 pub use crate::domain::{
-    BalancerKind, Binding, Encapsulation, Group, OnMisprediction, Real, Route, Service, Target,
-    XdpMode,
+    BalancerKind, Binding, Encapsulation, Group, OnMisprediction, Real, RelayLimits, Route,
+    Service, Target, XdpMode,
 };
 use crate::kernel::load::LoadSpec;
 use crate::kernel::pins::Pins;
@@ -46,6 +46,8 @@ pub struct Config {
     pub rates: Rates,
     /// Map capacities.
     pub maps: MapSizes,
+    /// What the relay's clients may cost.
+    pub relay: RelayLimits,
     /// The services, at least one.
     pub services: Vec<Service>,
 }

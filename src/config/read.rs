@@ -12,7 +12,9 @@ use super::{
     Rates, Real, Route, Service, Target, XdpMode,
 };
 use crate::domain::filter::TopicFilter;
-use crate::domain::{ANY, Affinity, ClientRoute, ClientRouteKind};
+use crate::domain::{
+    ANY, Affinity, ClientRoute, ClientRouteKind, RelayLimits, RelayListener, RelayTls,
+};
 use crate::kernel::abi::limits;
 use crate::routes::compile;
 
@@ -78,6 +80,7 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
     let services: Vec<Service> = r.tables("service").into_iter().filter_map(service).collect();
     let late = services.iter().any(|service| service.binding == Binding::Delayed);
     let maps = map_sizes(r.table("maps"), late);
+    let relay = relay_limits(r.table("relay"));
     if !r.has("service") {
         r.problem("service", "there is none; describe one with [[service]]");
     }
@@ -98,8 +101,73 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
         watch_interval_s,
         rates,
         maps,
+        relay,
         services,
     })
+}
+
+fn relay_limits(r: Option<Reader<'_>>) -> RelayLimits {
+    let d = RelayLimits::default();
+    let Some(r) = r else { return d };
+    let read = RelayLimits {
+        threads: r.number("threads", 0..=1024).unwrap_or(d.threads),
+        connections: r.number("connections", 1..=10_000_000).unwrap_or(d.connections),
+        connections_per_address: r
+            .number("connections_per_address", 1..=10_000_000)
+            .unwrap_or(d.connections_per_address),
+        connections_per_second: r
+            .number("connections_per_second", 1..=1_000_000)
+            .unwrap_or(d.connections_per_second),
+        connect_timeout_s: r.number("connect_timeout_s", 1..=600).unwrap_or(d.connect_timeout_s),
+        max_packet: r
+            .number::<u32>("max_packet_size", 1024..=268_435_460)
+            .map_or(d.max_packet, |n| n as usize),
+        return_after: match r.number::<u32>("return_after_s", 0..=86_400) {
+            Some(0) => None,
+            Some(s) => Some(std::time::Duration::from_secs(s.into())),
+            None => d.return_after,
+        },
+        returns_per_second: r
+            .number("returns_per_second", 1..=1000)
+            .unwrap_or(d.returns_per_second),
+    };
+    r.finish();
+    read
+}
+
+/// A port of the relay's beside its service's own.
+fn listener(r: Reader<'_>, service_port: u16) -> Option<RelayListener> {
+    let port = r.number("port", 1..=65_535);
+    if !r.has("port") {
+        r.problem("port", "is missing; write port = 8883");
+    }
+    if port == Some(service_port) {
+        r.problem("port", "is the service's own, where plain MQTT is spoken; choose another");
+    }
+    let websocket = r.flag("websocket").unwrap_or(false);
+    let tls = r.table("tls").and_then(|t| {
+        let certificate = t.required("certificate", "/etc/mqtt-fwd/relay.crt", absolute);
+        let key = t.required("key", "/etc/mqtt-fwd/relay.key", absolute);
+        let client_ca = t.parsed("client_ca", absolute);
+        let username_from_certificate = t.flag("username_from_certificate").unwrap_or(false);
+        if username_from_certificate && !t.has("client_ca") {
+            t.problem(
+                "username_from_certificate",
+                "needs client_ca: without it, clients show no certificate",
+            );
+        }
+        t.finish();
+        let (certificate, key) = (certificate?, key?);
+        Some(RelayTls { certificate, key, client_ca, username_from_certificate })
+    });
+    if !websocket && !r.has("tls") {
+        r.problem(
+            "port",
+            "speaks neither TLS nor WebSocket; write tls = { … } or websocket = true",
+        );
+    }
+    r.finish();
+    Some(RelayListener { port: port?, tls, websocket })
 }
 
 /// `late`: there are services that bind late, whose maps are next to nothing otherwise.
@@ -121,6 +189,7 @@ fn map_sizes(r: Option<Reader<'_>>, late: bool) -> MapSizes {
     sizes
 }
 
+#[allow(clippy::too_many_lines)] // one key after the other
 fn service(r: Reader<'_>) -> Option<Service> {
     let name = r.required("name", "mqtt", name_text);
     let addr = r.required("address", "10.1.50.200", address);
@@ -159,6 +228,20 @@ fn service(r: Reader<'_>) -> Option<Service> {
     };
 
     let default_group = r.required("default_group", "default", known);
+    let relay = r.parsed("relay", known);
+    if relay.is_some() && relay == default_group {
+        r.problem("relay", "is the default group, too; topics without a route need brokers");
+    }
+    let listeners: Vec<RelayListener> =
+        r.tables("listener").into_iter().filter_map(|l| listener(l, port)).collect();
+    if relay.is_none() && !listeners.is_empty() && !r.has("relay") {
+        r.problem("listener", "is the relay's, and there is none; write relay = \"NAME\"");
+    }
+    for (i, l) in listeners.iter().enumerate() {
+        if listeners[..i].iter().any(|other| other.port == l.port) {
+            r.problem("listener", format!("two listen on port {}; remove one", l.port));
+        }
+    }
     let mut routes = Vec::new();
     let mut client_routes = Vec::new();
     for route in r.tables("route") {
@@ -178,6 +261,9 @@ fn service(r: Reader<'_>) -> Option<Service> {
             Ok(filter)
         });
         let target = route.required("group", "default", |name| {
+            if Some(name) == relay.as_deref() {
+                return Err("is the relay's group, which has no topics of its own".to_owned());
+            }
             if name == ANY { Ok(Target::Any) } else { known(name).map(Target::Group) }
         });
         if let (Some(filter), Some(target)) = (filter, target) {
@@ -204,6 +290,8 @@ fn service(r: Reader<'_>) -> Option<Service> {
         addr: addr?,
         port,
         default_group: default_group?,
+        relay,
+        listeners,
         max_packet,
         binding,
         on_misprediction,
@@ -307,6 +395,7 @@ fn group(r: Reader<'_>, service: Option<IpAddr>, binding: Binding) -> Option<Gro
              when the real is chosen; \"client_ip\" works with both",
         );
     }
+    let proxy_protocol = r.flag("proxy_protocol").unwrap_or(false);
     let mut reals: Vec<Real> = Vec::new();
     let mut complete = true;
     let readers = r.tables("reals");
@@ -352,7 +441,7 @@ fn group(r: Reader<'_>, service: Option<IpAddr>, binding: Binding) -> Option<Gro
     }
     r.finish();
     complete.then_some(())?;
-    Some(Group { name: name?, vip: vip?, affinity, reals })
+    Some(Group { name: name?, vip: vip?, affinity, proxy_protocol, reals })
 }
 
 /// What has to hold between services.

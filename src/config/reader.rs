@@ -175,6 +175,17 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// An optional true or false.
+    pub fn flag(&self, key: &'static str) -> Option<bool> {
+        match self.get(key)? {
+            DeValue::Boolean(value) => Some(*value),
+            _ => {
+                self.problem(key, "must be true or false, without quotes");
+                None
+            }
+        }
+    }
+
     /// An optional table.
     pub fn table(&self, key: &'static str) -> Option<Reader<'a>> {
         match self.get(key)? {

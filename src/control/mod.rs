@@ -28,6 +28,8 @@ pub enum Error {
     Key(#[from] crate::handover::keys::KeyError),
     #[error(transparent)]
     Host(#[from] crate::broker_host::HostError),
+    #[error(transparent)]
+    Relay(#[from] crate::relay::RelayError),
     #[error("{0}")]
     Embedded(String),
     #[error("{interface} is not healthy: {problems}")]

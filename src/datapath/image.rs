@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use super::ids::Identities;
-use super::rendezvous;
 use crate::config::{Binding, Config, OnMisprediction, Service, Target};
 use crate::domain::filter::{Level, TopicFilter};
+use crate::domain::rendezvous;
 use crate::domain::{Affinity, ClientRouteKind};
 use crate::kernel::abi::{
     Pod as _, addr_words, affinity, binding_mode, client_route, client_route_kind, limits, member,
@@ -187,7 +187,9 @@ impl Image {
                 .iter()
                 .filter_map(|r| Some((number(r.vip?)?, r.addr, r.weight)))
                 .collect();
-            for (slot, chosen) in rendezvous::fill(&reals).into_iter().enumerate() {
+            for (slot, chosen) in
+                rendezvous::fill(&reals, limits::MEMBER_SLOTS.0).into_iter().enumerate()
+            {
                 let generation = (self.table.generation & 1) as u8;
                 let key = member_slot { group: own, generation, pad: 0, slot: slot as u32 };
                 let value = member { group: chosen, affinity: kind.0 as u8, pad: 0 };

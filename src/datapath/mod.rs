@@ -3,7 +3,6 @@
 pub mod events;
 pub mod ids;
 pub mod image;
-mod rendezvous;
 mod tables;
 
 pub use tables::Datapath;

@@ -2,10 +2,13 @@
 //! of how they are configured or carried out.
 
 pub mod filter;
+mod relay;
+pub mod rendezvous;
 
 use std::net::IpAddr;
 
 use filter::TopicFilter;
+pub use relay::{RelayLimits, RelayListener, RelayTls};
 
 /// How XDP programs run on an interface.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +77,10 @@ pub struct Service {
     pub port: u16,
     /// Name of the group for all topics without a route.
     pub default_group: String,
+    /// Name of the group of relays, for clients that cannot be bound to one broker.
+    pub relay: Option<String>,
+    /// Where those listen beside the service's own port.
+    pub listeners: Vec<RelayListener>,
     /// Largest IP packet that may be encapsulated; `None`: the interface's MTU less the header.
     pub max_packet: Option<u16>,
     /// When its connections are bound.
@@ -132,6 +139,8 @@ pub struct Group {
     pub vip: IpAddr,
     /// How its clients are spread over its brokers.
     pub affinity: Affinity,
+    /// Whether its brokers want the client's address from the relay (PROXY protocol).
+    pub proxy_protocol: bool,
     /// The brokers' addresses, at least one.
     pub reals: Vec<Real>,
 }

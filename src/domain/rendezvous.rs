@@ -7,10 +7,8 @@ use std::net::IpAddr;
 
 use siphasher::sip::SipHasher13;
 
-use crate::kernel::abi::limits;
-
-/// The slots' reals, by their numbers; empty without reals.
-pub fn fill(reals: &[(u16, IpAddr, u32)]) -> Vec<u16> {
+/// The real of each of so many slots, by its number; empty without reals.
+pub fn fill(reals: &[(u16, IpAddr, u32)], slots: u32) -> Vec<u16> {
     let best = |slot: u32| {
         reals
             .iter()
@@ -18,7 +16,7 @@ pub fn fill(reals: &[(u16, IpAddr, u32)]) -> Vec<u16> {
             .max_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)))
             .map(|(_, _, number)| number)
     };
-    (0..limits::MEMBER_SLOTS.0).filter_map(best).collect()
+    (0..slots).filter_map(best).collect()
 }
 
 fn score(slot: u32, addr: IpAddr, weight: u32) -> f64 {
@@ -36,13 +34,15 @@ fn score(slot: u32, addr: IpAddr, weight: u32) -> f64 {
 mod tests {
     use super::*;
 
+    const SLOTS: u32 = 1021;
+
     fn real(number: u16, weight: u32) -> (u16, IpAddr, u32) {
         (number, IpAddr::from([10, 1, 3, number as u8]), weight)
     }
 
     #[test]
     fn shares_follow_the_weights() {
-        let slots = fill(&[real(1, 1), real(2, 1), real(3, 2)]);
+        let slots = fill(&[real(1, 1), real(2, 1), real(3, 2)], SLOTS);
         for (number, expected) in [(1, 0.25), (2, 0.25), (3, 0.5)] {
             let share = slots.iter().filter(|n| **n == number).count() as f64 / slots.len() as f64;
             assert!((share - expected).abs() < 0.05, "{number}: {share}");
@@ -52,13 +52,13 @@ mod tests {
     #[test]
     fn a_real_that_goes_moves_its_own_slots_only() {
         let all: Vec<_> = (1..=6).map(|n| real(n, 1 + u32::from(n) % 3)).collect();
-        let before = fill(&all);
+        let before = fill(&all, SLOTS);
         for gone in 1..=6 {
             let left: Vec<_> = all.iter().filter(|r| r.0 != gone).copied().collect();
-            for (was, is) in before.iter().zip(fill(&left)) {
+            for (was, is) in before.iter().zip(fill(&left, SLOTS)) {
                 assert!(*was == gone || *was == is, "{was} became {is} when {gone} went");
             }
         }
-        assert!(fill(&[]).is_empty());
+        assert!(fill(&[], SLOTS).is_empty());
     }
 }

@@ -1,0 +1,347 @@
+//! SUBSCRIBE and UNSUBSCRIBE, taken apart for brokers; SUBACK and UNSUBACK, put together for the client.
+
+use std::collections::HashMap;
+use std::num::NonZeroU16;
+
+use bytes::{BufMut as _, BytesMut};
+use rmqtt_codec::{v3, v5};
+use tokio_util::codec::{Decoder as _, Encoder as _};
+
+use super::ids::Slot;
+use super::scan::Malformed;
+use super::table::Broker;
+
+/// A subscription as its client made it.
+#[derive(Debug, Clone)]
+pub struct Subscription {
+    /// The topic filter.
+    filter: String,
+    /// Quality of service, and MQTT 5's options.
+    options: v5::SubscriptionOptions,
+    /// MQTT 5's subscription identifier.
+    id: Option<std::num::NonZeroU32>,
+}
+
+/// A request of the client's to several brokers.
+#[derive(Debug)]
+pub enum Request {
+    /// SUBSCRIBE.
+    Subscribe(Vec<Subscription>, v5::UserProperties),
+    /// UNSUBSCRIBE, with topic filters.
+    Unsubscribe(Vec<String>, v5::UserProperties),
+}
+
+fn unreadable() -> Malformed {
+    Malformed { code: 0x81, what: "SUBSCRIBE or UNSUBSCRIBE that cannot be read" }
+}
+
+impl Request {
+    /// Reads a whole packet: its identifier and what it wants.
+    pub fn read(packet: &[u8], is_v5: bool) -> Result<(u16, Self), Malformed> {
+        let mut bytes = BytesMut::from(packet);
+        let (id, request) =
+            if is_v5 {
+                match v5::Codec::default().decode(&mut bytes) {
+                    Ok(Some((v5::Packet::Subscribe(s), _))) => {
+                        let all = s.topic_filters.into_iter().map(|(filter, options)| {
+                            Subscription { filter: filter.to_string(), options, id: s.id }
+                        });
+                        (s.packet_id, Self::Subscribe(all.collect(), s.user_properties))
+                    }
+                    Ok(Some((v5::Packet::Unsubscribe(u), _))) => {
+                        let filters = u.topic_filters.iter().map(ToString::to_string).collect();
+                        (u.packet_id, Self::Unsubscribe(filters, u.user_properties))
+                    }
+                    _ => return Err(unreadable()),
+                }
+            } else {
+                match v3::Codec::default().decode(&mut bytes) {
+                    Ok(Some((v3::Packet::Subscribe { packet_id, topic_filters }, _))) => {
+                        let all = topic_filters.into_iter().map(|(filter, qos)| Subscription {
+                            filter: filter.to_string(),
+                            options: v5::SubscriptionOptions { qos, ..Default::default() },
+                            id: None,
+                        });
+                        (packet_id, Self::Subscribe(all.collect(), Vec::new()))
+                    }
+                    Ok(Some((v3::Packet::Unsubscribe { packet_id, topic_filters }, _))) => {
+                        let filters = topic_filters.iter().map(ToString::to_string).collect();
+                        (packet_id, Self::Unsubscribe(filters, Vec::new()))
+                    }
+                    _ => return Err(unreadable()),
+                }
+            };
+        if request.len() == 0 {
+            return Err(Malformed { code: 0x82, what: "SUBSCRIBE without a topic filter" });
+        }
+        Ok((id.get(), request))
+    }
+
+    /// How many topic filters.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Subscribe(all, _) => all.len(),
+            Self::Unsubscribe(all, _) => all.len(),
+        }
+    }
+
+    /// A topic filter.
+    pub fn filter(&self, i: usize) -> &str {
+        match self {
+            Self::Subscribe(all, _) => &all[i].filter,
+            Self::Unsubscribe(all, _) => &all[i],
+        }
+    }
+
+    /// The packet for one broker, with some of the topic filters.
+    pub fn packet(&self, id: u16, some: &[usize], is_v5: bool) -> Vec<u8> {
+        match self {
+            Self::Subscribe(all, properties) => {
+                let some: Vec<&Subscription> = some.iter().map(|i| &all[*i]).collect();
+                subscribe(id, &some, properties.clone(), is_v5)
+            }
+            Self::Unsubscribe(all, properties) => {
+                let filters = some.iter().map(|i| all[*i].as_str().into()).collect();
+                let packet_id = nonzero(id);
+                if is_v5 {
+                    let user_properties = properties.clone();
+                    let u = v5::Unsubscribe { packet_id, user_properties, topic_filters: filters };
+                    encode_v5(v5::Packet::Unsubscribe(u))
+                } else {
+                    encode_v3(v3::Packet::Unsubscribe { packet_id, topic_filters: filters })
+                }
+            }
+        }
+    }
+}
+
+fn nonzero(id: u16) -> NonZeroU16 {
+    NonZeroU16::new(id).unwrap_or(NonZeroU16::MAX)
+}
+
+fn subscribe(
+    id: u16,
+    some: &[&Subscription],
+    user_properties: v5::UserProperties,
+    is_v5: bool,
+) -> Vec<u8> {
+    let packet_id = nonzero(id);
+    if is_v5 {
+        let topic_filters = some.iter().map(|s| (s.filter.as_str().into(), s.options)).collect();
+        let id = some.first().and_then(|s| s.id);
+        let s = v5::Subscribe { packet_id, id, user_properties, topic_filters };
+        encode_v5(v5::Packet::Subscribe(s))
+    } else {
+        let topic_filters =
+            some.iter().map(|s| (s.filter.as_str().into(), s.options.qos)).collect();
+        encode_v3(v3::Packet::Subscribe { packet_id, topic_filters })
+    }
+}
+
+// What was read can be written: only sizes beyond the protocol's fail.
+fn encode_v3(packet: v3::Packet) -> Vec<u8> {
+    let mut out = BytesMut::new();
+    let _ = v3::Codec::default().encode(packet, &mut out);
+    out.to_vec()
+}
+
+fn encode_v5(packet: v5::Packet) -> Vec<u8> {
+    let mut out = BytesMut::new();
+    let _ = v5::Codec::default().encode(packet, &mut out);
+    out.to_vec()
+}
+
+/// A request that brokers have not all answered.
+#[derive(Debug)]
+struct Open {
+    unsubscribe: bool,
+    /// By topic filter.
+    codes: Vec<Option<u8>>,
+    /// Who is to answer, and for which of the topic filters.
+    waiting: Vec<(Slot, Vec<usize>)>,
+}
+
+/// What a client has subscribed to.
+#[derive(Debug, Default)]
+pub struct Subscriptions {
+    all: Vec<Subscription>,
+    open: HashMap<u16, Open>,
+}
+
+/// No broker could be asked.
+const UNSPECIFIED_ERROR: u8 = 0x80;
+const NO_SUBSCRIPTION_EXISTED: u8 = 0x11;
+
+impl Subscriptions {
+    /// Whether there are none, and none on their way.
+    pub fn is_empty(&self) -> bool {
+        self.all.is_empty() && self.open.is_empty()
+    }
+
+    /// Whether a request of this identifier is not answered yet.
+    pub fn is_open(&self, id: u16) -> bool {
+        self.open.contains_key(&id)
+    }
+
+    /// The brokers that are needed.
+    pub fn brokers<'a>(
+        &'a self,
+        brokers_for: impl Fn(&str) -> Vec<Broker> + 'a,
+    ) -> impl Iterator<Item = Broker> + 'a {
+        self.all.iter().flat_map(move |s| brokers_for(&s.filter))
+    }
+
+    /// Notes a request, and who will answer what of it.
+    pub fn begin(&mut self, id: u16, request: &Request, waiting: Vec<(Slot, Vec<usize>)>) {
+        let unsubscribe = match request {
+            Request::Subscribe(all, _) => {
+                for s in all {
+                    self.all.retain(|known| known.filter != s.filter);
+                    self.all.push(s.clone());
+                }
+                false
+            }
+            Request::Unsubscribe(filters, _) => {
+                self.all.retain(|known| !filters.contains(&known.filter));
+                true
+            }
+        };
+        self.open.insert(id, Open { unsubscribe, codes: vec![None; request.len()], waiting });
+    }
+
+    /// A broker's SUBACK or UNSUBACK. The client's, when it was the last.
+    pub fn answered(&mut self, slot: Slot, id: u16, codes: &[u8], is_v5: bool) -> Option<Vec<u8>> {
+        let open = self.open.get_mut(&id)?;
+        let at = open.waiting.iter().position(|(s, _)| *s == slot)?;
+        let (_, filters) = open.waiting.swap_remove(at);
+        for (n, filter) in filters.into_iter().enumerate() {
+            // UNSUBACK of MQTT 3.1.1 has no codes: all is well.
+            let code = codes.get(n).copied().unwrap_or(0);
+            open.codes[filter] = Some(match open.codes[filter] {
+                None => code,
+                Some(before) if open.unsubscribe => before.min(code),
+                // A refusal counts; else what all brokers grant.
+                Some(before) if before.max(code) >= UNSPECIFIED_ERROR => before.max(code),
+                Some(before) => before.min(code),
+            });
+        }
+        self.finished(id, is_v5)
+    }
+
+    /// A broker is gone, and will not answer.
+    pub fn lost(&mut self, slot: Slot, is_v5: bool) -> Vec<Vec<u8>> {
+        let ids: Vec<u16> = self.open.keys().copied().collect();
+        for open in self.open.values_mut() {
+            open.waiting.retain(|(s, _)| *s != slot);
+        }
+        ids.into_iter().filter_map(|id| self.finished(id, is_v5)).collect()
+    }
+
+    /// The client's answer, if nobody is waited for.
+    pub fn finished(&mut self, id: u16, is_v5: bool) -> Option<Vec<u8>> {
+        if !self.open.get(&id)?.waiting.is_empty() {
+            return None;
+        }
+        let Open { unsubscribe, codes, .. } = self.open.remove(&id)?;
+        let missing = if unsubscribe { NO_SUBSCRIPTION_EXISTED } else { UNSPECIFIED_ERROR };
+        let codes: Vec<u8> = codes.into_iter().map(|c| c.unwrap_or(missing)).collect();
+        let mut body = Vec::with_capacity(codes.len() + 3);
+        body.extend(id.to_be_bytes());
+        if is_v5 {
+            body.push(0); // no properties
+        }
+        if is_v5 || !unsubscribe {
+            body.extend(codes);
+        }
+        let mut out = BytesMut::new();
+        out.put_u8(if unsubscribe { 0xb0 } else { 0x90 });
+        let mut length = body.len();
+        while length > 0x7f {
+            out.put_u8((length & 0x7f) as u8 | 0x80);
+            length >>= 7;
+        }
+        out.put_u8(length as u8);
+        out.put_slice(&body);
+        Some(out.to_vec())
+    }
+
+    /// SUBSCRIBEs for a broker that has none of them, one for each subscription identifier.
+    pub fn again(
+        &self,
+        wanted: impl Fn(&str) -> bool,
+        mut id: impl FnMut() -> u16,
+        is_v5: bool,
+    ) -> Vec<u8> {
+        let mut out = Vec::new();
+        let mut left: Vec<&Subscription> = self.all.iter().filter(|s| wanted(&s.filter)).collect();
+        while let Some(first) = left.first() {
+            let with = first.id;
+            let (same, others): (Vec<_>, Vec<_>) = left.into_iter().partition(|s| s.id == with);
+            out.extend(subscribe(id(), &same, Vec::new(), is_v5));
+            left = others;
+        }
+        out
+    }
+}
+
+/// The codes in a whole SUBACK or UNSUBACK.
+pub fn codes(packet: &[u8], header: usize, is_v5: bool) -> &[u8] {
+    let body = packet.get(header + 2..).unwrap_or_default();
+    if !is_v5 {
+        return body;
+    }
+    let mut length = 0;
+    for (i, byte) in body.iter().take(4).enumerate() {
+        length |= usize::from(byte & 0x7f) << (7 * i);
+        if byte & 0x80 == 0 {
+            return body.get(i + 1 + length..).unwrap_or_default();
+        }
+    }
+    &[]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn three() -> (u16, Request) {
+        // "a" at QoS 0, "b" at 1, "c" at 2.
+        let packet = b"\x82\x0e\x00\x05\x00\x01a\x00\x00\x01b\x01\x00\x01c\x02";
+        Request::read(packet, false).unwrap()
+    }
+
+    #[test]
+    fn the_clients_answer_has_what_all_brokers_grant() {
+        let (id, request) = three();
+        assert_eq!((id, request.len(), request.filter(2)), (5, 3, "c"));
+        let mut s = Subscriptions::default();
+        s.begin(id, &request, vec![(0, vec![0, 2]), (1, vec![1, 2])]);
+        assert_eq!(s.answered(0, 5, &[0, 2], false), None);
+        let answer = s.answered(1, 5, &[0x80, 1], false).unwrap();
+        assert_eq!(answer, b"\x90\x05\x00\x05\x00\x80\x01");
+        assert!(!s.is_empty());
+    }
+
+    #[test]
+    fn a_broker_that_goes_is_not_waited_for() {
+        let (id, request) = three();
+        let mut s = Subscriptions::default();
+        s.begin(id, &request, vec![(0, vec![0]), (1, vec![1, 2])]);
+        assert_eq!(s.answered(0, 5, &[0], false), None);
+        assert_eq!(s.lost(1, false), [b"\x90\x05\x00\x05\x00\x80\x80"]);
+    }
+
+    #[test]
+    fn what_is_subscribed_can_be_subscribed_again() {
+        let (id, request) = three();
+        let mut s = Subscriptions::default();
+        s.begin(id, &request, vec![(0, vec![0, 1, 2])]);
+        let again = s.again(|filter| filter != "b", || 9, false);
+        assert_eq!(again, b"\x82\x0a\x00\x09\x00\x01a\x00\x00\x01c\x02");
+        assert_eq!(request.packet(7, &[1], false), b"\x82\x06\x00\x07\x00\x01b\x01");
+        let unsubscribe = Request::read(b"\xa2\x08\x00\x06\x00\x01a\x00\x01c", false).unwrap().1;
+        s.begin(6, &unsubscribe, vec![(0, vec![0, 1])]);
+        assert_eq!(s.answered(0, 6, &[], false).unwrap(), b"\xb0\x02\x00\x06");
+        assert_eq!(s.again(|_| true, || 9, false), b"\x82\x06\x00\x09\x00\x01b\x01");
+    }
+}

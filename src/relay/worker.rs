@@ -1,0 +1,227 @@
+//! What the sessions of one thread share, and what all threads do.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use tokio_util::sync::CancellationToken;
+
+use super::stats::Stats;
+use super::table::Table;
+use crate::domain::RelayLimits;
+
+/// A broker that was not reached is not tried first for so long.
+const DOWN: Duration = Duration::from_secs(2);
+/// Clients that were let go, of a thread; the rest is forgotten.
+const RETURNED_MAX: usize = 100_000;
+
+/// What is the same for all threads.
+#[derive(Debug)]
+pub struct Shared {
+    /// Counters.
+    pub stats: Arc<Stats>,
+    tables: RwLock<Vec<Arc<Table>>>,
+    clients: Mutex<HashMap<IpAddr, Client>>,
+    /// All sessions are to end.
+    pub stop: CancellationToken,
+}
+
+/// An address's connections.
+#[derive(Debug)]
+struct Client {
+    connections: u32,
+    /// New ones that it may open, and since when.
+    tokens: f64,
+    at: Instant,
+}
+
+impl Shared {
+    /// With the routes of each service.
+    pub fn new(tables: Vec<Arc<Table>>) -> Self {
+        Self {
+            stats: Arc::default(),
+            tables: RwLock::new(tables),
+            clients: Mutex::default(),
+            stop: CancellationToken::new(),
+        }
+    }
+
+    /// The routes of a service.
+    pub fn table(&self, service: usize) -> Arc<Table> {
+        Arc::clone(&self.tables.read().unwrap_or_else(PoisonError::into_inner)[service])
+    }
+
+    /// Replaces all routes.
+    pub fn set_tables(&self, tables: Vec<Arc<Table>>) {
+        *self.tables.write().unwrap_or_else(PoisonError::into_inner) = tables;
+    }
+
+    /// Lets a connection in, if its address has not too many.
+    pub fn admit(&self, addr: IpAddr, limits: &RelayLimits) -> bool {
+        let addr = network_of(addr);
+        let now = Instant::now();
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        let rate = f64::from(limits.connections_per_second);
+        // Of addresses without connections, only those with a rate to remember are kept.
+        if clients.len() as u64 > 2 * self.stats.connections.get() + 100_000 {
+            clients.retain(|_, c| c.connections > 0);
+        }
+        let client =
+            clients.entry(addr).or_insert(Client { connections: 0, tokens: rate, at: now });
+        let passed = now.duration_since(client.at).as_secs_f64();
+        client.tokens = (client.tokens + passed * rate).min(rate);
+        client.at = now;
+        let full = self.stats.connections.get() >= u64::from(limits.connections);
+        if full || client.connections >= limits.connections_per_address || client.tokens < 1.0 {
+            return false;
+        }
+        client.tokens -= 1.0;
+        client.connections += 1;
+        self.stats.connections.add(1);
+        true
+    }
+
+    /// A connection that was let in is over.
+    pub fn release(&self, addr: IpAddr) {
+        let addr = network_of(addr);
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(client) = clients.get_mut(&addr) {
+            client.connections = client.connections.saturating_sub(1);
+        }
+        self.stats.connections.sub(1);
+    }
+}
+
+/// Who has one IPv6 address has 2⁶⁴ of them.
+fn network_of(addr: IpAddr) -> IpAddr {
+    match addr.to_canonical() {
+        IpAddr::V6(v6) => {
+            let [a, b, c, d, ..] = v6.segments();
+            IpAddr::from([a, b, c, d, 0, 0, 0, 0])
+        }
+        v4 @ IpAddr::V4(_) => v4,
+    }
+}
+
+/// A client that was sent to the fast path.
+#[derive(Debug, Clone, Copy)]
+struct Returned {
+    until: Instant,
+    wait: Duration,
+}
+
+/// One thread's, for one service.
+#[derive(Debug)]
+pub struct Worker {
+    /// What is everybody's.
+    pub shared: Arc<Shared>,
+    /// Counters.
+    pub stats: Arc<Stats>,
+    /// What a client may cost.
+    pub limits: RelayLimits,
+    service: usize,
+    down: RefCell<HashMap<SocketAddr, Instant>>,
+    returned: RefCell<HashMap<String, Returned>>,
+    next_return: Cell<Option<Instant>>,
+}
+
+impl Worker {
+    /// For the service of a number.
+    pub fn new(shared: Arc<Shared>, limits: RelayLimits, service: usize) -> Self {
+        Self {
+            stats: Arc::clone(&shared.stats),
+            shared,
+            limits,
+            service,
+            down: RefCell::default(),
+            returned: RefCell::default(),
+            next_return: Cell::new(None),
+        }
+    }
+
+    /// The routes in force.
+    pub fn table(&self) -> Arc<Table> {
+        self.shared.table(self.service)
+    }
+
+    /// Whether a broker was not reached lately.
+    pub fn is_down(&self, broker: SocketAddr) -> bool {
+        self.down.borrow().get(&broker).is_some_and(|until| Instant::now() < *until)
+    }
+
+    /// A broker was not reached.
+    pub fn down(&self, broker: SocketAddr) {
+        self.down.borrow_mut().insert(broker, Instant::now() + DOWN);
+    }
+
+    /// Whether a client may be sent to the fast path now: so many a second, and one that came back
+    /// here all the same is asked again after twice the time.
+    pub fn may_return(&self, client: &str, now: Instant) -> bool {
+        const FIRST: Duration = Duration::from_secs(600);
+        const LONGEST: Duration = Duration::from_secs(24 * 3600);
+        if self.next_return.get().is_some_and(|at| now < at) {
+            return false;
+        }
+        let mut returned = self.returned.borrow_mut();
+        if returned.len() >= RETURNED_MAX {
+            returned.retain(|_, r| now < r.until);
+            if returned.len() >= RETURNED_MAX {
+                returned.clear();
+            }
+        }
+        let wait = match returned.get(client) {
+            Some(r) if now < r.until => return false,
+            Some(r) => (r.wait * 2).min(LONGEST),
+            None => FIRST,
+        };
+        returned.insert(client.to_owned(), Returned { until: now + wait, wait });
+        let pause = Duration::from_secs(1) / self.limits.returns_per_second;
+        self.next_return.set(Some(now + pause));
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_has_so_many_connections_and_opens_so_many_in_a_second() {
+        let limits = RelayLimits {
+            connections_per_address: 3,
+            connections_per_second: 4,
+            connections: 5,
+            ..RelayLimits::default()
+        };
+        let shared = Shared::new(Vec::new());
+        let (a, b): (IpAddr, IpAddr) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
+        assert!((0..3).all(|_| shared.admit(a, &limits)));
+        assert!(!shared.admit(a, &limits), "three at a time");
+        shared.release(a);
+        assert!(shared.admit(a, &limits));
+        shared.release(a);
+        assert!(!shared.admit(a, &limits), "four a second");
+        assert!((0..3).all(|_| shared.admit(b, &limits)));
+        let c: IpAddr = "10.0.0.3".parse().unwrap();
+        assert!(!shared.admit(c, &limits), "five in all");
+        for v6 in ["fd01::1", "fd01::ffff:2"] {
+            assert_eq!(network_of(v6.parse().unwrap()).to_string(), "fd01::");
+        }
+    }
+
+    #[test]
+    fn clients_are_let_go_one_after_the_other_and_seldom_twice() {
+        let limits = RelayLimits { returns_per_second: 10, ..RelayLimits::default() };
+        let worker = Worker::new(Arc::new(Shared::new(Vec::new())), limits, 0);
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        assert!(worker.may_return("a", at(0)));
+        assert!(!worker.may_return("b", at(50)));
+        assert!(worker.may_return("b", at(100)));
+        assert!(!worker.may_return("a", at(10_000)));
+        assert!(worker.may_return("a", at(601_000)));
+        assert!(!worker.may_return("a", at(1_300_000)), "twice as long");
+    }
+}
