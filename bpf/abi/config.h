@@ -75,7 +75,9 @@ struct service {
 	__u8 binding; /* enum binding_mode */
 	__u8 client_routes; /* 1 << enum client_route_kind of the routes that there are */
 	__u8 has_members; /* some of its groups choose their reals here: see struct member_slot */
-	__u8 pad[23];
+	__u8 pad;
+	__u16 relay; /* group for clients that cannot be bound to another; NO_GROUP: none */
+	__u8 pad2[20];
 };
 SIZE_IS(struct service, 64);
 

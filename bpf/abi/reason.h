@@ -48,6 +48,7 @@
 	NOTE(LEARNED, "prediction made or changed")                                             \
 	NOTE(PREDICTION_HIT, "flow's first PUBLISH was predicted right")                        \
 	NOTE(PREDICTION_MISS, "flow's first PUBLISH was predicted wrong")                       \
+	NOTE(SUBSCRIBER, "SUBSCRIBE on a flow that is not bound to the relay, where subscribers belong") \
 	NOTE(MULTI_GROUP, "client found to publish to several groups in turn")                  \
 	NOTE(SEGMENT_OLD, "segment without anything new for the parser (payload, repetition)")  \
 	NOTE(SEGMENT_AHEAD, "segment behind a gap in its flow: not parsed yet")                 \

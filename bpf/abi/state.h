@@ -31,6 +31,8 @@ enum client_flags {
 	CLIENT_MULTI_GROUP = 1 << 0,
 	/* A connection that its client id alone decided on (WAY_KNOWN) turned out to be misrouted. */
 	CLIENT_MISJUDGED = 1 << 1,
+	/* It subscribes: with a relay, it belongs there. */
+	CLIENT_SUBSCRIBES = 1 << 2,
 };
 
 /*

@@ -181,6 +181,8 @@ static __always_inline bool parse_whole(const struct parse *p, struct span *s)
 	if (connect_missing(p, s, h.type))
 		return true;
 	if (h.type >> 4 != MQTT_PUBLISH) {
+		if (h.type >> 4 == MQTT_SUBSCRIBE)
+			subscribe_judge(p->c, f, p->svc, p->c->seq + (s->offset - p->c->payload), false);
 		packet_end(p, s, h.length + h.remaining);
 		return true;
 	}
@@ -249,6 +251,17 @@ static __noinline int publish_again_alone(struct xdp_md *ctx, struct flow *f,
 	return true;
 }
 
+/* A control packet but PUBLISH, whose header was split over segments. */
+static __always_inline void other_end(const struct parse *p, struct span *s)
+{
+	bool before = p->w->start == STARTED_BEFORE;
+	__u32 start = before ? p->w->first : p->w->start;
+
+	if (p->f->type >> 4 == MQTT_SUBSCRIBE)
+		subscribe_judge(p->c, p->f, p->svc, p->c->seq + (start - p->c->payload), before);
+	packet_end(p, s, p->f->remaining);
+}
+
 /* One byte of a header that is split over segments. */
 static __always_inline void parse_byte(const struct parse *p, struct span *s, __u8 byte)
 {
@@ -281,7 +294,7 @@ static __always_inline void parse_byte(const struct parse *p, struct span *s, __
 		else if (f->type >> 4 == MQTT_PUBLISH)
 			f->parser = PARSER_TOPIC_LENGTH_HIGH;
 		else
-			packet_end(p, s, f->remaining);
+			other_end(p, s);
 		return;
 	case PARSER_TOPIC_LENGTH_HIGH:
 		f->topic_left = byte << 8;
@@ -319,7 +332,7 @@ static __always_inline void skip_simple(const struct parse *p, struct span *s)
 			return;
 		rest = b[1];
 		if (b[0] >> 4 != MQTT_PUBLISH) {
-			if (!type_valid(b[0]) || !length_valid(b[0], rest))
+			if (b[0] >> 4 == MQTT_SUBSCRIBE || !type_valid(b[0]) || !length_valid(b[0], rest))
 				return;
 		} else {
 			topic = b[2] << 8 | b[3];

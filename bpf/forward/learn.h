@@ -128,9 +128,29 @@ static __always_inline void client_reroute(struct client *client, const struct s
 				     t->generation);
 }
 
+/* Messages of one group, and of no other, by which an address counts as one client of that group. */
+#define SETTLED_WEIGHT 48
+
+/*
+ * Whether a client is bound to its group straight although there is a relay: whatever is known of it
+ * speaks of one group. Behind an address there may be many clients, so it takes more to believe it.
+ */
+static __always_inline bool client_settled(const struct client *client, bool by_id)
+{
+	__u32 best = client->best, known = 0;
+
+	if (client->flags & (CLIENT_MULTI_GROUP | CLIENT_MISJUDGED | CLIENT_SUBSCRIBES))
+		return false;
+	for (__u32 i = 0; i < CLIENT_GROUPS; i++)
+		known += client->group[i] != 0;
+	if (known != 1)
+		return false;
+	return by_id || client->weight[best == 1 ? 1 : best == 2 ? 2 : 0] >= SETTLED_WEIGHT;
+}
+
 /*
  * The binding of a flow of which nothing better is known: by prediction (PREDICTED is set), else
- * to the default group; 0: there is no usable group.
+ * to the relay, else to the default group; 0: there is no usable group.
  */
 #define PREDICTED (1ULL << 32)
 
@@ -141,6 +161,7 @@ __noinline __u64 predict(const struct conn *c, const struct service_table *t,
 
 	if (!c || !t || !svc || !w)
 		return 0;
+	binding_t relay = relay_of(svc);
 	w->id = id;
 	for (int by_id = 1; by_id >= 0; by_id--) {
 		struct client *client = NULL;
@@ -150,16 +171,20 @@ __noinline __u64 predict(const struct conn *c, const struct service_table *t,
 		if (client) {
 			client_reroute(client, t);
 			binding_t best = client_best(client);
-			if (group_of(best))
+			if (group_of(best) && (!relay || client_settled(client, by_id)))
 				return best | PREDICTED;
 		}
+		/* Of a client with an id, its address says less than the relay is worth. */
+		if (relay && (client || id))
+			break;
 	}
-	return binding_now(svc->default_group);
+	return relay ?: binding_now(svc->default_group);
 }
 
 /* The binding that a client id alone decides on; 0: it does not. */
 static __always_inline binding_t client_steady(const struct conn *c,
-					       const struct service_table *t, const struct work *w)
+					       const struct service_table *t,
+					       const struct service *svc, const struct work *w)
 {
 	struct client *client = w->id ? client_find(c, true) : NULL;
 	binding_t best;
@@ -167,8 +192,34 @@ static __always_inline binding_t client_steady(const struct conn *c,
 	if (!client || client->flags & (CLIENT_MULTI_GROUP | CLIENT_MISJUDGED))
 		return 0;
 	client_reroute(client, t);
+	if (svc->relay != NO_GROUP && !client_settled(client, true))
+		return 0;
 	best = client_best(client);
 	return group_of(best) ? best : 0;
+}
+
+/* The relay, for a client id that belongs there whatever it says first; 0: it does not. */
+static __always_inline binding_t client_relayed(const struct conn *c, const struct service *svc,
+						const struct work *w)
+{
+	struct client *client = NULL;
+
+	if (svc->relay != NO_GROUP && w->id)
+		client = client_find(c, true);
+	return client && client->flags & (CLIENT_MULTI_GROUP | CLIENT_SUBSCRIBES) ? relay_of(svc) : 0;
+}
+
+/* The client subscribes. */
+__noinline int learn_subscribes(const struct conn *c)
+{
+	struct client *client;
+
+	if (!c)
+		return 0;
+	client = client_find(c, true);
+	if (client)
+		client->flags |= CLIENT_SUBSCRIBES;
+	return 0;
 }
 
 /* Keep the topic in w->stream, for people, for changes of routes, and so as not to walk again. */

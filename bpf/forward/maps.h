@@ -340,4 +340,10 @@ static __always_inline binding_t binding_now(__u16 group)
 	return g ? binding_of(group, READ_ONCE(g->epoch)) : 0;
 }
 
+/* The binding to a service's relay; 0: it has none. */
+static __always_inline binding_t relay_of(const struct service *svc)
+{
+	return svc->relay == NO_GROUP ? 0 : binding_now(svc->relay);
+}
+
 #endif /* MQTT_FWD_MAPS_H */

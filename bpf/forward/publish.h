@@ -90,7 +90,7 @@ __noinline int publish_judge(const struct conn *c, struct flow *f, const struct 
 	const struct publish *p;
 	binding_t bound;
 	__u32 messages;
-	bool trusted, right, same_group, may_end = false;
+	bool trusted, right, relayed, same_group, may_end = false;
 
 	if (!c || !f || !t || !svc || !w)
 		return 0;
@@ -102,8 +102,10 @@ __noinline int publish_judge(const struct conn *c, struct flow *f, const struct 
 	w->id = flow_client(f);
 	bound = flow_binding(f, c);
 	trusted = f->flags & FLOW_TRUSTED;
-	right = belongs_to(bound, binding_group(p->to));
-	same_group = f->topic == p->hash || (right && !(f->flags & FLOW_MISROUTED));
+	/* The relay takes all, but who the client is has to be learned there, too. */
+	relayed = svc->relay != NO_GROUP && belongs_to(bound, svc->relay);
+	right = relayed || belongs_to(bound, binding_group(p->to));
+	same_group = f->topic == p->hash || (right && !relayed && !(f->flags & FLOW_MISROUTED));
 	if (!same_group)
 		publish_teach_rest(c, f, t);
 	messages = f->untaught + 1;
@@ -148,6 +150,32 @@ __noinline int publish_judge(const struct conn *c, struct flow *f, const struct 
 		how = REPORT_ENDED;
 	}
 	report_event(c, EVENT_MISPREDICTED, groups, p->hash, how);
+	return 0;
+}
+
+/*
+ * A SUBSCRIBE that begins at sequence number `start`. With a relay, subscribers belong there: no other
+ * broker has all that they may want. Global (see event.h).
+ */
+__noinline int subscribe_judge(const struct conn *c, struct flow *f, const struct service *svc,
+			       __u32 start, __u32 inside)
+{
+	struct work *w = work_of_cpu();
+	binding_t bound;
+
+	if (!c || !f || !svc || !w || svc->relay == NO_GROUP || !(f->flags & FLOW_TRUSTED) ||
+	    f->flags & (FLOW_ENDED | FLOW_ROUTED))
+		return 0;
+	w->id = flow_client(f);
+	bound = flow_binding(f, c);
+	learn_subscribes(c);
+	if (belongs_to(bound, svc->relay) || !relay_of(svc))
+		return 0;
+	count(REASON_SUBSCRIBER);
+	if (svc->on_misprediction != MISPREDICTION_RESET)
+		return 0;
+	flow_end(f, c, start, inside);
+	report_event(c, EVENT_MISPREDICTED, from_to(bound, relay_of(svc)), 0, REPORT_ENDED);
 	return 0;
 }
 

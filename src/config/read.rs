@@ -122,6 +122,7 @@ fn relay_limits(r: Option<Reader<'_>>) -> RelayLimits {
         max_packet: r
             .number::<u32>("max_packet_size", 1024..=268_435_460)
             .map_or(d.max_packet, |n| n as usize),
+        subscriptions: r.number("subscriptions", 1..=10_000_000).unwrap_or(d.subscriptions),
         return_after: match r.number::<u32>("return_after_s", 0..=86_400) {
             Some(0) => None,
             Some(s) => Some(std::time::Duration::from_secs(s.into())),
@@ -467,22 +468,25 @@ fn across_services(services: &[Service], maps: &MapSizes, source: &Source<'_>) {
                 format!("service[{first}] has this name already"),
             );
         }
-        let mut claim = |key: String, addr: IpAddr| {
-            if let Some(owner) = owners.insert((addr, service.port), key.clone()) {
+        let mut claim = |key: String, addr: IpAddr, port: u16| {
+            if let Some(owner) = owners.insert((addr, port), key.clone()) {
                 report(
                     key,
-                    format!("{addr}:{}", service.port),
+                    format!("{addr}:{port}"),
                     format!(
                         "{owner} has this address already; every service and every group needs its own"
                     ),
                 );
             }
         };
-        claim(format!("service[{i}].address"), service.addr);
+        claim(format!("service[{i}].address"), service.addr, service.port);
+        for (j, listener) in service.listeners.iter().enumerate() {
+            claim(format!("service[{i}].listener[{j}].port"), service.addr, listener.port);
+        }
         for (j, group) in service.groups.iter().enumerate() {
-            claim(format!("service[{i}].group[{j}].vip"), group.vip);
+            claim(format!("service[{i}].group[{j}].vip"), group.vip, service.port);
             for (k, vip) in group.reals.iter().enumerate().filter_map(|(k, r)| Some((k, r.vip?))) {
-                claim(format!("service[{i}].group[{j}].reals[{k}].vip"), vip);
+                claim(format!("service[{i}].group[{j}].reals[{k}].vip"), vip, service.port);
             }
         }
         let vips: Vec<IpAddr> =

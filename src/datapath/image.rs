@@ -164,7 +164,13 @@ impl Image {
                 client_routes: kinds,
                 has_members: has_members.into(),
                 slot: slot as u16,
-                pad: [0; 23],
+                pad: 0,
+                relay: svc
+                    .relay
+                    .as_ref()
+                    .and_then(|name| group_id(name))
+                    .unwrap_or(limits::NO_GROUP.0 as u16),
+                pad2: [0; 20],
             };
         }
         Ok(image)

@@ -42,6 +42,8 @@ pub struct RelayLimits {
     pub connect_timeout_s: u16,
     /// Bytes of the largest control packet.
     pub max_packet: usize,
+    /// Subscriptions of a client.
+    pub subscriptions: u32,
     /// When a client that uses one group is sent to the fast path; `None`: never.
     pub return_after: Option<std::time::Duration>,
     /// How many of those a second, of each thread.
@@ -58,6 +60,7 @@ impl Default for RelayLimits {
             connect_timeout_s: 10,
             // MQTT's own bound is 256 MiB.
             max_packet: 16 << 20,
+            subscriptions: 10_000,
             return_after: Some(std::time::Duration::from_secs(30)),
             returns_per_second: 10,
         }

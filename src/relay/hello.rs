@@ -19,6 +19,8 @@ pub struct Hello {
     pub clean: bool,
     /// In seconds; 0: none.
     pub keepalive: u16,
+    /// By an exchange of AUTH with its first broker (MQTT 5).
+    pub authenticates: bool,
     /// Topic of its will.
     pub will: Option<String>,
     /// Deliveries at QoS 1 and 2 that it takes at a time.
@@ -61,6 +63,7 @@ impl Hello {
                     persistent: !c.clean_session,
                     clean: c.clean_session,
                     keepalive: c.keep_alive,
+                    authenticates: false,
                     will: c.last_will.map(|w| w.topic.to_string()),
                     receive_max: u16::MAX,
                     bytes: packet.into(),
@@ -74,6 +77,7 @@ impl Hello {
                     persistent: c.session_expiry_interval_secs > 0 || !c.clean_start,
                     clean: c.clean_start,
                     keepalive: c.keep_alive,
+                    authenticates: c.auth_method.is_some(),
                     will: c.last_will.map(|w| w.topic.to_string()),
                     receive_max: c.receive_max.map_or(u16::MAX, u16::from),
                     bytes: packet.into(),

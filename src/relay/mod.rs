@@ -123,6 +123,7 @@ pub fn run(config: &Config) -> Result<(), RelayError> {
     let ports = ports(config)?;
     let shared = Arc::new(Shared::new(tables));
     let limits = config.relay;
+    raise_descriptors(limits.connections);
     let threads = match limits.threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         n => n as usize,
@@ -161,6 +162,23 @@ pub fn run(config: &Config) -> Result<(), RelayError> {
         let _ = worker.join();
     }
     Ok(())
+}
+
+/// As many file descriptors as there may be: one a client, and one a broker of its.
+fn raise_descriptors(connections: u32) {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    const EACH: u64 = 3;
+    let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
+    if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, most, most) {
+        return warn!(%error, "raising the number of open files");
+    }
+    if most / EACH < u64::from(connections) {
+        warn!(
+            "{most} files may be open (LimitNOFILE, ulimit -n), which is enough for about {} clients; \
+             [relay] connections allows {connections}",
+            most / EACH
+        );
+    }
 }
 
 /// Signals, and a line in the log now and then.

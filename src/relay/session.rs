@@ -133,6 +133,8 @@ pub struct Session {
     rest: Vec<u8>,
     /// The rest waits for a broker.
     waits: bool,
+    /// A broker's connection may have begun to be opened.
+    opened: bool,
     /// A message of the client's that is being passed on: to whom, and how many bytes are to come.
     passing: Option<(Option<Slot>, usize)>,
     /// Whose message the client is just getting.
@@ -149,8 +151,9 @@ pub struct Session {
     deliveries: Deliveries,
     subscriptions: Subscriptions,
     aliases: HashMap<u16, Box<str>>,
-    /// The highest alias that the client may use.
+    /// The highest alias that the client may use, and how many messages at QoS 1 and 2 at a time.
     alias_max: u16,
+    receive_max: u16,
     keepalive: u16,
     last_in: Instant,
     since: Instant,
@@ -177,6 +180,7 @@ impl Session {
             client,
             out: Pending::default(),
             waits: !rest.is_empty(),
+            opened: false,
             rest,
             passing: None,
             getting: None,
@@ -190,6 +194,7 @@ impl Session {
             subscriptions: Subscriptions::default(),
             aliases: HashMap::new(),
             alias_max: 0,
+            receive_max: u16::MAX,
             keepalive: hello.keepalive,
             last_in: now,
             since: now,
@@ -232,12 +237,32 @@ impl Session {
         if let Some(slot) = self.upstreams.iter().position(|u| u.broker == broker) {
             if matches!(self.upstreams[slot].state, State::Closed | State::Waiting(_)) {
                 self.upstreams[slot].again(kind, now);
+                self.opened = true;
             }
             return slot as Slot;
         }
+        self.opened = true;
         let addr = self.table.broker(broker).addr;
         self.upstreams.push(Upstream::new(broker, addr, kind, self.keepalive, now));
         (self.upstreams.len() - 1) as Slot
+    }
+
+    /// The same for a subscription, which others can do without: a broker that is down is tried
+    /// again by itself.
+    fn open_or_retry(&mut self, broker: Broker, now: Instant) -> Slot {
+        let known = self.upstreams.iter().position(|u| u.broker == broker);
+        if let Some(slot) = known
+            && (self.upstreams[slot].refused
+                || !matches!(self.upstreams[slot].state, State::Closed))
+        {
+            return slot as Slot;
+        }
+        let slot = self.open(broker, Kind::Beside, now);
+        let up = &mut self.upstreams[usize::from(slot)];
+        if self.worker.is_down(up.addr) {
+            up.close(State::Waiting(now + RETRY));
+        }
+        slot
     }
 
     /// One turn. Returns what is to be done when it ended.
@@ -249,6 +274,8 @@ impl Session {
             }
             progress |= self.read_client(cx)?;
             progress |= self.flush(cx)?;
+            // A connection that has just begun to be opened has to be looked at once.
+            progress |= std::mem::take(&mut self.opened);
             if !progress {
                 return self.rest_until_something_happens(cx);
             }
@@ -260,7 +287,8 @@ impl Session {
     // From the client.
 
     fn read_client(&mut self, cx: &mut Context<'_>) -> Result<bool, End> {
-        let full = self.out.len() > HIGH || self.upstreams.iter().any(|u| u.out.len() > HIGH);
+        let full = self.out.len() + self.behind.len() > HIGH
+            || self.upstreams.iter().any(|u| u.out.len() > HIGH);
         if !self.greeted || full {
             return Ok(false);
         }
@@ -334,6 +362,9 @@ impl Session {
             };
             match step {
                 Ok(Step::Took(n)) => *at += n,
+                Ok(Step::More) if buffer.len() - *at > SCRATCH => {
+                    return Some(too_large("PUBLISH with a header larger than any should be"));
+                }
                 Ok(Step::More) => return None,
                 Ok(Step::Wait) => {
                     self.waits = true;
@@ -379,6 +410,19 @@ impl Session {
         let found = self.table.broker_of(topic, down);
         let broker = found.unwrap_or(self.upstreams[usize::from(self.home)].broker);
         let again = p.qos > 0 && self.inflight.contains_key(&p.id);
+        if p.qos > 0 && !again && self.inflight.len() >= usize::from(self.receive_max) {
+            let what = "more messages at a time than CONNACK allows";
+            return Err(End::Protocol(Malformed { code: 0x93, what }));
+        }
+        let there_is = self.upstreams.iter().find(|u| u.broker == broker);
+        let unavailable = match there_is {
+            Some(up) if up.is_ready() || up.is_opening() => false,
+            // One that is up would have been chosen, if there were any.
+            up => up.is_some_and(|u| u.refused) || down(broker),
+        };
+        if unavailable && !again {
+            return Err(End::Unavailable(self.table.broker(broker).group.clone()));
+        }
         let slot = if again { self.inflight[&p.id] } else { self.open(broker, Kind::Beside, now) };
         let up = &mut self.upstreams[usize::from(slot)];
         if up.is_opening() {
@@ -510,14 +554,7 @@ impl Session {
         let mut wanted: Vec<(Slot, Vec<usize>)> = Vec::new();
         for i in 0..request.len() {
             for broker in self.table.brokers_for(request.filter(i)) {
-                let known = self.upstreams.iter().position(|u| u.broker == broker);
-                let waits = known
-                    .is_some_and(|slot| matches!(self.upstreams[slot].state, State::Waiting(_)));
-                // A broker that is down is tried again by itself.
-                let slot = match known {
-                    Some(slot) if waits => slot as Slot,
-                    _ => self.open(broker, Kind::Beside, now),
-                };
+                let slot = self.open_or_retry(broker, now);
                 match wanted.iter_mut().find(|(s, _)| *s == slot) {
                     Some((_, filters)) => filters.push(i),
                     None => wanted.push((slot, vec![i])),
@@ -538,6 +575,10 @@ impl Session {
             self.upstreams[usize::from(*slot)].last_used = now;
         }
         self.subscriptions.begin(id, &request, wanted);
+        if self.subscriptions.len() > self.worker.limits.subscriptions as usize {
+            let what = "more subscriptions than [relay] subscriptions allows";
+            return Err(End::Protocol(Malformed { code: 0x97, what }));
+        }
         if let Some(answer) = self.subscriptions.finished(id, self.hello.v5) {
             self.tell_client(&answer);
         }
@@ -705,27 +746,35 @@ impl Session {
         None
     }
 
-    /// Decides on a message of a broker's: passed on, or parked. False: more of it is needed.
-    fn deliver(&mut self, slot: Slot, bytes: &mut [u8], h: Header) -> bool {
-        let up = &mut self.upstreams[usize::from(slot)];
-        let mut parks = !up.parked.is_empty();
-        if h.first & 0x06 != 0 {
-            let Some(id_at) = identifier_at(bytes, h) else { return false };
-            let id = u16::from_be_bytes([bytes[id_at], bytes[id_at + 1]]);
-            let full = self.deliveries.len() >= usize::from(self.hello.receive_max);
-            parks |= full && self.deliveries.known(slot, id).is_none();
-            if !parks {
-                match self.deliveries.assign(slot, id) {
-                    Some(id) => bytes[id_at..id_at + 2].copy_from_slice(&id.to_be_bytes()),
-                    None => parks = true,
-                }
-            }
+    /// Whether the client has room for a message of a broker's, which then gets an identifier of the
+    /// client's. `None`: more of it is needed.
+    fn fits(&mut self, slot: Slot, bytes: &mut [u8], h: Header) -> Option<bool> {
+        if h.first & 0x06 == 0 {
+            return Some(true);
         }
-        if parks {
-            up.parking = h.total();
-        } else {
+        let id_at = identifier_at(bytes, h)?;
+        let id = u16::from_be_bytes([bytes[id_at], bytes[id_at + 1]]);
+        let full = self.deliveries.len() >= usize::from(self.hello.receive_max);
+        if full && self.deliveries.known(slot, id).is_none() {
+            return Some(false);
+        }
+        let Some(id) = self.deliveries.assign(slot, id) else { return Some(false) };
+        bytes[id_at..id_at + 2].copy_from_slice(&id.to_be_bytes());
+        Some(true)
+    }
+
+    /// A message of a broker's is passed on, or waits behind others. False: more of it is needed.
+    fn deliver(&mut self, slot: Slot, bytes: &mut [u8], h: Header) -> bool {
+        let waits = !self.upstreams[usize::from(slot)].parked.is_empty();
+        let Some(fits) = (if waits { Some(false) } else { self.fits(slot, bytes, h) }) else {
+            return false;
+        };
+        let up = &mut self.upstreams[usize::from(slot)];
+        if fits {
             up.passing = h.total();
             self.worker.stats.delivered.add(1);
+        } else {
+            up.parking = h.total();
         }
         true
     }
@@ -737,19 +786,13 @@ impl Session {
         }
         let mut parked = std::mem::take(&mut self.upstreams[usize::from(slot)].parked);
         let mut at = 0;
-        // What does not fit now is decided on again, and begins to park again.
         while let Ok(Some(h)) = scan::header(&parked[at..]) {
-            if parked.len() - at < h.total() {
-                break;
-            }
-            let fits = self.deliver(slot, &mut parked[at..], h);
-            let up = &mut self.upstreams[usize::from(slot)];
-            let passes = std::mem::take(&mut up.passing) > 0;
-            if !fits || !passes {
-                up.parking -= if passes { 0 } else { h.total().min(up.parking) };
+            let whole = parked.len() - at >= h.total();
+            if !whole || self.fits(slot, &mut parked[at..], h) != Some(true) {
                 break;
             }
             self.out.push(&parked[at..at + h.total()]);
+            self.worker.stats.delivered.add(1);
             at += h.total();
         }
         parked.drain(..at);
@@ -840,7 +883,7 @@ impl Session {
         (up.last_used, up.last_out) = (now, now);
         if slot == self.home {
             self.keepalive = up.keepalive;
-            self.alias_max = welcome.alias_max;
+            (self.alias_max, self.receive_max) = (welcome.alias_max, welcome.receive_max);
             self.assigned.clone_from(&welcome.client_id);
             self.connack = Some(packet.to_vec());
         } else if up.subscribed && !(self.hello.persistent && welcome.session_present) {
@@ -916,7 +959,9 @@ impl Session {
         }
         let keeps = up.subscribed || self.hello.persistent;
         let subscribed = up.subscribed;
-        up.close(if keeps { State::Waiting(now + RETRY) } else { State::Closed });
+        // Not all clients of a broker at the same moment.
+        let jitter = Duration::from_millis(u64::from(self.addrs.0.port()) % 1000);
+        up.close(if keeps { State::Waiting(now + RETRY + jitter) } else { State::Closed });
         up.subscribed = subscribed;
         self.deliveries.forget(slot);
         for answer in self.subscriptions.lost(slot, self.hello.v5) {
@@ -966,7 +1011,13 @@ impl Session {
     fn rest_until_something_happens(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
         loop {
             let now = Instant::now();
-            let next = self.look_at_the_clock(now)?;
+            let mut acted = false;
+            let next = self.look_at_the_clock(now, &mut acted)?;
+            if acted {
+                // There may be something to be written, or a connection to be opened.
+                cx.waker().wake_by_ref();
+                return Ok(());
+            }
             // Sooner than needed does no harm, and setting it costs more than looking at it.
             if self.timer.is_elapsed() || self.timer.deadline() > next.into() {
                 self.timer.as_mut().reset(next.into());
@@ -974,13 +1025,11 @@ impl Session {
             if self.timer.as_mut().poll(cx).is_pending() {
                 return Ok(());
             }
-            // What is due was done, and may have something to be written.
-            cx.waker().wake_by_ref();
         }
     }
 
     /// Does what is due, and says when the next thing is.
-    fn look_at_the_clock(&mut self, now: Instant) -> Result<Instant, End> {
+    fn look_at_the_clock(&mut self, now: Instant, acted: &mut bool) -> Result<Instant, End> {
         let mut next = now + Duration::from_secs(3600);
         if self.keepalive > 0 && self.greeted {
             let silent = self.last_in + Duration::from_millis(u64::from(self.keepalive) * 1500);
@@ -993,7 +1042,7 @@ impl Session {
             next = next.min(self.since + SESSIONS_TIMEOUT.max(Duration::from_millis(3001)));
         }
         if !self.subscriptions.is_empty() {
-            self.look_for_new_brokers(now);
+            *acted |= self.look_for_new_brokers(now);
             next = next.min(now + LOOK_AGAIN);
         }
         for slot in 0..self.upstreams.len() as Slot {
@@ -1001,6 +1050,7 @@ impl Session {
             if let Some(due) = up.deadline()
                 && due <= now
             {
+                *acted = true;
                 match up.state {
                     State::Waiting(_) if up.subscribed || self.hello.persistent => {
                         let kind = Kind::Beside;
@@ -1027,7 +1077,10 @@ impl Session {
                 next = next.min(up.last_used + UNUSED);
             }
         }
-        if let Some(due) = self.let_go(now)? {
+        let before = self.leaving;
+        let due = self.let_go(now)?;
+        *acted |= before != self.leaving;
+        if let Some(due) = due {
             next = next.min(due);
         }
         Ok(next.max(now + Duration::from_millis(1)))
@@ -1040,7 +1093,9 @@ impl Session {
         };
         let up = &self.upstreams[usize::from(slot)];
         let has_will = slot == self.home && self.hello.will.is_some();
-        let needed = has_will || up.subscribed || self.hello.persistent || !self.greeted;
+        let authenticates = slot == self.home && self.hello.authenticates;
+        let needed =
+            has_will || authenticates || up.subscribed || self.hello.persistent || !self.greeted;
         let passing = self.passing.is_some() || self.getting == Some(slot);
         if needed || passing || !up.is_ready() || !up.is_quiet() || !newer(up) {
             return;
@@ -1056,10 +1111,10 @@ impl Session {
     }
 
     /// After a change of the configuration, a subscriber may need other brokers.
-    fn look_for_new_brokers(&mut self, now: Instant) {
+    fn look_for_new_brokers(&mut self, now: Instant) -> bool {
         let table = self.worker.table();
         if Arc::ptr_eq(&table, &self.table) || self.passing.is_some() || self.waits {
-            return;
+            return false;
         }
         // What is no broker any more keeps its connection, and gets nothing new.
         for up in &mut self.upstreams {
@@ -1067,7 +1122,7 @@ impl Session {
         }
         self.table = table;
         if self.upstreams[usize::from(self.home)].broker == Broker::MAX {
-            return;
+            return true;
         }
         let table = Arc::clone(&self.table);
         let brokers: Vec<Broker> = self.subscriptions.brokers(|f| table.brokers_for(f)).collect();
@@ -1080,6 +1135,7 @@ impl Session {
             }
             self.upstreams[usize::from(slot)].subscribed = true;
         }
+        true
     }
 
     /// A client that has used one group only goes there straight the next time. When to look again.

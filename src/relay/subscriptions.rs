@@ -178,6 +178,11 @@ impl Subscriptions {
         self.all.is_empty() && self.open.is_empty()
     }
 
+    /// How many.
+    pub fn len(&self) -> usize {
+        self.all.len()
+    }
+
     /// Whether a request of this identifier is not answered yet.
     pub fn is_open(&self, id: u16) -> bool {
         self.open.contains_key(&id)

@@ -5,7 +5,7 @@
  *
  * A filter without wildcards is a topic. Of one with wildcards, the levels before the first decide
  * if all topics that begin with them have one group; else it says nothing, for a subscriber to
- * several groups has no one broker that has it all.
+ * several groups has no one broker that has it all. Where there is a relay, all subscribers are its.
  */
 #ifndef MQTT_FWD_DELAYED_DECIDE_H
 #define MQTT_FWD_DELAYED_DECIDE_H
@@ -101,6 +101,9 @@ static long decide_step(__u32 index, void *arg)
 		}
 		break;
 	case MQTT_SUBSCRIBE:
+		w->publish.to = relay_of(d->svc);
+		if (w->publish.to)
+			return 1;
 		at += 2; /* packet identifier */
 		if (w->connect.level == 5) {
 			length = read_varint(d->ctx, &at, w->end);

@@ -298,13 +298,17 @@ static __always_inline int greet_connect(struct xdp_md *ctx, struct conn *c, str
 		v->way = WAY_ROUTE;
 		v->flags = FLOW_ROUTED;
 	}
+	if (!v->binding) {
+		v->binding = client_relayed(c, svc, w);
+		v->way = WAY_CLIENT_ID;
+	}
 	if (!v->binding && more) {
 		v->binding = decide(ctx, c, t, svc, c->payload + k->length);
 		v->way = WAY_MESSAGE;
 		why = WHY_NO_TOPIC;
 	}
 	if (!v->binding) {
-		v->binding = client_steady(c, t, w);
+		v->binding = client_steady(c, t, svc, w);
 		if (why == WHY_NONE && needs_topic(t, svc, v->binding))
 			v->binding = 0;
 		v->way = WAY_CLIENT_ID;

@@ -146,6 +146,13 @@ pub struct Wanted {
 pub fn wanted_vips(config: &Config) -> BTreeMap<Vip, Wanted> {
     let mut wanted = BTreeMap::new();
     for service in &config.services {
+        let relay = service.relay.as_ref().and_then(|name| service.group(name));
+        for listener in &service.listeners {
+            // Nothing of these is read on the way: clients' addresses are spread over the relays.
+            let vip = Vip::tcp(service.addr, listener.port);
+            let reals = relay.iter().flat_map(|g| &g.reals).map(|r| (r.addr, r.weight)).collect();
+            wanted.insert(vip, Wanted { reals, service: vip, flags: GROUP_FLAG });
+        }
         for group in &service.groups {
             let reals = group.reals.iter().map(|r| (r.addr, r.weight)).collect();
             let flags = match group.affinity {

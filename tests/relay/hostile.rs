@@ -1,0 +1,214 @@
+//! What clients do that they should not, and what they cost.
+
+use std::io::{Read as _, Write as _};
+use std::time::{Duration, Instant};
+
+use crate::bed::{Bed, RELAY};
+use crate::client::{self, Client, connect};
+
+#[test]
+fn whoever_does_not_keep_to_the_protocol_is_told_and_ended() {
+    let bed = Bed::new();
+    for (code, bytes) in [
+        (0x81, &b"\x36\x05\x00\x01a\x00\x01"[..]),   // QoS 3
+        (0x81, b"\x62\x01\x00"),                     // PUBREL without an identifier
+        (0x81, b"\x82\x03\x00\x01\x00"),             // SUBSCRIBE without a filter
+        (0x82, b"\x10\x02\x00\x00"),                 // a second CONNECT
+        (0x82, b"\x20\x02\x00\x00"),                 // a CONNACK
+        (0x81, b"\x00\x00"),                         // type 0
+        (0x81, b"\x30\xff\xff\xff\xff\x01"),         // five bytes of length
+        (0x90, b"\x30\x06\x00\x03a/#\x00"),          // a wildcard in a topic
+        (0x95, b"\x30\xff\xff\xff\x7f\x00\x01a"),    // 256 MiB
+        (0x82, b"\x30\x06\x00\x00\x03\x23\x00\x09"), // an alias that stands for nothing
+    ] {
+        let mut client = bed.client5("bad");
+        client.send(bytes);
+        let end = client.packet();
+        let end = end.unwrap_or_else(|| panic!("nothing was said to {bytes:02x?}"));
+        assert_eq!(end[..2], [0xe0, 2], "{bytes:02x?}: {end:02x?}");
+        // An alias is refused for being too large before it is looked up.
+        assert!(end[2] == code || (code == 0x82 && end[2] == 0x94), "{bytes:02x?}: {end:02x?}");
+        client.expect_end();
+        let mut client = bed.client("bad4");
+        client.send(bytes);
+        client.expect_end();
+    }
+    bed.client("good").publish_and_wait("temp/x", 1, b"");
+}
+
+#[test]
+fn more_at_a_time_than_connack_allows_is_refused() {
+    let bed = Bed::new();
+    let mut client = bed.client5("many");
+    // mosquitto's receive maximum is 20.
+    for _ in 0..40 {
+        client.publish("temp/x", 2, b"");
+    }
+    let end = loop {
+        let packet = client.packet().expect("DISCONNECT");
+        if packet[0] != 0x50 {
+            break packet;
+        }
+    };
+    assert_eq!(end[..3], [0xe0, 2, 0x93]);
+}
+
+#[test]
+fn who_says_nothing_or_no_mqtt_does_not_stay() {
+    let bed = Bed::new();
+    for begin in
+        [&b""[..], b"\x10", b"\x10\x50\x00\x04MQTT", b"GET / HTTP/1.1\r\n\r\n", b"\x30\x00"]
+    {
+        let mut stream = bed.stream(RELAY);
+        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        stream.write_all(begin).unwrap();
+        let started = Instant::now();
+        let mut rest = Vec::new();
+        let _ = stream.read_to_end(&mut rest);
+        assert!(rest.is_empty() && started.elapsed() < Duration::from_secs(4), "{begin:02x?}");
+    }
+    // A protocol level that is not known has an answer of its own (MQTT 3.1.1 §3.1.2.2).
+    let mut stream = bed.stream(RELAY);
+    stream.write_all(b"\x10\x0e\x00\x04MQTT\x09\x02\x00\x3c\x00\x02id").unwrap();
+    let mut answer = Vec::new();
+    stream.set_read_timeout(Some(Duration::from_secs(7))).unwrap();
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    stream.read_to_end(&mut answer).unwrap();
+    assert_eq!(answer, [0x20, 2, 0, 1]);
+    // Keepalive of one second.
+    let mut client = Client::new(bed.stream(RELAY), 5);
+    client.send(&client::Connect { keepalive: 1, ..connect(5, "silent") }.packet());
+    assert_eq!(client.packet().unwrap()[0], 0x20);
+    let started = Instant::now();
+    client.expect(&[0xe0, 2, 0x8d, 0]);
+    client.expect_end();
+    let took = started.elapsed();
+    assert!(took > Duration::from_millis(1300) && took < Duration::from_secs(3), "{took:?}");
+}
+
+#[test]
+fn idle_clients_are_kept_at_brokers_by_the_relays_own_pings() {
+    let bed = Bed::new();
+    let mut client = Client::new(bed.stream(RELAY), 4);
+    client.send(&client::Connect { keepalive: 2, ..connect(4, "pings") }.packet());
+    client.expect(&[0x20, 2, 0, 0]);
+    client.subscribe(&["#"], 0);
+    // Six brokers would end their connections after three seconds without anything.
+    for _ in 0..6 {
+        std::thread::sleep(Duration::from_secs(1));
+        client.ping();
+    }
+    let mut other = bed.client("other");
+    for topic in crate::bed::TOPICS {
+        other.publish_and_wait(topic, 1, b"");
+        assert_eq!(client.message().topic, topic);
+    }
+}
+
+#[test]
+fn an_address_has_so_many_connections_at_a_time() {
+    let bed = Bed::with("connections_per_address = 10", "");
+    let clients: Vec<Client> = (0..10).map(|n| bed.client(&format!("c{n}"))).collect();
+    let mut refused = Client::new(bed.stream(RELAY), 4);
+    refused.expect_end();
+    for client in clients {
+        client.disconnect();
+    }
+    std::thread::sleep(Duration::from_millis(200));
+    bed.client("now");
+}
+
+/// Bytes of memory that a process has.
+fn resident(pid: u32) -> usize {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+    let line = text.lines().find(|l| l.starts_with("Rss:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 1024
+}
+
+#[test]
+fn a_slow_subscriber_holds_up_nobody_and_is_not_buffered_for() {
+    let bed = Bed::new();
+    let mut slow = bed.client("slow");
+    slow.subscribe(&["temp/#"], 0);
+    let mut fast = bed.client("fast");
+    fast.subscribe(&["temp/#"], 0);
+    let before = resident(bed.relay_pid());
+    let mut publisher = bed.client("publisher");
+    let payload = vec![7; 10_000];
+    // 40 MB, of which `slow` reads nothing.
+    for i in 0..4000 {
+        publisher.publish("temp/x", 0, &payload);
+        if i % 10 == 9 {
+            for _ in 0..10 {
+                assert_eq!(fast.message().payload.len(), payload.len());
+            }
+        }
+    }
+    let grown = resident(bed.relay_pid()).saturating_sub(before);
+    assert!(grown < 8 << 20, "the relay has grown by {grown} bytes");
+    assert_eq!(slow.message().payload.len(), payload.len(), "it can still read");
+}
+
+#[test]
+fn a_slow_broker_holds_up_its_own_clients_only() {
+    let mut bed = Bed::empty("", "");
+    for broker in 3..=6 {
+        bed.start_broker(broker);
+    }
+    // Takes CONNECT, says CONNACK, and reads nothing more.
+    let listeners: Vec<_> = bed
+        .inside(|| (1..=2).map(|n| std::net::TcpListener::bind(Bed::broker(n)).unwrap()).collect());
+    bed.start_relay();
+    let stuck = std::thread::spawn(move || {
+        listeners[0].set_nonblocking(true).unwrap();
+        listeners[1].set_nonblocking(true).unwrap();
+        for _ in 0..500 {
+            for listener in &listeners {
+                if let Ok((mut stream, _)) = listener.accept() {
+                    stream.write_all(&[0x20, 2, 0, 0]).unwrap();
+                    std::thread::sleep(Duration::from_secs(4));
+                    return stream;
+                }
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("nobody came");
+    });
+    let before = resident(bed.relay_pid());
+    let mut held = bed.stream(RELAY);
+    held.write_all(&connect(4, "held").packet()).unwrap();
+    held.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+    let mut publish = client::text("temp/x");
+    publish.extend(vec![1; 60_000]);
+    let publish = client::packet(0x30, &publish);
+    let mut taken = 0;
+    while held.write_all(&publish).is_ok() {
+        taken += publish.len();
+        assert!(taken < 100 << 20, "the relay takes all of it");
+    }
+    let mut other = bed.client("other");
+    for _ in 0..20 {
+        other.publish_and_wait("hum/x", 1, b"");
+    }
+    let grown = resident(bed.relay_pid()).saturating_sub(before);
+    assert!(grown < 4 << 20, "the relay has grown by {grown} bytes");
+    drop(stuck.join().unwrap());
+}
+
+#[test]
+fn an_idle_connection_takes_less_than_16_kib() {
+    const CLIENTS: usize = 2000;
+    let bed = Bed::with("connections_per_second = 100000", "");
+    let mut warm: Vec<Client> = (0..50).map(|n| bed.client(&format!("warm{n}"))).collect();
+    for client in &mut warm {
+        client.publish_and_wait("temp/x", 1, b"");
+    }
+    let before = resident(bed.relay_pid());
+    let mut clients: Vec<Client> = (0..CLIENTS).map(|n| bed.client(&format!("idle{n}"))).collect();
+    for (n, client) in clients.iter_mut().enumerate() {
+        client.publish_and_wait(&format!("temp/{n}"), 1, b"21.5");
+    }
+    let each = resident(bed.relay_pid()).saturating_sub(before) / CLIENTS;
+    println!("{each} bytes a connection with two brokers");
+    assert!(each < 16 << 10, "{each} bytes");
+}

@@ -1,0 +1,465 @@
+//! The relay, with real brokers behind it.
+
+mod bed;
+mod client;
+mod hostile;
+#[allow(dead_code)]
+#[path = "../support/mod.rs"]
+mod support;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use bed::{Bed, RELAY, TOPICS};
+use client::{Client, Message, connect};
+
+/// The number of the group that a broker of the bed is in.
+fn group_of(broker: usize) -> usize {
+    broker / 2
+}
+
+/// What each watcher has got when there are so many in all.
+fn gather(watchers: &mut [Client], count: usize) -> Vec<Vec<Message>> {
+    let mut all: Vec<Vec<Message>> = watchers.iter().map(|_| Vec::new()).collect();
+    let mut left = count;
+    while left > 0 {
+        let before = left;
+        for (watcher, got) in watchers.iter_mut().zip(&mut all) {
+            while let Some(message) = watcher.try_message_soon() {
+                got.push(message);
+                left = left.checked_sub(1).expect("more messages than were sent");
+            }
+        }
+        assert!(left < before, "{left} of {count} are missing; there are {all:?}");
+    }
+    all
+}
+
+#[test]
+fn each_message_of_one_connection_goes_to_its_group_once_and_in_order() {
+    let bed = Bed::new();
+    let mut watchers = bed.watchers();
+    for level in [4, 5] {
+        let mut client = if level == 4 { bed.client("alternates") } else { bed.client5("alt5") };
+        let count = 90;
+        for i in 0..count {
+            let qos = (i / 3 % 3) as u8;
+            client.publish_and_wait(TOPICS[i % 3], qos, format!("{i}").as_bytes());
+        }
+        let got = gather(&mut watchers, count);
+        for (broker, messages) in got.iter().enumerate() {
+            let topic = TOPICS[group_of(broker)];
+            assert!(messages.iter().all(|m| m.topic == topic), "{broker}: {messages:?}");
+            let numbers: Vec<u32> = messages.iter().map(|m| m.text().parse().unwrap()).collect();
+            assert!(numbers.is_sorted(), "{broker}: {numbers:?}");
+        }
+        client.disconnect();
+    }
+    for watcher in &mut watchers {
+        assert!(watcher.is_quiet(Duration::from_millis(100)), "more than was sent");
+    }
+}
+
+#[test]
+fn messages_of_a_mebibyte_go_through_both_ways() {
+    let bed = Bed::new();
+    let mut subscriber = bed.client("large-sub");
+    subscriber.subscribe(&["#"], 1);
+    let mut client = bed.client("large");
+    for (i, topic) in TOPICS.iter().enumerate() {
+        let payload: Vec<u8> = (0..1 << 20).map(|n| (n * (i + 3) >> 3) as u8).collect();
+        for qos in [0, 1, 2] {
+            client.publish_and_wait(topic, qos, &payload);
+            let message = subscriber.message();
+            assert_eq!((message.topic.as_str(), message.payload == payload), (*topic, true));
+        }
+    }
+}
+
+#[test]
+fn a_burst_in_one_write_is_split_among_the_groups() {
+    let bed = Bed::new();
+    let mut watchers = bed.watchers();
+    let mut client = Client::new(bed.stream(RELAY), 4);
+    let mut all = connect(4, "burst").packet();
+    for i in 0..3000 {
+        let mut body = client::text(TOPICS[i % 3]);
+        body.extend(format!("{i}").as_bytes());
+        all.extend(client::packet(0x30, &body));
+    }
+    // CONNECT, all messages and DISCONNECT, without waiting for anything.
+    all.extend([0xe0, 0]);
+    let started = std::time::Instant::now();
+    client.send(&all);
+    client.expect(&[0x20, 2, 0, 0]);
+    client.expect_end();
+    assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+    let got = gather(&mut watchers, 3000);
+    let numbers: BTreeSet<u32> = got.iter().flatten().map(|m| m.text().parse().unwrap()).collect();
+    assert_eq!(numbers.len(), 3000, "each once");
+    for (broker, messages) in got.iter().enumerate() {
+        assert!(messages.iter().all(|m| m.topic == TOPICS[group_of(broker)]));
+        assert!(messages.iter().map(|m| m.text().parse::<u32>().unwrap()).is_sorted());
+    }
+}
+
+#[test]
+fn a_subscriber_gets_what_is_published_at_any_broker_once() {
+    let bed = Bed::new();
+    for level in [4, 5] {
+        let mut subscriber = if level == 4 { bed.client("s4") } else { bed.client5("s5") };
+        assert_eq!(subscriber.subscribe(&["#", "temp/+"], 2), [2, 2]);
+        // As from the fast path: straight at the brokers.
+        let mut publishers: Vec<Client> = (0..100)
+            .map(|n| {
+                let broker = n % 6 + 1;
+                let mut client = Client::new(bed.stream(Bed::broker(broker)), 4);
+                client.send(&connect(4, &format!("p{level}-{n}")).packet());
+                client.expect(&[0x20, 2, 0, 0]);
+                client
+            })
+            .collect();
+        for (n, client) in publishers.iter_mut().enumerate() {
+            let topic = format!("{}/{n}", ["temp", "hum", "other"][group_of(n % 6)]);
+            for qos in 0..3 {
+                client.publish_and_wait(&topic, qos, format!("{n}-{qos}").as_bytes());
+            }
+        }
+        let mut got: BTreeMap<String, usize> = BTreeMap::new();
+        // Both filters match what is below temp/: brokers may send it once or twice (MQTT 3.1.1 §3.3.5).
+        while got.len() < 300 {
+            *got.entry(subscriber.message().text()).or_default() += 1;
+        }
+        let other: Vec<_> = got.iter().filter(|(text, n)| **n > 1 && !is_temp(text)).collect();
+        assert!(other.is_empty(), "{other:?}");
+        while let Some(message) = subscriber.try_message_soon() {
+            assert!(is_temp(&message.text()), "twice: {message:?}");
+        }
+    }
+}
+
+fn is_temp(text: &str) -> bool {
+    let n: usize = text.split('-').next().unwrap().parse().unwrap();
+    group_of(n % 6) == 0
+}
+
+#[test]
+fn devices_that_publish_in_one_group_get_commands_of_another() {
+    let bed = Bed::new();
+    let mut devices: Vec<Client> = (0..4)
+        .map(|n| {
+            let mut device = bed.client(&format!("device{n}"));
+            device.subscribe(&[&format!("cmd/{n}/#")], 1);
+            device.publish_and_wait(&format!("temp/{n}"), 1, b"21.5");
+            device
+        })
+        .collect();
+    let mut operator = bed.client("operator");
+    for i in 0..40 {
+        operator.publish_and_wait(&format!("cmd/{}/set", i % 4), 1, format!("{i}").as_bytes());
+    }
+    for (n, device) in devices.iter_mut().enumerate() {
+        let got: Vec<String> = (0..10).map(|_| device.message().text()).collect();
+        let wanted: Vec<String> = (0..10).map(|i| (i * 4 + n).to_string()).collect();
+        assert_eq!(got, wanted);
+    }
+}
+
+#[test]
+fn retained_messages_are_there_for_whoever_subscribes_later_and_can_be_cleared() {
+    let bed = Bed::new();
+    for i in 0..12 {
+        let mut client = bed.client(&format!("retains{i}"));
+        let topic = format!("{}/{i}", ["temp", "hum", "else"][i % 3]);
+        client.publish_with(&topic, 0x03, &[], b"old");
+        client.expect(&[0x40, 2, 0, 1]);
+        client.disconnect();
+        // Another client: the same broker, so that there is one retained message a topic.
+        let mut client = bed.client(&format!("retains-again{i}"));
+        client.publish_with(&topic, 0x03, &[], format!("r{i}").as_bytes());
+        client.expect(&[0x40, 2, 0, 1]);
+        client.disconnect();
+    }
+    let collect = |id: &str| {
+        let mut subscriber = bed.client(id);
+        let mut id_bytes = vec![0, 1];
+        id_bytes.extend(client::text("#"));
+        id_bytes.push(1);
+        subscriber.send(&client::packet(0x82, &id_bytes));
+        let mut got = Vec::new();
+        while let Some(message) = subscriber.try_message_or_suback() {
+            assert!(message.retain);
+            got.push(message.text());
+        }
+        got.sort();
+        got
+    };
+    let mut wanted: Vec<String> = (0..12).map(|i| format!("r{i}")).collect();
+    wanted.sort();
+    assert_eq!(collect("later"), wanted);
+    for i in 0..12 {
+        let mut client = bed.client(&format!("clears{i}"));
+        client.publish_with(&format!("{}/{i}", ["temp", "hum", "else"][i % 3]), 0x03, &[], b"");
+        client.expect(&[0x40, 2, 0, 1]);
+    }
+    assert_eq!(collect("last"), Vec::<String>::new());
+}
+
+#[test]
+fn a_will_is_published_once_where_its_topic_belongs_and_not_after_disconnect() {
+    let bed = Bed::new();
+    let mut watchers = bed.watchers();
+    let with_will = |id: &str, level: u8| {
+        let mut client = Client::new(bed.stream(RELAY), level);
+        let will = Some(("hum/will".to_owned(), id.to_owned()));
+        client.send(&client::Connect { will, ..connect(level, id) }.packet());
+        assert_eq!(client.packet().unwrap()[0], 0x20);
+        // Brokers of all groups are in use.
+        for topic in TOPICS {
+            client.publish_and_wait(topic, 1, b"x");
+        }
+        client
+    };
+    for level in [4, 5] {
+        drop(with_will("dies", level));
+        with_will("leaves", level).disconnect();
+        let got = gather(&mut watchers, 7);
+        let wills: Vec<&Message> = got.iter().flatten().filter(|m| m.topic == "hum/will").collect();
+        assert_eq!(wills.len(), 1, "{wills:?}");
+        assert_eq!(wills[0].text(), "dies");
+        assert!(got[2].contains(wills[0]) || got[3].contains(wills[0]), "in its group");
+    }
+}
+
+#[test]
+fn shared_subscriptions_are_shared() {
+    let bed = Bed::new();
+    let mut subscribers: Vec<Client> = (0..2)
+        .map(|n| {
+            let mut client = bed.client5(&format!("share{n}"));
+            client.subscribe(&["$share/group/#"], 1);
+            client
+        })
+        .collect();
+    let mut client = bed.client("publishes");
+    for i in 0..120 {
+        client.publish_and_wait(&format!("{}/{i}", TOPICS[i % 3]), 1, format!("{i}").as_bytes());
+    }
+    let got = gather(&mut subscribers, 120);
+    let numbers: BTreeSet<String> = got.iter().flatten().map(Message::text).collect();
+    assert_eq!(numbers.len(), 120, "each to one of the two");
+    assert!(got.iter().all(|g| g.len() > 20), "{} and {}", got[0].len(), got[1].len());
+}
+
+#[test]
+fn unsubscribed_is_unsubscribed_everywhere() {
+    let bed = Bed::new();
+    let mut client = bed.client("unsubscribes");
+    client.subscribe(&["#"], 0);
+    client.subscribe(&["hum/#"], 0);
+    let mut body = vec![0, 77];
+    body.extend(client::text("#"));
+    client.send(&client::packet(0xa2, &body));
+    client.expect(&[0xb0, 2, 0, 77]);
+    let mut other = bed.client("other");
+    for topic in TOPICS {
+        other.publish_and_wait(topic, 1, topic.as_bytes());
+    }
+    assert_eq!(client.message().topic, "hum/x");
+    assert!(client.is_quiet(Duration::from_millis(200)));
+}
+
+#[test]
+fn sessions_outlive_connections_at_every_broker() {
+    let bed = Bed::new();
+    for level in [4, 5] {
+        let id = format!("persistent{level}");
+        // MQTT 5: session expiry interval of 100 s.
+        let properties = if level == 5 { vec![0x11, 0, 0, 0, 100] } else { Vec::new() };
+        let come = |clean: bool| {
+            let mut client = Client::new(bed.stream(RELAY), level);
+            let connect =
+                client::Connect { clean, properties: properties.clone(), ..connect(level, &id) };
+            client.send(&connect.packet());
+            let connack = client.packet().unwrap();
+            assert_eq!((connack[0], connack[3]), (0x20, 0));
+            (client, connack[2] & 1 == 1)
+        };
+        let (mut client, present) = come(false);
+        assert!(!present);
+        client.subscribe(&["#"], 1);
+        client.disconnect();
+        let mut other = bed.client("meanwhile");
+        for i in 0..12 {
+            other.publish_and_wait(&format!("{}/{i}", ["temp", "hum", "x"][i % 3]), 1, b"kept");
+        }
+        let (mut client, present) = come(false);
+        assert!(present, "the session is there");
+        let topics: BTreeSet<String> = (0..12).map(|_| client.message().topic).collect();
+        assert_eq!(topics.len(), 12);
+        client.disconnect();
+        // A new session in its place: nothing of the old one is left at any broker.
+        let (client, present) = come(true);
+        assert!(!present);
+        client.disconnect();
+        other.publish_and_wait("temp/late", 1, b"late");
+        other.publish_and_wait("hum/late", 1, b"late");
+        let (mut client, _) = come(false);
+        assert!(client.is_quiet(Duration::from_millis(300)));
+    }
+}
+
+#[test]
+fn a_broker_that_comes_back_is_subscribed_to_again() {
+    let mut bed = Bed::new();
+    let mut subscriber = bed.client("stays");
+    subscriber.subscribe(&["temp/#", "hum/#"], 1);
+    let mut publisher = bed.client("publisher");
+    // The two brokers of the group temp: neither is the subscriber's first.
+    for broker in [1, 2] {
+        bed.kill_broker(broker);
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    for broker in [1, 2] {
+        bed.start_broker(broker);
+    }
+    std::thread::sleep(Duration::from_millis(2500));
+    for i in 0..20 {
+        publisher.publish_and_wait(&format!("temp/{i}"), 1, format!("{i}").as_bytes());
+    }
+    let got: BTreeSet<String> = (0..20).map(|_| subscriber.message().text()).collect();
+    assert_eq!(got.len(), 20);
+}
+
+#[test]
+fn without_one_broker_of_a_group_the_other_takes_its_topics() {
+    let mut bed = Bed::new();
+    bed.kill_broker(1);
+    let mut watcher = Client::new(bed.stream(Bed::broker(2)), 4);
+    watcher.send(&connect(4, "watch").packet());
+    watcher.expect(&[0x20, 2, 0, 0]);
+    watcher.subscribe(&["#"], 0);
+    let mut client = bed.client("c");
+    for i in 0..20 {
+        client.publish_and_wait(&format!("temp/{i}"), 1, format!("{i}").as_bytes());
+    }
+    assert_eq!((0..20).map(|_| watcher.message()).count(), 20);
+    // Without any, its clients are told, and others are not concerned.
+    bed.kill_broker(2);
+    let mut other = bed.client("other");
+    let mut lost = bed.client5("lost");
+    lost.publish("temp/1", 1, b"x");
+    assert_eq!(lost.packet().unwrap()[..3], [0xe0, 2, 0x89]);
+    lost.expect_end();
+    other.publish_and_wait("hum/1", 1, b"x");
+}
+
+#[test]
+fn topic_aliases_mean_the_same_at_every_broker() {
+    let bed = Bed::new();
+    let mut watchers = bed.watchers();
+    let mut client = bed.client5("aliases");
+    for round in 0..3 {
+        for (i, topic) in TOPICS.iter().enumerate() {
+            let name = if round == 0 { *topic } else { "" };
+            client.publish_with(name, 0, &[0x23, 0, i as u8 + 1], format!("{round}").as_bytes());
+        }
+    }
+    // An alias can change its meaning.
+    client.publish_with("hum/y", 0, &[0x23, 0, 1], b"changed");
+    client.publish_with("", 0, &[0x23, 0, 1], b"changed");
+    let got = gather(&mut watchers, 11);
+    for (broker, messages) in got.iter().enumerate() {
+        for message in messages.iter().filter(|m| m.text() != "changed") {
+            assert_eq!(message.topic, TOPICS[group_of(broker)]);
+        }
+    }
+    let changed: Vec<_> = got.iter().flatten().filter(|m| m.text() == "changed").collect();
+    assert!(changed.len() == 2 && changed.iter().all(|m| m.topic == "hum/y"), "{changed:?}");
+    // More than CONNACK allows.
+    client.publish_with("temp/x", 0, &[0x23, 0xff, 0xff], b"");
+    assert_eq!(client.packet().unwrap()[..3], [0xe0, 2, 0x94]);
+}
+
+#[test]
+fn the_clients_receive_maximum_holds_over_all_brokers() {
+    let bed = Bed::new();
+    let mut subscriber = Client::new(bed.stream(RELAY), 5);
+    let properties = vec![0x21, 0, 2]; // receive maximum 2
+    subscriber.send(&client::Connect { properties, ..connect(5, "two") }.packet());
+    assert_eq!(subscriber.packet().unwrap()[0], 0x20);
+    subscriber.subscribe(&["#"], 2);
+    let mut publisher = bed.client("publisher");
+    for i in 0..60 {
+        publisher.publish_and_wait(&format!("{}/{i}", TOPICS[i % 3]), 2, format!("{i}").as_bytes());
+    }
+    let mut got = BTreeSet::new();
+    let mut open: BTreeSet<u16> = BTreeSet::new();
+    while got.len() < 60 || !open.is_empty() {
+        let packet = subscriber.packet().unwrap();
+        if packet[0] >> 4 == 3 {
+            let (message, id) = subscriber.read(&packet);
+            assert!(open.insert(id), "identifier {id} is in use");
+            assert!(open.len() <= 2, "more than two at a time");
+            assert!(got.insert(message.text()), "twice");
+            subscriber.send(&client::packet(0x50, &id.to_be_bytes()));
+        } else {
+            assert_eq!(packet[0], 0x62, "{packet:02x?}");
+            let id = u16::from_be_bytes([packet[2], packet[3]]);
+            assert!(open.remove(&id));
+            subscriber.send(&client::packet(0x70, &id.to_be_bytes()));
+        }
+    }
+}
+
+#[test]
+fn a_client_of_one_group_is_sent_to_the_fast_path_when_nothing_is_under_way() {
+    let bed = Bed::returning(1);
+    for level in [4, 5] {
+        let mut watchers = bed.watchers();
+        let mut client = if level == 4 { bed.client("returns4") } else { bed.client5("returns5") };
+        let mut subscriber = bed.client("stays");
+        subscriber.subscribe(&["nothing"], 0);
+        client.publish_and_wait("temp/x", 1, b"before");
+        if level == 5 {
+            assert_eq!(client.packet().unwrap(), [0xe0, 2, 0x9d, 0]);
+        }
+        client.expect_end();
+        // What the client had sent before it read that still goes to its broker: at QoS 0.
+        client.publish("temp/x", 0, b"late");
+        client.publish("temp/x", 1, b"repeated elsewhere");
+        drop(client);
+        let got = gather(&mut watchers, 2);
+        let texts: BTreeSet<String> = got.iter().flatten().map(Message::text).collect();
+        assert_eq!(texts.into_iter().collect::<Vec<_>>(), ["before", "late"]);
+        // One that uses two groups stays, and so does a subscriber.
+        let mut two = bed.client(&format!("two{level}"));
+        two.publish_and_wait("temp/x", 1, b"");
+        two.publish_and_wait("hum/x", 1, b"");
+        std::thread::sleep(Duration::from_millis(1500));
+        two.ping();
+        subscriber.ping();
+    }
+}
+
+#[test]
+fn the_relay_stops_with_a_word_and_reads_its_routes_again() {
+    let mut bed = Bed::new();
+    let mut subscriber = bed.client5("subscriber");
+    subscriber.subscribe(&["moved/#"], 0);
+    let text = std::fs::read_to_string(bed.dir.join("config.toml")).unwrap();
+    let moved = text.replace("topic = \"temp/#\"", "topic = \"moved/#\"");
+    std::fs::write(bed.dir.join("config.toml"), moved).unwrap();
+    bed.signal_relay(nix::sys::signal::Signal::SIGHUP);
+    support::net::wait_for("the new routes", || {
+        bed.relay_log().contains("configuration read again").then_some(())
+    });
+    let mut watchers = bed.watchers();
+    bed.client("c").publish_and_wait("moved/x", 1, b"");
+    let got = gather(&mut watchers, 1);
+    assert!(got[0].len() + got[1].len() == 1, "in the group temp now: {got:?}");
+    bed.signal_relay(nix::sys::signal::Signal::SIGTERM);
+    assert_eq!(subscriber.packet().unwrap(), [0xe0, 2, 0x8b, 0], "server shutting down");
+    subscriber.expect_end();
+    support::net::wait_for("its end", || bed.relay_ended().then_some(()));
+}
