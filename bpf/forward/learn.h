@@ -128,12 +128,10 @@ static __always_inline void client_reroute(struct client *client, const struct s
 				     t->generation);
 }
 
-/* Messages of one group, and of no other, by which an address counts as one client of that group. */
-#define SETTLED_WEIGHT 48
-
 /*
- * Whether a client is bound to its group straight although there is a relay: whatever is known of it
- * speaks of one group. Behind an address there may be many clients, so it takes more to believe it.
+ * Whether a client is bound to its group straight although there is a relay: what it published lately
+ * speaks of one group. Behind an address there may be many clients, so it must have published much,
+ * and never anything to another.
  */
 static __always_inline bool client_settled(const struct client *client, bool by_id)
 {
@@ -145,7 +143,8 @@ static __always_inline bool client_settled(const struct client *client, bool by_
 		known += client->group[i] != 0;
 	if (known != 1)
 		return false;
-	return by_id || client->weight[best == 1 ? 1 : best == 2 ? 2 : 0] >= SETTLED_WEIGHT;
+	return by_id || (!client->group_changes &&
+			 client->weight[best == 1 ? 1 : best == 2 ? 2 : 0] == WEIGHT_MAX);
 }
 
 /*

@@ -8,6 +8,7 @@ use super::scan::Malformed;
 
 /// What a CONNECT says that the relay has to know. The bytes themselves are kept, too.
 #[derive(Debug, Clone)]
+#[allow(clippy::struct_excessive_bools)] // they are independent of each other
 pub struct Hello {
     /// MQTT 5.
     pub v5: bool,

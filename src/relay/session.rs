@@ -119,6 +119,7 @@ enum Step {
 }
 
 /// A client with its brokers.
+#[allow(clippy::struct_excessive_bools)] // they are independent of each other
 pub struct Session {
     worker: Rc<Worker>,
     table: Arc<Table>,

@@ -94,10 +94,9 @@ impl Bed {
         let name = format!("rel{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let dir = std::env::temp_dir().join(&name);
         std::fs::create_dir(&dir).unwrap();
-        let addresses: String =
-            (1..=6).map(|i| format!("ip -n {name} addr add 10.9.0.{i}/32 dev lo; ")).collect();
         sh(&format!(
-            "ip netns add {name}; ip -n {name} link set lo up; {addresses} \
+            "ip netns add {name}; ip -n {name} link set lo up; \
+             for i in 1 2 3 4 5 6; do ip -n {name} addr add 10.9.0.$i/32 dev lo; done; \
              ip -n {name} addr add 10.9.1.200/32 dev lo"
         ));
         let brokers = (0..=6).map(|_| None).collect();

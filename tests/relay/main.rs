@@ -3,7 +3,7 @@
 mod bed;
 mod client;
 mod hostile;
-#[allow(dead_code)]
+mod lab;
 #[path = "../support/mod.rs"]
 mod support;
 
@@ -67,7 +67,7 @@ fn messages_of_a_mebibyte_go_through_both_ways() {
     subscriber.subscribe(&["#"], 1);
     let mut client = bed.client("large");
     for (i, topic) in TOPICS.iter().enumerate() {
-        let payload: Vec<u8> = (0..1 << 20).map(|n| (n * (i + 3) >> 3) as u8).collect();
+        let payload: Vec<u8> = (0..1 << 20).map(|n| ((n * (i + 3)) >> 3) as u8).collect();
         for qos in [0, 1, 2] {
             client.publish_and_wait(topic, qos, &payload);
             let message = subscriber.message();

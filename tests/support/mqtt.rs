@@ -52,6 +52,11 @@ pub fn publish(topic: &[u8], qos: u8, payload: &[u8]) -> Vec<u8> {
     packet(0x30 | qos << 1, &body)
 }
 
+/// QoS 0, MQTT 5, without properties.
+pub fn publish5(topic: &[u8], payload: &[u8]) -> Vec<u8> {
+    packet(0x30, &[&text(topic), &[0][..], payload].concat())
+}
+
 /// MQTT 5, with a topic alias; an empty topic stands for what the alias was before.
 pub fn publish_alias(topic: &[u8], alias: u16, payload: &[u8]) -> Vec<u8> {
     let mut body = text(topic);

@@ -76,12 +76,15 @@ impl Session {
         let publishes: Vec<Vec<u8>> = self
             .messages
             .iter()
-            .map(|m| mqtt::publish(self.topic.as_bytes(), self.qos, m.as_bytes()))
+            .map(|m| match (self.is_v5(), self.qos) {
+                (true, 0) => mqtt::publish5(self.topic.as_bytes(), m.as_bytes()),
+                _ => mqtt::publish(self.topic.as_bytes(), self.qos, m.as_bytes()),
+            })
             .collect();
         match self.style {
             Style::Waits => {
                 stream.write_all(&self.connect)?;
-                expect(&mut stream, &[0x20, 2, 0, 0])?;
+                self.connack(&mut stream)?;
                 for publish in &publishes {
                     stream.write_all(publish)?;
                     self.acknowledged(&mut stream)?;
@@ -99,7 +102,7 @@ impl Session {
             }
         }
         if self.style != Style::Waits {
-            expect(&mut stream, &[0x20, 2, 0, 0])?;
+            self.connack(&mut stream)?;
             for _ in &publishes {
                 self.acknowledged(&mut stream)?;
             }
@@ -119,6 +122,26 @@ impl Session {
         stream.read_to_end(&mut rest)?;
         assert!(rest.is_empty(), "{rest:?}");
         Ok(())
+    }
+
+    fn is_v5(&self) -> bool {
+        const LEVEL: usize = 8; // behind "MQTT"
+        self.connect[LEVEL] == 5
+    }
+
+    /// With a return or reason code of 0; in MQTT 5 with any properties.
+    fn connack(&self, stream: &mut TcpStream) -> std::io::Result<()> {
+        if !self.is_v5() {
+            return expect(stream, &[0x20, 2, 0, 0]);
+        }
+        let mut header = [0; 4];
+        stream.read_exact(&mut header)?;
+        let mut properties = vec![0; usize::from(header[1]) - 2];
+        stream.read_exact(&mut properties)?;
+        if (header[0], header[3]) == (0x20, 0) {
+            return Ok(());
+        }
+        Err(std::io::Error::other(format!("{header:02x?} instead of CONNACK")))
     }
 
     fn acknowledged(&self, stream: &mut TcpStream) -> std::io::Result<()> {
