@@ -43,6 +43,16 @@ use tls::Tls;
 use websocket::WebSocket;
 use worker::{Shared, Worker};
 
+/// Reads bytes as every packet that is read as a whole. For tests, which have no other business
+/// with what clients send.
+#[doc(hidden)]
+pub fn read_anything(bytes: &[u8], v5: bool) {
+    let _ = Hello::read(bytes);
+    let _ = hello::Welcome::read(bytes, v5);
+    let _ = subscriptions::Request::read(bytes, v5);
+    let _ = subscriptions::codes(bytes, 2, v5);
+}
+
 /// The relay cannot run.
 #[derive(Debug, thiserror::Error)]
 pub enum RelayError {

@@ -6,6 +6,7 @@ mod hostile;
 mod lab;
 #[path = "../support/mod.rs"]
 mod support;
+mod transports;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;

@@ -1,0 +1,258 @@
+//! TLS, WebSocket and the PROXY protocol.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+use tokio_rustls::rustls::pki_types::pem::PemObject as _;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio_rustls::rustls::{self, ClientConfig, ClientConnection, RootCertStore, StreamOwned};
+use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
+use tokio_tungstenite::tungstenite::{self, Message, WebSocket};
+
+use crate::bed::Bed;
+use crate::client::{Client, Wire, connect};
+
+const LISTENERS: &str = r#"
+listener = [
+    { port = 8883, tls = { certificate = "@DIR@/relay.crt", key = "@DIR@/relay.key" } },
+    { port = 8884, tls = { certificate = "@DIR@/relay.crt", key = "@DIR@/relay.key", client_ca = "@DIR@/ca.crt", username_from_certificate = true } },
+    { port = 8083, websocket = true },
+    { port = 8084, websocket = true, tls = { certificate = "@DIR@/relay.crt", key = "@DIR@/relay.key" } },
+]
+"#;
+
+/// An authority, and files for the relay (`relay`) and a client (`client`).
+struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl Authority {
+    fn new(dir: &Path) -> Self {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.distinguished_name.push(DnType::CommonName, "test authority");
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.self_signed(&key).unwrap();
+        std::fs::write(dir.join("ca.crt"), certificate.pem()).unwrap();
+        Self { issuer: Issuer::new(params, key) }
+    }
+
+    fn sign(&self, dir: &Path, file: &str, name: &str) {
+        let mut params = CertificateParams::new(vec!["relay.test".to_owned()]).unwrap();
+        params.distinguished_name.push(DnType::CommonName, name);
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        std::fs::write(dir.join(format!("{file}.crt")), certificate.pem()).unwrap();
+        std::fs::write(dir.join(format!("{file}.key")), key.serialize_pem()).unwrap();
+    }
+}
+
+impl Wire for StreamOwned<ClientConnection, TcpStream> {
+    fn patience(&mut self, patience: Duration) {
+        self.sock.set_read_timeout(Some(patience)).unwrap();
+    }
+}
+
+/// A stream of bytes in WebSocket messages, as awkward as it may be: each byte a message.
+struct InMessages<S> {
+    socket: WebSocket<S>,
+    rest: Vec<u8>,
+}
+
+impl<S: Read + Write> Read for InMessages<S> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        while self.rest.is_empty() {
+            match self.socket.read() {
+                Ok(Message::Binary(bytes)) => self.rest = bytes.to_vec(),
+                Ok(Message::Close(_)) | Err(tungstenite::Error::ConnectionClosed) => return Ok(0),
+                Ok(_) => {}
+                Err(tungstenite::Error::Io(e)) => return Err(e),
+                Err(e) => return Err(std::io::Error::other(e)),
+            }
+        }
+        let n = self.rest.len().min(buffer.len());
+        buffer[..n].copy_from_slice(&self.rest[..n]);
+        self.rest.drain(..n);
+        Ok(n)
+    }
+}
+
+impl<S: Read + Write> Write for InMessages<S> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        for byte in bytes {
+            self.socket.send(Message::binary(vec![*byte])).map_err(std::io::Error::other)?;
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<S: Read + Write + Wire> Wire for InMessages<S> {
+    fn patience(&mut self, patience: Duration) {
+        self.socket.get_mut().patience(patience);
+    }
+}
+
+fn over_tls(
+    bed: &Bed,
+    port: u16,
+    with_certificate: bool,
+) -> StreamOwned<ClientConnection, TcpStream> {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_file(bed.dir.join("ca.crt")).unwrap()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots);
+    let config = if with_certificate {
+        let chain = vec![CertificateDer::from_pem_file(bed.dir.join("client.crt")).unwrap()];
+        let key = PrivateKeyDer::from_pem_file(bed.dir.join("client.key")).unwrap();
+        builder.with_client_auth_cert(chain, key).unwrap()
+    } else {
+        builder.with_no_client_auth()
+    };
+    let name = "relay.test".try_into().unwrap();
+    let stream = bed.stream(("10.9.1.200", port));
+    StreamOwned::new(ClientConnection::new(Arc::new(config), name).unwrap(), stream)
+}
+
+fn over_websocket<S: Read + Write>(stream: S, protocol: &str) -> Option<InMessages<S>> {
+    let mut request = "ws://relay.test/mqtt".into_client_request().unwrap();
+    request.headers_mut().insert("Sec-WebSocket-Protocol", protocol.parse().unwrap());
+    let (socket, response) = tungstenite::client(request, stream).ok()?;
+    assert_eq!(response.headers()["Sec-WebSocket-Protocol"], "mqtt");
+    Some(InMessages { socket, rest: Vec::new() })
+}
+
+/// Publishes and subscribes, messages of all sizes.
+fn try_out(bed: &Bed, wire: impl Wire + 'static, id: &str) {
+    let mut client = Client::new(wire, 4);
+    client.send(&connect(4, id).packet());
+    client.expect(&[0x20, 2, 0, 0]);
+    client.subscribe(&["hum/#"], 1);
+    for size in [0, 1, 200, 5000] {
+        client.publish_and_wait("temp/x", 1, &vec![1; size]);
+    }
+    let mut other = bed.client(&format!("{id}-other"));
+    for size in [1, 70_000, 1 << 20] {
+        other.publish_and_wait("hum/x", 1, &vec![2; size]);
+        assert_eq!(client.message().payload, vec![2; size]);
+    }
+    client.ping();
+    client.send(&[0xe0, 0]);
+}
+
+#[test]
+fn mqtt_over_tls_and_websocket_is_mqtt() {
+    let mut bed = Bed::empty("", LISTENERS);
+    let authority = Authority::new(&bed.dir);
+    authority.sign(&bed.dir, "relay", "relay.test");
+    authority.sign(&bed.dir, "client", "device-7");
+    for broker in 1..=6 {
+        bed.start_broker(broker);
+    }
+    bed.start_relay();
+
+    try_out(&bed, over_tls(&bed, 8883, false), "tls");
+    try_out(&bed, over_tls(&bed, 8884, true), "certificate");
+    let ws = over_websocket(bed.stream(("10.9.1.200", 8083)), "mqtt").unwrap();
+    try_out(&bed, ws, "ws");
+    let wss = over_websocket(over_tls(&bed, 8084, false), "mqttv3.1, mqtt");
+    try_out(&bed, wss.unwrap(), "wss");
+
+    // Without the subprotocol, without a certificate, without TLS.
+    assert!(over_websocket(bed.stream(("10.9.1.200", 8083)), "chat").is_none());
+    let mut refused = over_tls(&bed, 8884, false);
+    refused.patience(Duration::from_secs(5));
+    let _ = refused.write_all(&connect(4, "none").packet());
+    assert!(!matches!(refused.read(&mut [0; 8]), Ok(n) if n > 0));
+    let mut plain = bed.stream(("10.9.1.200", 8883));
+    plain.write_all(&connect(4, "plain").packet()).unwrap();
+    plain.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let mut answer = Vec::new();
+    let _ = plain.read_to_end(&mut answer);
+    assert_ne!(answer.first(), Some(&0x20), "{answer:02x?}");
+
+    // A new authority and certificate; the old connections stay.
+    let mut old = Client::new(over_tls(&bed, 8883, false), 4);
+    old.send(&connect(4, "old").packet());
+    old.expect(&[0x20, 2, 0, 0]);
+    Authority::new(&bed.dir).sign(&bed.dir, "relay", "relay.test");
+    bed.signal_relay(nix::sys::signal::Signal::SIGHUP);
+    crate::support::net::wait_for("the new certificate", || {
+        bed.relay_log().contains("certificate read again").then_some(())
+    });
+    try_out(&bed, over_tls(&bed, 8883, false), "renewed");
+    old.ping();
+    // One that cannot be read changes nothing.
+    std::fs::write(bed.dir.join("relay.crt"), "nonsense").unwrap();
+    bed.signal_relay(nix::sys::signal::Signal::SIGHUP);
+    crate::support::net::wait_for("a complaint", || {
+        bed.relay_log().contains("the certificate before stays").then_some(())
+    });
+    try_out(&bed, over_tls(&bed, 8883, false), "kept");
+}
+
+/// What a broker that is a listener of the test's reads first.
+fn first_bytes(
+    bed: &mut Bed,
+    listeners: &[std::net::TcpListener],
+    client: impl FnOnce(&Bed),
+) -> Vec<u8> {
+    client(bed);
+    for listener in listeners {
+        listener.set_nonblocking(true).unwrap();
+    }
+    let mut stream = crate::support::net::wait_for("the relay", || {
+        listeners.iter().find_map(|l| l.accept().ok())
+    })
+    .0;
+    stream.set_nonblocking(false).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let mut bytes = vec![0; 512];
+    let mut length = 0;
+    // Until the CONNECT is there.
+    while !bytes[..length].windows(4).any(|w| w == b"MQTT") {
+        length += stream.read(&mut bytes[length..]).unwrap();
+    }
+    bytes.truncate(length);
+    bytes
+}
+
+#[test]
+fn brokers_get_the_clients_address_and_the_name_in_its_certificate() {
+    let mut bed = Bed::empty("", LISTENERS);
+    let file = bed.dir.join("config.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let text = text.replace("name = \"default\",", "name = \"default\", proxy_protocol = true,");
+    std::fs::write(&file, text).unwrap();
+    let authority = Authority::new(&bed.dir);
+    authority.sign(&bed.dir, "relay", "relay.test");
+    authority.sign(&bed.dir, "client", "device-7");
+    let listeners: Vec<_> = bed
+        .inside(|| (5..=6).map(|n| std::net::TcpListener::bind(Bed::broker(n)).unwrap()).collect());
+    bed.start_relay();
+    let mut port = 0;
+    let mut kept = None;
+    let bytes = first_bytes(&mut bed, &listeners, |bed| {
+        let mut stream = over_tls(bed, 8884, true);
+        port = stream.sock.local_addr().unwrap().port();
+        stream.write_all(&connect(4, "id").packet()).unwrap();
+        kept = Some(stream);
+    });
+    let header = ppp::v2::Header::try_from(&bytes[..]).unwrap();
+    assert_eq!(header.command, ppp::v2::Command::Proxy);
+    let ppp::v2::Addresses::IPv4(addresses) = header.addresses else { panic!("{header:?}") };
+    assert_eq!((addresses.source_port, addresses.destination_port), (port, 8884));
+    assert_eq!(addresses.destination_address.to_string(), "10.9.1.200");
+    let connect = &bytes[header.len()..];
+    assert!(connect.windows(8).any(|w| w == b"device-7"), "{connect:02x?}");
+}
