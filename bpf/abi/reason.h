@@ -18,7 +18,7 @@
 	VERDICT(IP_OPTIONS, "for a service, with IPv4 options: passed on")                      \
 	VERDICT(IP_FRAGMENT, "an IP fragment: passed on")                                       \
 	VERDICT(IPV6_EXTENSION, "IPv6 with an extension header: passed on")                     \
-	VERDICT(FLOW_NEW, "SYN: bound to the service's default group")                          \
+	VERDICT(FLOW_NEW, "SYN: bound to the service's relay, or its default group if it has none")                          \
 	VERDICT(FLOW_PREDICTED, "SYN: bound to the group that the client's messages predict")   \
 	VERDICT(SYN_AGAIN, "SYN repeated: stays bound as it was")                               \
 	VERDICT(SYN_RIVAL, "SYN on the addresses of a known flow, which stays until this one proves itself") \

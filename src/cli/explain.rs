@@ -6,7 +6,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::table::{self, line};
-use crate::config::{Binding, Config, Service};
+use crate::config::{Binding, Config, Group, Service};
 use crate::domain::filter::{TopicFilter, most_specific};
 use crate::handover::keys::{KeyFile, now};
 
@@ -25,7 +25,25 @@ pub fn check(config: &Config) {
         if service.binding == Binding::Delayed {
             handover(config, service);
         }
+        if let Some(relay) = service.relay.as_ref().and_then(|name| service.group(name)) {
+            relayed(service, relay);
+        }
     }
+}
+
+/// What the relay needs that the configuration cannot give.
+fn relayed(service: &Service, relay: &Group) {
+    let hosts: Vec<_> = relay.reals.iter().map(|r| r.addr.to_string()).collect();
+    let ports: Vec<_> = std::iter::once(service.port)
+        .chain(service.listeners.iter().map(|l| l.port))
+        .map(|port| port.to_string())
+        .collect();
+    line(&format!(
+        "  relay: `mqtt-fwd relay` on {}, with this file, listens on port {} of {}",
+        hosts.join(", "),
+        ports.join(", "),
+        service.addr
+    ));
 }
 
 /// What delayed binding needs that the configuration cannot give.

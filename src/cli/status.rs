@@ -28,6 +28,8 @@ struct Status {
     balancer_ok: bool,
     maps: Vec<view::MapUse>,
     multi_group_clients: Option<usize>,
+    /// Every service has a relay.
+    relayed: bool,
     counters: BTreeMap<&'static str, u64>,
     problems: Vec<String>,
     healthy: bool,
@@ -111,6 +113,7 @@ fn read(config: &Config) -> Result<Status, Error> {
         balancer_ok,
         maps,
         multi_group_clients,
+        relayed: config.services.iter().all(|service| service.relay.is_some()),
         counters: counters_json(&counters),
         problems,
     })
@@ -190,6 +193,17 @@ fn print(status: &Status) {
         line(&format!(
             "note       {count} {clients} to several groups, which no prediction fits; \
              `mqtt-fwd clients` marks them"
+        ));
+    }
+    let count = |name| status.counters.get(name).copied().unwrap_or(0);
+    // The message that ended its flow counts as mispredicted, too.
+    let lost = count("publish_lost");
+    let misrouted = count("mispredicted").saturating_sub(count("flow_ended"));
+    if lost + misrouted > 0 && !status.relayed {
+        line(&format!(
+            "note       of {} messages, {misrouted} were at a broker of another group and {lost} at none; \
+             a relay would have routed them: docs/relay.md",
+            count("publish") + misrouted + lost
         ));
     }
     line("");

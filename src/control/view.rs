@@ -94,7 +94,7 @@ pub fn way_text(way: u8, why: u8, predicted: bool) -> (&'static str, Option<&'st
         types::way::WAY_ANSWERED if why == 0 => "message (answered)",
         types::way::WAY_ROUTE => "route",
         _ if predicted => "prediction",
-        _ => "default",
+        _ => "no prediction",
     };
     let why = match types::why(u32::from(why)) {
         types::why::WHY_NOT_CONNECT => Some("no CONNECT that all brokers take"),
