@@ -12,11 +12,15 @@
 use std::fs::{self, DirBuilder, File};
 use std::os::unix::fs::{DirBuilderExt as _, symlink};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::statfs::{FsType, statfs};
 
 use super::{BpfError, Result};
+
+/// For another process that loads or unloads.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// `BPF_FS_MAGIC` of `<linux/magic.h>`.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
@@ -136,7 +140,8 @@ impl Pins {
         if is_bpffs { Ok(()) } else { Err(BpfError::NoBpffs { path: self.bpffs.clone() }) }
     }
 
-    /// Makes the directory and takes the lock. It ends with the value, and with the process.
+    /// Makes the directory and takes the lock, which another process holds for the second or two
+    /// that loading takes. It ends with the value, and with the process.
     pub fn lock(&self) -> Result<Flock<File>> {
         let dir = self.dir();
         make_dir(&dir)?;
@@ -145,8 +150,18 @@ impl Pins {
             action: "opening",
             source,
         })?;
-        Flock::lock(file, FlockArg::LockExclusiveNonblock)
-            .map_err(|_| BpfError::Locked { path: dir })
+        let deadline = Instant::now() + LOCK_PATIENCE;
+        let mut file = file;
+        loop {
+            file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => return Ok(lock),
+                Err((_, _)) if Instant::now() > deadline => {
+                    return Err(BpfError::Locked { path: dir });
+                }
+                Err((file, _)) => file,
+            };
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// Removes an object's maps, of all layouts; what was removed.
