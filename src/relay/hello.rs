@@ -30,15 +30,24 @@ pub struct Hello {
     pub bytes: Box<[u8]>,
 }
 
+/// Deliveries at QoS 1 and 2 that a broker beside the first has under way.
+const WAITING_MAX: u16 = 32;
+
 /// How to connect to a broker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// With the client's own bytes.
     Own,
-    /// The same without what must be at one broker only: its will; and without topic aliases.
+    /// The same without its will, which is another broker's.
+    Home,
+    /// With the will, and without topic aliases, which only one broker can number.
+    Will,
+    /// Without either.
     Beside,
     /// As [`Kind::Beside`], with a new session in place of the one that is there.
     Anew,
+    /// As [`Kind::Beside`], with the session as it is.
+    Resume,
 }
 
 fn refused(code: u8, what: &'static str) -> Malformed {
@@ -98,17 +107,26 @@ impl Hello {
         let anew = kind == Kind::Anew;
         // It was read before, and is written as it was read: neither fails.
         if self.v5 {
-            if let Some(mut c) = decode_v5(&self.bytes) {
-                c.last_will = None;
-                c.topic_alias_max = 0;
-                c.clean_start |= anew;
+            if let Some(mut c) = decode_v5(&self.bytes).map(Box::new) {
+                if kind != Kind::Will {
+                    c.last_will = None;
+                }
+                if kind != Kind::Home {
+                    c.topic_alias_max = 0;
+                    // So many of each broker may have to wait for room at the client.
+                    let most = c.receive_max.map_or(WAITING_MAX, |n| n.get().min(WAITING_MAX));
+                    c = Box::new(c.receive_max(most));
+                }
+                c.clean_start = (c.clean_start || anew) && kind != Kind::Resume;
                 if let Some(id) = assigned {
                     c.client_id = id.into();
                 }
-                let _ = v5::Codec::default().encode(v5::Packet::Connect(Box::new(c)), &mut out);
+                let _ = v5::Codec::default().encode(v5::Packet::Connect(c), &mut out);
             }
         } else if let Some(mut c) = decode_v3(&self.bytes) {
-            c.last_will = None;
+            if kind != Kind::Will {
+                c.last_will = None;
+            }
             c.clean_session |= anew;
             let _ = v3::Codec::default().encode(v3::Packet::Connect(Box::new(c)), &mut out);
         }

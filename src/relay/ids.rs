@@ -4,7 +4,10 @@
 use std::collections::HashMap;
 
 /// Number of a broker's connection in its session.
-pub type Slot = u8;
+pub type Slot = u16;
+
+/// That of a connection that is gone.
+pub const GONE: Slot = Slot::MAX;
 
 /// Messages that a client has not acknowledged yet.
 #[derive(Debug, Default)]
@@ -56,14 +59,19 @@ impl Deliveries {
 
     /// The client is done with one.
     pub fn done(&mut self, client: u16) {
-        if let Some(owner) = self.by_client.remove(&client) {
+        if let Some(owner) = self.by_client.remove(&client)
+            && owner.0 != GONE
+        {
             self.by_broker.remove(&owner);
         }
     }
 
-    /// A broker's connection is gone, and what it had sent with it.
+    /// A broker's connection is gone. The client does not know, so what it was sent keeps its
+    /// identifiers until it has acknowledged them.
     pub fn forget(&mut self, slot: Slot) {
-        self.by_client.retain(|_, owner| owner.0 != slot);
+        for owner in self.by_client.values_mut().filter(|owner| owner.0 == slot) {
+            owner.0 = GONE;
+        }
         self.by_broker.retain(|owner, _| owner.0 != slot);
     }
 }
@@ -83,6 +91,8 @@ mod tests {
         d.done(1);
         assert_eq!((d.owner(1), d.known(0, 1), d.len()), (None, None, 1));
         d.forget(1);
+        assert_eq!(d.owner(other), Some((GONE, 1)), "the client still has it");
+        d.done(other);
         assert!(d.is_empty());
         for id in 1..=u16::MAX {
             assert!(d.assign(2, id).is_some());

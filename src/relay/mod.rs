@@ -330,9 +330,21 @@ async fn accept(listener: &TcpListener, worker: &Rc<Worker>, port: &Port) {
         worker.stats.accepted.add(1);
         let (worker, port) = (Rc::clone(worker), port.clone());
         tokio::task::spawn_local(async move {
+            let _admitted = Admitted { shared: Arc::clone(&worker.shared), from: from.ip() };
             serve(stream, from, &worker, &port).await;
-            worker.shared.release(from.ip());
         });
+    }
+}
+
+/// A connection that was let in; counted until it is dropped, whatever becomes of it.
+struct Admitted {
+    shared: Arc<Shared>,
+    from: IpAddr,
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        self.shared.release(self.from);
     }
 }
 
@@ -363,6 +375,12 @@ async fn serve(stream: TcpStream, from: SocketAddr, worker: &Rc<Worker>, port: &
             return session::finish_stream(&mut stream, refusal.to_vec()).await;
         }
     };
+    if hello.authenticates {
+        // An exchange with one broker says nothing to the others.
+        const BAD_METHOD: u8 = 0x8c;
+        let refusal = vec![kind::CONNACK << 4, 3, 0, BAD_METHOD, 0];
+        return session::finish_stream(&mut stream, refusal).await;
+    }
     let mut session = Session::new(Rc::clone(worker), stream, (from, port.addr), hello, rest);
     let end = tokio::select! {
         end = &mut session => end,

@@ -70,7 +70,9 @@ pub fn header(bytes: &[u8]) -> Result<Option<Header>, Malformed> {
     let right = match first >> 4 {
         0 => return Err(malformed("control packet of type 0")),
         kind::PUBLISH => flags & 0x06 != 0x06,
-        kind::PUBREL | kind::SUBSCRIBE | kind::UNSUBSCRIBE => flags == 2,
+        // MQTT 3.1 has a DUP flag in it.
+        kind::PUBREL => flags & !8 == 2,
+        kind::SUBSCRIBE | kind::UNSUBSCRIBE => flags == 2,
         _ => flags == 0,
     };
     if !right {

@@ -28,7 +28,7 @@ use tokio::time::Sleep;
 use tracing::debug;
 
 use super::hello::{Hello, Kind, Welcome};
-use super::ids::{Deliveries, Slot};
+use super::ids::{Deliveries, GONE, Slot};
 use super::scan::{self, Header, Malformed, kind};
 use super::stream::{self, Pending, Stream};
 use super::subscriptions::{self, Request, Subscriptions};
@@ -39,14 +39,14 @@ use super::{proxy, stats::Stats};
 
 /// Of what waits for one side; above it, the other is not read.
 const HIGH: usize = 64 << 10;
-/// Of messages that wait for the client's receive maximum, a broker.
-const PARKED_MAX: usize = 1 << 20;
 /// What is read at a time.
 const SCRATCH: usize = 128 << 10;
 /// Reads of one client before others have their turn.
 const TURNS: usize = 8;
 /// For all brokers to say whether they have the client's session.
 const SESSIONS_TIMEOUT: Duration = Duration::from_secs(3);
+/// For the client to get its CONNACK.
+const GREET_TIMEOUT: Duration = Duration::from_secs(15);
 /// A broker's connection that is not used any more is ended.
 const UNUSED: Duration = Duration::from_secs(10);
 /// Subscribers look for a new configuration so often.
@@ -123,6 +123,8 @@ enum Step {
 pub struct Session {
     worker: Rc<Worker>,
     table: Arc<Table>,
+    /// Of the configuration that the table is of.
+    generation: u64,
     /// Client and service.
     addrs: (SocketAddr, SocketAddr),
     hello: Hello,
@@ -144,11 +146,17 @@ pub struct Session {
     behind: Vec<u8>,
     upstreams: Vec<Upstream>,
     home: Slot,
+    /// Who has the client's will.
+    will: Option<Slot>,
     /// CONNACK, until it can be given to the client; `None`: the client has it.
     connack: Option<Vec<u8>>,
     greeted: bool,
+    /// The client was told that its session is there.
+    resumed: bool,
     /// The client's messages at QoS 1 and 2, by identifier.
     inflight: HashMap<u16, Slot>,
+    /// PUBRELs of the client's for messages of an earlier connection, and who has not answered.
+    releases: HashMap<u16, Vec<Slot>>,
     deliveries: Deliveries,
     subscriptions: Subscriptions,
     aliases: HashMap<u16, Box<str>>,
@@ -174,8 +182,10 @@ impl Session {
         rest: Vec<u8>,
     ) -> Self {
         let now = Instant::now();
+        let generation = worker.generation();
         let table = worker.table();
         let mut session = Self {
+            generation,
             addrs,
             assigned: None,
             client,
@@ -188,9 +198,12 @@ impl Session {
             behind: Vec::new(),
             upstreams: Vec::new(),
             home: 0,
+            will: None,
             connack: None,
             greeted: false,
+            resumed: false,
             inflight: HashMap::new(),
+            releases: HashMap::new(),
             deliveries: Deliveries::default(),
             subscriptions: Subscriptions::default(),
             aliases: HashMap::new(),
@@ -206,27 +219,49 @@ impl Session {
             worker,
             table,
         };
-        let home = session.home_broker();
-        session.home = session.open(home, Kind::Own, now);
-        if session.hello.persistent {
-            for broker in session.table.all().filter(|b| *b != home).collect::<Vec<_>>() {
-                session.open(broker, Kind::Beside, now);
-            }
-        }
+        session.open_first(now);
         session
     }
 
-    /// The broker that gets the client's own CONNECT: its will's, or one of the default group.
+    /// The broker that answers CONNECT: of the default group, and by the client's id alone, so that a
+    /// connection of the same id ends the one before, whichever relays they come through.
     fn home_broker(&self) -> Broker {
         let down = |b| self.worker.is_down(self.table.broker(b).addr);
-        let of_will =
-            self.hello.will.as_deref().and_then(|topic| self.table.broker_of(topic, down));
-        of_will.unwrap_or_else(|| {
-            let own = self.addrs.0.to_string();
-            let id = &self.hello.client_id;
-            let key = if id.is_empty() { own.as_bytes() } else { id.as_bytes() };
-            self.table.home_of(key, down)
-        })
+        let own = self.addrs.0.to_string();
+        let id = &self.hello.client_id;
+        let key = if id.is_empty() { own.as_bytes() } else { id.as_bytes() };
+        self.table.home_of(key, down)
+    }
+
+    /// Opens home, and whoever else has to know of the client from the beginning.
+    fn open_first(&mut self, now: Instant) {
+        let home = self.home_broker();
+        let down = |b| self.worker.is_down(self.table.broker(b).addr);
+        let will = self.hello.will.as_deref();
+        let will = will.map(|topic| self.table.broker_of(topic, down).unwrap_or(home));
+        let kind = if will.is_none_or(|w| w == home) { Kind::Own } else { Kind::Home };
+        self.home = self.open(home, kind, now);
+        self.will = Some(self.home).filter(|_| will.is_some());
+        // An identifier that home is to give is not known yet.
+        if self.hello.client_id.is_empty() && self.assigned.is_none() && self.hello.v5 {
+            return;
+        }
+        self.open_others(now);
+    }
+
+    fn open_others(&mut self, now: Instant) {
+        let home = self.upstreams[usize::from(self.home)].broker;
+        let down = |b| self.worker.is_down(self.table.broker(b).addr);
+        let will = self.hello.will.as_deref();
+        let will = will.and_then(|topic| self.table.broker_of(topic, down));
+        if let Some(will) = will.filter(|w| *w != home) {
+            self.will = Some(self.open(will, Kind::Will, now));
+        }
+        if self.hello.persistent {
+            for broker in self.table.all().filter(|b| *b != home).collect::<Vec<_>>() {
+                self.open(broker, Kind::Beside, now);
+            }
+        }
     }
 
     fn stats(&self) -> &Stats {
@@ -268,6 +303,10 @@ impl Session {
 
     /// One turn. Returns what is to be done when it ended.
     fn turn(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
+        if self.worker.generation() != self.generation {
+            self.generation = self.worker.generation();
+            self.follow_the_configuration(Instant::now())?;
+        }
         for _ in 0..TURNS {
             let mut progress = false;
             for slot in 0..self.upstreams.len() {
@@ -288,7 +327,8 @@ impl Session {
     // From the client.
 
     fn read_client(&mut self, cx: &mut Context<'_>) -> Result<bool, End> {
-        let full = self.out.len() + self.behind.len() > HIGH
+        // Its acknowledgements and PINGREQs are read even if it is slow to read what brokers have.
+        let full = self.out.len() + self.behind.len() > 2 * HIGH
             || self.upstreams.iter().any(|u| u.out.len() > HIGH);
         if !self.greeted || full {
             return Ok(false);
@@ -434,7 +474,8 @@ impl Session {
             return Err(End::Unavailable(self.table.broker(broker).group.clone()));
         };
         if p.qos > 0 && !again && up.inflight >= welcome.receive_max {
-            return Ok(Step::Wait);
+            let what = "more messages at a time than their broker takes";
+            return Err(End::Protocol(Malformed { code: 0x93, what }));
         }
         if h.total() > welcome.max_packet {
             return Err(too_large("PUBLISH larger than its broker takes"));
@@ -447,7 +488,8 @@ impl Session {
         up.last_used = now;
         let mut from = 0;
         if p.alias != 0 {
-            let told = alias != 0 && !up.aliases.insert(alias);
+            let told = alias != 0
+                && up.aliases.insert(alias, topic.into()).is_some_and(|before| *before == *topic);
             // As it is, if the broker knows the alias, or learns it by this.
             if alias == 0 || (p.topic.is_empty() && !told) {
                 let mut made = Vec::new();
@@ -503,6 +545,12 @@ impl Session {
                 let id = id()?;
                 let failed = scan::reason(packet, h) >= 0x80;
                 match self.deliveries.owner(id) {
+                    // Of a broker that is gone; the client is helped to forget it.
+                    Some((GONE, _)) | None if h.kind() == kind::PUBREC && !failed => {
+                        let pubrel = acknowledgement(kind::PUBREL << 4 | 2, id, self.hello.v5);
+                        self.tell_client(&pubrel);
+                    }
+                    Some((GONE, _)) => self.deliveries.done(id),
                     Some((slot, own)) => {
                         buffer[at + h.length..at + h.length + 2]
                             .copy_from_slice(&own.to_be_bytes());
@@ -511,14 +559,6 @@ impl Session {
                             self.deliveries.done(id);
                         }
                     }
-                    // Of a broker that is gone; the client is helped to forget it.
-                    None if h.kind() == kind::PUBREC && !failed => {
-                        self.tell_client(&acknowledgement(
-                            kind::PUBREL << 4 | 2,
-                            id,
-                            self.hello.v5,
-                        ));
-                    }
                     None => {}
                 }
             }
@@ -526,6 +566,17 @@ impl Session {
                 let id = id()?;
                 match self.inflight.get(&id) {
                     Some(slot) => append(pieces, *slot, range),
+                    // Of a connection before this one: whoever has the message knows it.
+                    None if self.hello.persistent && !self.releases.contains_key(&id) => {
+                        let ready = (0..self.upstreams.len() as Slot)
+                            .filter(|slot| self.upstreams[usize::from(*slot)].is_ready());
+                        let all: Vec<Slot> = ready.collect();
+                        for slot in &all {
+                            append(pieces, *slot, range.clone());
+                        }
+                        self.releases.insert(id, all);
+                    }
+                    None if self.hello.persistent => {}
                     None => {
                         self.tell_client(&acknowledgement(kind::PUBCOMP << 4, id, self.hello.v5));
                     }
@@ -534,8 +585,6 @@ impl Session {
             kind::SUBSCRIBE | kind::UNSUBSCRIBE => return self.request(packet, pieces, now),
             kind::PINGREQ => self.tell_client(&[kind::PINGRESP << 4, 0]),
             kind::DISCONNECT => return Err(End::Disconnected(packet.to_vec())),
-            // Authentication is between the client and its first broker (MQTT 5 §4.12).
-            kind::AUTH if self.hello.v5 => append(pieces, self.home, range),
             _ => {
                 let what = "control packet that a connected client does not send";
                 return Err(End::Protocol(Malformed { code: 0x82, what }));
@@ -552,6 +601,10 @@ impl Session {
         now: Instant,
     ) -> Result<Step, End> {
         let (id, request) = Request::read(packet, self.hello.v5).map_err(End::Protocol)?;
+        if self.subscriptions.exceeds(&request, self.worker.limits.subscriptions as usize) {
+            let what = "more subscriptions than [relay] subscriptions allows";
+            return Err(End::Protocol(Malformed { code: 0x97, what }));
+        }
         let mut wanted: Vec<(Slot, Vec<usize>)> = Vec::new();
         for i in 0..request.len() {
             for broker in self.table.brokers_for(request.filter(i)) {
@@ -576,10 +629,6 @@ impl Session {
             self.upstreams[usize::from(*slot)].last_used = now;
         }
         self.subscriptions.begin(id, &request, wanted);
-        if self.subscriptions.len() > self.worker.limits.subscriptions as usize {
-            let what = "more subscriptions than [relay] subscriptions allows";
-            return Err(End::Protocol(Malformed { code: 0x97, what }));
-        }
         if let Some(answer) = self.subscriptions.finished(id, self.hello.v5) {
             self.tell_client(&answer);
         }
@@ -650,7 +699,7 @@ impl Session {
         let up = &mut self.upstreams[usize::from(slot)];
         let others = self.getting.is_some_and(|getting| getting != slot);
         let early = !self.greeted && up.is_ready();
-        if others || early || self.out.len() > HIGH || up.parked.len() > PARKED_MAX {
+        if others || early || self.out.len() > HIGH {
             return Ok(drained);
         }
         BUFFER.with_borrow_mut(|buffer| {
@@ -664,7 +713,10 @@ impl Session {
             };
             let held = std::mem::take(&mut up.held);
             let length = match stream::read(stream, cx, &mut buffer[..], kept) {
-                Poll::Ready(Ok(n)) if n > 0 => kept + n,
+                Poll::Ready(Ok(n)) if n > 0 => {
+                    up.pinged = None;
+                    kept + n
+                }
                 _ if held => kept,
                 Poll::Pending if !up.broken => return Ok(drained),
                 _ => return self.lost(slot, Instant::now()).map(|()| true),
@@ -766,7 +818,9 @@ impl Session {
 
     /// A message of a broker's is passed on, or waits behind others. False: more of it is needed.
     fn deliver(&mut self, slot: Slot, bytes: &mut [u8], h: Header) -> bool {
-        let waits = !self.upstreams[usize::from(slot)].parked.is_empty();
+        // At QoS 0, nothing has to wait, nor has what waits anything to do with its order.
+        let up = &self.upstreams[usize::from(slot)];
+        let waits = h.first & 0x06 != 0 && !up.parked.is_empty();
         let Some(fits) = (if waits { Some(false) } else { self.fits(slot, bytes, h) }) else {
             return false;
         };
@@ -819,6 +873,14 @@ impl Session {
             _ if !matches!(up.state, State::Ready(_)) => return Err(broken()),
             kind::PUBACK | kind::PUBREC | kind::PUBCOMP => {
                 let id = scan::id(packet, h).map_err(|_| broken())?;
+                if let Some(all) = self.releases.get_mut(&id) {
+                    all.retain(|s| *s != slot);
+                    if h.kind() == kind::PUBCOMP && all.is_empty() {
+                        self.releases.remove(&id);
+                        append(pieces, (), range);
+                    }
+                    return Ok(());
+                }
                 if self.inflight.get(&id) != Some(&slot) {
                     return Ok(());
                 }
@@ -843,7 +905,6 @@ impl Session {
                 }
             }
             kind::PINGRESP => up.pinged = None,
-            kind::AUTH if slot == self.home => append(pieces, (), range),
             // Why a broker leaves is the client's to know, if it takes the client's messages with it.
             kind::DISCONNECT if slot == self.home || !up.is_quiet() => {
                 append(pieces, (), range);
@@ -885,29 +946,37 @@ impl Session {
         if slot == self.home {
             self.keepalive = up.keepalive;
             (self.alias_max, self.receive_max) = (welcome.alias_max, welcome.receive_max);
-            self.assigned.clone_from(&welcome.client_id);
             self.connack = Some(packet.to_vec());
+            if let Some(id) = &welcome.client_id {
+                self.assigned = Some(id.clone());
+                self.open_others(now);
+            }
+        } else if self.resumed && self.greeted && !welcome.session_present {
+            // The client was told that its session is there.
+            return Err(End::BrokerLost(up.addr));
         } else if up.subscribed && !(self.hello.persistent && welcome.session_present) {
-            self.subscribe_again(slot);
+            self.subscribe_again(slot, |_, _| true);
         }
         let up = &mut self.upstreams[usize::from(slot)];
         up.welcome = Some(welcome);
         Ok(())
     }
 
-    /// A broker that was away gets the subscriptions that it should have.
-    fn subscribe_again(&mut self, slot: Slot) {
+    /// A broker gets the subscriptions that it should have, and has not.
+    fn subscribe_again(&mut self, slot: Slot, wanted: impl Fn(&Self, &str) -> bool) {
         let broker = self.upstreams[usize::from(slot)].broker;
         let mut id = u16::MAX;
         let next = || {
             // From the other end than clients count.
             while self.inflight.contains_key(&id) || self.subscriptions.is_open(id) {
-                id -= 1;
+                id = (id - 1).max(1);
             }
-            id -= 1;
-            id + 1
+            let free = id;
+            id = (id - 1).max(1);
+            free
         };
-        let wanted = |filter: &str| self.table.brokers_for(filter).contains(&broker);
+        let wanted =
+            |filter: &str| self.table.brokers_for(filter).contains(&broker) && wanted(self, filter);
         let packets = self.subscriptions.again(wanted, next, self.hello.v5);
         self.upstreams[usize::from(slot)].out.push(&packets);
     }
@@ -936,6 +1005,10 @@ impl Session {
                 }
             }
         }
+        self.resumed = scan::header(&connack)
+            .ok()
+            .flatten()
+            .is_some_and(|h| connack.get(h.length).is_some_and(|flags| flags & 1 == 1));
         self.out.push(&connack);
         self.greeted = true;
         self.stats().opened.add(1);
@@ -950,12 +1023,14 @@ impl Session {
         let partial = self.getting == Some(slot) || self.passing.is_some_and(|p| p.0 == Some(slot));
         let lossy = partial || up.inflight > 0 || !up.out.is_empty();
         if !was_ready {
-            self.worker.down(addr);
+            // One that does not answer at all will not the next second either.
+            self.worker.down(addr, now.duration_since(up.since));
         }
         if home && was_ready {
             return Err(End::ByBroker(addr));
         }
-        if was_ready && lossy {
+        // Without its broker, nobody has the client's will.
+        if was_ready && (lossy || self.will == Some(slot)) {
             return Err(End::BrokerLost(addr));
         }
         let keeps = up.subscribed || self.hello.persistent;
@@ -974,11 +1049,30 @@ impl Session {
             if self.worker.is_down(other) {
                 return Err(End::Unavailable(self.table.broker(broker).group.clone()));
             }
-            self.home = self.open(broker, Kind::Own, now);
+            let will = self.hello.will.is_some();
+            let elsewhere = will && self.will.is_some_and(|w| w != slot);
+            let kind = if elsewhere { Kind::Home } else { Kind::Own };
+            self.home = self.open(broker, kind, now);
             let up = &mut self.upstreams[usize::from(self.home)];
-            if up.kind != Kind::Own {
-                up.again(Kind::Own, now);
+            if up.kind != kind {
+                up.again(kind, now);
             }
+            self.will = if elsewhere { self.will } else { Some(self.home).filter(|_| will) };
+        } else if self.will == Some(slot) {
+            // Another broker of its topic's group.
+            let down = |b| self.worker.is_down(self.table.broker(b).addr);
+            let topic = self.hello.will.clone().unwrap_or_default();
+            let Some(broker) = self.table.broker_of(&topic, down) else { return Ok(()) };
+            let other = self.table.broker(broker);
+            if self.worker.is_down(other.addr) {
+                return Err(End::Unavailable(other.group.clone()));
+            }
+            let slot = self.open(broker, Kind::Will, now);
+            let up = &mut self.upstreams[usize::from(slot)];
+            if up.kind != Kind::Will {
+                up.again(Kind::Will, now);
+            }
+            self.will = Some(slot);
         }
         Ok(())
     }
@@ -1033,6 +1127,10 @@ impl Session {
     fn look_at_the_clock(&mut self, now: Instant, acted: &mut bool) -> Result<Instant, End> {
         let mut next = now + Duration::from_secs(3600);
         if self.keepalive > 0 && self.greeted {
+            if self.waits || self.upstreams.iter().any(|u| u.out.len() > HIGH) {
+                // It is not read; who knows what it has said.
+                self.last_in = now;
+            }
             let silent = self.last_in + Duration::from_millis(u64::from(self.keepalive) * 1500);
             if now >= silent {
                 return Err(End::Silent);
@@ -1040,10 +1138,15 @@ impl Session {
             next = next.min(silent);
         }
         if !self.greeted {
-            next = next.min(self.since + SESSIONS_TIMEOUT.max(Duration::from_millis(3001)));
+            if now >= self.since + GREET_TIMEOUT {
+                let home = self.upstreams[usize::from(self.home)].broker;
+                return Err(End::Unavailable(self.table.broker(home).group.clone()));
+            }
+            let sessions = self.since + SESSIONS_TIMEOUT + Duration::from_millis(1);
+            next = next.min(if now < sessions { sessions } else { self.since + GREET_TIMEOUT });
         }
         if !self.subscriptions.is_empty() {
-            *acted |= self.look_for_new_brokers(now);
+            // To see a new configuration.
             next = next.min(now + LOOK_AGAIN);
         }
         for slot in 0..self.upstreams.len() as Slot {
@@ -1052,9 +1155,12 @@ impl Session {
                 && due <= now
             {
                 *acted = true;
+                let unread = self.out.len() > HIGH || self.getting.is_some_and(|s| s != slot);
                 match up.state {
+                    // It may have answered behind what the client does not take.
+                    State::Ready(_) if up.pinged.is_some() && unread => up.pinged = Some(now),
                     State::Waiting(_) if up.subscribed || self.hello.persistent => {
-                        let kind = Kind::Beside;
+                        let kind = if self.greeted { Kind::Resume } else { Kind::Beside };
                         up.again(kind, now);
                     }
                     State::Waiting(_) => up.state = State::Closed,
@@ -1093,10 +1199,8 @@ impl Session {
             self.upstreams.iter().any(|u| u.is_ready() && u.last_used > up.last_used)
         };
         let up = &self.upstreams[usize::from(slot)];
-        let has_will = slot == self.home && self.hello.will.is_some();
-        let authenticates = slot == self.home && self.hello.authenticates;
         let needed =
-            has_will || authenticates || up.subscribed || self.hello.persistent || !self.greeted;
+            self.will == Some(slot) || up.subscribed || self.hello.persistent || !self.greeted;
         let passing = self.passing.is_some() || self.getting == Some(slot);
         if needed || passing || !up.is_ready() || !up.is_quiet() || !newer(up) {
             return;
@@ -1111,32 +1215,38 @@ impl Session {
         up.close(State::Closed);
     }
 
-    /// After a change of the configuration, a subscriber may need other brokers.
-    fn look_for_new_brokers(&mut self, now: Instant) -> bool {
+    /// After a change of the configuration, other brokers may be needed, and some not be there.
+    fn follow_the_configuration(&mut self, now: Instant) -> Result<(), End> {
         let table = self.worker.table();
-        if Arc::ptr_eq(&table, &self.table) || self.passing.is_some() || self.waits {
-            return false;
+        if Arc::ptr_eq(&table, &self.table) || self.passing.is_some() {
+            return Ok(());
         }
-        // What is no broker any more keeps its connection, and gets nothing new.
         for up in &mut self.upstreams {
-            up.broker = table.find(up.addr).unwrap_or(Broker::MAX);
+            match table.find(up.addr) {
+                Some(broker) => up.broker = broker,
+                // Its client connects again, and finds the others.
+                None if !matches!(up.state, State::Closed) => return Err(End::BrokerLost(up.addr)),
+                None => up.broker = Broker::MAX,
+            }
         }
-        self.table = table;
         if self.upstreams[usize::from(self.home)].broker == Broker::MAX {
-            return true;
+            return Err(End::BrokerLost(self.upstreams[usize::from(self.home)].addr));
         }
+        let before = std::mem::replace(&mut self.table, table);
         let table = Arc::clone(&self.table);
         let brokers: Vec<Broker> = self.subscriptions.brokers(|f| table.brokers_for(f)).collect();
         for broker in brokers {
-            let slot = self.open(broker, Kind::Beside, now);
+            let slot = self.open_or_retry(broker, now);
             let up = &mut self.upstreams[usize::from(slot)];
-            if up.is_ready() && !up.subscribed {
-                up.subscribed = true;
-                self.subscribe_again(slot);
+            up.subscribed = true;
+            if up.is_ready() {
+                let old = before.find(up.addr);
+                self.subscribe_again(slot, |_, filter| {
+                    old.is_none_or(|old| !before.brokers_for(filter).contains(&old))
+                });
             }
-            self.upstreams[usize::from(slot)].subscribed = true;
         }
-        true
+        Ok(())
     }
 
     /// A client that has used one group only goes there straight the next time. When to look again.

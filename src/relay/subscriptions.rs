@@ -155,6 +155,8 @@ fn encode_v5(packet: v5::Packet) -> Vec<u8> {
 #[derive(Debug)]
 struct Open {
     unsubscribe: bool,
+    /// What is subscribed to.
+    filters: Vec<String>,
     /// By topic filter.
     codes: Vec<Option<u8>>,
     /// Who is to answer, and for which of the topic filters.
@@ -164,7 +166,9 @@ struct Open {
 /// What a client has subscribed to.
 #[derive(Debug, Default)]
 pub struct Subscriptions {
-    all: Vec<Subscription>,
+    all: HashMap<String, Subscription>,
+    /// Of their topic filters.
+    bytes: usize,
     open: HashMap<u16, Open>,
 }
 
@@ -178,9 +182,19 @@ impl Subscriptions {
         self.all.is_empty() && self.open.is_empty()
     }
 
-    /// How many.
-    pub fn len(&self) -> usize {
-        self.all.len()
+    /// Whether there would be more of them than so many, or more text than so many can be expected
+    /// to have.
+    pub fn exceeds(&self, request: &Request, most: usize) -> bool {
+        const TEXT: usize = 256;
+        let Request::Subscribe(new, _) = request else { return false };
+        let bytes: usize = new.iter().map(|s| s.filter.len()).sum();
+        self.all.len() + new.len() > most || self.bytes + bytes > most.max(1000) * TEXT
+    }
+
+    fn forget(&mut self, filter: &str) {
+        if self.all.remove(filter).is_some() {
+            self.bytes -= filter.len();
+        }
     }
 
     /// Whether a request of this identifier is not answered yet.
@@ -193,25 +207,29 @@ impl Subscriptions {
         &'a self,
         brokers_for: impl Fn(&str) -> Vec<Broker> + 'a,
     ) -> impl Iterator<Item = Broker> + 'a {
-        self.all.iter().flat_map(move |s| brokers_for(&s.filter))
+        self.all.keys().flat_map(move |filter| brokers_for(filter))
     }
 
     /// Notes a request, and who will answer what of it.
     pub fn begin(&mut self, id: u16, request: &Request, waiting: Vec<(Slot, Vec<usize>)>) {
-        let unsubscribe = match request {
+        let (unsubscribe, filters) = match request {
             Request::Subscribe(all, _) => {
                 for s in all {
-                    self.all.retain(|known| known.filter != s.filter);
-                    self.all.push(s.clone());
+                    if self.all.insert(s.filter.clone(), s.clone()).is_none() {
+                        self.bytes += s.filter.len();
+                    }
                 }
-                false
+                (false, all.iter().map(|s| s.filter.clone()).collect())
             }
             Request::Unsubscribe(filters, _) => {
-                self.all.retain(|known| !filters.contains(&known.filter));
-                true
+                for filter in filters {
+                    self.forget(filter);
+                }
+                (true, Vec::new())
             }
         };
-        self.open.insert(id, Open { unsubscribe, codes: vec![None; request.len()], waiting });
+        let codes = vec![None; request.len()];
+        self.open.insert(id, Open { unsubscribe, filters, codes, waiting });
     }
 
     /// A broker's SUBACK or UNSUBACK. The client's, when it was the last.
@@ -247,9 +265,14 @@ impl Subscriptions {
         if !self.open.get(&id)?.waiting.is_empty() {
             return None;
         }
-        let Open { unsubscribe, codes, .. } = self.open.remove(&id)?;
+        let Open { unsubscribe, filters, codes, .. } = self.open.remove(&id)?;
         let missing = if unsubscribe { NO_SUBSCRIPTION_EXISTED } else { UNSPECIFIED_ERROR };
         let codes: Vec<u8> = codes.into_iter().map(|c| c.unwrap_or(missing)).collect();
+        for (filter, code) in filters.iter().zip(&codes) {
+            if *code >= UNSPECIFIED_ERROR {
+                self.forget(filter);
+            }
+        }
         let mut body = Vec::with_capacity(codes.len() + 3);
         body.extend(id.to_be_bytes());
         if is_v5 {
@@ -278,7 +301,9 @@ impl Subscriptions {
         is_v5: bool,
     ) -> Vec<u8> {
         let mut out = Vec::new();
-        let mut left: Vec<&Subscription> = self.all.iter().filter(|s| wanted(&s.filter)).collect();
+        let mut left: Vec<&Subscription> =
+            self.all.values().filter(|s| wanted(&s.filter)).collect();
+        left.sort_by(|a, b| a.filter.cmp(&b.filter));
         while let Some(first) = left.first() {
             let with = first.id;
             let (same, others): (Vec<_>, Vec<_>) = left.into_iter().partition(|s| s.id == with);

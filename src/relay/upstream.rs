@@ -1,6 +1,6 @@
 //! One connection of a client's to one broker.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -61,7 +61,7 @@ pub struct Upstream {
     /// The client's messages at QoS 1 and 2 that it has not acknowledged.
     pub inflight: u16,
     /// Topic aliases that it knows.
-    pub aliases: HashSet<u16>,
+    pub aliases: HashMap<u16, Box<str>>,
     /// In seconds; 0: none.
     pub keepalive: u16,
     /// When something was sent last.
@@ -98,7 +98,7 @@ impl Upstream {
             parked: Vec::new(),
             parking: 0,
             inflight: 0,
-            aliases: HashSet::new(),
+            aliases: HashMap::new(),
             keepalive,
             last_out: now,
             last_used: now,
@@ -125,7 +125,7 @@ impl Upstream {
         self.rest = Vec::new();
         self.parked = Vec::new();
         (self.passing, self.parking, self.inflight) = (0, 0, 0);
-        self.aliases = HashSet::new();
+        self.aliases = HashMap::new();
         self.welcome = None;
         self.pinged = None;
         self.subscribed = false;

@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,7 @@ pub struct Shared {
     /// Counters.
     pub stats: Arc<Stats>,
     tables: RwLock<Vec<Arc<Table>>>,
+    generation: AtomicU64,
     clients: Mutex<HashMap<IpAddr, Client>>,
     /// All sessions are to end.
     pub stop: CancellationToken,
@@ -43,6 +45,7 @@ impl Shared {
         Self {
             stats: Arc::default(),
             tables: RwLock::new(tables),
+            generation: AtomicU64::new(0),
             clients: Mutex::default(),
             stop: CancellationToken::new(),
         }
@@ -56,6 +59,7 @@ impl Shared {
     /// Replaces all routes.
     pub fn set_tables(&self, tables: Vec<Arc<Table>>) {
         *self.tables.write().unwrap_or_else(PoisonError::into_inner) = tables;
+        self.generation.fetch_add(1, Ordering::Release);
     }
 
     /// Lets a connection in, if its address has not too many.
@@ -146,14 +150,19 @@ impl Worker {
         self.shared.table(self.service)
     }
 
+    /// Grows when they are replaced.
+    pub fn generation(&self) -> u64 {
+        self.shared.generation.load(Ordering::Acquire)
+    }
+
     /// Whether a broker was not reached lately.
     pub fn is_down(&self, broker: SocketAddr) -> bool {
         self.down.borrow().get(&broker).is_some_and(|until| Instant::now() < *until)
     }
 
-    /// A broker was not reached.
-    pub fn down(&self, broker: SocketAddr) {
-        self.down.borrow_mut().insert(broker, Instant::now() + DOWN);
+    /// A broker was not reached, and finding that out took so long.
+    pub fn down(&self, broker: SocketAddr, took: Duration) {
+        self.down.borrow_mut().insert(broker, Instant::now() + DOWN + 2 * took);
     }
 
     /// Whether a client may be sent to the fast path now: so many a second, and one that came back
