@@ -2,6 +2,7 @@
 
 mod bed;
 mod client;
+mod corners;
 mod hostile;
 mod lab;
 #[path = "../support/mod.rs"]

@@ -1,0 +1,208 @@
+//! What went wrong once.
+
+use std::time::Duration;
+
+use crate::bed::{Bed, RELAY, TOPICS};
+use crate::client::{self, Client, Connect, connect};
+use crate::support::net::wait_for;
+
+/// A client with a CONNECT of its own, and its CONNACK.
+fn come(bed: &Bed, connect: &Connect) -> (Client, Vec<u8>) {
+    let mut client = Client::new(bed.stream(RELAY), connect.level);
+    client.send(&connect.packet());
+    let connack = client.packet().unwrap();
+    assert_eq!((connack[0], connack[3]), (0x20, 0), "{connack:02x?}");
+    (client, connack)
+}
+
+#[test]
+fn a_large_message_waits_for_the_clients_receive_maximum_and_then_comes() {
+    let bed = Bed::new();
+    let properties = vec![0x21, 0, 1]; // receive maximum 1
+    let (mut subscriber, _) = come(&bed, &Connect { properties, ..connect(5, "one") });
+    subscriber.subscribe(&["#"], 1);
+    let mut publisher = bed.client("publisher");
+    publisher.publish_and_wait("temp/x", 1, b"first");
+    let first = subscriber.packet().unwrap();
+    let large = vec![9; 3 << 20];
+    publisher.publish_and_wait("hum/x", 1, &large);
+    std::thread::sleep(Duration::from_millis(300));
+    let (message, id) = subscriber.read(&first);
+    assert_eq!(message.text(), "first");
+    subscriber.send(&client::packet(0x40, &id.to_be_bytes()));
+    assert_eq!(subscriber.message().payload, large);
+}
+
+#[test]
+fn an_alias_means_what_it_meant_last_whichever_broker_gets_it() {
+    let mut bed = Bed::new();
+    let mut client = bed.client5("aliases");
+    // Two topics of the group temp at different brokers.
+    let at = |bed: &Bed, topic: &str| {
+        let mut watchers = bed.watchers();
+        bed.client("probe").publish_and_wait(topic, 1, b"");
+        watchers.iter_mut().position(|w| w.try_message_soon().is_some()).unwrap() + 1
+    };
+    let all: Vec<String> = (0..8).map(|n| format!("temp/{n}")).collect();
+    let one = all.iter().find(|t| at(&bed, t) == 1).unwrap();
+    let two = all.iter().find(|t| at(&bed, t) == 2).unwrap();
+    client.publish_with(one, 0, &[0x23, 0, 1], b"");
+    client.publish_with(two, 2, &[0x23, 0, 1], b"");
+    assert_eq!(client.packet().unwrap()[0], 0x40);
+    bed.kill_broker(2);
+    std::thread::sleep(Duration::from_millis(200));
+    let mut watcher = Client::new(bed.stream(Bed::broker(1)), 4);
+    watcher.send(&connect(4, "watcher").packet());
+    watcher.expect(&[0x20, 2, 0, 0]);
+    watcher.subscribe(&["#"], 0);
+    client.publish_with("", 0, &[0x23, 0, 1], b"by alias");
+    assert_eq!(&watcher.message().topic, two);
+}
+
+#[test]
+fn qos_2_is_finished_on_the_next_connection() {
+    let bed = Bed::new();
+    let mut watchers = bed.watchers();
+    let persistent = Connect { clean: false, ..connect(4, "resumes") };
+    let (mut client, _) = come(&bed, &persistent);
+    let mut ids = Vec::new();
+    for topic in TOPICS {
+        let id = client.publish(topic, 2, topic.as_bytes());
+        client.expect(&[&[0x50, 2], &id.to_be_bytes()[..]].concat());
+        ids.push(id);
+    }
+    drop(client);
+    std::thread::sleep(Duration::from_millis(200));
+    let (mut client, connack) = come(&bed, &persistent);
+    assert_eq!(connack[2], 1, "session present");
+    for id in ids {
+        client.send(&client::packet(0x62, &id.to_be_bytes()));
+        client.expect(&[&[0x70, 2], &id.to_be_bytes()[..]].concat());
+    }
+    let mut got: Vec<String> = Vec::new();
+    for watcher in &mut watchers {
+        while let Some(message) = watcher.try_message_soon() {
+            got.push(message.text());
+        }
+    }
+    got.sort();
+    let mut wanted = TOPICS.map(str::to_owned);
+    wanted.sort();
+    assert_eq!(got, wanted, "each once");
+}
+
+#[test]
+fn a_client_without_an_id_has_one_session_at_all_brokers() {
+    let bed = Bed::new();
+    let properties = vec![0x11, 0, 0, 0, 100];
+    let (mut client, connack) =
+        come(&bed, &Connect { properties: properties.clone(), ..connect(5, "") });
+    // Assigned client identifier: property 0x12.
+    let at = connack.iter().position(|b| *b == 0x12).unwrap();
+    let length = usize::from(connack[at + 2]);
+    let id = String::from_utf8(connack[at + 3..at + 3 + length].to_vec()).unwrap();
+    client.subscribe(&["#"], 1);
+    drop(client);
+    std::thread::sleep(Duration::from_millis(200));
+    let mut other = bed.client("other");
+    for topic in TOPICS {
+        other.publish_and_wait(topic, 1, topic.as_bytes());
+    }
+    let again = Connect { clean: false, properties, ..connect(5, &id) };
+    let (mut client, connack) = come(&bed, &again);
+    assert_eq!(connack[2], 1, "session present");
+    let mut got: Vec<String> = (0..3).map(|_| client.message().text()).collect();
+    got.sort();
+    let mut wanted = TOPICS.map(str::to_owned);
+    wanted.sort();
+    assert_eq!(got, wanted);
+}
+
+#[test]
+fn the_newer_of_two_connections_of_one_id_stays() {
+    let bed = Bed::new();
+    let will = Some(("temp/will".to_owned(), "gone".to_owned()));
+    for (old, new) in [(will.clone(), None), (None, will)] {
+        let (mut old, _) = come(&bed, &Connect { will: old, ..connect(4, "same") });
+        old.subscribe(&["#"], 0);
+        let (mut new, _) = come(&bed, &Connect { will: new, ..connect(4, "same") });
+        new.subscribe(&["#"], 0);
+        // What came before, and a will, may be said; then it is the end.
+        while old.packet().is_some() {}
+        std::thread::sleep(Duration::from_millis(1500));
+        let mut other = bed.client("other");
+        for topic in TOPICS {
+            other.publish_and_wait(topic, 1, topic.as_bytes());
+            while new.message().topic != topic {}
+        }
+        new.disconnect();
+    }
+}
+
+#[test]
+fn a_new_configuration_moves_subscribers_and_ends_who_used_a_broker_that_is_gone() {
+    let bed = Bed::new();
+    let mut subscriber = bed.client("subscriber");
+    subscriber.subscribe(&["temp/x", "foo/#"], 0);
+    let mut publisher = bed.client("publisher");
+    publisher.publish_and_wait("birth/x", 1, b"");
+    let file = bed.dir.join("config.toml");
+    let reload = |text: &str, times: usize| {
+        std::fs::write(&file, text).unwrap();
+        bed.signal_relay(nix::sys::signal::Signal::SIGHUP);
+        wait_for("the new configuration", || {
+            let log = bed.relay_log();
+            (log.matches("configuration read again").count() == times).then_some(())
+        });
+    };
+    let text = std::fs::read_to_string(&file).unwrap();
+    let text = text.replace(
+        "{ topic = \"hum/#\"",
+        "{ topic = \"foo/#\", group = \"temp\" },\n{ topic = \"hum/#\"",
+    );
+    reload(&text, 1);
+    subscriber.ping();
+    std::thread::sleep(Duration::from_millis(300));
+    publisher.publish_and_wait("foo/1", 1, b"");
+    assert_eq!(subscriber.message().topic, "foo/1");
+    // Without one broker of each group: clients that are connected to one come again.
+    let text = ["10.9.0.1", "10.9.0.3", "10.9.0.5"]
+        .iter()
+        .fold(text, |text, addr| text.replace(&format!("{{ address = \"{addr}\" }}, "), ""));
+    let mut everywhere = bed.client5("everywhere");
+    everywhere.subscribe(&["#"], 0);
+    reload(&text, 2);
+    everywhere.send(&[0xc0, 0]);
+    while everywhere.packet().is_some() {}
+    let mut again = bed.client("again");
+    again.subscribe(&["#"], 0);
+    let mut other = bed.client("other");
+    for topic in TOPICS.into_iter().chain(["birth/x"]) {
+        other.publish_and_wait(topic, 1, b"");
+        assert_eq!(again.message().topic, topic);
+    }
+    assert!(!bed.relay_log().contains("panicked"));
+}
+
+#[test]
+fn who_reads_slowly_and_pings_is_not_silent() {
+    let bed = Bed::new();
+    let (mut slow, _) = come(&bed, &Connect { keepalive: 2, ..connect(4, "slow") });
+    slow.subscribe(&["temp/x"], 0);
+    let mut publisher = bed.client("publisher");
+    for _ in 0..300 {
+        publisher.publish("temp/x", 0, &[0; 20_000]);
+    }
+    let mut got = 0;
+    let started = std::time::Instant::now();
+    // 6 MB at about 1 MB/s, with a PINGREQ a second.
+    while got < 300 {
+        if got % 50 == 0 {
+            slow.send(&[0xc0, 0]);
+        }
+        let packet = slow.packet().expect("the relay stays");
+        got += u32::from(packet[0] == 0x30);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(started.elapsed() > Duration::from_secs(5));
+}
