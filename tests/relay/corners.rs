@@ -191,7 +191,7 @@ fn who_reads_slowly_and_pings_is_not_silent() {
     slow.subscribe(&["temp/x"], 0);
     let mut publisher = bed.client("publisher");
     for _ in 0..300 {
-        publisher.publish("temp/x", 0, &[0; 20_000]);
+        publisher.publish("temp/x", 0, &vec![0; 20_000]);
     }
     let mut got = 0;
     let started = std::time::Instant::now();
