@@ -85,9 +85,11 @@ async fn connection(mut stream: TcpStream, counts: Arc<Mutex<Counts>>) -> Result
                     scan::kind::PINGREQ => answers.extend([0xd0, 0]),
                     scan::kind::PUBLISH => {
                         let Ok(Some(p)) = scan::publish(packet, h, false) else { return Ok(()) };
-                        counts.messages += 1;
-                        if let Some(due) = packet.get(p.payload_at..p.payload_at + 8) {
-                            let due = u64::from_be_bytes(due.try_into().expect("8 bytes"));
+                        let due = packet.get(p.payload_at..p.payload_at + 8);
+                        let due =
+                            due.map_or(0, |b| u64::from_be_bytes(b.try_into().expect("8 bytes")));
+                        if due != 0 {
+                            counts.messages += 1;
                             counts.latency.saturating_record(now.saturating_sub(due).max(1));
                         }
                         if p.qos == 1 {

@@ -353,7 +353,8 @@ async fn serve(stream: TcpStream, from: SocketAddr, worker: &Rc<Worker>, port: &
     let _ = stream.set_nodelay(true);
     let timeout = Duration::from_secs(worker.limits.connect_timeout_s.into());
     let (mut stream, hello, rest) =
-        match tokio::time::timeout(timeout, introduce(stream, worker, port)).await {
+        // Handshakes need much more room than what comes after them, and for a moment only.
+        match tokio::time::timeout(timeout, Box::pin(introduce(stream, worker, port))).await {
             Ok(Ok(introduced)) => introduced,
             Ok(Err(error)) => {
                 worker.stats.strangers.add(1);
@@ -391,7 +392,7 @@ async fn serve(stream: TcpStream, from: SocketAddr, worker: &Rc<Worker>, port: &
         End::BrokerLost(_) | End::Unavailable(_) => worker.stats.broker_lost.add(1),
         _ => {}
     }
-    session.finish(end).await;
+    Box::pin(session.finish(end)).await;
 }
 
 /// TLS, WebSocket, CONNECT: what a client begins with, and what it has sent behind that.
