@@ -384,7 +384,7 @@ __noinline __u32 learn(const struct conn *c, const struct service_table *t, __u6
 	    (__u16)(now_s() - client->ended_s) < MULTI_GROUP_PAUSE_S)
 		may_end = false;
 	return (may_end ? LEARNED_MAY_END : 0) |
-	       (changed ? LEARNED_CHANGED | (__u32)binding_group(before) << 16 : 0);
+	       (changed ? LEARNED_CHANGED | (before ? binding_group(before) : NO_GROUP) << 16 : 0);
 }
 
 /* How good the prediction was that a flow was bound by, and that a flow is ended for it. */

@@ -198,6 +198,9 @@ impl Session {
             at += h.total();
         }
         parked.drain(..at);
+        if parked.is_empty() {
+            parked = Vec::new();
+        }
         self.upstreams[usize::from(slot)].parked = parked;
         at > 0
     }

@@ -159,10 +159,12 @@ impl Session {
 
     /// After a change of the configuration, other brokers may be needed, and some not be there.
     pub(super) fn follow_the_configuration(&mut self, now: Instant) -> Result<(), End> {
-        let table = self.worker.table();
-        if Arc::ptr_eq(&table, &self.table) || self.passing.is_some() {
+        // Numbers of brokers change: not while a message is on its way to one.
+        if self.passing.is_some() {
             return Ok(());
         }
+        self.generation = self.worker.generation();
+        let table = self.worker.table();
         for up in &mut self.upstreams {
             match table.find(up.addr) {
                 Some(broker) => up.broker = broker,

@@ -307,7 +307,6 @@ impl Session {
     /// One turn. Returns what is to be done when it ended.
     fn turn(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
         if self.worker.generation() != self.generation {
-            self.generation = self.worker.generation();
             self.follow_the_configuration(Instant::now())?;
         }
         for _ in 0..TURNS {
