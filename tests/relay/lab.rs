@@ -9,6 +9,7 @@ use crate::client::{Client, connect};
 use crate::support::lab::{Group, Lab, config};
 use crate::support::mqtt;
 use crate::support::session::{SERVICE, SERVICE6, STYLES, Session, Style, enter, run_all};
+use crate::transports::over_websocket;
 
 const GROUPS: &[Group] = &[
     ("a", 1, &[201, 202]),
@@ -119,8 +120,8 @@ fn unknown(tag: &str) -> Vec<Session> {
     all
 }
 
-fn a_client(lab: &Lab, host: &'static str, service: &'static str, id: &str) -> Client {
-    let stream = std::thread::scope(|scope| {
+fn a_stream(lab: &Lab, host: &'static str, service: &'static str) -> std::net::TcpStream {
+    std::thread::scope(|scope| {
         let connects = scope.spawn(|| {
             enter(lab, host);
             let service = service.parse().unwrap();
@@ -135,7 +136,11 @@ fn a_client(lab: &Lab, host: &'static str, service: &'static str, id: &str) -> C
             panic!("no connection to {service}");
         });
         connects.join().unwrap()
-    });
+    })
+}
+
+fn a_client(lab: &Lab, host: &'static str, service: &'static str, id: &str) -> Client {
+    let stream = a_stream(lab, host, service);
     stream.set_nodelay(true).unwrap();
     let mut client = Client::new(stream, 4);
     client.send(&connect(4, id).packet());
@@ -301,4 +306,26 @@ fn clients_of_one_group_go_straight_to_their_brokers() {
     assert!(flows.len() >= 60, "{}", flows.len());
     let relayed: Vec<_> = flows.iter().filter(|f| f["group"] == "relay").collect();
     assert!(relayed.is_empty(), "{relayed:?}");
+}
+
+/// Other ports of the service: nothing of them is read on the way.
+#[test]
+fn websocket_clients_reach_the_relay_through_the_balancer() {
+    let text = config(GROUPS, ROUTES).replace(
+        "default_group = \"default\"\n",
+        "default_group = \"default\"\nrelay = \"relay\"\n\
+         listener = [{ port = 8083, websocket = true }]\n",
+    );
+    let lab = Lab::up(&text, &["--relay"]);
+    for (service, tag) in [("10.1.50.200:8083", "v4"), ("[fd01:50::200]:8083", "v6")] {
+        let stream = a_stream(&lab, "c1", service);
+        let mut client = Client::new(over_websocket(stream, "mqtt").unwrap(), 4);
+        client.send(&connect(4, tag).packet());
+        client.expect(&[0x20, 2, 0, 0]);
+        for (topic, _) in TOPICS {
+            client.publish_and_wait(topic, 1, format!("{tag}-{topic}").as_bytes());
+        }
+        let wanted = TOPICS.map(|(topic, _)| (topic.to_owned(), format!("{tag}-{topic}")));
+        all_right(&lab, &wanted);
+    }
 }

@@ -58,7 +58,7 @@ impl Wire for StreamOwned<ClientConnection, TcpStream> {
 }
 
 /// A stream of bytes in WebSocket messages, as awkward as it may be: each byte a message.
-struct InMessages<S> {
+pub struct InMessages<S> {
     socket: WebSocket<S>,
     rest: Vec<u8>,
 }
@@ -124,7 +124,7 @@ fn over_tls(
     StreamOwned::new(ClientConnection::new(Arc::new(config), name).unwrap(), stream)
 }
 
-fn over_websocket<S: Read + Write>(stream: S, protocol: &str) -> Option<InMessages<S>> {
+pub fn over_websocket<S: Read + Write>(stream: S, protocol: &str) -> Option<InMessages<S>> {
     let mut request = "ws://relay.test/mqtt".into_client_request().unwrap();
     request.headers_mut().insert("Sec-WebSocket-Protocol", protocol.parse().unwrap());
     let (socket, response) = tungstenite::client(request, stream).ok()?;
