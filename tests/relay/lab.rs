@@ -35,23 +35,11 @@ fn lab(delayed: bool) -> Option<Lab> {
     Some(Lab::up(&text, options))
 }
 
-/// How often each payload arrived, and where.
-fn arrivals(lab: &Lab) -> BTreeMap<String, Vec<u32>> {
-    let mut all: BTreeMap<String, Vec<u32>> = BTreeMap::new();
-    for (real, lines) in lab.received() {
-        for line in lines {
-            let (_, payload) = line.split_once(' ').unwrap_or((&line, ""));
-            all.entry(payload.to_owned()).or_default().push(real);
-        }
-    }
-    all
-}
-
 /// Each message is at one of the two reals of its topic's group, once.
 fn all_right(lab: &Lab, wanted: &[(String, String)]) {
     let deadline = std::time::Instant::now() + Duration::from_secs(10);
     let all = loop {
-        let all = arrivals(lab);
+        let all = lab.arrivals();
         let missing: Vec<_> = wanted.iter().filter(|(_, m)| !all.contains_key(m)).collect();
         if missing.is_empty() {
             break all;

@@ -124,6 +124,18 @@ impl Lab {
             .collect()
     }
 
+    /// How often each payload arrived, and where.
+    pub fn arrivals(&self) -> BTreeMap<String, Vec<u32>> {
+        let mut all: BTreeMap<String, Vec<u32>> = BTreeMap::new();
+        for (real, lines) in self.received() {
+            for line in lines {
+                let (_, payload) = line.split_once(' ').unwrap_or((&line, ""));
+                all.entry(payload.to_owned()).or_default().push(real);
+            }
+        }
+        all
+    }
+
     /// Waits until a message has arrived, and says where.
     pub fn wait_received(&self, message: &str) -> u32 {
         wait_for(&format!("{message:?} at a broker; there is {:?}", self.received()), || {
