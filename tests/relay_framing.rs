@@ -1,5 +1,5 @@
 //! Three readers of one byte stream: the datapath's framer, the relay's, and the codec library. And
-//! bytes that nobody should believe.
+//! arbitrary bytes.
 
 mod support;
 
@@ -128,7 +128,7 @@ proptest! {
             if let Ok(Some(p)) = scan::publish(&bytes, h, v5) {
                 prop_assert!(p.payload_at <= bytes.len() && p.payload_at <= h.total());
                 let mut again = Vec::new();
-                scan::publish_again(h, &p, "t", 0, &mut again);
+                scan::rewrite_publish(h, &p, "t", 0, &mut again);
             }
         }
         mqtt_fwd::relay::read_anything(&bytes, v5);
@@ -183,7 +183,7 @@ proptest! {
         prop_assert_eq!(&bytes[p.payload_at..], b"payload");
         // Without its alias, and with another topic, it is the same message.
         let mut again = Vec::new();
-        scan::publish_again(h, &p, "other", 0, &mut again);
+        scan::rewrite_publish(h, &p, "other", 0, &mut again);
         again.extend(b"payload");
         let mut again = BytesMut::from(&again[..]);
         let Ok(Some((v5::Packet::Publish(read), _))) = v5::Codec::default().decode(&mut again) else {

@@ -1,7 +1,9 @@
-//! A load generator and a sink for MQTT: `mqtt-load publish` sends by the clock, whatever becomes of
-//! what it sent before (open loop), and `mqtt-load sink` is a broker that only counts. Every message
-//! carries when it was due, so the sink's latencies have no coordinated omission in them.
+//! An MQTT load generator and sink. `mqtt-load publish` is an open loop, `mqtt-load sink` a broker that
+//! only counts. Messages carry the time they were due, so latencies are free of coordinated omission.
 
+#[path = "../../tests/support/mqtt.rs"]
+#[allow(dead_code)]
+mod mqtt;
 mod publish;
 mod sink;
 
@@ -10,9 +12,9 @@ use clap::Parser;
 #[derive(Debug, Parser)]
 #[command(name = "mqtt-load", about = "Publishes by the clock, and counts what arrives")]
 enum Cli {
-    /// Open connections, and publish over all of them in turn
+    /// Publish over many connections, at a fixed rate
     Publish(publish::Publish),
-    /// Take connections and count messages; prints a line of JSON at SIGTERM
+    /// Accept connections and count messages; prints JSON at SIGTERM
     Sink(sink::Sink),
 }
 

@@ -1,4 +1,4 @@
-//! Sends by the clock.
+//! The generator.
 
 use std::io::{Error, Read as _, Result, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -6,71 +6,51 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
-use crate::now_ns;
+use crate::{mqtt, now_ns};
 
 #[derive(Debug, Args)]
 pub struct Publish {
-    /// Where to connect to
+    /// Address to connect to
     #[arg(long)]
     to: SocketAddr,
-    /// How many connections
+    /// Number of connections
     #[arg(long, default_value_t = 100)]
     connections: usize,
-    /// Messages a second, over all connections
+    /// Messages a second, in total
     #[arg(long, default_value_t = 10_000.0)]
     rate: f64,
-    /// Seconds to publish for
+    /// Duration in seconds
     #[arg(long, default_value_t = 10.0)]
     seconds: f64,
-    /// Bytes of a message's payload, at least 8
+    /// Payload size in bytes, at least 8
     #[arg(long, default_value_t = 200)]
     size: usize,
-    /// Topics; connection N uses the Nth of them, in turn
+    /// Topics, assigned to connections round-robin
     #[arg(long, value_delimiter = ',', default_value = "load/topic")]
     topics: Vec<String>,
-    /// Each connection uses all topics in turn
+    /// Every connection alternates between all topics
     #[arg(long)]
     alternate: bool,
-    /// Only open connections, publish once, and close, so many a second
+    /// Open a new connection for each message
     #[arg(long)]
     churn: bool,
 }
 
-fn text(bytes: &[u8]) -> Vec<u8> {
-    [&(bytes.len() as u16).to_be_bytes(), bytes].concat()
-}
-
-fn packet(first: u8, body: &[u8]) -> Vec<u8> {
-    let mut bytes = vec![first];
-    let mut length = body.len();
-    while length > 0x7f {
-        bytes.push((length & 0x7f) as u8 | 0x80);
-        length >>= 7;
-    }
-    bytes.push(length as u8);
-    bytes.extend(body);
-    bytes
-}
-
-fn connect(id: &str) -> Vec<u8> {
-    packet(0x10, &[&text(b"MQTT")[..], &[4, 2, 0, 0], &text(id.as_bytes())].concat())
-}
-
 impl Publish {
     fn message(&self, topic: &str) -> Vec<u8> {
-        let payload = vec![0; self.size.max(8)];
-        packet(0x30, &[&text(topic.as_bytes())[..], &payload].concat())
+        mqtt::publish(topic.as_bytes(), 0, &vec![0; self.size.max(8)])
     }
 
     fn open(&self, n: usize) -> Result<TcpStream> {
         let mut stream = TcpStream::connect(self.to)?;
         stream.set_nodelay(true)?;
-        stream.write_all(&connect(&format!("load-{}-{n}", std::process::id())))?;
+        let id = format!("load-{}-{n}", std::process::id());
+        stream.write_all(&mqtt::connect_as(4, 0x02, id.as_bytes(), &[]))?;
         Ok(stream)
     }
 
     pub fn run(&self) -> Result<()> {
-        // Sleep for as long as was asked, not up to 50 µs longer.
+        // The default timer slack is 50 µs.
         nix::sys::prctl::set_timerslack(1)?;
         if self.churn { self.churn() } else { self.publish() }
     }
@@ -78,7 +58,7 @@ impl Publish {
     fn publish(&self) -> Result<()> {
         let started = Instant::now();
         let mut streams = Vec::new();
-        // Not more at a time than a backlog holds.
+        // In batches that fit into a listen backlog.
         for batch in 0..self.connections.div_ceil(256) {
             let end = (256 * (batch + 1)).min(self.connections);
             let mut opened: Vec<_> =
@@ -94,8 +74,7 @@ impl Publish {
         }
         let opening = started.elapsed();
         let mut messages: Vec<Vec<u8>> = self.topics.iter().map(|t| self.message(t)).collect();
-        // Each connection's first message, which may have to wait for others to be opened: without a
-        // time, so that it does not count.
+        // Warm-up: a proxy may open connections for the first message. Without a time, it is not counted.
         for (n, stream) in streams.iter_mut().enumerate() {
             stream.write_all(&messages[n % self.topics.len()])?;
             std::thread::sleep(Duration::from_micros(250));
@@ -113,7 +92,7 @@ impl Publish {
                     late = late.max(now - due);
                     break;
                 }
-                // Not by spinning: whoever is measured may need this processor.
+                // Do not spin: the CPU is shared with what is measured.
                 std::thread::sleep(Duration::from_nanos(due - now));
             }
             let n = i as usize % streams.len();
@@ -135,7 +114,7 @@ impl Publish {
             })
         );
         for mut stream in streams {
-            let _ = stream.write_all(&[0xe0, 0]);
+            let _ = stream.write_all(&mqtt::disconnect());
         }
         std::thread::sleep(Duration::from_millis(500));
         Ok(())
@@ -153,7 +132,7 @@ impl Publish {
             let mut message = self.message(&self.topics[i as usize % self.topics.len()]);
             let at = message.len() - self.size.max(8);
             message[at..at + 8].copy_from_slice(&due.to_be_bytes());
-            message.extend([0xe0, 0]);
+            message.extend(mqtt::disconnect());
             stream.write_all(&message)?;
             open.push_back(stream);
             if open.len() > self.connections {
@@ -170,7 +149,7 @@ impl Publish {
     }
 }
 
-/// Reads to the end, so that closing is no RST.
+/// Reads to end of file, to avoid RST.
 fn drop_read(stream: Option<TcpStream>) -> Result<()> {
     let mut rest = Vec::new();
     if let Some(mut stream) = stream {

@@ -1,4 +1,4 @@
-//! A broker that only counts.
+//! The sink.
 
 use std::io::Result;
 use std::net::SocketAddr;
@@ -15,7 +15,7 @@ use crate::now_ns;
 
 #[derive(Debug, Args)]
 pub struct Sink {
-    /// Where to listen; several with commas
+    /// Addresses to listen on
     #[arg(long, value_delimiter = ',')]
     listen: Vec<SocketAddr>,
 }
@@ -44,7 +44,7 @@ impl Sink {
             });
         }
         signal(SignalKind::terminate())?.recv().await;
-        let c = counts.lock().expect("nobody panics");
+        let c = counts.lock().expect("no thread panics");
         let us = |q| c.latency.value_at_quantile(q) as f64 / 1000.0;
         println!(
             "{}",
@@ -62,7 +62,7 @@ impl Sink {
 }
 
 async fn connection(mut stream: TcpStream, counts: Arc<Mutex<Counts>>) -> Result<()> {
-    counts.lock().expect("nobody panics").connections += 1;
+    counts.lock().expect("no thread panics").connections += 1;
     stream.set_nodelay(true)?;
     let mut buffer = vec![0; 64 << 10];
     let mut length = 0;
@@ -76,7 +76,7 @@ async fn connection(mut stream: TcpStream, counts: Arc<Mutex<Counts>>) -> Result
         let mut answers = Vec::new();
         {
             let now = now_ns();
-            let mut counts = counts.lock().expect("nobody panics");
+            let mut counts = counts.lock().expect("no thread panics");
             while let Ok(Some(h)) = scan::header(&buffer[at..length]) {
                 let Some(packet) = buffer[..length].get(at..at + h.total()) else { break };
                 match h.kind() {

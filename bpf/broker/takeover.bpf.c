@@ -172,7 +172,7 @@ static __always_inline __u32 mark_of(__u16 word)
 	return (word & MARK_MASK) == MARK ? word : 0;
 }
 
-/* What the balancer says of a packet, by its IP header alone; 0: nothing, so it is none of ours. */
+/* The balancer's mark in a packet's IP header; 0: not marked. */
 static __always_inline __u32 read_mark(struct __sk_buff *skb)
 {
 	struct cursor cur = { .pos = skb_start(skb), .end = skb_end(skb) };

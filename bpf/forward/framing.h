@@ -9,7 +9,7 @@
  * Everything is framed; what a segment may cost beyond that is bounded (TOPIC_BUDGET), since its
  * sender chooses how many topics it holds.
  *
- * The same rules, in Rust and without the verifier, are in tests/support/model.rs; the two
+ * The same rules, in Rust and without the verifier, are in tests/support/model/; the two
  * are compared on random streams.
  */
 #ifndef MQTT_FWD_FRAMING_H

@@ -10,7 +10,7 @@ use crate::balancer::client::Client;
 use crate::config::{BalancerKind, Config};
 use crate::control::instance::{self, Running};
 use crate::control::reconcile::{apply, plan};
-use crate::control::{self, Error, health};
+use crate::control::{self, Error, handover, health};
 use crate::datapath::Datapath;
 
 /// How long `apply` waits for a `run` to take a configuration over.
@@ -32,7 +32,10 @@ impl Apply {
             match running {
                 Some(running) => hand_over(&running, config, &datapath, &mut client).await,
                 None if self.dry_run => plan::plan(config, &datapath, &mut client).await,
-                None => apply::apply(config, &datapath, &mut client).await,
+                None => {
+                    handover::put_keys(config, &datapath)?;
+                    apply::apply(config, &datapath, &mut client).await
+                }
             }
         })?;
         let lines = plan.lines();

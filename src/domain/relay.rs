@@ -1,52 +1,51 @@
-//! What the relay is told: where it listens, and what a client may cost.
+//! Listeners and limits of the relay.
 
 use std::path::PathBuf;
 
-/// An address beside a service's own that the relay listens on, for clients that its service's balancer
-/// cannot read.
+/// An additional port of the relay, for TLS or WebSocket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RelayListener {
     /// TCP port, at the service's address.
     pub port: u16,
-    /// In TLS.
+    /// TLS.
     pub tls: Option<RelayTls>,
-    /// In WebSocket messages.
+    /// MQTT over WebSocket.
     pub websocket: bool,
 }
 
-/// Certificates, all PEM files.
+/// TLS settings; all files are PEM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RelayTls {
-    /// The relay's certificate, and those between it and the root.
+    /// Certificate chain.
     pub certificate: PathBuf,
-    /// Its private key.
+    /// Private key.
     pub key: PathBuf,
-    /// Clients have to have a certificate of one of these authorities.
+    /// CA certificates for client authentication.
     pub client_ca: Option<PathBuf>,
-    /// Brokers get the common name of a client's certificate as its user name.
+    /// User name towards brokers: the common name of the client's certificate.
     pub username_from_certificate: bool,
 }
 
-/// Bounds.
+/// Limits of the relay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RelayLimits {
-    /// Threads; 0: one a processor.
+    /// Worker threads; 0: one for each CPU.
     pub threads: u32,
-    /// Connections at a time.
+    /// Concurrent connections.
     pub connections: u32,
-    /// Connections at a time of one IPv4 address, or IPv6 network of 64 bits.
+    /// Concurrent connections of an IPv4 address or IPv6 /64.
     pub connections_per_address: u32,
     /// New connections a second of the same.
     pub connections_per_second: u32,
-    /// Seconds for TLS, WebSocket and CONNECT.
+    /// Timeout for TLS, WebSocket and CONNECT, seconds.
     pub connect_timeout_s: u16,
-    /// Bytes of the largest control packet.
+    /// Largest control packet, bytes.
     pub max_packet: usize,
     /// Subscriptions of a client.
     pub subscriptions: u32,
-    /// When a client that uses one group is sent to the fast path; `None`: never.
+    /// How long a client must use a single group before it is sent to the fast path; `None`: never.
     pub return_after: Option<std::time::Duration>,
-    /// How many of those a second, of each thread.
+    /// Clients sent to the fast path a second, by each thread.
     pub returns_per_second: u32,
 }
 
@@ -58,7 +57,7 @@ impl Default for RelayLimits {
             connections_per_address: 10_000,
             connections_per_second: 1000,
             connect_timeout_s: 10,
-            // MQTT's own bound is 256 MiB.
+            // The protocol's maximum is 256 MiB.
             max_packet: 16 << 20,
             subscriptions: 10_000,
             return_after: Some(std::time::Duration::from_secs(30)),

@@ -1,15 +1,15 @@
-//! Packet identifiers of messages on their way to a client: every broker numbers its own, the client
-//! needs them to differ.
+//! Packet identifiers of deliveries: every broker numbers its own, and towards the client they must
+//! be unique.
 
 use std::collections::HashMap;
 
-/// Number of a broker's connection in its session.
+/// Index of a broker connection in its session.
 pub type Slot = u16;
 
-/// That of a connection that is gone.
+/// In place of the index of a lost connection.
 pub const GONE: Slot = Slot::MAX;
 
-/// Messages that a client has not acknowledged yet.
+/// Deliveries at QoS 1 and 2 that the client has not completed.
 #[derive(Debug, Default)]
 pub struct Deliveries {
     by_client: HashMap<u16, (Slot, u16)>,
@@ -18,7 +18,7 @@ pub struct Deliveries {
 }
 
 impl Deliveries {
-    /// How many.
+    /// Their number.
     pub fn len(&self) -> usize {
         self.by_client.len()
     }
@@ -28,13 +28,13 @@ impl Deliveries {
         self.by_client.is_empty()
     }
 
-    /// The identifier that the client knows a broker's by, if it does.
+    /// The client-side identifier of a broker's, if it has one.
     pub fn known(&self, slot: Slot, id: u16) -> Option<u16> {
         self.by_broker.get(&(slot, id)).copied()
     }
 
-    /// An identifier for a broker's: the same if it is free, so that sessions that are taken up again
-    /// find theirs. `None`: all are taken.
+    /// Allocates a client-side identifier: the broker's own if it is free, so that resumed sessions keep
+    /// theirs. `None`: all 65,535 are in use.
     pub fn assign(&mut self, slot: Slot, id: u16) -> Option<u16> {
         if let Some(known) = self.known(slot, id) {
             return Some(known);
@@ -52,12 +52,12 @@ impl Deliveries {
         Some(free)
     }
 
-    /// Whose a client's identifier is.
+    /// Broker connection and broker-side identifier of a client-side one.
     pub fn owner(&self, client: u16) -> Option<(Slot, u16)> {
         self.by_client.get(&client).copied()
     }
 
-    /// The client is done with one.
+    /// Frees a client-side identifier.
     pub fn done(&mut self, client: u16) {
         if let Some(owner) = self.by_client.remove(&client)
             && owner.0 != GONE
@@ -66,8 +66,8 @@ impl Deliveries {
         }
     }
 
-    /// A broker's connection is gone. The client does not know, so what it was sent keeps its
-    /// identifiers until it has acknowledged them.
+    /// A broker connection was lost. The client does not know, so its deliveries keep their identifiers
+    /// until they are acknowledged.
     pub fn forget(&mut self, slot: Slot) {
         for owner in self.by_client.values_mut().filter(|owner| owner.0 == slot) {
             owner.0 = GONE;

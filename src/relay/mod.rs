@@ -1,13 +1,13 @@
-//! The relay: MQTT on both sides, for clients that cannot be bound to one broker. It runs on hosts that
-//! are prepared as broker hosts are, and is a group of its service like any other.
+//! The relay: an MQTT proxy for clients that cannot be bound to one broker. It runs on hosts that are
+//! prepared like broker hosts, and is a group of its service like any other.
 //!
 //! ```text
 //! listeners ─► limits ─► TLS, WebSocket ─► CONNECT ─► session ─► brokers      a thread each, SO_REUSEPORT
 //!                                                       │
-//!            hello  subscriptions  ids  scan  table ────┘
+//!            connect  subscriptions  ids  scan  table ────┘
 //! ```
 
-mod hello;
+mod connect;
 mod ids;
 mod proxy;
 pub mod scan;
@@ -34,7 +34,7 @@ use tracing::{debug, info, warn};
 
 use crate::config::Config;
 use crate::domain::{RelayLimits, RelayListener};
-use hello::Hello;
+use connect::Connect;
 use scan::kind;
 use session::{End, Session};
 use stream::Stream;
@@ -43,12 +43,11 @@ use tls::Tls;
 use websocket::WebSocket;
 use worker::{Shared, Worker};
 
-/// Reads bytes as every packet that is read as a whole. For tests, which have no other business
-/// with what clients send.
+/// Runs every whole-packet parser over some bytes: for fuzz tests.
 #[doc(hidden)]
 pub fn read_anything(bytes: &[u8], v5: bool) {
-    let _ = Hello::read(bytes);
-    let _ = hello::Welcome::read(bytes, v5);
+    let _ = Connect::read(bytes);
+    let _ = connect::Connack::read(bytes, v5);
     let _ = subscriptions::Request::read(bytes, v5);
     let _ = subscriptions::codes(bytes, 2, v5);
 }
@@ -56,16 +55,16 @@ pub fn read_anything(bytes: &[u8], v5: bool) {
 /// The relay cannot run.
 #[derive(Debug, thiserror::Error)]
 pub enum RelayError {
-    /// Nothing to do.
+    /// No service has a relay.
     #[error(
         "no service has a relay: write relay = \"NAME\" into a [[service]], the name of the group that \
          runs `mqtt-fwd relay`"
     )]
     NoService,
-    /// The routes are too many.
+    /// Too many routes.
     #[error(transparent)]
     Routes(#[from] crate::routes::compile::TooManyStates),
-    /// An address cannot be listened on.
+    /// A listening socket cannot be opened.
     #[error("listening on {addr}: {source}{}", hint(.source))]
     Listen {
         /// The address.
@@ -79,9 +78,9 @@ pub enum RelayError {
     /// Threads, signals.
     #[error("{what}: {source}")]
     Io {
-        /// What was tried.
+        /// The operation.
         what: &'static str,
-        /// Why it failed.
+        /// The error.
         source: io::Error,
     },
 }
@@ -96,10 +95,10 @@ fn hint(error: &io::Error) -> &'static str {
     }
 }
 
-/// One address that is listened on.
+/// A listening address.
 #[derive(Clone)]
 struct Port {
-    /// Which of the services with a relay.
+    /// Index among the services with a relay.
     service: usize,
     addr: SocketAddr,
     listener: RelayListener,
@@ -124,7 +123,7 @@ fn ports(config: &Config) -> Result<Vec<Port>, RelayError> {
     Ok(all)
 }
 
-/// Runs until SIGTERM or SIGINT; SIGHUP reads configuration and certificates again.
+/// Runs until SIGTERM or SIGINT; SIGHUP reloads configuration and certificates.
 pub fn run(config: &Config) -> Result<(), RelayError> {
     let tables = tables(config)?;
     if tables.is_empty() {
@@ -140,7 +139,7 @@ pub fn run(config: &Config) -> Result<(), RelayError> {
     };
     let mut workers = Vec::new();
     for number in 0..threads {
-        // Listening sockets of all threads, before any takes a connection.
+        // All listening sockets are opened before the first connection is accepted.
         let sockets: Vec<(Port, std::net::TcpListener)> = ports
             .iter()
             .map(|port| Ok((port.clone(), listen(port.addr)?)))
@@ -174,7 +173,8 @@ pub fn run(config: &Config) -> Result<(), RelayError> {
     Ok(())
 }
 
-/// As many file descriptors as there may be: one a client, and one a broker of its.
+/// Raises RLIMIT_NOFILE to its hard limit: a client takes a descriptor, and each of its broker
+/// connections another.
 fn raise_descriptors(connections: u32) {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     const EACH: u64 = 3;
@@ -191,7 +191,7 @@ fn raise_descriptors(connections: u32) {
     }
 }
 
-/// Signals, and a line in the log now and then.
+/// Handles signals, and logs the counters once a minute.
 async fn supervise(config: &Config, shared: &Shared, ports: &[Port]) -> Result<(), RelayError> {
     let handler = |kind| {
         signal(kind).map_err(|source| RelayError::Io { what: "waiting for signals", source })
@@ -217,29 +217,33 @@ fn report(shared: &Shared) {
         connections = s.connections.get(),
         accepted = s.accepted.get(),
         refused = s.refused.get(),
-        strangers = s.strangers.get(),
+        failed_handshakes = s.failed_handshakes.get(),
         published = s.published.get(),
         delivered = s.delivered.get(),
         returned = s.returned.get(),
         broker_lost = s.broker_lost.get(),
         protocol_errors = s.protocol_errors.get(),
-        "so far"
+        "statistics"
     );
 }
 
-/// What cannot be used of the new configuration leaves the old one in force.
+/// Reloads configuration and certificates; on an error, the previous ones stay in force.
 fn reload(config: &Config, shared: &Shared, ports: &[Port]) {
     for port in ports {
         if let Some(tls) = &port.tls {
             match tls.reload() {
-                Ok(()) => info!(addr = %port.addr, "certificate read again"),
-                Err(error) => warn!(addr = %port.addr, %error, "the certificate before stays"),
+                Ok(()) => info!(addr = %port.addr, "certificate reloaded"),
+                Err(error) => {
+                    warn!(addr = %port.addr, %error, "certificate not reloaded, the previous one stays in force");
+                }
             }
         }
     }
     let new = match Config::load(&config.path) {
         Ok(new) => new,
-        Err(error) => return warn!(%error, "the configuration before stays in force"),
+        Err(error) => {
+            return warn!(%error, "configuration not reloaded, the previous one stays in force");
+        }
     };
     let services = |c: &Config| -> Vec<(String, IpAddr, u16)> {
         let relayed = c.services.iter().filter(|s| s.relay.is_some());
@@ -251,9 +255,9 @@ fn reload(config: &Config, shared: &Shared, ports: &[Port]) {
     match tables(&new) {
         Ok(tables) => {
             shared.set_tables(tables);
-            info!("configuration read again: routes and brokers; other keys need a restart");
+            info!("configuration reloaded: routes and brokers; other keys need a restart");
         }
-        Err(error) => warn!(%error, "the configuration before stays in force"),
+        Err(error) => warn!(%error, "configuration not reloaded, the previous one stays in force"),
     }
 }
 
@@ -266,7 +270,7 @@ fn listen(addr: SocketAddr) -> Result<std::net::TcpListener, RelayError> {
         socket.bind(addr)?;
         socket.listen(BACKLOG)?.into_std()
     };
-    // Tokio's sockets want an executor, even if only for a moment.
+    // Tokio's sockets have to be created within a runtime.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
     let runtime =
         runtime.map_err(|source| RelayError::Io { what: "starting the executor", source })?;
@@ -274,7 +278,7 @@ fn listen(addr: SocketAddr) -> Result<std::net::TcpListener, RelayError> {
     open().map_err(|source| RelayError::Listen { addr, source })
 }
 
-/// One thread: its share of the connections.
+/// A worker thread, with its own listening sockets.
 fn work(shared: &Arc<Shared>, limits: RelayLimits, sockets: Vec<(Port, std::net::TcpListener)>) {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -297,7 +301,7 @@ fn work(shared: &Arc<Shared>, limits: RelayLimits, sockets: Vec<(Port, std::net:
     }
     let stopped = async {
         shared.stop.cancelled().await;
-        // Sessions say goodbye.
+        // Sessions end gracefully.
         for _ in 0..60 {
             if shared.stats.connections.get() == 0 {
                 break;
@@ -317,7 +321,7 @@ async fn accept(listener: &TcpListener, worker: &Rc<Worker>, port: &Port) {
         let (stream, from) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
-                // Out of descriptors, most likely: others may end.
+                // Most likely out of file descriptors, which other connections will free.
                 warn!(%error, "accepting a connection");
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
@@ -336,7 +340,7 @@ async fn accept(listener: &TcpListener, worker: &Rc<Worker>, port: &Port) {
     }
 }
 
-/// A connection that was let in; counted until it is dropped, whatever becomes of it.
+/// Counts an admitted connection until it is dropped, even by a panic.
 struct Admitted {
     shared: Arc<Shared>,
     from: IpAddr,
@@ -348,41 +352,41 @@ impl Drop for Admitted {
     }
 }
 
-/// One connection, from its first byte to its last.
+/// Serves one connection.
 async fn serve(stream: TcpStream, from: SocketAddr, worker: &Rc<Worker>, port: &Port) {
     let _ = stream.set_nodelay(true);
     let timeout = Duration::from_secs(worker.limits.connect_timeout_s.into());
-    let (mut stream, hello, rest) =
-        // Handshakes need much more room than what comes after them, and for a moment only.
-        match tokio::time::timeout(timeout, Box::pin(introduce(stream, worker, port))).await {
+    let (mut stream, connect, rest) =
+        // Boxed, so that the connection's task does not keep the handshakes' memory.
+        match tokio::time::timeout(timeout, Box::pin(handshake(stream, worker, port))).await {
             Ok(Ok(introduced)) => introduced,
             Ok(Err(error)) => {
-                worker.stats.strangers.add(1);
-                return debug!(client = %from, %error, "no MQTT client");
+                worker.stats.failed_handshakes.add(1);
+                return debug!(client = %from, %error, "not an MQTT client");
             }
             Err(_) => {
-                worker.stats.strangers.add(1);
-                return debug!(client = %from, "no CONNECT in time");
+                worker.stats.failed_handshakes.add(1);
+                return debug!(client = %from, "no CONNECT within connect_timeout_s");
             }
         };
-    let hello = match hello {
-        Ok(hello) => hello,
+    let connect = match connect {
+        Ok(connect) => connect,
         Err(malformed) => {
             worker.stats.protocol_errors.add(1);
             debug!(client = %from, %malformed, "CONNECT is refused");
-            // A client of a protocol that is not known may understand the old answer.
+            // MQTT 3.1.1 §3.1.2.2: return code 1 for an unsupported protocol level.
             let refusal: &[u8] =
                 if malformed.code == 0x84 { &[kind::CONNACK << 4, 2, 0, 1] } else { &[] };
-            return session::finish_stream(&mut stream, refusal.to_vec()).await;
+            return session::close_gracefully(&mut stream, refusal.to_vec()).await;
         }
     };
-    if hello.authenticates {
-        // An exchange with one broker says nothing to the others.
+    if connect.authenticates {
+        // Enhanced authentication with one broker does not authenticate the client to the others.
         const BAD_METHOD: u8 = 0x8c;
         let refusal = vec![kind::CONNACK << 4, 3, 0, BAD_METHOD, 0];
-        return session::finish_stream(&mut stream, refusal).await;
+        return session::close_gracefully(&mut stream, refusal).await;
     }
-    let mut session = Session::new(Rc::clone(worker), stream, (from, port.addr), hello, rest);
+    let mut session = Session::new(Rc::clone(worker), stream, (from, port.addr), connect, rest);
     let end = tokio::select! {
         end = &mut session => end,
         () = worker.shared.stop.cancelled() => End::Shutdown,
@@ -395,12 +399,12 @@ async fn serve(stream: TcpStream, from: SocketAddr, worker: &Rc<Worker>, port: &
     Box::pin(session.finish(end)).await;
 }
 
-/// TLS, WebSocket, CONNECT: what a client begins with, and what it has sent behind that.
-async fn introduce(
+/// TLS and WebSocket handshakes, and CONNECT. Also returns what the client sent after it.
+async fn handshake(
     stream: TcpStream,
     worker: &Worker,
     port: &Port,
-) -> io::Result<(Stream, Result<Hello, scan::Malformed>, Vec<u8>)> {
+) -> io::Result<(Stream, Result<Connect, scan::Malformed>, Vec<u8>)> {
     let most = worker.limits.max_packet;
     let mut username = None;
     let mut stream = match (&port.tls, port.listener.websocket) {
@@ -430,13 +434,13 @@ async fn introduce(
             }
             if bytes.len() >= h.total() {
                 let rest = bytes.split_off(h.total());
-                let hello = Hello::read(&bytes).map(|mut hello| {
+                let connect = Connect::read(&bytes).map(|mut connect| {
                     if let Some(name) = &username {
-                        hello.set_username(name);
+                        connect.set_username(name);
                     }
-                    hello
+                    connect
                 });
-                return Ok((stream, hello, rest));
+                return Ok((stream, connect, rest));
             }
         }
         if stream.read_buf(&mut bytes).await? == 0 {

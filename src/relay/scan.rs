@@ -1,5 +1,5 @@
-//! MQTT control packets, read where they lie: only as much of one as says where it goes. What has to
-//! be understood as a whole (CONNECT, SUBSCRIBE, …) is the codec library's.
+//! Zero-copy parsing of MQTT control packets, as far as forwarding needs it. Packets that have to be
+//! decoded as a whole (CONNECT, SUBSCRIBE, …) are left to the codec library.
 
 /// Types of control packets: the upper half of their first byte (MQTT 5 §2.1.2).
 pub mod kind {
@@ -22,13 +22,13 @@ pub mod kind {
 
 const TOPIC_ALIAS: u8 = 0x23;
 
-/// The bytes are no MQTT, and why. Codes are those of MQTT 5's DISCONNECT (§3.14.2.1).
+/// A protocol violation, with its DISCONNECT reason code (MQTT 5 §3.14.2.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{what} (reason code 0x{code:02x})")]
 pub struct Malformed {
     /// DISCONNECT's reason code.
     pub code: u8,
-    /// In words.
+    /// Description.
     pub what: &'static str,
 }
 
@@ -45,9 +45,9 @@ const fn protocol(what: &'static str) -> Malformed {
 pub struct Header {
     /// Type and flags.
     pub first: u8,
-    /// Bytes of this header.
+    /// Length of this header, bytes.
     pub length: usize,
-    /// Bytes behind it.
+    /// Remaining length, bytes.
     pub remaining: usize,
 }
 
@@ -57,20 +57,20 @@ impl Header {
         self.first >> 4
     }
 
-    /// Bytes of the whole packet.
+    /// Length of the whole packet, bytes.
     pub fn total(self) -> usize {
         self.length + self.remaining
     }
 }
 
-/// The fixed header at the beginning of some bytes; `None`: it is not there as a whole.
+/// Parses a fixed header; `None`: it is incomplete.
 pub fn header(bytes: &[u8]) -> Result<Option<Header>, Malformed> {
     let Some(&first) = bytes.first() else { return Ok(None) };
     let flags = first & 0x0f;
     let right = match first >> 4 {
         0 => return Err(malformed("control packet of type 0")),
         kind::PUBLISH => flags & 0x06 != 0x06,
-        // MQTT 3.1 has a DUP flag in it.
+        // In MQTT 3.1, PUBREL may have DUP set.
         kind::PUBREL => flags & !8 == 2,
         kind::SUBSCRIBE | kind::UNSUBSCRIBE => flags == 2,
         _ => flags == 0,
@@ -100,33 +100,33 @@ fn varint(bytes: &[u8]) -> Result<Option<(usize, usize)>, Malformed> {
     }
 }
 
-/// What is before something, and what is behind it.
+/// The bytes before and after something that was cut out.
 type Around<'a> = (&'a [u8], &'a [u8]);
 
-/// What of a PUBLISH says where it goes. Offsets are from the packet's first byte.
+/// A PUBLISH up to its payload. Offsets are from the packet's first byte.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Publish<'a> {
-    /// Empty if an alias stands for it.
+    /// Topic name; empty if the alias replaces it.
     pub topic: &'a str,
-    /// 0 to 2.
+    /// Quality of service, 0 to 2.
     pub qos: u8,
-    /// Where the packet identifier is; QoS 1 and 2.
+    /// Offset of the packet identifier; QoS 1 and 2.
     pub id_at: usize,
     /// The packet identifier; 0 at QoS 0.
     pub id: u16,
     /// The topic alias; 0: none (MQTT 5 §3.3.2.3.4).
     pub alias: u16,
-    /// The properties without the alias, and without their length; MQTT 5.
+    /// MQTT 5: the properties before and after the topic alias, without their length.
     pub properties: Around<'a>,
-    /// Where the payload begins.
+    /// Offset of the payload.
     pub payload_at: usize,
 }
 
-/// Reads a PUBLISH; `None`: what is needed of it is not there yet.
+/// Parses a PUBLISH up to its payload; `None`: that part is incomplete.
 pub fn publish(bytes: &[u8], h: Header, v5: bool) -> Result<Option<Publish<'_>>, Malformed> {
     let end = h.total();
     let there = &bytes[..bytes.len().min(end)];
-    // What is past the packet's end will not come; what is past the bytes may.
+    // Beyond the packet's end: malformed; beyond the bytes received so far: incomplete.
     let missing = |needed: usize| {
         if needed > end {
             Err(malformed("PUBLISH is shorter than what is in it"))
@@ -138,7 +138,7 @@ pub fn publish(bytes: &[u8], h: Header, v5: bool) -> Result<Option<Publish<'_>>,
     let Some(length) = there.get(h.length..at) else { return missing(at) };
     let length = usize::from(u16::from_be_bytes([length[0], length[1]]));
     let Some(topic) = there.get(at..at + length) else { return missing(at + length) };
-    let topic = std::str::from_utf8(topic).map_err(|_| malformed("topic that is no UTF-8"))?;
+    let topic = std::str::from_utf8(topic).map_err(|_| malformed("topic is not valid UTF-8"))?;
     if topic.bytes().any(|b| matches!(b, 0 | b'+' | b'#')) {
         return Err(Malformed {
             code: 0x90,
@@ -173,7 +173,7 @@ pub fn publish(bytes: &[u8], h: Header, v5: bool) -> Result<Option<Publish<'_>>,
     Ok(Some(publish))
 }
 
-/// The topic alias among properties, and what is before and behind it.
+/// The topic alias among the properties, and the bytes around it.
 fn alias(all: &[u8]) -> Result<(u16, Around<'_>), Malformed> {
     let short = || malformed("property that is cut short");
     let (mut alias, mut rest) = (0, (all, &[][..]));
@@ -209,8 +209,8 @@ fn alias(all: &[u8]) -> Result<(u16, Around<'_>), Malformed> {
     Ok((alias, rest))
 }
 
-/// A PUBLISH's bytes up to its payload, anew: with a topic, and with an alias or without.
-pub fn publish_again(h: Header, p: &Publish<'_>, topic: &str, alias: u16, out: &mut Vec<u8>) {
+/// Rewrites a PUBLISH up to its payload, with another topic and alias (0: none).
+pub fn rewrite_publish(h: Header, p: &Publish<'_>, topic: &str, alias: u16, out: &mut Vec<u8>) {
     let payload = h.total() - p.payload_at;
     let properties = p.properties.0.len() + p.properties.1.len() + if alias == 0 { 0 } else { 3 };
     let mut behind = Vec::with_capacity(topic.len() + properties + 8);
@@ -242,7 +242,7 @@ fn put_varint(mut value: usize, out: &mut Vec<u8>) {
     }
 }
 
-/// The packet identifier that a whole packet begins with, not 0.
+/// The packet identifier of a complete packet, which must not be 0.
 pub fn id(packet: &[u8], h: Header) -> Result<u16, Malformed> {
     match packet.get(h.length..h.length + 2).map(|b| u16::from_be_bytes([b[0], b[1]])) {
         Some(id) if id != 0 && h.remaining >= 2 => Ok(id),
@@ -250,7 +250,7 @@ pub fn id(packet: &[u8], h: Header) -> Result<u16, Malformed> {
     }
 }
 
-/// Reason code behind a packet identifier (MQTT 5); 0 if there is none.
+/// The reason code after the packet identifier (MQTT 5); 0 if omitted.
 pub fn reason(packet: &[u8], h: Header) -> u8 {
     if h.remaining >= 3 { packet.get(h.length + 2).copied().unwrap_or(0) } else { 0 }
 }
@@ -312,7 +312,7 @@ mod tests {
         assert_eq!((p.topic, p.alias, p.id), ("t", 5, 9));
         let again = |topic, alias| {
             let mut out = Vec::new();
-            publish_again(h, &p, topic, alias, &mut out);
+            rewrite_publish(h, &p, topic, alias, &mut out);
             out.extend(b"xy");
             out
         };

@@ -1,8 +1,8 @@
-//! What the relay has done, counted by all threads.
+//! Counters of the relay, shared by all threads.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A number that grows.
+/// A counter or gauge.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
 
@@ -12,7 +12,7 @@ impl Counter {
         self.0.fetch_add(n, Ordering::Relaxed);
     }
 
-    /// Takes from it: of those that say how many there are.
+    /// Subtracts from it (gauges).
     pub fn sub(&self, n: u64) {
         self.0.fetch_sub(n, Ordering::Relaxed);
     }
@@ -26,24 +26,24 @@ impl Counter {
 /// All of them.
 #[derive(Debug, Default)]
 pub struct Stats {
-    /// Connections that clients have now.
+    /// Client connections at present.
     pub connections: Counter,
-    /// Connections that were taken.
+    /// Connections accepted.
     pub accepted: Counter,
-    /// Connections that were refused: over a limit.
+    /// Connections refused by a limit.
     pub refused: Counter,
-    /// Connections without a CONNECT that could be read, or a TLS or WebSocket handshake.
-    pub strangers: Counter,
-    /// Sessions that a broker took.
+    /// Connections that ended before CONNECT: TLS, WebSocket, timeout, not MQTT.
+    pub failed_handshakes: Counter,
+    /// Sessions accepted by their broker.
     pub opened: Counter,
     /// Messages from clients.
     pub published: Counter,
     /// Messages to clients.
     pub delivered: Counter,
-    /// Clients that were sent to the fast path.
+    /// Clients sent to the fast path.
     pub returned: Counter,
-    /// Sessions that ended because a broker was lost or not there.
+    /// Sessions ended because a broker was lost or unavailable.
     pub broker_lost: Counter,
-    /// Sessions that ended because their clients did not keep to the protocol.
+    /// Sessions ended by a protocol error of the client.
     pub protocol_errors: Counter,
 }

@@ -1,4 +1,4 @@
-//! Byte streams and what waits to be written to them.
+//! Client transports, and buffered writes.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -11,7 +11,7 @@ use tokio_rustls::server::TlsStream;
 
 use super::websocket::WebSocket;
 
-/// What a client talks through.
+/// A client's transport.
 #[derive(Debug)]
 pub enum Stream {
     /// TCP.
@@ -75,37 +75,37 @@ impl AsyncWrite for Stream {
     }
 }
 
-/// What a stream has not taken yet.
+/// Bytes that the socket has not accepted yet.
 #[derive(Debug, Default)]
 pub struct Pending {
     bytes: BytesMut,
-    /// A stream with buffers of its own (TLS, WebSocket) has to be told.
+    /// TLS and WebSocket streams buffer, and have to be flushed.
     unflushed: bool,
 }
 
 impl Pending {
-    /// How many bytes wait.
+    /// Buffered bytes.
     pub fn len(&self) -> usize {
         self.bytes.len()
     }
 
-    /// Whether nothing waits.
+    /// Whether everything was written and flushed.
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty() && !self.unflushed
     }
 
-    /// What waits, for somebody else to write.
+    /// Takes the buffered bytes out.
     pub fn take(&mut self) -> Vec<u8> {
         std::mem::take(&mut self.bytes).to_vec()
     }
 
-    /// Puts bytes behind what waits.
+    /// Appends to the buffer.
     pub fn push(&mut self, bytes: &[u8]) {
         self.bytes.extend_from_slice(bytes);
     }
 
-    /// Writes slices at once, if nothing waits; the rest of them waits. Returns whether anything was
-    /// written.
+    /// Writes slices without copying if the buffer is empty; buffers what the socket does not accept.
+    /// Returns whether anything was written.
     pub fn write<S: AsyncWrite + Unpin>(
         &mut self,
         stream: &mut S,
@@ -131,7 +131,7 @@ impl Pending {
         Ok(wrote)
     }
 
-    /// Writes what waits. Returns whether anything was written.
+    /// Writes the buffered bytes. Returns whether anything was written.
     pub fn flush<S: AsyncWrite + Unpin>(
         &mut self,
         stream: &mut S,
@@ -149,7 +149,7 @@ impl Pending {
             wrote = true;
             self.unflushed = true;
         }
-        // Most connections are idle most of the time.
+        // Most connections are idle: no capacity is kept.
         self.bytes = BytesMut::new();
         if self.unflushed && Pin::new(stream).poll_flush(cx)?.is_ready() {
             self.unflushed = false;
@@ -158,7 +158,7 @@ impl Pending {
     }
 }
 
-/// Reads into `scratch` behind `offset`. `Pending` if nothing is there; 0 at the end.
+/// Reads into `scratch` from `offset` on. 0: end of file.
 pub fn read<S: AsyncRead + Unpin>(
     stream: &mut S,
     cx: &mut Context<'_>,

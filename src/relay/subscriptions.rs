@@ -1,4 +1,4 @@
-//! SUBSCRIBE and UNSUBSCRIBE, taken apart for brokers; SUBACK and UNSUBACK, put together for the client.
+//! Splits SUBSCRIBE and UNSUBSCRIBE among brokers, and merges SUBACK and UNSUBACK.
 
 use std::collections::HashMap;
 use std::num::NonZeroU16;
@@ -11,7 +11,7 @@ use super::ids::Slot;
 use super::scan::Malformed;
 use super::table::Broker;
 
-/// A subscription as its client made it.
+/// A client's subscription.
 #[derive(Debug, Clone)]
 pub struct Subscription {
     /// The topic filter.
@@ -22,7 +22,7 @@ pub struct Subscription {
     id: Option<std::num::NonZeroU32>,
 }
 
-/// A request of the client's to several brokers.
+/// A SUBSCRIBE or UNSUBSCRIBE.
 #[derive(Debug)]
 pub enum Request {
     /// SUBSCRIBE.
@@ -36,7 +36,7 @@ fn unreadable() -> Malformed {
 }
 
 impl Request {
-    /// Reads a whole packet: its identifier and what it wants.
+    /// Decodes a complete packet: its identifier, and the request.
     pub fn read(packet: &[u8], is_v5: bool) -> Result<(u16, Self), Malformed> {
         let mut bytes = BytesMut::from(packet);
         let (id, request) =
@@ -77,7 +77,7 @@ impl Request {
         Ok((id.get(), request))
     }
 
-    /// How many topic filters.
+    /// Number of topic filters.
     pub fn len(&self) -> usize {
         match self {
             Self::Subscribe(all, _) => all.len(),
@@ -93,7 +93,7 @@ impl Request {
         }
     }
 
-    /// The packet for one broker, with some of the topic filters.
+    /// Encodes the packet for one broker, with those topic filters.
     pub fn packet(&self, id: u16, some: &[usize], is_v5: bool) -> Vec<u8> {
         match self {
             Self::Subscribe(all, properties) => {
@@ -138,7 +138,7 @@ fn subscribe(
     }
 }
 
-// What was read can be written: only sizes beyond the protocol's fail.
+// Only packets beyond the protocol's maximum size cannot be encoded, and these were decoded.
 fn encode_v3(packet: v3::Packet) -> Vec<u8> {
     let mut out = BytesMut::new();
     let _ = v3::Codec::default().encode(packet, &mut out);
@@ -151,39 +151,38 @@ fn encode_v5(packet: v5::Packet) -> Vec<u8> {
     out.to_vec()
 }
 
-/// A request that brokers have not all answered.
+/// A request that some brokers have not answered.
 #[derive(Debug)]
 struct Open {
     unsubscribe: bool,
-    /// What is subscribed to.
+    /// The topic filters of a SUBSCRIBE.
     filters: Vec<String>,
-    /// By topic filter.
+    /// Reason code for each topic filter.
     codes: Vec<Option<u8>>,
-    /// Who is to answer, and for which of the topic filters.
+    /// Brokers that have not answered, with the indices of their topic filters.
     waiting: Vec<(Slot, Vec<usize>)>,
 }
 
-/// What a client has subscribed to.
+/// A client's subscriptions.
 #[derive(Debug, Default)]
 pub struct Subscriptions {
     all: HashMap<String, Subscription>,
-    /// Of their topic filters.
+    /// Total length of the topic filters.
     bytes: usize,
     open: HashMap<u16, Open>,
 }
 
-/// No broker could be asked.
+/// SUBACK if no broker could be asked (MQTT 3.1.1 §3.9.3).
 const UNSPECIFIED_ERROR: u8 = 0x80;
 const NO_SUBSCRIPTION_EXISTED: u8 = 0x11;
 
 impl Subscriptions {
-    /// Whether there are none, and none on their way.
+    /// Whether there are neither subscriptions nor unanswered requests.
     pub fn is_empty(&self) -> bool {
         self.all.is_empty() && self.open.is_empty()
     }
 
-    /// Whether there would be more of them than so many, or more text than so many can be expected
-    /// to have.
+    /// Whether a request would exceed this number of subscriptions, or 256 B of topic filter for each.
     pub fn exceeds(&self, request: &Request, most: usize) -> bool {
         const TEXT: usize = 256;
         let Request::Subscribe(new, _) = request else { return false };
@@ -197,12 +196,12 @@ impl Subscriptions {
         }
     }
 
-    /// Whether a request of this identifier is not answered yet.
+    /// Whether a request with this identifier is unanswered.
     pub fn is_open(&self, id: u16) -> bool {
         self.open.contains_key(&id)
     }
 
-    /// The brokers that are needed.
+    /// The brokers that the subscriptions need.
     pub fn brokers<'a>(
         &'a self,
         brokers_for: impl Fn(&str) -> Vec<Broker> + 'a,
@@ -210,7 +209,7 @@ impl Subscriptions {
         self.all.keys().flat_map(move |filter| brokers_for(filter))
     }
 
-    /// Notes a request, and who will answer what of it.
+    /// Records a request, and the brokers that will answer it.
     pub fn begin(&mut self, id: u16, request: &Request, waiting: Vec<(Slot, Vec<usize>)>) {
         let (unsubscribe, filters) = match request {
             Request::Subscribe(all, _) => {
@@ -232,18 +231,18 @@ impl Subscriptions {
         self.open.insert(id, Open { unsubscribe, filters, codes, waiting });
     }
 
-    /// A broker's SUBACK or UNSUBACK. The client's, when it was the last.
+    /// Handles a broker's SUBACK or UNSUBACK. Returns the client's when it was the last.
     pub fn answered(&mut self, slot: Slot, id: u16, codes: &[u8], is_v5: bool) -> Option<Vec<u8>> {
         let open = self.open.get_mut(&id)?;
         let at = open.waiting.iter().position(|(s, _)| *s == slot)?;
         let (_, filters) = open.waiting.swap_remove(at);
         for (n, filter) in filters.into_iter().enumerate() {
-            // UNSUBACK of MQTT 3.1.1 has no codes: all is well.
+            // UNSUBACK has no codes before MQTT 5.
             let code = codes.get(n).copied().unwrap_or(0);
             open.codes[filter] = Some(match open.codes[filter] {
                 None => code,
                 Some(before) if open.unsubscribe => before.min(code),
-                // A refusal counts; else what all brokers grant.
+                // A failure wins; else the lowest QoS granted.
                 Some(before) if before.max(code) >= UNSPECIFIED_ERROR => before.max(code),
                 Some(before) => before.min(code),
             });
@@ -251,8 +250,8 @@ impl Subscriptions {
         self.finished(id, is_v5)
     }
 
-    /// A broker is gone, and will not answer.
-    pub fn lost(&mut self, slot: Slot, is_v5: bool) -> Vec<Vec<u8>> {
+    /// A broker was lost, and will not answer.
+    pub fn broker_lost(&mut self, slot: Slot, is_v5: bool) -> Vec<Vec<u8>> {
         let ids: Vec<u16> = self.open.keys().copied().collect();
         for open in self.open.values_mut() {
             open.waiting.retain(|(s, _)| *s != slot);
@@ -260,7 +259,7 @@ impl Subscriptions {
         ids.into_iter().filter_map(|id| self.finished(id, is_v5)).collect()
     }
 
-    /// The client's answer, if nobody is waited for.
+    /// The client's SUBACK or UNSUBACK, once all brokers have answered.
     pub fn finished(&mut self, id: u16, is_v5: bool) -> Option<Vec<u8>> {
         if !self.open.get(&id)?.waiting.is_empty() {
             return None;
@@ -293,7 +292,7 @@ impl Subscriptions {
         Some(out.to_vec())
     }
 
-    /// SUBSCRIBEs for a broker that has none of them, one for each subscription identifier.
+    /// SUBSCRIBE packets for a broker that lost its subscriptions, one for each subscription identifier.
     pub fn again(
         &self,
         wanted: impl Fn(&str) -> bool,
@@ -314,7 +313,7 @@ impl Subscriptions {
     }
 }
 
-/// The codes in a whole SUBACK or UNSUBACK.
+/// The reason codes of a complete SUBACK or UNSUBACK.
 pub fn codes(packet: &[u8], header: usize, is_v5: bool) -> &[u8] {
     let body = packet.get(header + 2..).unwrap_or_default();
     if !is_v5 {
@@ -358,7 +357,7 @@ mod tests {
         let mut s = Subscriptions::default();
         s.begin(id, &request, vec![(0, vec![0]), (1, vec![1, 2])]);
         assert_eq!(s.answered(0, 5, &[0], false), None);
-        assert_eq!(s.lost(1, false), [b"\x90\x05\x00\x05\x00\x80\x80"]);
+        assert_eq!(s.broker_lost(1, false), [b"\x90\x05\x00\x05\x00\x80\x80"]);
     }
 
     #[test]

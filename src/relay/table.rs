@@ -1,4 +1,4 @@
-//! Which broker a topic belongs to, and which brokers a subscription can get messages from.
+//! The broker of a topic, and the brokers of a subscription.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
@@ -11,30 +11,30 @@ use crate::domain::filter::{Level, TopicFilter};
 use crate::domain::{Service, Target, rendezvous};
 use crate::routes::compile::{Automaton, State, TooManyStates};
 
-/// Of a subscription's walk through the routes; with more, it is taken to match all groups.
+/// Automaton states that a topic filter may lead to; with more, it is sent to all groups.
 const STATES_MAX: usize = 4096;
-/// Of a group's table: a prime, many times the number of its brokers.
+/// Slots of a group's table: a prime, and many times the number of brokers.
 const SLOTS: u32 = 1021;
 
-/// Number of a broker in its table.
+/// Index of a broker in its table.
 pub type Broker = u16;
 
 /// A group of brokers.
 #[derive(Debug)]
 struct Group {
     brokers: Vec<Broker>,
-    /// What of its topics each broker has: by slot of a table, as affinity by topic is.
+    /// The broker of each slot; a topic's hash chooses the slot.
     slots: Vec<Broker>,
 }
 
-/// What a broker is to the relay.
+/// A broker.
 #[derive(Debug, Clone)]
 pub struct BrokerInfo {
     /// Where it listens.
     pub addr: SocketAddr,
     /// Name of its group.
     pub group: String,
-    /// Whether it wants the client's address in front (PROXY protocol).
+    /// Whether it expects a PROXY protocol header.
     pub proxy_protocol: bool,
 }
 
@@ -45,17 +45,17 @@ pub struct Table {
     edges: HashMap<u32, HashMap<Box<str>, u32>>,
     start: u32,
     start_dollar: u32,
-    /// The group of each route; `None`: that of the flow.
+    /// The group of each route; `None`: an "any" route.
     targets: Vec<Option<usize>>,
     groups: Vec<Group>,
     default: usize,
     brokers: Vec<BrokerInfo>,
-    /// Groups that a topic which goes on from a state can belong to.
+    /// Groups of the topics whose walk passes a state, computed on demand.
     reachable: Mutex<HashMap<u32, BTreeSet<usize>>>,
 }
 
 impl Table {
-    /// That of a service, without its relay group.
+    /// Builds the table of a service; the relay's own group is left out.
     pub fn new(config: &Config, service: &Service) -> Result<Self, TooManyStates> {
         let filters: Vec<&TopicFilter> = service.routes.iter().map(|r| &r.filter).collect();
         let automaton = Automaton::compile(&filters, config.maps.route_states)?;
@@ -101,12 +101,12 @@ impl Table {
         })
     }
 
-    /// What is known of a broker.
+    /// A broker by its index.
     pub fn broker(&self, broker: Broker) -> &BrokerInfo {
         &self.brokers[usize::from(broker)]
     }
 
-    /// The number of a broker, by where it listens.
+    /// The index of a broker, by its address.
     pub fn find(&self, addr: SocketAddr) -> Option<Broker> {
         self.brokers.iter().position(|b| b.addr == addr).map(|i| i as Broker)
     }
@@ -116,19 +116,19 @@ impl Table {
         0..self.brokers.len() as Broker
     }
 
-    /// The broker of a topic: its group's by the routes, and there the same for everybody.
-    /// `None`: the route says that it goes wherever its client is.
+    /// The broker of a topic, the same for all clients. `None`: an "any" route, which follows the
+    /// client.
     pub fn broker_of(&self, topic: &str, is_down: impl Fn(Broker) -> bool) -> Option<Broker> {
         let group = self.group_of(topic)?;
         Some(self.pick(group, topic.as_bytes(), is_down))
     }
 
-    /// The default group's broker for a client.
+    /// A client's home: its broker in the default group.
     pub fn home_of(&self, client_id: &[u8], is_down: impl Fn(Broker) -> bool) -> Broker {
         self.pick(self.default, client_id, is_down)
     }
 
-    /// The broker of a group for a key; one that is up, if there is any.
+    /// The broker of a group for a key, preferably one that is up.
     fn pick(&self, group: usize, key: &[u8], is_down: impl Fn(Broker) -> bool) -> Broker {
         let Group { slots, brokers } = &self.groups[group];
         let slot = SipHasher13::new_with_keys(0, 0).hash(key) as usize % slots.len();
@@ -136,7 +136,7 @@ impl Table {
         if !is_down(first) || brokers.len() == 1 {
             return first;
         }
-        // What a broker that is down had is spread over the others, by the slots behind.
+        // The next slots spread the keys of a broker that is down over the others.
         let after = slots[slot..].iter().chain(&slots[..slot]).copied();
         after.into_iter().find(|b| !is_down(*b)).unwrap_or(first)
     }
@@ -157,14 +157,14 @@ impl Table {
         edge.copied().unwrap_or(self.automaton[state as usize].other)
     }
 
-    /// The brokers that can have messages for a subscription; `filter` as SUBSCRIBE has it.
+    /// The brokers that may have messages for a topic filter of SUBSCRIBE.
     pub fn brokers_for(&self, filter: &str) -> Vec<Broker> {
         // $share/NAME/FILTER (MQTT 5 §4.8.2).
         let filter = match filter.strip_prefix("$share/") {
             Some(rest) => rest.split_once('/').map_or(rest, |(_, filter)| filter),
             None => filter,
         };
-        // What is no filter is the brokers' to refuse; one is enough.
+        // An invalid filter is refused by a broker; one is enough.
         let Ok(filter) = TopicFilter::parse(filter) else { return vec![0] };
         let groups = self.groups_for(&filter);
         groups.iter().flat_map(|g| &self.groups[*g].brokers).copied().collect()
@@ -183,7 +183,7 @@ impl Table {
                     }
                     Level::One => after.extend(self.after(*state)),
                     Level::Rest => {
-                        // "a/#" matches "a", too; "#" alone has no such topic.
+                        // "a/#" also matches "a" (MQTT 3.1.1 §4.7.1.2).
                         let mut groups = BTreeSet::new();
                         for state in &states {
                             groups.extend(self.reachable(*state));
@@ -204,7 +204,7 @@ impl Table {
         groups
     }
 
-    /// Where a level of any text leads.
+    /// The states that one more level can lead to.
     fn after(&self, state: u32) -> impl Iterator<Item = u32> + '_ {
         let edges = self.edges.get(&state).into_iter().flat_map(|e| e.values().copied());
         edges.chain([self.automaton[state as usize].other])
@@ -213,7 +213,7 @@ impl Table {
     fn accepted(&self, state: u32, groups: &mut BTreeSet<usize>) {
         match self.automaton[state as usize].accepts.map(|route| self.targets[route]) {
             Some(Some(group)) => drop(groups.insert(group)),
-            // Where such a message is depends on who published it.
+            // An "any" route: the message can be at any group.
             Some(None) => groups.extend(0..self.groups.len()),
             None => drop(groups.insert(self.default)),
         }
@@ -338,7 +338,7 @@ route = [{}]
     }
 
     proptest! {
-        /// Whoever subscribes is at every broker where a message for it can be published.
+        /// A subscription reaches every broker where a matching message can be published.
         #[test]
         fn no_subscription_misses_a_topic(
             routes in prop::collection::btree_map(text(true), prop_oneof![Just("a"), Just("b"), Just("any")], 0..8),
@@ -348,7 +348,7 @@ route = [{}]
             let routes: Vec<_> =
                 routes.iter().filter(|(t, _)| !t.is_empty()).map(|(t, g)| (t.as_str(), *g)).collect();
             prop_assume!(!filter.is_empty());
-            // Routes that can never match are refused: not this test's.
+            // Sets with routes that can never match are refused; they are not tested here.
             let Ok(t) = std::panic::catch_unwind(|| table(&routes)) else { return Ok(()) };
             let subscribed = t.brokers_for(&filter);
             let filter: TopicFilter = filter.parse().unwrap();

@@ -1,4 +1,4 @@
-//! Certificates of the relay's own, and of its clients.
+//! TLS towards clients: certificates, reload, client certificates.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use crate::domain::RelayTls;
 
-/// Certificates or keys that cannot be used.
+/// A certificate or key that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
     /// A file.
@@ -26,7 +26,7 @@ pub enum TlsError {
         /// What is wrong with it.
         why: String,
     },
-    /// The two do not belong together, or are of a kind that is not supported.
+    /// Certificate and key do not match, or are of an unsupported kind.
     #[error("{} and its key: {source}", .path.display())]
     Pair {
         /// The certificate.
@@ -79,7 +79,7 @@ fn server(settings: &RelayTls) -> Result<ServerConfig, TlsError> {
         }
     };
     let mut config = builder.with_single_cert(chain, key).map_err(pair)?;
-    // What browsers and MQTT clients ask for, if they ask.
+    // ALPN, for clients that send it.
     config.alpn_protocols = vec![b"mqtt".to_vec(), b"http/1.1".to_vec()];
     Ok(config)
 }
@@ -91,7 +91,7 @@ impl Tls {
         Ok(Self { settings: settings.clone(), config })
     }
 
-    /// Reads them again, for connections from now on.
+    /// Reloads them, for new connections.
     pub fn reload(&self) -> Result<(), TlsError> {
         let new = Arc::new(server(&self.settings)?);
         *self.config.write().unwrap_or_else(PoisonError::into_inner) = new;

@@ -1,4 +1,4 @@
-//! One connection of a client's to one broker.
+//! A session's connection to one broker.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -8,28 +8,28 @@ use std::time::{Duration, Instant};
 
 use tokio::net::TcpStream;
 
-use super::hello::{Kind, Welcome};
+use super::connect::{Connack, Kind};
 use super::stream::Pending;
 use super::table::Broker;
 
-/// For TCP to connect, and for the broker to answer CONNECT.
+/// From TCP's SYN to CONNACK.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
-/// Before a broker that was not reached is tried again.
+/// Pause before a failed connection is retried.
 pub const RETRY: Duration = Duration::from_secs(1);
 
 type Connecting = Pin<Box<dyn Future<Output = io::Result<TcpStream>> + Send>>;
 
-/// How far a connection is.
+/// State of a broker connection.
 pub enum State {
     /// TCP's handshake.
     Connecting(Connecting),
     /// CONNECT was sent.
     Opening(TcpStream),
-    /// The broker has taken it.
+    /// CONNACK was received.
     Ready(TcpStream),
-    /// Not reached; to be tried again.
+    /// Failed; retried at that time.
     Waiting(Instant),
-    /// Not needed.
+    /// Not in use.
     Closed,
 }
 
@@ -40,50 +40,50 @@ pub struct Upstream {
     pub broker: Broker,
     /// Where it listens.
     pub addr: SocketAddr,
-    /// How far it is.
+    /// Its state.
     pub state: State,
-    /// How CONNECT was sent, or will be.
+    /// Which CONNECT it gets.
     pub kind: Kind,
-    /// To be connected again, so, when CONNECT is answered: a session that was there is replaced.
+    /// CONNECTs to be sent on further connections after this one, to discard a session.
     pub then: VecDeque<Kind>,
-    /// What CONNACK said.
-    pub welcome: Option<Welcome>,
-    /// What it has not taken yet.
+    /// Its CONNACK.
+    pub connack: Option<Connack>,
+    /// Bytes to be written.
     pub out: Pending,
-    /// What was read of it and not understood yet.
+    /// Bytes received that are no complete packet yet.
     pub rest: Vec<u8>,
-    /// Bytes of a message of its that are still to be passed on.
+    /// Bytes still to be forwarded of the delivery in progress.
     pub passing: usize,
-    /// Messages for which the client has no room (its receive maximum).
+    /// Deliveries held back by the client's receive maximum.
     pub parked: Vec<u8>,
-    /// Bytes of the last of them that are still to come.
+    /// Bytes still to be received of the last of them.
     pub parking: usize,
-    /// The client's messages at QoS 1 and 2 that it has not acknowledged.
+    /// The client's messages at QoS 1 and 2 in flight.
     pub inflight: u16,
-    /// Topic aliases that it knows.
+    /// Topic aliases set on this connection.
     pub aliases: HashMap<u16, Box<str>>,
-    /// In seconds; 0: none.
+    /// Keepalive, seconds; 0: none.
     pub keepalive: u16,
-    /// When something was sent last.
+    /// When something was last written.
     pub last_out: Instant,
-    /// When it was last used for the client.
+    /// When the client last used it.
     pub last_used: Instant,
-    /// A PINGREQ that was not answered.
+    /// When the unanswered PINGREQ was sent.
     pub pinged: Option<Instant>,
-    /// When it began to connect.
+    /// When the connection attempt began.
     pub since: Instant,
-    /// It has subscriptions of the client's.
+    /// It has subscriptions of the client, or is to get them.
     pub subscribed: bool,
-    /// It did not take the client's CONNECT.
+    /// It refused CONNECT.
     pub refused: bool,
-    /// Writing failed.
+    /// A write failed.
     pub broken: bool,
-    /// The rest is to be looked at without waiting for more.
+    /// `rest` may hold a complete packet.
     pub held: bool,
 }
 
 impl Upstream {
-    /// One that begins to connect.
+    /// Begins to connect.
     pub fn new(broker: Broker, addr: SocketAddr, kind: Kind, keepalive: u16, now: Instant) -> Self {
         Self {
             broker,
@@ -91,7 +91,7 @@ impl Upstream {
             state: connect(addr),
             kind,
             then: VecDeque::new(),
-            welcome: None,
+            connack: None,
             out: Pending::default(),
             rest: Vec::new(),
             passing: 0,
@@ -111,14 +111,14 @@ impl Upstream {
         }
     }
 
-    /// Connects anew, with nothing of the connection before.
-    pub fn again(&mut self, kind: Kind, now: Instant) {
+    /// Replaces the connection by a new one.
+    pub fn reconnect(&mut self, kind: Kind, now: Instant) {
         let (then, subscribed) = (std::mem::take(&mut self.then), self.subscribed);
         *self = Self::new(self.broker, self.addr, kind, self.keepalive, now);
         (self.then, self.subscribed) = (then, subscribed);
     }
 
-    /// Gives it up, until it is needed.
+    /// Drops the connection.
     pub fn close(&mut self, state: State) {
         self.state = state;
         self.out = Pending::default();
@@ -126,28 +126,28 @@ impl Upstream {
         self.parked = Vec::new();
         (self.passing, self.parking, self.inflight) = (0, 0, 0);
         self.aliases = HashMap::new();
-        self.welcome = None;
+        self.connack = None;
         self.pinged = None;
         self.subscribed = false;
         (self.broken, self.held) = (false, false);
     }
 
-    /// Whether the broker has taken the connection.
+    /// Whether CONNACK was received.
     pub fn is_ready(&self) -> bool {
         matches!(self.state, State::Ready(_))
     }
 
-    /// Whether it is being opened.
+    /// Whether the connection is being opened.
     pub fn is_opening(&self) -> bool {
         matches!(self.state, State::Connecting(_) | State::Opening(_))
     }
 
-    /// Whether it holds nothing that would be lost with it.
+    /// Whether nothing would be lost with it.
     pub fn is_quiet(&self) -> bool {
         self.inflight == 0 && self.out.is_empty() && self.passing == 0 && self.parked.is_empty()
     }
 
-    /// When something has to be done about it, if nothing happens.
+    /// Its next timeout.
     pub fn deadline(&self) -> Option<Instant> {
         match self.state {
             State::Connecting(_) | State::Opening(_) => Some(self.since + OPEN_TIMEOUT),
@@ -161,18 +161,18 @@ impl Upstream {
         }
     }
 
-    /// Without anything sent; then it is pinged.
+    /// Idle time before PINGREQ.
     fn pause(&self) -> Duration {
         Duration::from_millis(u64::from(self.keepalive) * 750)
     }
 
-    /// For its answer.
+    /// Time for PINGRESP.
     fn patience(&self) -> Duration {
         Duration::from_secs(u64::from(self.keepalive / 2).max(5))
     }
 }
 
-/// TCP's handshake with a broker.
+/// Opens a TCP connection.
 pub fn connect(addr: SocketAddr) -> State {
     State::Connecting(Box::pin(async move {
         let stream = TcpStream::connect(addr).await?;

@@ -1,4 +1,4 @@
-//! MQTT over WebSocket (MQTT 5 §6): binary messages whose borders mean nothing.
+//! MQTT over WebSocket (MQTT 5 §6): a byte stream in binary messages.
 
 use std::io;
 use std::pin::Pin;
@@ -15,16 +15,16 @@ use tokio_tungstenite::tungstenite::{Error, Message};
 
 const PROTOCOL: &str = "mqtt";
 
-/// A stream of bytes in WebSocket messages.
+/// A byte stream over WebSocket messages.
 #[derive(Debug)]
 pub struct WebSocket<S> {
     inner: WebSocketStream<S>,
-    /// The rest of a message that was read.
+    /// The unread rest of a message.
     rest: Bytes,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> WebSocket<S> {
-    /// Takes a client's handshake.
+    /// Performs the server's side of the handshake.
     pub async fn accept(stream: S, max_message: usize) -> io::Result<Self> {
         let mut config = WebSocketConfig::default();
         config.read_buffer_size = 4096;
@@ -40,7 +40,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> WebSocket<S> {
     }
 }
 
-/// Clients have to offer the subprotocol "mqtt", and are told that it is used (MQTT 5 §6.0.0-3, -4).
+/// Selects the subprotocol "mqtt", which clients must offer (MQTT 5 §6.0.0-3, -4).
 #[allow(clippy::result_large_err, clippy::unnecessary_wraps)] // tungstenite's signature
 fn subprotocol(request: &Request, mut response: Response) -> Result<Response, ErrorResponse> {
     let offered = request.headers().get_all(header::SEC_WEBSOCKET_PROTOCOL);

@@ -1,4 +1,4 @@
-//! What the sessions of one thread share, and what all threads do.
+//! State shared by the sessions of a thread, and by all threads.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -13,12 +13,12 @@ use super::stats::Stats;
 use super::table::Table;
 use crate::domain::RelayLimits;
 
-/// A broker that was not reached is not tried first for so long.
+/// How long a broker that was not reached counts as down, at least.
 const DOWN: Duration = Duration::from_secs(2);
-/// Clients that were let go, of a thread; the rest is forgotten.
+/// Clients sent to the fast path that a thread remembers.
 const RETURNED_MAX: usize = 100_000;
 
-/// What is the same for all threads.
+/// Shared by all threads.
 #[derive(Debug)]
 pub struct Shared {
     /// Counters.
@@ -26,21 +26,21 @@ pub struct Shared {
     tables: RwLock<Vec<Arc<Table>>>,
     generation: AtomicU64,
     clients: Mutex<HashMap<IpAddr, Client>>,
-    /// All sessions are to end.
+    /// Ends all sessions.
     pub stop: CancellationToken,
 }
 
-/// An address's connections.
+/// Connections of an address, with its token bucket for new ones.
 #[derive(Debug)]
 struct Client {
     connections: u32,
-    /// New ones that it may open, and since when.
+    /// Token bucket, and when it was last refilled.
     tokens: f64,
     at: Instant,
 }
 
 impl Shared {
-    /// With the routes of each service.
+    /// With the table of each service.
     pub fn new(tables: Vec<Arc<Table>>) -> Self {
         Self {
             stats: Arc::default(),
@@ -51,24 +51,24 @@ impl Shared {
         }
     }
 
-    /// The routes of a service.
+    /// The table of a service.
     pub fn table(&self, service: usize) -> Arc<Table> {
         Arc::clone(&self.tables.read().unwrap_or_else(PoisonError::into_inner)[service])
     }
 
-    /// Replaces all routes.
+    /// Replaces all tables.
     pub fn set_tables(&self, tables: Vec<Arc<Table>>) {
         *self.tables.write().unwrap_or_else(PoisonError::into_inner) = tables;
         self.generation.fetch_add(1, Ordering::Release);
     }
 
-    /// Lets a connection in, if its address has not too many.
+    /// Admits a connection, within the limits.
     pub fn admit(&self, addr: IpAddr, limits: &RelayLimits) -> bool {
         let addr = network_of(addr);
         let now = Instant::now();
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         let rate = f64::from(limits.connections_per_second);
-        // Of addresses without connections, only those with a rate to remember are kept.
+        // Bounds the map: addresses without connections are forgotten first.
         if clients.len() as u64 > 2 * self.stats.connections.get() + 100_000 {
             clients.retain(|_, c| c.connections > 0);
         }
@@ -87,7 +87,7 @@ impl Shared {
         true
     }
 
-    /// A connection that was let in is over.
+    /// An admitted connection has ended.
     pub fn release(&self, addr: IpAddr) {
         let addr = network_of(addr);
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
@@ -98,7 +98,7 @@ impl Shared {
     }
 }
 
-/// Who has one IPv6 address has 2⁶⁴ of them.
+/// An IPv4 address, or the /64 network of an IPv6 address.
 fn network_of(addr: IpAddr) -> IpAddr {
     match addr.to_canonical() {
         IpAddr::V6(v6) => {
@@ -116,14 +116,14 @@ struct Returned {
     wait: Duration,
 }
 
-/// One thread's, for one service.
+/// A service's state in one thread.
 #[derive(Debug)]
 pub struct Worker {
-    /// What is everybody's.
+    /// Shared by all threads.
     pub shared: Arc<Shared>,
     /// Counters.
     pub stats: Arc<Stats>,
-    /// What a client may cost.
+    /// Limits.
     pub limits: RelayLimits,
     service: usize,
     down: RefCell<HashMap<SocketAddr, Instant>>,
@@ -132,7 +132,7 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// For the service of a number.
+    /// For a service, by its index.
     pub fn new(shared: Arc<Shared>, limits: RelayLimits, service: usize) -> Self {
         Self {
             stats: Arc::clone(&shared.stats),
@@ -145,28 +145,28 @@ impl Worker {
         }
     }
 
-    /// The routes in force.
+    /// The table in force.
     pub fn table(&self) -> Arc<Table> {
         self.shared.table(self.service)
     }
 
-    /// Grows when they are replaced.
+    /// Changes whenever tables are replaced.
     pub fn generation(&self) -> u64 {
         self.shared.generation.load(Ordering::Acquire)
     }
 
-    /// Whether a broker was not reached lately.
+    /// Whether a broker counts as down.
     pub fn is_down(&self, broker: SocketAddr) -> bool {
         self.down.borrow().get(&broker).is_some_and(|until| Instant::now() < *until)
     }
 
-    /// A broker was not reached, and finding that out took so long.
+    /// Marks a broker as down, the longer the longer the attempt took.
     pub fn down(&self, broker: SocketAddr, took: Duration) {
         self.down.borrow_mut().insert(broker, Instant::now() + DOWN + 2 * took);
     }
 
-    /// Whether a client may be sent to the fast path now: so many a second, and one that came back
-    /// here all the same is asked again after twice the time.
+    /// Whether a client may be sent to the fast path now: rate-limited, with exponential backoff for
+    /// clients that come back.
     pub fn may_return(&self, client: &str, now: Instant) -> bool {
         const FIRST: Duration = Duration::from_secs(600);
         const LONGEST: Duration = Duration::from_secs(24 * 3600);

@@ -88,7 +88,7 @@ fn old_ports_are_used_again_over_time_wait_and_dead_connections() {
     expect_all(&run_all(&lab, &all, 1));
     all_right(&lab, &all);
 
-    // The client vanishes: its broker has a connection that nobody is at the other end of.
+    // The client vanishes, which leaves a half-open connection at its broker.
     let _wire = Wire::of_client(
         &lab,
         "c1",

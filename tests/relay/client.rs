@@ -5,6 +5,7 @@ use std::net::TcpStream;
 use std::time::Duration;
 
 use crate::support::mqtt::varint;
+pub use crate::support::mqtt::{packet, text};
 
 /// What a client reads and writes.
 pub trait Wire: Read + Write + Send {
@@ -36,15 +37,6 @@ impl Message {
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.payload).into_owned()
     }
-}
-
-pub fn text(bytes: impl AsRef<[u8]>) -> Vec<u8> {
-    let bytes = bytes.as_ref();
-    [&(bytes.len() as u16).to_be_bytes(), bytes].concat()
-}
-
-pub fn packet(first: u8, body: &[u8]) -> Vec<u8> {
-    [&[first], varint(body.len()).as_slice(), body].concat()
 }
 
 /// A CONNECT to be.

@@ -152,7 +152,7 @@ fn a_new_configuration_moves_subscribers_and_ends_who_used_a_broker_that_is_gone
         bed.signal_relay(nix::sys::signal::Signal::SIGHUP);
         wait_for("the new configuration", || {
             let log = bed.relay_log();
-            (log.matches("configuration read again").count() == times).then_some(())
+            (log.matches("configuration reloaded").count() == times).then_some(())
         });
     };
     let text = std::fs::read_to_string(&file).unwrap();
@@ -185,7 +185,7 @@ fn a_new_configuration_moves_subscribers_and_ends_who_used_a_broker_that_is_gone
 }
 
 #[test]
-fn who_reads_slowly_and_pings_is_not_silent() {
+fn a_client_that_pings_without_reading_is_not_silent() {
     let bed = Bed::new();
     let (mut slow, _) = come(&bed, &Connect { keepalive: 2, ..connect(4, "slow") });
     slow.subscribe(&["temp/x"], 0);
@@ -193,16 +193,14 @@ fn who_reads_slowly_and_pings_is_not_silent() {
     for _ in 0..300 {
         publisher.publish("temp/x", 0, &vec![0; 20_000]);
     }
-    let mut got = 0;
-    let started = std::time::Instant::now();
-    // 6 MB at about 1 MB/s, with a PINGREQ a second.
-    while got < 300 {
-        if got % 50 == 0 {
-            slow.send(&[0xc0, 0]);
-        }
-        let packet = slow.packet().expect("the relay stays");
-        got += u32::from(packet[0] == 0x30);
-        std::thread::sleep(Duration::from_millis(20));
+    // Longer than 1.5 × its keepalive it reads nothing, and still sends PINGREQs.
+    for _ in 0..5 {
+        std::thread::sleep(Duration::from_secs(1));
+        slow.send(&[0xc0, 0]);
     }
-    assert!(started.elapsed() > Duration::from_secs(5));
+    let mut got = 0;
+    while got < 300 {
+        let packet = slow.packet().expect("the relay keeps the connection");
+        got += u32::from(packet[0] == 0x30);
+    }
 }

@@ -7,7 +7,7 @@ use crate::bed::{Bed, RELAY};
 use crate::client::{self, Client, connect};
 
 #[test]
-fn whoever_does_not_keep_to_the_protocol_is_told_and_ended() {
+fn protocol_violations_are_answered_and_the_connection_closed() {
     let bed = Bed::new();
     for (code, bytes) in [
         (0x81, &b"\x36\x05\x00\x01a\x00\x01"[..]),   // QoS 3
@@ -67,7 +67,7 @@ fn who_says_nothing_or_no_mqtt_does_not_stay() {
         let _ = stream.read_to_end(&mut rest);
         assert!(rest.is_empty() && started.elapsed() < Duration::from_secs(4), "{begin:02x?}");
     }
-    // A protocol level that is not known has an answer of its own (MQTT 3.1.1 §3.1.2.2).
+    // An unknown protocol level has its own answer (MQTT 3.1.1 §3.1.2.2).
     let mut stream = bed.stream(RELAY);
     stream.write_all(b"\x10\x0e\x00\x04MQTT\x09\x02\x00\x3c\x00\x02id").unwrap();
     let mut answer = Vec::new();
@@ -126,7 +126,7 @@ fn resident(pid: u32) -> usize {
 }
 
 #[test]
-fn a_slow_subscriber_holds_up_nobody_and_is_not_buffered_for() {
+fn a_slow_subscriber_delays_no_other_and_is_not_buffered_for() {
     let bed = Bed::new();
     let mut slow = bed.client("slow");
     slow.subscribe(&["temp/#"], 0);
@@ -172,7 +172,7 @@ fn a_slow_broker_holds_up_its_own_clients_only() {
             }
             std::thread::sleep(Duration::from_millis(10));
         }
-        panic!("nobody came");
+        panic!("no connection arrived");
     });
     let before = resident(bed.relay_pid());
     let mut held = bed.stream(RELAY);

@@ -70,7 +70,7 @@ fn run(lab: &Lab, sessions: &[Session]) {
     all_right(lab, &messages(sessions));
 }
 
-/// CONNECTs for which nobody but a broker can answer, and one for which anybody could.
+/// CONNECTs that only a broker can answer, and one that the datapath can.
 fn connects(id: &str) -> Vec<(&'static str, Vec<u8>)> {
     let connect = |kind, level, flags, texts: &[&[u8]]| {
         (kind, mqtt::connect_as(level, flags, format!("{id}-{kind}").as_bytes(), texts))

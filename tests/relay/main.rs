@@ -168,7 +168,7 @@ fn devices_that_publish_in_one_group_get_commands_of_another() {
 }
 
 #[test]
-fn retained_messages_are_there_for_whoever_subscribes_later_and_can_be_cleared() {
+fn retained_messages_reach_later_subscribers_and_can_be_cleared() {
     let bed = Bed::new();
     for i in 0..12 {
         let mut client = bed.client(&format!("retains{i}"));
@@ -454,7 +454,7 @@ fn the_relay_stops_with_a_word_and_reads_its_routes_again() {
     std::fs::write(bed.dir.join("config.toml"), moved).unwrap();
     bed.signal_relay(nix::sys::signal::Signal::SIGHUP);
     support::net::wait_for("the new routes", || {
-        bed.relay_log().contains("configuration read again").then_some(())
+        bed.relay_log().contains("configuration reloaded").then_some(())
     });
     let mut watchers = bed.watchers();
     bed.client("c").publish_and_wait("moved/x", 1, b"");

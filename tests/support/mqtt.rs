@@ -14,11 +14,12 @@ pub fn varint(mut n: usize) -> Vec<u8> {
     }
 }
 
-fn packet(first: u8, body: &[u8]) -> Vec<u8> {
+pub fn packet(first: u8, body: &[u8]) -> Vec<u8> {
     [&[first], varint(body.len()).as_slice(), body].concat()
 }
 
-fn text(bytes: &[u8]) -> Vec<u8> {
+pub fn text(bytes: impl AsRef<[u8]>) -> Vec<u8> {
+    let bytes = bytes.as_ref();
     [&(bytes.len() as u16).to_be_bytes(), bytes].concat()
 }
 

@@ -9,14 +9,13 @@ use tracing::{info, warn};
 use super::plan::{self, Call, OUR_FLAGS, Plan, Wanted};
 use crate::balancer::client::{BalancerError, Client};
 use crate::config::Config;
-use crate::control::{Result, handover};
+use crate::control::Result;
 use crate::datapath::Datapath;
 use crate::datapath::image::{self, Image};
 use crate::kernel::abi::{Pod as _, binding_of, group, limits, topic_verdict};
 
 /// Plans and carries out. Returns what was done.
 pub async fn apply(config: &Config, datapath: &Datapath, client: &mut Client) -> Result<Plan> {
-    handover::put_keys(config, datapath)?;
     let plan = plan::plan(config, datapath, client).await?;
     carry_out(&plan, datapath, client).await?;
     read_back(config, client).await?;

@@ -1,4 +1,4 @@
-//! What brokers say: messages for the client, answers to it, and that they are gone.
+//! Broker → client: deliveries, acknowledgements, CONNACK, lost connections.
 
 use std::io::IoSlice;
 use std::ops::Range;
@@ -7,15 +7,17 @@ use std::time::{Duration, Instant};
 
 use tracing::debug;
 
-use super::super::hello::{Kind, Welcome};
+use super::super::connect::{Connack, Kind};
 use super::super::ids::Slot;
 use super::super::scan::{self, Header, kind};
 use super::super::upstream::{RETRY, State, Upstream};
 use super::super::{proxy, stream, subscriptions};
-use super::{BUFFER, End, HIGH, Piece, SCRATCH, SESSIONS_TIMEOUT, Session, append};
+use super::{
+    BUFFER, End, HIGH, Piece, SCRATCH, SESSIONS_TIMEOUT, Session, acknowledgement, append,
+};
 
 impl Session {
-    /// Brings a broker's connection on, and passes on what it says.
+    /// Advances a broker connection: connects, reads, forwards.
     pub(super) fn drive(&mut self, slot: Slot, cx: &mut Context<'_>) -> Result<bool, End> {
         let now = Instant::now();
         let up = &mut self.upstreams[usize::from(slot)];
@@ -25,13 +27,13 @@ impl Session {
                 Poll::Pending => Ok(false),
                 Poll::Ready(Err(error)) => {
                     debug!(broker = %up.addr, %error, "cannot connect");
-                    self.lost(slot, now).map(|()| true)
+                    self.broker_lost(slot, now).map(|()| true)
                 }
                 Poll::Ready(Ok(stream)) => {
                     if self.table.broker(up.broker).proxy_protocol {
                         up.out.push(&proxy::header(self.addrs.0, self.addrs.1));
                     }
-                    up.out.push(&self.hello.connect(up.kind, self.assigned.as_deref()));
+                    up.out.push(&self.connect.for_broker(up.kind, self.assigned.as_deref()));
                     up.state = State::Opening(stream);
                     up.last_out = now;
                     Ok(true)
@@ -44,8 +46,8 @@ impl Session {
     pub(super) fn read_broker(&mut self, slot: Slot, cx: &mut Context<'_>) -> Result<bool, End> {
         let drained = self.deliver_parked(slot);
         let up = &mut self.upstreams[usize::from(slot)];
-        let others = self.getting.is_some_and(|getting| getting != slot);
-        let early = !self.greeted && up.is_ready();
+        let others = self.delivering.is_some_and(|getting| getting != slot);
+        let early = !self.connack_sent && up.is_ready();
         if others || early || self.out.len() > HIGH {
             return Ok(drained);
         }
@@ -66,32 +68,28 @@ impl Session {
                 }
                 _ if held => kept,
                 Poll::Pending if !up.broken => return Ok(drained),
-                _ => return self.lost(slot, Instant::now()).map(|()| true),
+                _ => return self.broker_lost(slot, Instant::now()).map(|()| true),
             };
             buffer[..kept].copy_from_slice(&up.rest);
             let mut pieces = Vec::new();
             let mut at = 0;
-            let end = self.broker_said(slot, &mut buffer[..length], &mut at, &mut pieces);
+            let end = self.parse_broker(slot, &mut buffer[..length], &mut at, &mut pieces);
             let mut slices: Vec<IoSlice<'_>> =
                 pieces.iter().map(|((), piece)| IoSlice::new(piece.slice(buffer))).collect();
             let written = self.out.write(&mut self.client, cx, &mut slices);
             let up = &mut self.upstreams[usize::from(slot)];
-            if at < length {
-                up.rest = buffer[at..length].to_vec();
-            } else {
-                up.rest = Vec::new();
-            }
+            up.rest = buffer[at..length].to_vec();
             written.map_err(End::ClientGone)?;
-            if self.getting.is_none() && !self.behind.is_empty() {
-                let behind = std::mem::take(&mut self.behind);
+            if self.delivering.is_none() && !self.after_delivery.is_empty() {
+                let behind = std::mem::take(&mut self.after_delivery);
                 self.out.push(&behind);
             }
             end.map_or(Ok(true), Err)
         })
     }
 
-    /// Deals with a broker's bytes from `at` on. How the session ended, if it did.
-    pub(super) fn broker_said(
+    /// Handles a broker's bytes from `at` on. Returns the session's end, if this was it.
+    pub(super) fn parse_broker(
         &mut self,
         slot: Slot,
         buffer: &mut [u8],
@@ -113,7 +111,7 @@ impl Session {
                 append(pieces, (), *at..*at + n);
                 up.passing -= n;
                 *at += n;
-                self.getting = (up.passing > 0).then_some(slot);
+                self.delivering = (up.passing > 0).then_some(slot);
                 continue;
             }
             let Ok(header) = scan::header(&buffer[*at..]) else {
@@ -138,7 +136,7 @@ impl Session {
                 return Some(end);
             }
             let up = &mut self.upstreams[usize::from(slot)];
-            if !self.greeted && up.is_ready() {
+            if !self.connack_sent && up.is_ready() {
                 up.held = *at < buffer.len();
                 return None;
             }
@@ -146,15 +144,15 @@ impl Session {
         None
     }
 
-    /// Whether the client has room for a message of a broker's, which then gets an identifier of the
-    /// client's. `None`: more of it is needed.
+    /// Whether a delivery is within the client's receive maximum; if so, its identifier is translated.
+    /// `None`: the packet is incomplete.
     pub(super) fn fits(&mut self, slot: Slot, bytes: &mut [u8], h: Header) -> Option<bool> {
         if h.first & 0x06 == 0 {
             return Some(true);
         }
         let id_at = identifier_at(bytes, h)?;
         let id = u16::from_be_bytes([bytes[id_at], bytes[id_at + 1]]);
-        let full = self.deliveries.len() >= usize::from(self.hello.receive_max);
+        let full = self.deliveries.len() >= usize::from(self.connect.receive_max);
         if full && self.deliveries.known(slot, id).is_none() {
             return Some(false);
         }
@@ -163,9 +161,9 @@ impl Session {
         Some(true)
     }
 
-    /// A message of a broker's is passed on, or waits behind others. False: more of it is needed.
+    /// Decides whether a delivery is forwarded or held back. False: the packet is incomplete.
     pub(super) fn deliver(&mut self, slot: Slot, bytes: &mut [u8], h: Header) -> bool {
-        // At QoS 0, nothing has to wait, nor has what waits anything to do with its order.
+        // QoS 0 is not subject to the receive maximum, and its order is independent of QoS 1 and 2.
         let up = &self.upstreams[usize::from(slot)];
         let waits = h.first & 0x06 != 0 && !up.parked.is_empty();
         let Some(fits) = (if waits { Some(false) } else { self.fits(slot, bytes, h) }) else {
@@ -181,9 +179,9 @@ impl Session {
         true
     }
 
-    /// Delivers what waited for the client's receive maximum. Whether there was any.
+    /// Delivers what was held back, as far as the receive maximum allows. Returns whether there was any.
     pub(super) fn deliver_parked(&mut self, slot: Slot) -> bool {
-        if self.getting.is_some() || self.out.len() > HIGH {
+        if self.delivering.is_some() || self.out.len() > HIGH {
             return false;
         }
         let mut parked = std::mem::take(&mut self.upstreams[usize::from(slot)].parked);
@@ -205,7 +203,7 @@ impl Session {
         at > 0
     }
 
-    /// Any whole packet of a broker's but PUBLISH.
+    /// Handles any complete packet but PUBLISH.
     pub(super) fn answer(
         &mut self,
         slot: Slot,
@@ -219,16 +217,14 @@ impl Session {
         let addr = up.addr;
         let broken = || End::ByBroker(addr);
         match h.kind() {
-            kind::CONNACK => return self.welcomed(slot, packet),
+            kind::CONNACK => return self.handle_connack(slot, packet),
             _ if !matches!(up.state, State::Ready(_)) => return Err(broken()),
             kind::PUBACK | kind::PUBREC | kind::PUBCOMP => {
                 let id = scan::id(packet, h).map_err(|_| broken())?;
-                if let Some(all) = self.releases.get_mut(&id) {
-                    all.retain(|s| *s != slot);
-                    if h.kind() == kind::PUBCOMP && all.is_empty() {
-                        self.releases.remove(&id);
-                        append(pieces, (), range);
-                    }
+                if self.releases.contains_key(&id) {
+                    let known = scan::reason(packet, h) == 0;
+                    let pubcomp = self.released(id, slot, known);
+                    pieces.extend(pubcomp.map(|p| ((), Piece::Made(p))));
                     return Ok(());
                 }
                 if self.inflight.get(&id) != Some(&slot) {
@@ -249,13 +245,13 @@ impl Session {
             }
             kind::SUBACK | kind::UNSUBACK => {
                 let id = scan::id(packet, h).map_err(|_| broken())?;
-                let codes = subscriptions::codes(packet, h.length, self.hello.v5);
-                if let Some(all) = self.subscriptions.answered(slot, id, codes, self.hello.v5) {
+                let codes = subscriptions::codes(packet, h.length, self.connect.v5);
+                if let Some(all) = self.subscriptions.answered(slot, id, codes, self.connect.v5) {
                     pieces.push(((), Piece::Made(all)));
                 }
             }
             kind::PINGRESP => up.pinged = None,
-            // Why a broker leaves is the client's to know, if it takes the client's messages with it.
+            // The client gets the reason if it is affected.
             kind::DISCONNECT if slot == self.home || !up.is_quiet() => {
                 append(pieces, (), range);
                 return Err(broken());
@@ -266,58 +262,81 @@ impl Session {
         Ok(())
     }
 
-    /// A broker's CONNACK.
-    pub(super) fn welcomed(&mut self, slot: Slot, packet: &[u8]) -> Result<(), End> {
+    /// Handles CONNACK.
+    pub(super) fn handle_connack(&mut self, slot: Slot, packet: &[u8]) -> Result<(), End> {
         let now = Instant::now();
         let up = &mut self.upstreams[usize::from(slot)];
-        let Some(welcome) = Welcome::read(packet, self.hello.v5) else {
+        let Some(connack) = Connack::read(packet, self.connect.v5) else {
             return Err(End::ByBroker(up.addr));
         };
-        if welcome.code != 0 {
+        if connack.code != 0 {
             if slot == self.home {
                 self.out.push(packet);
-                self.greeted = true;
+                self.connack_sent = true;
                 return Err(End::ByBroker(up.addr));
             }
-            debug!(broker = %up.addr, code = welcome.code, "CONNECT is refused");
+            debug!(broker = %up.addr, code = connack.code, "CONNECT is refused");
             up.close(State::Closed);
             up.refused = true;
             return Ok(());
         }
         if let Some(kind) = up.then.pop_front() {
-            up.again(kind, now);
+            up.reconnect(kind, now);
             return Ok(());
         }
         if let State::Opening(stream) = std::mem::replace(&mut up.state, State::Closed) {
             up.state = State::Ready(stream);
         }
-        up.keepalive = welcome.keepalive.unwrap_or(self.hello.keepalive);
+        up.keepalive = connack.keepalive.unwrap_or(self.connect.keepalive);
         (up.last_used, up.last_out) = (now, now);
         if slot == self.home {
             self.keepalive = up.keepalive;
-            (self.alias_max, self.receive_max) = (welcome.alias_max, welcome.receive_max);
+            (self.alias_max, self.receive_max) = (connack.alias_max, connack.receive_max);
             self.connack = Some(packet.to_vec());
-            if let Some(id) = &welcome.client_id {
+            if let Some(id) = &connack.client_id {
                 self.assigned = Some(id.clone());
-                self.open_others(now);
+                self.open_secondaries(now);
             }
-        } else if self.resumed && self.greeted && !welcome.session_present {
-            // The client was told that its session is there.
+        } else if self.resumed && self.connack_sent && !connack.session_present {
+            // The client was told that its session is present.
             return Err(End::BrokerLost(up.addr));
-        } else if up.subscribed && !(self.hello.persistent && welcome.session_present) {
-            self.subscribe_again(slot, |_, _| true);
+        } else if up.subscribed && !(self.connect.persistent && connack.session_present) {
+            self.resubscribe(slot, |_, _| true);
         }
         let up = &mut self.upstreams[usize::from(slot)];
-        up.welcome = Some(welcome);
+        up.connack = Some(connack);
         Ok(())
     }
 
-    /// A broker gets the subscriptions that it should have, and has not.
-    pub(super) fn subscribe_again(&mut self, slot: Slot, wanted: impl Fn(&Self, &str) -> bool) {
+    /// A lost broker will not answer PUBREL.
+    fn releases_lost(&mut self, slot: Slot) {
+        let ids: Vec<u16> = self.releases.keys().copied().collect();
+        for id in ids {
+            if let Some(pubcomp) = self.released(id, slot, false) {
+                self.send_to_client(&pubcomp);
+            }
+        }
+    }
+
+    /// A broker answered a PUBREL that was sent to all of them, or was lost; `known`: it had the message.
+    /// Returns the client's PUBCOMP if it was the last.
+    fn released(&mut self, id: u16, slot: Slot, known: bool) -> Option<Vec<u8>> {
+        let release = self.releases.get_mut(&id)?;
+        release.waiting.retain(|s| *s != slot);
+        release.known |= known;
+        if !release.waiting.is_empty() {
+            return None;
+        }
+        let known = self.releases.remove(&id)?.known;
+        Some(acknowledgement(kind::PUBCOMP << 4, id, self.connect.v5, known))
+    }
+
+    /// Subscribes again at a broker, to the wanted topic filters.
+    pub(super) fn resubscribe(&mut self, slot: Slot, wanted: impl Fn(&Self, &str) -> bool) {
         let broker = self.upstreams[usize::from(slot)].broker;
         let mut id = u16::MAX;
         let next = || {
-            // From the other end than clients count.
+            // Clients count upwards from 1.
             while self.inflight.contains_key(&id) || self.subscriptions.is_open(id) {
                 id = (id - 1).max(1);
             }
@@ -327,31 +346,31 @@ impl Session {
         };
         let wanted =
             |filter: &str| self.table.brokers_for(filter).contains(&broker) && wanted(self, filter);
-        let packets = self.subscriptions.again(wanted, next, self.hello.v5);
+        let packets = self.subscriptions.again(wanted, next, self.connect.v5);
         self.upstreams[usize::from(slot)].out.push(&packets);
     }
 
-    /// The client gets its CONNACK when all is known that it says.
-    pub(super) fn greet(&mut self, now: Instant) {
+    /// Sends CONNACK once session present is known for all brokers.
+    pub(super) fn send_connack(&mut self, now: Instant) {
         let opening = self.upstreams.iter().any(Upstream::is_opening);
         if opening && now < self.since + SESSIONS_TIMEOUT {
             return;
         }
         let Some(mut connack) = self.connack.take() else { return };
-        let present = |u: &Upstream| u.welcome.as_ref().is_some_and(|w| w.session_present);
+        let present = |u: &Upstream| u.connack.as_ref().is_some_and(|w| w.session_present);
         let at_home = present(&self.upstreams[usize::from(self.home)]);
-        if self.hello.persistent && !self.hello.clean {
-            let v5 = self.hello.v5;
+        if self.connect.persistent && !self.connect.clean {
+            let v5 = self.connect.v5;
             if at_home && !self.upstreams.iter().filter(|u| u.is_ready()).all(present) {
-                // One has lost its part: the client has to subscribe again.
+                // One broker has lost its part of the session, so the client has to subscribe again.
                 let flags = scan::header(&connack).ok().flatten().map_or(2, |h| h.length);
                 connack[flags] &= !1;
             }
             for (slot, up) in self.upstreams.iter_mut().enumerate() {
                 if !at_home && slot != usize::from(self.home) && up.is_ready() && present(up) {
-                    // What the client is told to be gone must be gone.
-                    up.then = if v5 { [].into() } else { [Kind::Beside].into() };
-                    up.again(Kind::Anew, now);
+                    // The client is told that there is no session: discard the other brokers' parts.
+                    up.then = if v5 { [].into() } else { [Kind::Secondary].into() };
+                    up.reconnect(Kind::CleanStart, now);
                 }
             }
         }
@@ -360,75 +379,68 @@ impl Session {
             .flatten()
             .is_some_and(|h| connack.get(h.length).is_some_and(|flags| flags & 1 == 1));
         self.out.push(&connack);
-        self.greeted = true;
+        self.connack_sent = true;
         self.stats().opened.add(1);
     }
 
-    /// A broker's connection is gone, or was not to be had.
-    pub(super) fn lost(&mut self, slot: Slot, now: Instant) -> Result<(), End> {
+    /// A broker connection was lost, or could not be opened.
+    pub(super) fn broker_lost(&mut self, slot: Slot, now: Instant) -> Result<(), End> {
         let home = slot == self.home;
         let up = &mut self.upstreams[usize::from(slot)];
         let addr = up.addr;
         let was_ready = up.is_ready();
-        let partial = self.getting == Some(slot) || self.passing.is_some_and(|p| p.0 == Some(slot));
+        let partial =
+            self.delivering == Some(slot) || self.passing.is_some_and(|p| p.0 == Some(slot));
         let lossy = partial || up.inflight > 0 || !up.out.is_empty();
         if !was_ready {
-            // One that does not answer at all will not the next second either.
+            // Timeouts count for longer than refusals.
             self.worker.down(addr, now.duration_since(up.since));
         }
         if home && was_ready {
             return Err(End::ByBroker(addr));
         }
-        // Without its broker, nobody has the client's will.
+        // The will was lost with its broker.
         if was_ready && (lossy || self.will == Some(slot)) {
             return Err(End::BrokerLost(addr));
         }
-        let keeps = up.subscribed || self.hello.persistent;
+        let keeps = up.subscribed || self.connect.persistent;
         let subscribed = up.subscribed;
-        // Not all clients of a broker at the same moment.
+        // Jitter.
         let jitter = Duration::from_millis(u64::from(self.addrs.0.port()) % 1000);
         up.close(if keeps { State::Waiting(now + RETRY + jitter) } else { State::Closed });
         up.subscribed = subscribed;
         self.deliveries.forget(slot);
-        for answer in self.subscriptions.lost(slot, self.hello.v5) {
-            self.tell_client(&answer);
+        for answer in self.subscriptions.broker_lost(slot, self.connect.v5) {
+            self.send_to_client(&answer);
         }
+        self.releases_lost(slot);
         if home {
             let broker = self.home_broker();
-            let other = self.table.broker(broker).addr;
-            if self.worker.is_down(other) {
+            if self.worker.is_down(self.table.broker(broker).addr) {
                 return Err(End::Unavailable(self.table.broker(broker).group.clone()));
             }
-            let will = self.hello.will.is_some();
-            let elsewhere = will && self.will.is_some_and(|w| w != slot);
-            let kind = if elsewhere { Kind::Home } else { Kind::Own };
-            self.home = self.open(broker, kind, now);
-            let up = &mut self.upstreams[usize::from(self.home)];
-            if up.kind != kind {
-                up.again(kind, now);
+            let kind = if self.will == Some(slot) || self.connect.will.is_none() {
+                Kind::Original
+            } else {
+                Kind::WithoutWill
+            };
+            self.home = self.open_as(broker, kind, now);
+            if self.will == Some(slot) {
+                self.will = Some(self.home);
             }
-            self.will = if elsewhere { self.will } else { Some(self.home).filter(|_| will) };
-        } else if self.will == Some(slot) {
-            // Another broker of its topic's group.
-            let down = |b| self.worker.is_down(self.table.broker(b).addr);
-            let topic = self.hello.will.clone().unwrap_or_default();
-            let Some(broker) = self.table.broker_of(&topic, down) else { return Ok(()) };
-            let other = self.table.broker(broker);
-            if self.worker.is_down(other.addr) {
-                return Err(End::Unavailable(other.group.clone()));
+        } else if self.will == Some(slot)
+            && let Some(broker) = self.will_broker()
+        {
+            if self.worker.is_down(self.table.broker(broker).addr) {
+                return Err(End::Unavailable(self.table.broker(broker).group.clone()));
             }
-            let slot = self.open(broker, Kind::Will, now);
-            let up = &mut self.upstreams[usize::from(slot)];
-            if up.kind != Kind::Will {
-                up.again(Kind::Will, now);
-            }
-            self.will = Some(slot);
+            self.will = Some(self.open_as(broker, Kind::WithWill, now));
         }
         Ok(())
     }
 }
 
-/// Where a PUBLISH of QoS 1 or 2 has its identifier, if that is there.
+/// Offset of the packet identifier of a PUBLISH at QoS 1 or 2, if that was received.
 fn identifier_at(bytes: &[u8], h: Header) -> Option<usize> {
     let length = bytes.get(h.length..h.length + 2)?;
     let at = h.length + 2 + usize::from(u16::from_be_bytes([length[0], length[1]]));

@@ -1,4 +1,4 @@
-//! What a client says: where each of its packets goes.
+//! Client → brokers: where each packet goes.
 
 use std::io::IoSlice;
 use std::task::{Context, Poll};
@@ -6,21 +6,23 @@ use std::time::Instant;
 
 use tokio::io::AsyncWrite;
 
-use super::super::hello::Kind;
+use super::super::connect::Kind;
 use super::super::ids::{GONE, Slot};
 use super::super::scan::{self, Header, Malformed, kind};
 use super::super::stream;
 use super::super::subscriptions::Request;
 use super::super::table::Broker;
 use super::super::upstream::State;
-use super::{BUFFER, End, HIGH, Piece, SCRATCH, Session, Step, append};
+use super::{
+    BUFFER, End, HIGH, Piece, REPLIES_HIGH, Release, SCRATCH, Session, Step, acknowledgement,
+    append,
+};
 
 impl Session {
     pub(super) fn read_client(&mut self, cx: &mut Context<'_>) -> Result<bool, End> {
-        // Its acknowledgements and PINGREQs are read even if it is slow to read what brokers have.
-        let full = self.out.len() + self.behind.len() > 2 * HIGH
+        let full = self.out.len() + self.after_delivery.len() > REPLIES_HIGH
             || self.upstreams.iter().any(|u| u.out.len() > HIGH);
-        if !self.greeted || full {
+        if !self.connack_sent || full {
             return Ok(false);
         }
         BUFFER.with_borrow_mut(|buffer| {
@@ -30,7 +32,7 @@ impl Session {
             }
             buffer[..kept].copy_from_slice(&self.rest);
             let mut length = kept;
-            if !self.waits {
+            if !self.stalled {
                 match stream::read(&mut self.client, cx, &mut buffer[..], kept) {
                     Poll::Pending => return Ok(false),
                     Poll::Ready(Ok(0)) => {
@@ -43,21 +45,16 @@ impl Session {
             }
             let mut pieces = Vec::new();
             let mut at = 0;
-            let waited = std::mem::take(&mut self.waits);
-            let end = self.client_said(&mut buffer[..length], &mut at, &mut pieces);
-            self.tell_brokers(cx, buffer, &pieces);
-            self.rest.clear();
-            if at < length {
-                self.rest.extend_from_slice(&buffer[at..length]);
-            } else {
-                self.rest = Vec::new();
-            }
-            end.map_or(Ok(!(waited && self.waits && at == 0)), Err)
+            let waited = std::mem::take(&mut self.stalled);
+            let end = self.parse_client(&mut buffer[..length], &mut at, &mut pieces);
+            self.write_to_brokers(cx, buffer, &pieces);
+            self.rest = buffer[at..length].to_vec();
+            end.map_or(Ok(!(waited && self.stalled && at == 0)), Err)
         })
     }
 
-    /// Deals with the client's bytes from `at` on. How the session ended, if it did.
-    pub(super) fn client_said(
+    /// Handles the client's bytes from `at` on. Returns the session's end, if this was it.
+    pub(super) fn parse_client(
         &mut self,
         buffer: &mut [u8],
         at: &mut usize,
@@ -85,7 +82,7 @@ impl Session {
             let step = if h.kind() == kind::PUBLISH {
                 self.publish(buffer, *at, h, pieces, now)
             } else if h.total() > SCRATCH {
-                return Some(too_large("control packet larger than any should be"));
+                return Some(too_large("control packet too large"));
             } else if buffer.len() - *at < h.total() {
                 return None;
             } else {
@@ -94,11 +91,11 @@ impl Session {
             match step {
                 Ok(Step::Took(n)) => *at += n,
                 Ok(Step::More) if buffer.len() - *at > SCRATCH => {
-                    return Some(too_large("PUBLISH with a header larger than any should be"));
+                    return Some(too_large("PUBLISH header too large"));
                 }
                 Ok(Step::More) => return None,
                 Ok(Step::Wait) => {
-                    self.waits = true;
+                    self.stalled = true;
                     return None;
                 }
                 Err(end) => return Some(end),
@@ -115,11 +112,11 @@ impl Session {
         pieces: &mut Vec<(Slot, Piece)>,
         now: Instant,
     ) -> Result<Step, End> {
-        let read = scan::publish(&buffer[at..], h, self.hello.v5).map_err(End::Protocol)?;
+        let read = scan::publish(&buffer[at..], h, self.connect.v5).map_err(End::Protocol)?;
         let Some(p) = read else { return Ok(Step::More) };
         let there = (buffer.len() - at).min(h.total());
         if self.leaving && p.qos > 0 {
-            // It cannot be acknowledged any more: the client repeats it on its next connection.
+            // It can no longer be acknowledged: the client repeats it on its next connection.
             self.pass(None, h, there);
             return Ok(Step::Took(there));
         }
@@ -137,8 +134,7 @@ impl Session {
         } else {
             p.topic
         };
-        let down = |b| self.worker.is_down(self.table.broker(b).addr);
-        let found = self.table.broker_of(topic, down);
+        let found = self.table.broker_of(topic, |b| self.is_down(b));
         let broker = found.unwrap_or(self.upstreams[usize::from(self.home)].broker);
         let again = p.qos > 0 && self.inflight.contains_key(&p.id);
         if p.qos > 0 && !again && self.inflight.len() >= usize::from(self.receive_max) {
@@ -148,29 +144,30 @@ impl Session {
         let there_is = self.upstreams.iter().find(|u| u.broker == broker);
         let unavailable = match there_is {
             Some(up) if up.is_ready() || up.is_opening() => false,
-            // One that is up would have been chosen, if there were any.
-            up => up.is_some_and(|u| u.refused) || down(broker),
+            // The table prefers brokers that are up, so none is.
+            up => up.is_some_and(|u| u.refused) || self.is_down(broker),
         };
         if unavailable && !again {
             return Err(End::Unavailable(self.table.broker(broker).group.clone()));
         }
-        let slot = if again { self.inflight[&p.id] } else { self.open(broker, Kind::Beside, now) };
+        let slot =
+            if again { self.inflight[&p.id] } else { self.open(broker, Kind::Secondary, now) };
         let up = &mut self.upstreams[usize::from(slot)];
         if up.is_opening() {
             return Ok(Step::Wait);
         }
-        let Some(welcome) = up.welcome.as_ref().filter(|_| matches!(up.state, State::Ready(_)))
+        let Some(connack) = up.connack.as_ref().filter(|_| matches!(up.state, State::Ready(_)))
         else {
             return Err(End::Unavailable(self.table.broker(broker).group.clone()));
         };
-        if p.qos > 0 && !again && up.inflight >= welcome.receive_max {
-            let what = "more messages at a time than their broker takes";
+        if p.qos > 0 && !again && up.inflight >= connack.receive_max {
+            let what = "exceeds the broker's receive maximum";
             return Err(End::Protocol(Malformed { code: 0x93, what }));
         }
-        if h.total() > welcome.max_packet {
-            return Err(too_large("PUBLISH larger than its broker takes"));
+        if h.total() > connack.max_packet {
+            return Err(too_large("PUBLISH exceeds the broker's maximum packet size"));
         }
-        let alias = if p.alias <= welcome.alias_max { p.alias } else { 0 };
+        let alias = if p.alias <= connack.alias_max { p.alias } else { 0 };
         if p.qos > 0 && !again {
             up.inflight += 1;
             self.inflight.insert(p.id, slot);
@@ -180,10 +177,10 @@ impl Session {
         if p.alias != 0 {
             let told = alias != 0
                 && up.aliases.insert(alias, topic.into()).is_some_and(|before| *before == *topic);
-            // As it is, if the broker knows the alias, or learns it by this.
+            // Forwarded unchanged if this packet sets the alias, or the broker knows it.
             if alias == 0 || (p.topic.is_empty() && !told) {
                 let mut made = Vec::new();
-                scan::publish_again(h, &p, topic, alias, &mut made);
+                scan::rewrite_publish(h, &p, topic, alias, &mut made);
                 pieces.push((slot, Piece::Made(made)));
                 from = p.payload_at;
             }
@@ -200,12 +197,12 @@ impl Session {
         Ok(Step::Took(there))
     }
 
-    /// Notes what of a message is still to come.
+    /// Records the part of a message that is still to be received.
     pub(super) fn pass(&mut self, slot: Option<Slot>, h: Header, there: usize) {
         self.passing = (there < h.total()).then_some((slot, h.total() - there));
     }
 
-    /// Whether the client publishes to one group.
+    /// Tracks whether the client publishes to a single group.
     pub(super) fn count_group(&mut self, broker: Broker) {
         let group = &self.table.broker(broker).group;
         match &mut self.published {
@@ -218,7 +215,7 @@ impl Session {
         }
     }
 
-    /// Any packet of the client's but PUBLISH and DISCONNECT. It is there as a whole.
+    /// Handles any complete packet but PUBLISH.
     pub(super) fn control(
         &mut self,
         buffer: &mut [u8],
@@ -235,10 +232,11 @@ impl Session {
                 let id = id()?;
                 let failed = scan::reason(packet, h) >= 0x80;
                 match self.deliveries.owner(id) {
-                    // Of a broker that is gone; the client is helped to forget it.
+                    // Its broker was lost: the relay completes the exchange.
                     Some((GONE, _)) | None if h.kind() == kind::PUBREC && !failed => {
-                        let pubrel = acknowledgement(kind::PUBREL << 4 | 2, id, self.hello.v5);
-                        self.tell_client(&pubrel);
+                        let pubrel =
+                            acknowledgement(kind::PUBREL << 4 | 2, id, self.connect.v5, false);
+                        self.send_to_client(&pubrel);
                     }
                     Some((GONE, _)) => self.deliveries.done(id),
                     Some((slot, own)) => {
@@ -256,24 +254,26 @@ impl Session {
                 let id = id()?;
                 match self.inflight.get(&id) {
                     Some(slot) => append(pieces, *slot, range),
-                    // Of a connection before this one: whoever has the message knows it.
-                    None if self.hello.persistent && !self.releases.contains_key(&id) => {
+                    // Of an earlier connection: ask all brokers.
+                    None if self.connect.persistent && !self.releases.contains_key(&id) => {
                         let ready = (0..self.upstreams.len() as Slot)
                             .filter(|slot| self.upstreams[usize::from(*slot)].is_ready());
                         let all: Vec<Slot> = ready.collect();
                         for slot in &all {
                             append(pieces, *slot, range.clone());
                         }
-                        self.releases.insert(id, all);
+                        self.releases.insert(id, Release { waiting: all, known: false });
                     }
-                    None if self.hello.persistent => {}
+                    None if self.connect.persistent => {}
                     None => {
-                        self.tell_client(&acknowledgement(kind::PUBCOMP << 4, id, self.hello.v5));
+                        let pubcomp =
+                            acknowledgement(kind::PUBCOMP << 4, id, self.connect.v5, false);
+                        self.send_to_client(&pubcomp);
                     }
                 }
             }
             kind::SUBSCRIBE | kind::UNSUBSCRIBE => return self.request(packet, pieces, now),
-            kind::PINGREQ => self.tell_client(&[kind::PINGRESP << 4, 0]),
+            kind::PINGREQ => self.send_to_client(&[kind::PINGRESP << 4, 0]),
             kind::DISCONNECT => return Err(End::Disconnected(packet.to_vec())),
             _ => {
                 let what = "control packet that a connected client does not send";
@@ -283,14 +283,14 @@ impl Session {
         Ok(Step::Took(h.total()))
     }
 
-    /// SUBSCRIBE or UNSUBSCRIBE: to every broker that can have messages for its topic filters.
+    /// Sends SUBSCRIBE or UNSUBSCRIBE to every broker that may have messages for its topic filters.
     pub(super) fn request(
         &mut self,
         packet: &[u8],
         pieces: &mut Vec<(Slot, Piece)>,
         now: Instant,
     ) -> Result<Step, End> {
-        let (id, request) = Request::read(packet, self.hello.v5).map_err(End::Protocol)?;
+        let (id, request) = Request::read(packet, self.connect.v5).map_err(End::Protocol)?;
         if self.subscriptions.exceeds(&request, self.worker.limits.subscriptions as usize) {
             let what = "more subscriptions than [relay] subscriptions allows";
             return Err(End::Protocol(Malformed { code: 0x97, what }));
@@ -315,18 +315,18 @@ impl Session {
         }
         wanted.retain(|(slot, _)| self.upstreams[usize::from(*slot)].is_ready());
         for (slot, filters) in &wanted {
-            pieces.push((*slot, Piece::Made(request.packet(id, filters, self.hello.v5))));
+            pieces.push((*slot, Piece::Made(request.packet(id, filters, self.connect.v5))));
             self.upstreams[usize::from(*slot)].last_used = now;
         }
         self.subscriptions.begin(id, &request, wanted);
-        if let Some(answer) = self.subscriptions.finished(id, self.hello.v5) {
-            self.tell_client(&answer);
+        if let Some(answer) = self.subscriptions.finished(id, self.connect.v5) {
+            self.send_to_client(&answer);
         }
         Ok(Step::Took(packet.len()))
     }
 
-    /// Gives every broker what is for it, in one write each.
-    pub(super) fn tell_brokers(
+    /// Writes to each broker what is for it, with one system call.
+    pub(super) fn write_to_brokers(
         &mut self,
         cx: &mut Context<'_>,
         buffer: &[u8],
@@ -341,7 +341,7 @@ impl Session {
                 continue;
             }
             up.last_out = now;
-            // What is wrong with its connection is found when it is read.
+            // Handled when the connection is read.
             let stream: &mut (dyn AsyncWrite + Unpin) = match &mut up.state {
                 State::Ready(stream) | State::Opening(stream) => stream,
                 _ => continue,
@@ -352,10 +352,10 @@ impl Session {
         }
     }
 
-    /// Something made here for the client: behind the message that it is just getting.
-    pub(super) fn tell_client(&mut self, bytes: &[u8]) {
-        if self.getting.is_some() {
-            self.behind.extend_from_slice(bytes);
+    /// Sends a packet of the relay's own to the client, after the delivery in progress.
+    pub(super) fn send_to_client(&mut self, bytes: &[u8]) {
+        if self.delivering.is_some() {
+            self.after_delivery.extend_from_slice(bytes);
         } else {
             self.out.push(bytes);
         }
@@ -364,10 +364,4 @@ impl Session {
 
 fn too_large(what: &'static str) -> End {
     End::Protocol(Malformed { code: 0x95, what })
-}
-
-/// PUBREL or PUBCOMP for an identifier that nobody knows (MQTT 5: reason code 0x92).
-fn acknowledgement(first: u8, id: u16, v5: bool) -> Vec<u8> {
-    let [high, low] = id.to_be_bytes();
-    if v5 { vec![first, 3, high, low, 0x92] } else { vec![first, 2, high, low] }
 }

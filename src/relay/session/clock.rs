@@ -1,4 +1,4 @@
-//! What a session does when its time has come: writing, pinging, retrying, ending what is not used.
+//! Writes, timers, configuration changes, and the return to the fast path.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -7,51 +7,52 @@ use std::time::{Duration, Instant};
 
 use tokio::io::AsyncWrite as _;
 
-use super::super::hello::Kind;
+use super::super::connect::Kind;
 use super::super::ids::Slot;
 use super::super::scan::kind;
 use super::super::table::Broker;
 use super::super::upstream::{State, Upstream};
 use super::{
-    End, GREET_TIMEOUT, HIGH, LOOK_AGAIN, SESSIONS_TIMEOUT, Session, UNUSED, finish_stream,
+    CONNACK_TIMEOUT, End, HIGH, ROUTES_INTERVAL, SESSIONS_TIMEOUT, Session, UNUSED,
+    close_gracefully,
 };
 
 impl Session {
-    /// Writes what waits. Whether anything went.
+    /// Flushes all connections. Returns whether anything was written.
     pub(super) fn flush(&mut self, cx: &mut Context<'_>) -> Result<bool, End> {
         let mut progress = false;
-        if !self.greeted {
-            self.greet(Instant::now());
-            progress |= self.greeted;
+        if !self.connack_sent {
+            self.send_connack(Instant::now());
+            progress |= self.connack_sent;
         }
         for up in &mut self.upstreams {
             let (State::Ready(stream) | State::Opening(stream)) = &mut up.state else { continue };
             match up.out.flush(stream, cx) {
                 Ok(wrote) => progress |= wrote,
-                // Found when it is read, behind what the broker still had to say.
+                // Handled when the connection is read, after what it still has.
                 Err(_) if !up.broken => (up.broken, progress) = (true, true),
                 Err(_) => {}
             }
         }
         progress |= self.out.flush(&mut self.client, cx).map_err(End::ClientGone)?;
         if self.leaving && self.out.is_empty() {
-            // The client's last messages may still come.
+            // Half-close: the client's last messages may still arrive.
             let _ = Pin::new(&mut self.client).poll_shutdown(cx).map_err(End::ClientGone)?;
         }
         Ok(progress)
     }
 
-    pub(super) fn rest_until_something_happens(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
+    pub(super) fn arm_timer(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
         loop {
             let now = Instant::now();
             let mut acted = false;
-            let next = self.look_at_the_clock(now, &mut acted)?;
+            let next = self.run_timers(now, &mut acted)?;
             if acted {
-                // There may be something to be written, or a connection to be opened.
+                // Poll again, to write or to connect.
                 cx.waker().wake_by_ref();
                 return Ok(());
             }
-            // Sooner than needed does no harm, and setting it costs more than looking at it.
+            // Resetting costs more than a wake-up that is too early.
             if self.timer.is_elapsed() || self.timer.deadline() > next.into() {
                 self.timer.as_mut().reset(next.into());
             }
@@ -61,16 +62,12 @@ impl Session {
         }
     }
 
-    /// Does what is due, and says when the next thing is.
-    pub(super) fn look_at_the_clock(
-        &mut self,
-        now: Instant,
-        acted: &mut bool,
-    ) -> Result<Instant, End> {
+    /// Runs the timers that are due. Returns the next deadline.
+    pub(super) fn run_timers(&mut self, now: Instant, acted: &mut bool) -> Result<Instant, End> {
         let mut next = now + Duration::from_secs(3600);
-        if self.keepalive > 0 && self.greeted {
-            if self.waits || self.upstreams.iter().any(|u| u.out.len() > HIGH) {
-                // It is not read; who knows what it has said.
+        if self.keepalive > 0 && self.connack_sent {
+            if self.stalled || self.upstreams.iter().any(|u| u.out.len() > HIGH) {
+                // Not while the client is not read.
                 self.last_in = now;
             }
             let silent = self.last_in + Duration::from_millis(u64::from(self.keepalive) * 1500);
@@ -79,17 +76,17 @@ impl Session {
             }
             next = next.min(silent);
         }
-        if !self.greeted {
-            if now >= self.since + GREET_TIMEOUT {
+        if !self.connack_sent {
+            if now >= self.since + CONNACK_TIMEOUT {
                 let home = self.upstreams[usize::from(self.home)].broker;
                 return Err(End::Unavailable(self.table.broker(home).group.clone()));
             }
             let sessions = self.since + SESSIONS_TIMEOUT + Duration::from_millis(1);
-            next = next.min(if now < sessions { sessions } else { self.since + GREET_TIMEOUT });
+            next = next.min(if now < sessions { sessions } else { self.since + CONNACK_TIMEOUT });
         }
         if !self.subscriptions.is_empty() {
-            // To see a new configuration.
-            next = next.min(now + LOOK_AGAIN);
+            // To notice a new configuration.
+            next = next.min(now + ROUTES_INTERVAL);
         }
         for slot in 0..self.upstreams.len() as Slot {
             let up = &mut self.upstreams[usize::from(slot)];
@@ -97,27 +94,27 @@ impl Session {
                 && due <= now
             {
                 *acted = true;
-                let unread = self.out.len() > HIGH || self.getting.is_some_and(|s| s != slot);
+                let unread = self.out.len() > HIGH || self.delivering.is_some_and(|s| s != slot);
                 match up.state {
-                    // It may have answered behind what the client does not take.
+                    // PINGRESP may be queued behind deliveries that are not read.
                     State::Ready(_) if up.pinged.is_some() && unread => up.pinged = Some(now),
-                    State::Waiting(_) if up.subscribed || self.hello.persistent => {
-                        let kind = if self.greeted { Kind::Resume } else { Kind::Beside };
-                        up.again(kind, now);
+                    State::Waiting(_) if up.subscribed || self.connect.persistent => {
+                        let kind = if self.connack_sent { Kind::Resume } else { Kind::Secondary };
+                        up.reconnect(kind, now);
                     }
                     State::Waiting(_) => up.state = State::Closed,
                     State::Ready(_) if up.pinged.is_none() => {
-                        // Not into the middle of a message, which says enough.
+                        // Not within a message, which is traffic itself.
                         if self.passing.is_none_or(|p| p.0 != Some(slot)) {
                             up.out.push(&[kind::PINGREQ << 4, 0]);
                             up.pinged = Some(now);
                         }
                         up.last_out = now;
                     }
-                    _ => self.lost(slot, now)?,
+                    _ => self.broker_lost(slot, now)?,
                 }
             }
-            self.end_unused(slot, now);
+            self.close_unused(slot, now);
             let up = &self.upstreams[usize::from(slot)];
             if let Some(due) = up.deadline() {
                 next = next.min(due);
@@ -127,7 +124,7 @@ impl Session {
             }
         }
         let before = self.leaving;
-        let due = self.let_go(now)?;
+        let due = self.return_to_fast_path(now)?;
         *acted |= before != self.leaving;
         if let Some(due) = due {
             next = next.min(due);
@@ -135,15 +132,17 @@ impl Session {
         Ok(next.max(now + Duration::from_millis(1)))
     }
 
-    /// Ends a broker's connection that the client does not need any more, without its will.
-    pub(super) fn end_unused(&mut self, slot: Slot, now: Instant) {
+    /// Closes a broker connection that is no longer needed.
+    pub(super) fn close_unused(&mut self, slot: Slot, now: Instant) {
         let newer = |up: &Upstream| {
             self.upstreams.iter().any(|u| u.is_ready() && u.last_used > up.last_used)
         };
         let up = &self.upstreams[usize::from(slot)];
-        let needed =
-            self.will == Some(slot) || up.subscribed || self.hello.persistent || !self.greeted;
-        let passing = self.passing.is_some() || self.getting == Some(slot);
+        let needed = self.will == Some(slot)
+            || up.subscribed
+            || self.connect.persistent
+            || !self.connack_sent;
+        let passing = self.passing.is_some() || self.delivering == Some(slot);
         if needed || passing || !up.is_ready() || !up.is_quiet() || !newer(up) {
             return;
         }
@@ -152,14 +151,14 @@ impl Session {
         }
         let up = &mut self.upstreams[usize::from(slot)];
         if let State::Ready(stream) = std::mem::replace(&mut up.state, State::Closed) {
-            tokio::task::spawn_local(finish_stream(stream, vec![kind::DISCONNECT << 4, 0]));
+            tokio::task::spawn_local(close_gracefully(stream, vec![kind::DISCONNECT << 4, 0]));
         }
         up.close(State::Closed);
     }
 
-    /// After a change of the configuration, other brokers may be needed, and some not be there.
-    pub(super) fn follow_the_configuration(&mut self, now: Instant) -> Result<(), End> {
-        // Numbers of brokers change: not while a message is on its way to one.
+    /// Applies a new configuration: routes, and brokers added or removed.
+    pub(super) fn apply_new_routes(&mut self, now: Instant) -> Result<(), End> {
+        // Indices of brokers change, so not within a message.
         if self.passing.is_some() {
             return Ok(());
         }
@@ -168,7 +167,7 @@ impl Session {
         for up in &mut self.upstreams {
             match table.find(up.addr) {
                 Some(broker) => up.broker = broker,
-                // Its client connects again, and finds the others.
+                // The client reconnects, and gets the new brokers.
                 None if !matches!(up.state, State::Closed) => return Err(End::BrokerLost(up.addr)),
                 None => up.broker = Broker::MAX,
             }
@@ -185,7 +184,7 @@ impl Session {
             up.subscribed = true;
             if up.is_ready() {
                 let old = before.find(up.addr);
-                self.subscribe_again(slot, |_, filter| {
+                self.resubscribe(slot, |_, filter| {
                     old.is_none_or(|old| !before.brokers_for(filter).contains(&old))
                 });
             }
@@ -193,18 +192,19 @@ impl Session {
         Ok(())
     }
 
-    /// A client that has used one group only goes there straight the next time. When to look again.
-    pub(super) fn let_go(&mut self, now: Instant) -> Result<Option<Instant>, End> {
+    /// Disconnects a client that uses a single group, so that it is bound straight next time. Returns when
+    /// to try again.
+    pub(super) fn return_to_fast_path(&mut self, now: Instant) -> Result<Option<Instant>, End> {
         let Some(after) = self.worker.limits.return_after else { return Ok(None) };
         if self.leaving {
             let patience = self.last_in + Duration::from_secs(10);
-            return if now < patience { Ok(Some(patience)) } else { Err(End::LetGo) };
+            return if now < patience { Ok(Some(patience)) } else { Err(End::Returned) };
         }
         let one_group = self.published.as_ref().is_some_and(|(_, count)| *count > 0);
         let candidate = one_group
-            && self.greeted
+            && self.connack_sent
             && self.subscriptions.is_empty()
-            && !self.hello.persistent
+            && !self.connect.persistent
             && self.deliveries.is_empty();
         if !candidate {
             return Ok(None);
@@ -215,14 +215,14 @@ impl Session {
         let idle = self.inflight.is_empty()
             && self.passing.is_none()
             && self.rest.is_empty()
-            && self.getting.is_none()
+            && self.delivering.is_none()
             && self.upstreams.iter().all(Upstream::is_quiet);
-        let id = &self.hello.client_id;
+        let id = &self.connect.client_id;
         let key = if id.is_empty() { self.addrs.0.ip().to_string() } else { id.clone() };
         if !idle || !self.worker.may_return(&key, now) {
             return Ok(Some(now + Duration::from_secs(1)));
         }
-        if self.hello.v5 {
+        if self.connect.v5 {
             const SERVER_MOVED: u8 = 0x9d;
             self.out.push(&[kind::DISCONNECT << 4, 2, SERVER_MOVED, 0]);
         }

@@ -1,4 +1,4 @@
-//! One client: its connection, and those to the brokers that it uses.
+//! A client's session: its connection, and those to its brokers.
 //!
 //! ```text
 //!              ┌─ PUBLISH: its topic's broker ────────────────────────────┐
@@ -8,9 +8,9 @@
 //!   └──────────┴───◄── messages, acks, SUBACKs put together ◄─────────────┴───────────┘
 //! ```
 //!
-//! Everything of a client is one task of one thread. Bytes are read into a buffer of the thread's and
-//! written from there, one write a broker; only what does not go at once, or is no whole header yet,
-//! is kept. Nobody is read from while whoever it is for does not take more.
+//! A session is one task on one thread. Bytes are read into a buffer of the thread and written from
+//! there, with one system call for each destination; only incomplete headers and what a socket does not
+//! accept are copied. Backpressure: a source is not read while its destination is full.
 
 mod brokers;
 mod client;
@@ -30,7 +30,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::time::Sleep;
 use tracing::debug;
 
-use super::hello::{Hello, Kind};
+use super::connect::{Connect, Kind};
 use super::ids::{Deliveries, Slot};
 use super::scan::{Malformed, kind};
 use super::stats::Stats;
@@ -40,20 +40,23 @@ use super::table::{Broker, Table};
 use super::upstream::{RETRY, State, Upstream};
 use super::worker::Worker;
 
-/// Of what waits for one side; above it, the other is not read.
+/// Buffered bytes above which the source is no longer read.
 const HIGH: usize = 64 << 10;
-/// What is read at a time.
+/// Bytes to read at a time.
 const SCRATCH: usize = 128 << 10;
-/// Reads of one client before others have their turn.
+/// Bytes for a client above which it is not read either. Deliveries alone do not reach it, so that
+/// acknowledgements and PINGREQs of a client that is slow to read still count.
+const REPLIES_HIGH: usize = HIGH + 3 * SCRATCH;
+/// Rounds of reading before other tasks get their turn.
 const TURNS: usize = 8;
-/// For all brokers to say whether they have the client's session.
+/// How long CONNACK waits for all brokers' session present.
 const SESSIONS_TIMEOUT: Duration = Duration::from_secs(3);
-/// For the client to get its CONNACK.
-const GREET_TIMEOUT: Duration = Duration::from_secs(15);
-/// A broker's connection that is not used any more is ended.
+/// From CONNECT to CONNACK.
+const CONNACK_TIMEOUT: Duration = Duration::from_secs(15);
+/// Idle time after which an unneeded broker connection is closed.
 const UNUSED: Duration = Duration::from_secs(10);
-/// Subscribers look for a new configuration so often.
-const LOOK_AGAIN: Duration = Duration::from_secs(10);
+/// How often idle subscribers check for a new configuration.
+const ROUTES_INTERVAL: Duration = Duration::from_secs(10);
 
 thread_local! {
     static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; SCRATCH]);
@@ -62,29 +65,29 @@ thread_local! {
 /// How a session ended.
 #[derive(Debug, thiserror::Error)]
 pub enum End {
-    /// With the packet.
-    #[error("the client said DISCONNECT")]
+    /// With its DISCONNECT.
+    #[error("DISCONNECT received")]
     Disconnected(Vec<u8>),
-    #[error("the client's connection is gone: {0}")]
+    #[error("client connection lost: {0}")]
     ClientGone(std::io::Error),
-    #[error("the client did not keep to the protocol: {0}")]
+    #[error("protocol error: {0}")]
     Protocol(Malformed),
-    #[error("nothing came from the client for one and a half times its keepalive")]
+    #[error("keepalive timeout: nothing received for 1.5 × the client's keepalive")]
     Silent,
-    /// It has told the client why if the protocol has words for that.
-    #[error("broker {0} ended it")]
+    /// Its reason was forwarded, if it gave one.
+    #[error("ended by broker {0}")]
     ByBroker(SocketAddr),
-    #[error("broker {0} was lost, with messages under way")]
+    #[error("connection to broker {0} lost with messages in flight")]
     BrokerLost(SocketAddr),
-    #[error("no broker of group {0:?} takes the client")]
+    #[error("no broker of group {0:?} available")]
     Unavailable(String),
-    #[error("the fast path takes the client from here")]
-    LetGo,
-    #[error("the relay stops")]
+    #[error("returned to the fast path")]
+    Returned,
+    #[error("relay shutting down")]
     Shutdown,
 }
 
-/// Bytes on their way: in the thread's buffer, or made here.
+/// Bytes to be written: a range of the thread's buffer, or made here.
 enum Piece {
     Range(Range<usize>),
     Made(Vec<u8>),
@@ -99,7 +102,7 @@ impl Piece {
     }
 }
 
-/// Puts a range behind what goes to the same place.
+/// Appends a range, merged with the last one if they are adjacent.
 fn append<K: PartialEq>(pieces: &mut Vec<(K, Piece)>, to: K, range: Range<usize>) {
     if let Some((last, Piece::Range(before))) = pieces.last_mut()
         && *last == to
@@ -111,77 +114,85 @@ fn append<K: PartialEq>(pieces: &mut Vec<(K, Piece)>, to: K, range: Range<usize>
     pieces.push((to, Piece::Range(range)));
 }
 
-/// What becomes of a packet of the client's.
+/// A PUBREL that went to all brokers.
+struct Release {
+    /// Brokers that have not answered.
+    waiting: Vec<Slot>,
+    /// One of them had the message.
+    known: bool,
+}
+
+/// Result of handling a packet of the client.
 enum Step {
-    /// So many bytes are dealt with.
+    /// This many bytes were handled.
     Took(usize),
     /// More bytes are needed.
     More,
-    /// Its broker does not take it yet.
+    /// Its broker connection is not open yet.
     Wait,
 }
 
-/// A client with its brokers.
+/// A client's session.
 #[allow(clippy::struct_excessive_bools)] // they are independent of each other
 pub struct Session {
     worker: Rc<Worker>,
     table: Arc<Table>,
-    /// Of the configuration that the table is of.
+    /// Generation of the table.
     generation: u64,
     /// Client and service.
     addrs: (SocketAddr, SocketAddr),
-    hello: Hello,
-    /// The identifier that the first broker gave.
+    connect: Connect,
+    /// The client identifier that home assigned.
     assigned: Option<String>,
     client: Stream,
     out: Pending,
-    /// Read of the client and not dealt with.
+    /// Bytes received that were not handled yet.
     rest: Vec<u8>,
-    /// The rest waits for a broker.
-    waits: bool,
-    /// A broker's connection may have begun to be opened.
+    /// `rest` waits for a broker connection.
+    stalled: bool,
+    /// A broker connection was begun, and has to be polled.
     opened: bool,
-    /// A message of the client's that is being passed on: to whom, and how many bytes are to come.
+    /// The message being forwarded: its destination (`None`: discarded), and bytes still to be received.
     passing: Option<(Option<Slot>, usize)>,
-    /// Whose message the client is just getting.
-    getting: Option<Slot>,
-    /// For the client, once it has that message.
-    behind: Vec<u8>,
+    /// The broker whose delivery is in progress.
+    delivering: Option<Slot>,
+    /// Packets for the client after that delivery.
+    after_delivery: Vec<u8>,
     upstreams: Vec<Upstream>,
     home: Slot,
-    /// Who has the client's will.
+    /// The broker with the will.
     will: Option<Slot>,
-    /// CONNACK, until it can be given to the client; `None`: the client has it.
+    /// Home's CONNACK, until it is sent to the client.
     connack: Option<Vec<u8>>,
-    greeted: bool,
-    /// The client was told that its session is there.
+    connack_sent: bool,
+    /// The client was told that its session is present.
     resumed: bool,
-    /// The client's messages at QoS 1 and 2, by identifier.
+    /// The client's messages at QoS 1 and 2 in flight.
     inflight: HashMap<u16, Slot>,
-    /// PUBRELs of the client's for messages of an earlier connection, and who has not answered.
-    releases: HashMap<u16, Vec<Slot>>,
+    /// PUBRELs for messages of an earlier connection, which went to all brokers.
+    releases: HashMap<u16, Release>,
     deliveries: Deliveries,
     subscriptions: Subscriptions,
     aliases: HashMap<u16, Box<str>>,
-    /// The highest alias that the client may use, and how many messages at QoS 1 and 2 at a time.
+    /// Topic alias maximum and receive maximum of home's CONNACK.
     alias_max: u16,
     receive_max: u16,
     keepalive: u16,
     last_in: Instant,
     since: Instant,
-    /// The group that the client publishes to, and how many messages; `None`: several.
+    /// The group that the client publishes to, and its messages; `None`: several groups.
     published: Option<(Box<str>, u64)>,
     leaving: bool,
     timer: Pin<Box<Sleep>>,
 }
 
 impl Session {
-    /// A session of a client that has sent CONNECT, and `rest` behind it.
+    /// A session for a client that sent CONNECT, and `rest` after it.
     pub fn new(
         worker: Rc<Worker>,
         client: Stream,
         addrs: (SocketAddr, SocketAddr),
-        hello: Hello,
+        connect: Connect,
         rest: Vec<u8>,
     ) -> Self {
         let now = Instant::now();
@@ -193,17 +204,17 @@ impl Session {
             assigned: None,
             client,
             out: Pending::default(),
-            waits: !rest.is_empty(),
+            stalled: !rest.is_empty(),
             opened: false,
             rest,
             passing: None,
-            getting: None,
-            behind: Vec::new(),
+            delivering: None,
+            after_delivery: Vec::new(),
             upstreams: Vec::new(),
             home: 0,
             will: None,
             connack: None,
-            greeted: false,
+            connack_sent: false,
             resumed: false,
             inflight: HashMap::new(),
             releases: HashMap::new(),
@@ -212,13 +223,13 @@ impl Session {
             aliases: HashMap::new(),
             alias_max: 0,
             receive_max: u16::MAX,
-            keepalive: hello.keepalive,
+            keepalive: connect.keepalive,
             last_in: now,
             since: now,
             published: Some(("".into(), 0)),
             leaving: false,
             timer: Box::pin(tokio::time::sleep(Duration::from_secs(3600))),
-            hello,
+            connect,
             worker,
             table,
         };
@@ -226,43 +237,47 @@ impl Session {
         session
     }
 
-    /// The broker that answers CONNECT: of the default group, and by the client's id alone, so that a
-    /// connection of the same id ends the one before, whichever relays they come through.
+    /// The broker that answers CONNECT: in the default group, chosen by the client identifier alone, so
+    /// that session takeover works across relays.
     fn home_broker(&self) -> Broker {
-        let down = |b| self.worker.is_down(self.table.broker(b).addr);
-        let own = self.addrs.0.to_string();
-        let id = &self.hello.client_id;
-        let key = if id.is_empty() { own.as_bytes() } else { id.as_bytes() };
-        self.table.home_of(key, down)
+        let addr = self.addrs.0.to_string();
+        let id = &self.connect.client_id;
+        let key = if id.is_empty() { &addr } else { id };
+        self.table.home_of(key.as_bytes(), |b| self.is_down(b))
     }
 
-    /// Opens home, and whoever else has to know of the client from the beginning.
+    fn is_down(&self, broker: Broker) -> bool {
+        self.worker.is_down(self.table.broker(broker).addr)
+    }
+
+    /// The broker of the will's topic, if there is a will and its topic has a group.
+    fn will_broker(&self) -> Option<Broker> {
+        self.table.broker_of(self.connect.will.as_deref()?, |b| self.is_down(b))
+    }
+
+    /// Opens the connections that are needed from the beginning.
     fn open_first(&mut self, now: Instant) {
         let home = self.home_broker();
-        let down = |b| self.worker.is_down(self.table.broker(b).addr);
-        let will = self.hello.will.as_deref();
-        let will = will.map(|topic| self.table.broker_of(topic, down).unwrap_or(home));
-        let kind = if will.is_none_or(|w| w == home) { Kind::Own } else { Kind::Home };
+        let elsewhere = self.will_broker().is_some_and(|will| will != home);
+        let kind = if elsewhere { Kind::WithoutWill } else { Kind::Original };
         self.home = self.open(home, kind, now);
-        self.will = Some(self.home).filter(|_| will.is_some());
-        // An identifier that home is to give is not known yet.
-        if self.hello.client_id.is_empty() && self.assigned.is_none() && self.hello.v5 {
-            return;
+        if self.connect.will.is_some() && !elsewhere {
+            self.will = Some(self.home);
         }
-        self.open_others(now);
+        // Home's CONNACK will assign the client identifier that the others need.
+        if !(self.connect.v5 && self.connect.client_id.is_empty()) {
+            self.open_secondaries(now);
+        }
     }
 
-    fn open_others(&mut self, now: Instant) {
+    fn open_secondaries(&mut self, now: Instant) {
         let home = self.upstreams[usize::from(self.home)].broker;
-        let down = |b| self.worker.is_down(self.table.broker(b).addr);
-        let will = self.hello.will.as_deref();
-        let will = will.and_then(|topic| self.table.broker_of(topic, down));
-        if let Some(will) = will.filter(|w| *w != home) {
-            self.will = Some(self.open(will, Kind::Will, now));
+        if let Some(will) = self.will_broker().filter(|will| *will != home) {
+            self.will = Some(self.open(will, Kind::WithWill, now));
         }
-        if self.hello.persistent {
+        if self.connect.persistent {
             for broker in self.table.all().filter(|b| *b != home).collect::<Vec<_>>() {
-                self.open(broker, Kind::Beside, now);
+                self.open(broker, Kind::Secondary, now);
             }
         }
     }
@@ -271,11 +286,11 @@ impl Session {
         &self.worker.stats
     }
 
-    /// The slot of a broker's connection, which begins to be opened if there is none.
+    /// The connection to a broker, opened if necessary.
     fn open(&mut self, broker: Broker, kind: Kind, now: Instant) -> Slot {
         if let Some(slot) = self.upstreams.iter().position(|u| u.broker == broker) {
             if matches!(self.upstreams[slot].state, State::Closed | State::Waiting(_)) {
-                self.upstreams[slot].again(kind, now);
+                self.upstreams[slot].reconnect(kind, now);
                 self.opened = true;
             }
             return slot as Slot;
@@ -286,8 +301,18 @@ impl Session {
         (self.upstreams.len() - 1) as Slot
     }
 
-    /// The same for a subscription, which others can do without: a broker that is down is tried
-    /// again by itself.
+    /// The same, reconnected if another kind of CONNECT was sent.
+    fn open_as(&mut self, broker: Broker, kind: Kind, now: Instant) -> Slot {
+        let slot = self.open(broker, kind, now);
+        let up = &mut self.upstreams[usize::from(slot)];
+        if up.kind != kind {
+            up.reconnect(kind, now);
+            self.opened = true;
+        }
+        slot
+    }
+
+    /// The same for a subscription, which does not wait for brokers that are down: they are retried.
     fn open_or_retry(&mut self, broker: Broker, now: Instant) -> Slot {
         let known = self.upstreams.iter().position(|u| u.broker == broker);
         if let Some(slot) = known
@@ -296,7 +321,7 @@ impl Session {
         {
             return slot as Slot;
         }
-        let slot = self.open(broker, Kind::Beside, now);
+        let slot = self.open(broker, Kind::Secondary, now);
         let up = &mut self.upstreams[usize::from(slot)];
         if self.worker.is_down(up.addr) {
             up.close(State::Waiting(now + RETRY));
@@ -304,10 +329,10 @@ impl Session {
         slot
     }
 
-    /// One turn. Returns what is to be done when it ended.
+    /// Makes as much progress as possible. An error is the session's end.
     fn turn(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
         if self.worker.generation() != self.generation {
-            self.follow_the_configuration(Instant::now())?;
+            self.apply_new_routes(Instant::now())?;
         }
         for _ in 0..TURNS {
             let mut progress = false;
@@ -316,24 +341,24 @@ impl Session {
             }
             progress |= self.read_client(cx)?;
             progress |= self.flush(cx)?;
-            // A connection that has just begun to be opened has to be looked at once.
+            // A new connection has to be polled once to be woken.
             progress |= std::mem::take(&mut self.opened);
             if !progress {
-                return self.rest_until_something_happens(cx);
+                return self.arm_timer(cx);
             }
         }
         cx.waker().wake_by_ref();
         Ok(())
     }
 
-    /// Ends all connections as the end wants it.
+    /// Closes all connections.
     pub async fn finish(mut self, end: End) {
-        debug!(client = %self.addrs.0, id = self.hello.client_id, "session ended: {end}");
+        debug!(client = %self.addrs.0, id = self.connect.client_id, "session ended: {end}");
         let whole = self.passing.is_none();
         let goodbye: &[u8] = match &end {
             End::Disconnected(packet) => packet,
-            End::LetGo => &[kind::DISCONNECT << 4, 0],
-            // Without one, the broker publishes the will.
+            End::Returned => &[kind::DISCONNECT << 4, 0],
+            // Without DISCONNECT, the broker publishes the will.
             _ => &[],
         };
         let mut streams = Vec::new();
@@ -345,7 +370,7 @@ impl Session {
             if !cut {
                 last.extend_from_slice(goodbye);
             }
-            streams.push(finish_stream(stream, last));
+            streams.push(close_gracefully(stream, last));
         }
         let code = match &end {
             End::Protocol(malformed) => Some(malformed.code),
@@ -355,13 +380,15 @@ impl Session {
             _ => None,
         };
         let mut last = self.out.take();
-        if self.getting.is_none() {
+        if self.delivering.is_none() {
             match code {
-                Some(_) if !self.greeted && self.hello.v5 => {
+                Some(_) if !self.connack_sent && self.connect.v5 => {
                     last.extend_from_slice(&[kind::CONNACK << 4, 3, 0, 0x88, 0]);
                 }
-                Some(_) if !self.greeted => last.extend_from_slice(&[kind::CONNACK << 4, 2, 0, 3]),
-                Some(code) if self.hello.v5 => {
+                Some(_) if !self.connack_sent => {
+                    last.extend_from_slice(&[kind::CONNACK << 4, 2, 0, 3]);
+                }
+                Some(code) if self.connect.v5 => {
                     last.extend_from_slice(&[kind::DISCONNECT << 4, 2, code, 0]);
                 }
                 _ => {}
@@ -370,7 +397,7 @@ impl Session {
         let client = (!matches!(end, End::ClientGone(_))).then_some(self.client);
         let all: Vec<_> = streams.into_iter().map(tokio::task::spawn_local).collect();
         if let Some(client) = client {
-            finish_stream(client, last).await;
+            close_gracefully(client, last).await;
         }
         for one in all {
             let _ = one.await;
@@ -384,16 +411,16 @@ impl Future for Session {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<End> {
         match self.turn(cx) {
             Ok(()) => Poll::Pending,
-            // A client that leaves when it was let go has not lost anything.
-            Err(End::ClientGone(_)) if self.leaving => Poll::Ready(End::LetGo),
+            // Expected of a client that was sent to the fast path.
+            Err(End::ClientGone(_)) if self.leaving => Poll::Ready(End::Returned),
             Err(end) => Poll::Ready(end),
         }
     }
 }
 
-/// Writes the last bytes, and closes when the other side has read them: closed before, the kernel
-/// would answer what is still to come with RST, and the last bytes may be lost with it.
-pub async fn finish_stream<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, last: Vec<u8>) {
+/// Writes the last bytes and closes after the peer has: closing earlier would answer its data with RST,
+/// which may discard those bytes.
+pub async fn close_gracefully<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, last: Vec<u8>) {
     const PATIENCE: Duration = Duration::from_secs(5);
     let goodbye = async {
         stream.write_all(&last).await?;
@@ -403,4 +430,10 @@ pub async fn finish_stream<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, las
         Ok::<(), std::io::Error>(())
     };
     let _ = tokio::time::timeout(PATIENCE, goodbye).await;
+}
+
+/// PUBREL or PUBCOMP of the relay's own; in MQTT 5 with reason code 0x92 if the identifier is unknown.
+fn acknowledgement(first: u8, id: u16, v5: bool, known: bool) -> Vec<u8> {
+    let [high, low] = id.to_be_bytes();
+    if v5 && !known { vec![first, 3, high, low, 0x92] } else { vec![first, 2, high, low] }
 }

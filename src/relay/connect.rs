@@ -1,4 +1,6 @@
-//! A client's CONNECT, and what is made of it for brokers beside its first.
+//! A client's CONNECT, the CONNECTs that brokers get in its place, and what CONNACK says.
+
+use std::num::NonZeroU16;
 
 use bytes::BytesMut;
 use rmqtt_codec::{v3, v5};
@@ -6,47 +8,48 @@ use tokio_util::codec::{Decoder as _, Encoder as _};
 
 use super::scan::Malformed;
 
-/// What a CONNECT says that the relay has to know. The bytes themselves are kept, too.
+/// What the relay needs of a CONNECT, and the packet itself.
 #[derive(Debug, Clone)]
 #[allow(clippy::struct_excessive_bools)] // they are independent of each other
-pub struct Hello {
+pub struct Connect {
     /// MQTT 5.
     pub v5: bool,
-    /// May be empty.
+    /// Client identifier; may be empty.
     pub client_id: String,
-    /// Its session outlives the connection.
+    /// The session outlives the connection.
     pub persistent: bool,
-    /// It asks for a new session.
+    /// Clean start (MQTT 3.1.1: clean session).
     pub clean: bool,
-    /// In seconds; 0: none.
+    /// Seconds; 0: none.
     pub keepalive: u16,
-    /// By an exchange of AUTH with its first broker (MQTT 5).
+    /// Enhanced authentication (MQTT 5 §4.12).
     pub authenticates: bool,
-    /// Topic of its will.
+    /// The will's topic.
     pub will: Option<String>,
-    /// Deliveries at QoS 1 and 2 that it takes at a time.
+    /// Receive maximum.
     pub receive_max: u16,
     /// The packet.
     pub bytes: Box<[u8]>,
 }
 
-/// Deliveries at QoS 1 and 2 that a broker beside the first has under way.
-const WAITING_MAX: u16 = 32;
+/// Receive maximum towards brokers other than home: what each of them has in flight may have to be
+/// buffered until the client has room.
+const SECONDARY_RECEIVE_MAX: u16 = 32;
 
-/// How to connect to a broker.
+/// Which CONNECT a broker gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// With the client's own bytes.
-    Own,
-    /// The same without its will, which is another broker's.
-    Home,
-    /// With the will, and without topic aliases, which only one broker can number.
-    Will,
-    /// Without either.
-    Beside,
-    /// As [`Kind::Beside`], with a new session in place of the one that is there.
-    Anew,
-    /// As [`Kind::Beside`], with the session as it is.
+    /// The client's own bytes.
+    Original,
+    /// Home's, when another broker has the will.
+    WithoutWill,
+    /// That of the broker with the will, if that is not home.
+    WithWill,
+    /// Any other's.
+    Secondary,
+    /// As [`Kind::Secondary`], with clean start: discards the session that the broker has.
+    CleanStart,
+    /// As [`Kind::Secondary`], without clean start: after the connection was lost.
     Resume,
 }
 
@@ -54,7 +57,7 @@ fn refused(code: u8, what: &'static str) -> Malformed {
     Malformed { code, what }
 }
 
-impl Hello {
+impl Connect {
     /// Reads a whole CONNECT.
     pub fn read(packet: &[u8]) -> Result<Self, Malformed> {
         let no_connect = refused(0x81, "CONNECT that cannot be read");
@@ -98,56 +101,66 @@ impl Hello {
         }
     }
 
-    /// The CONNECT for a broker. An identifier that the first broker gave is used with the others.
-    pub fn connect(&self, kind: Kind, assigned: Option<&str>) -> Box<[u8]> {
-        if kind == Kind::Own {
+    /// The CONNECT for a broker. `assigned`: the client identifier that home assigned.
+    pub fn for_broker(&self, kind: Kind, assigned: Option<&str>) -> Box<[u8]> {
+        if kind == Kind::Original {
             return self.bytes.clone();
         }
-        let mut out = BytesMut::new();
-        let anew = kind == Kind::Anew;
-        // It was read before, and is written as it was read: neither fails.
-        if self.v5 {
-            if let Some(mut c) = decode_v5(&self.bytes).map(Box::new) {
-                if kind != Kind::Will {
+        if !self.v5 {
+            return self.edited_v3(|c| {
+                if kind != Kind::WithWill {
                     c.last_will = None;
                 }
-                if kind != Kind::Home {
-                    c.topic_alias_max = 0;
-                    // So many of each broker may have to wait for room at the client.
-                    let most = c.receive_max.map_or(WAITING_MAX, |n| n.get().min(WAITING_MAX));
-                    c = Box::new(c.receive_max(most));
-                }
-                c.clean_start = (c.clean_start || anew) && kind != Kind::Resume;
-                if let Some(id) = assigned {
-                    c.client_id = id.into();
-                }
-                let _ = v5::Codec::default().encode(v5::Packet::Connect(c), &mut out);
-            }
-        } else if let Some(mut c) = decode_v3(&self.bytes) {
-            if kind != Kind::Will {
+                c.clean_session |= kind == Kind::CleanStart;
+            });
+        }
+        self.edited_v5(|c| {
+            if kind != Kind::WithWill {
                 c.last_will = None;
             }
-            c.clean_session |= anew;
+            // Topic aliases are numbered by one broker only.
+            if kind != Kind::WithoutWill {
+                c.topic_alias_max = 0;
+                let most = c.receive_max.map_or(u16::MAX, NonZeroU16::get);
+                c.receive_max = NonZeroU16::new(most.min(SECONDARY_RECEIVE_MAX));
+            }
+            match kind {
+                Kind::CleanStart => c.clean_start = true,
+                Kind::Resume => c.clean_start = false,
+                _ => {}
+            }
+            if let Some(id) = assigned {
+                c.client_id = id.into();
+            }
+        })
+    }
+
+    /// Replaces the credentials by a user name from the client's certificate.
+    pub fn set_username(&mut self, name: &str) {
+        self.bytes = if self.v5 {
+            self.edited_v5(|c| (c.username, c.password) = (Some(name.into()), None))
+        } else {
+            self.edited_v3(|c| (c.username, c.password) = (Some(name.into()), None))
+        };
+    }
+
+    // What was decoded once can be decoded again, and encoded.
+    fn edited_v3(&self, edit: impl FnOnce(&mut v3::Connect)) -> Box<[u8]> {
+        let mut out = BytesMut::new();
+        if let Some(mut c) = decode_v3(&self.bytes) {
+            edit(&mut c);
             let _ = v3::Codec::default().encode(v3::Packet::Connect(Box::new(c)), &mut out);
         }
         out[..].into()
     }
 
-    /// With the user name that a certificate says, in place of the client's own.
-    pub fn set_username(&mut self, name: &str) {
+    fn edited_v5(&self, edit: impl FnOnce(&mut v5::Connect)) -> Box<[u8]> {
         let mut out = BytesMut::new();
-        if self.v5 {
-            if let Some(mut c) = decode_v5(&self.bytes) {
-                c.username = Some(name.into());
-                c.password = None;
-                let _ = v5::Codec::default().encode(v5::Packet::Connect(Box::new(c)), &mut out);
-            }
-        } else if let Some(mut c) = decode_v3(&self.bytes) {
-            c.username = Some(name.into());
-            c.password = None;
-            let _ = v3::Codec::default().encode(v3::Packet::Connect(Box::new(c)), &mut out);
+        if let Some(mut c) = decode_v5(&self.bytes) {
+            edit(&mut c);
+            let _ = v5::Codec::default().encode(v5::Packet::Connect(Box::new(c)), &mut out);
         }
-        self.bytes = out[..].into();
+        out[..].into()
     }
 }
 
@@ -167,7 +180,7 @@ fn decode_v5(packet: &[u8]) -> Option<v5::Connect> {
 
 /// What a broker answers CONNECT.
 #[derive(Debug, Clone)]
-pub struct Welcome {
+pub struct Connack {
     /// Return or reason code; 0: accepted.
     pub code: u8,
     /// The session is an earlier one.
@@ -184,7 +197,7 @@ pub struct Welcome {
     pub max_packet: usize,
 }
 
-impl Welcome {
+impl Connack {
     /// Reads a whole CONNACK; `None` if it is none.
     pub fn read(packet: &[u8], v5: bool) -> Option<Self> {
         let mut bytes = BytesMut::from(packet);
@@ -232,29 +245,35 @@ mod tests {
     }
 
     #[test]
-    fn the_will_is_for_one_broker_and_the_rest_for_all() {
-        let hello = Hello::read(&packet()).unwrap();
-        assert_eq!((hello.v5, hello.client_id.as_str(), hello.keepalive), (true, "id", 60));
-        assert_eq!((hello.will.as_deref(), hello.receive_max), (Some("w"), 7));
-        assert_eq!(hello.connect(Kind::Own, None)[..], packet());
-        let beside = Hello::read(&hello.connect(Kind::Beside, Some("given"))).unwrap();
+    fn brokers_other_than_home_get_neither_will_nor_aliases() {
+        let original = Connect::read(&packet()).unwrap();
         assert_eq!(
-            (beside.will, beside.client_id.as_str(), beside.receive_max),
-            (None, "given", 7)
+            (original.v5, original.client_id.as_str(), original.keepalive),
+            (true, "id", 60)
         );
-        let c = decode_v5(&beside.bytes).unwrap();
+        assert_eq!((original.will.as_deref(), original.receive_max), (Some("w"), 7));
+        assert_eq!(original.for_broker(Kind::Original, None)[..], packet());
+        let secondary = original.for_broker(Kind::Secondary, Some("assigned"));
+        let secondary = Connect::read(&secondary).unwrap();
+        let seen = (secondary.will, secondary.client_id.as_str(), secondary.receive_max);
+        assert_eq!(seen, (None, "assigned", 7));
+        let c = decode_v5(&secondary.bytes).unwrap();
         assert_eq!((c.username.as_deref(), c.topic_alias_max), (Some("u"), 0));
+        let with_will = Connect::read(&original.for_broker(Kind::WithWill, None)).unwrap();
+        assert_eq!(with_will.will.as_deref(), Some("w"));
+        let home = decode_v5(&original.for_broker(Kind::WithoutWill, None)).unwrap();
+        assert_eq!((home.last_will, home.topic_alias_max), (None, 9));
     }
 
     #[test]
     fn old_protocols_are_read_and_others_refused() {
         let v31 = b"\x10\x10\x00\x06MQIsdp\x03\x00\x00\x0a\x00\x02id";
-        let hello = Hello::read(v31).unwrap();
-        assert!(!hello.v5 && hello.persistent && hello.client_id == "id");
-        let anew = Hello::read(&hello.connect(Kind::Anew, None)).unwrap();
-        assert!(!anew.persistent);
+        let original = Connect::read(v31).unwrap();
+        assert!(!original.v5 && original.persistent && original.client_id == "id");
+        let clean = Connect::read(&original.for_broker(Kind::CleanStart, None)).unwrap();
+        assert!(!clean.persistent);
         let v6 = b"\x10\x0e\x00\x04MQTT\x06\x02\x00\x0a\x00\x02id";
-        assert_eq!(Hello::read(v6).unwrap_err().code, 0x84);
-        assert_eq!(Hello::read(b"\x10\x02\x00\x00").unwrap_err().code, 0x81);
+        assert_eq!(Connect::read(v6).unwrap_err().code, 0x84);
+        assert_eq!(Connect::read(b"\x10\x02\x00\x00").unwrap_err().code, 0x81);
     }
 }
