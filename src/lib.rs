@@ -11,6 +11,7 @@ pub mod datapath;
 pub mod domain;
 pub mod handover;
 pub mod kernel;
+pub mod metrics;
 pub mod relay;
 pub mod routes;
 pub mod telemetry;

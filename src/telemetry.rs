@@ -16,6 +16,8 @@ pub fn init(filter: &str) -> Result<(), String> {
         .with_writer(std::io::stderr)
         .with_target(false)
         .with_ansi(terminal)
+        // It would report that standard error cannot be written, to standard error, and panic.
+        .log_internal_errors(false)
         .init();
     libbpf_rs::set_print(Some((PrintLevel::Debug, from_libbpf)));
     Ok(())

@@ -162,7 +162,10 @@ fn without_root_it_says_so() {
         .unwrap();
     let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{text}");
-    assert!(text.contains("this needs root"), "{text}");
+    assert!(
+        text.contains("this process lacks CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON; run it with sudo"),
+        "{text}"
+    );
 }
 
 #[test]

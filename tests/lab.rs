@@ -432,7 +432,15 @@ fn parts_taken_out_and_put_back_cost_no_established_connection() {
         });
     };
     let enough = format!("/run/mqtt-fwd-lab/{}/enough", lab.name);
+    /// Ends the publishers, whatever else fails.
+    struct Enough<'a>(&'a str);
+    impl Drop for Enough<'_> {
+        fn drop(&mut self) {
+            let _ = std::fs::write(self.0, "");
+        }
+    }
     let sent: Vec<u64> = std::thread::scope(|scope| {
+        let end = Enough(&enough);
         let running: Vec<_> = publishers
             .iter()
             .map(|(client, topic, _)| {
@@ -449,9 +457,10 @@ fn parts_taken_out_and_put_back_cost_no_established_connection() {
             lab.mqtt_fwd(&["load"]);
         }
         // Out and in again; in between, the balancer does not know where packets belong.
-        lab.mqtt_fwd(&["unload", "--keep-state"]);
+        lab.mqtt_fwd(&["unload", "--keep-state", "--force"]);
         std::thread::sleep(std::time::Duration::from_millis(500));
         lab.mqtt_fwd(&["load"]);
+        script(&["sidecar", "start"]);
         healthy();
         script(&["sidecar", "kill"]);
         script(&["sidecar", "start"]);
@@ -467,7 +476,7 @@ fn parts_taken_out_and_put_back_cost_no_established_connection() {
         script(&["sidecar", "start"]);
         healthy();
         under_way(50 + lab.received()[&1].len());
-        std::fs::write(&enough, "").unwrap();
+        drop(end);
         let results: Vec<_> = running.into_iter().map(|p| p.join().unwrap()).collect();
         assert!(results.iter().all(|(connections, _)| *connections == 1), "{results:?}");
         results.into_iter().map(|(_, sent)| sent).collect()

@@ -25,6 +25,11 @@ impl fmt::Display for Listener {
 }
 
 impl Listener {
+    /// Its process.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
     /// Whether it has one of these BPF maps open.
     pub fn holds_any(&self, map_ids: &[u32]) -> bool {
         let Ok(entries) = std::fs::read_dir(format!("/proc/{}/fdinfo", self.pid)) else {

@@ -15,6 +15,9 @@ pub mod proto {
     tonic::include_proto!("lb.katran");
 }
 
+/// A MAC address.
+pub type Mac = [u8; 6];
+
 /// A balancer's virtual address. Its text is canonical: Katran compares addresses as text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Vip {

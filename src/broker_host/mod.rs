@@ -19,13 +19,13 @@ use notes::Notes;
 use crate::domain::XdpMode;
 use crate::handover;
 use crate::handover::keys::{KeyError, KeyFile};
+use crate::kernel::BpfError;
 use crate::kernel::abi::{addr_words, address};
 use crate::kernel::maps::Table;
 use crate::kernel::pins::{self, Object, Pins};
 use crate::kernel::skeletons::decap::DecapSkelBuilder;
 use crate::kernel::skeletons::xdp_root::XdpRootSkelBuilder;
 use crate::kernel::xdp;
-use crate::kernel::{BpfError, load};
 
 /// What can go wrong here.
 #[derive(Debug, thiserror::Error)]
@@ -141,7 +141,7 @@ pub fn down(interface: &str, bpffs: &Path) -> Result<Vec<String>> {
         }
     }
     Notes::forget(interface);
-    if let Some(program) = load::pinned_program(&pins.program("decap"))
+    if let Some(program) = pins.pinned_program("decap").map(|(_, program)| program)
         && xdp::detach(interface, program.id).unwrap_or(false)
     {
         done.push(format!("decap (id {}) off {interface}", program.id));
@@ -183,7 +183,7 @@ fn attach_decap(host: &BrokerHost, done: &mut Vec<String>) -> Result<()> {
     xdp::interface_index(&host.interface)?;
     let _lock = pins.lock()?;
     let attached = xdp::attached(&host.interface)?;
-    let pinned = load::pinned_program(&pins.program("decap"));
+    let pinned = pins.pinned_program("decap").map(|(_, program)| program);
     let ours = matches!((&attached, &pinned), (Some(a), Some(p)) if a.id == p.id);
     if let (Some(program), false) = (&attached, ours) {
         return Err(BpfError::ForeignXdp {

@@ -8,7 +8,6 @@ use serde::Serialize;
 use super::{HostError, pins_of, sysctl, takeover, vips};
 use crate::balancer::sock_diag;
 use crate::handover::keys::{KeyFile, now};
-use crate::kernel::load::pinned_program;
 use crate::kernel::xdp;
 
 /// For tables and JSON.
@@ -35,7 +34,7 @@ pub fn status(interface: &str, bpffs: &Path, key_file: Option<&Path>) -> Result<
     let pins = pins_of(bpffs, interface);
     pins.check()?;
     let attached = xdp::attached(interface)?;
-    let decap = pinned_program(&pins.program("decap"));
+    let decap = pins.pinned_program("decap").map(|(_, program)| program);
     let unwraps = matches!((&attached, &decap), (Some(a), Some(d)) if a.id == d.id);
     let takes_over = takeover::is_attached(&pins);
     let vips = vips(&pins);

@@ -4,10 +4,22 @@ use clap::Args;
 
 use super::table::line;
 use crate::config::{BalancerKind, Config};
-use crate::control::Error;
-use crate::kernel::{load, unload};
+use crate::control::{Error, instance};
+use crate::kernel::{adopt, load, unload};
 
-pub fn load(config: &Config) -> Result<(), Error> {
+#[derive(Debug, Args)]
+pub struct Load {
+    /// Take over a chain whose pins were removed or belong to another network namespace
+    #[arg(long)]
+    adopt: bool,
+}
+
+pub fn load(args: &Load, config: &Config) -> Result<(), Error> {
+    if args.adopt {
+        for what in adopt::adopt(&config.load_spec())? {
+            line(&format!("adopted {what}"));
+        }
+    }
     let loaded = load::load(&config.load_spec())?;
     let root = if loaded.root_reused { "the root that was there" } else { "its own xdp_root" };
     line(&format!(
@@ -35,10 +47,24 @@ pub struct Unload {
     /// Only take mqtt_fwd out of the chain; `load` puts it back with all that it knew
     #[arg(long)]
     keep_state: bool,
+    /// End a `run` that is at work on the interface, which would put everything back
+    #[arg(long)]
+    force: bool,
 }
 
 impl Unload {
     pub fn run(&self, config: &Config) -> Result<(), Error> {
+        match instance::find(config) {
+            Some(running) if self.force => running.end(config)?,
+            Some(running) => {
+                return Err(Error::Busy(format!(
+                    "`run` (pid {}) is at work on {} and would put back what is removed; end it \
+                     first, or use --force, which does that",
+                    running.pid, config.interface
+                )));
+            }
+            None => {}
+        }
         let report = if self.keep_state {
             unload::take_out(&config.load_spec())?
         } else {

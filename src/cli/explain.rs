@@ -7,10 +7,17 @@ use serde::Serialize;
 
 use super::table::{self, line};
 use crate::config::{Binding, Config, Group, Service};
+use crate::control::Error;
+use crate::control::reconcile::plan;
+use crate::datapath::Datapath;
 use crate::domain::filter::{TopicFilter, most_specific};
 use crate::handover::keys::{KeyFile, now};
 
-pub fn check(config: &Config) {
+pub fn check(config: &Config) -> Result<(), Error> {
+    // Where another configuration is in force, both have to fit for a moment.
+    if let Ok(datapath) = Datapath::open(&config.pins()) {
+        plan::check_room(config, &datapath)?;
+    }
     line(&format!("{}: valid", config.path.display()));
     for service in &config.services {
         let reals: usize = service.groups.iter().map(|g| g.reals.len()).sum();
@@ -29,6 +36,7 @@ pub fn check(config: &Config) {
             relayed(service, relay);
         }
     }
+    Ok(())
 }
 
 /// What the relay needs that the configuration cannot give.

@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::table::{self, Output, line};
 use super::{DEFAULT_CONFIG, block_on};
 use crate::balancer::client::{BalancerError, Client, Stats};
+use crate::balancer::listeners;
 use crate::balancer::{VerbatimVip, Vip, mac_text};
 use crate::config::{Config, ConfigError, address, endpoint, mac};
 use crate::control::Error;
@@ -145,6 +146,15 @@ impl Katran {
         block_on(async {
             let mut client = Client::connect(&endpoint).await?;
             self.action.run(&mut client).await
+        })
+        .map_err(|error| match listeners::listeners(&endpoint).as_slice() {
+            [] | [_] => error,
+            several => Error::Busy(format!(
+                "{error}; {} servers listen at {endpoint}, each with a state of its own, and any of \
+                 them gets a call: {}",
+                several.len(),
+                several.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+            )),
         })
     }
 }

@@ -61,12 +61,12 @@ enum Command {
     /// Check the configuration and say what it means
     Check,
     /// Put mqtt_fwd into the chain on the interface
-    Load,
+    Load(chain::Load),
     /// Take programs and pins out again, or only mqtt_fwd
     Unload(chain::Unload),
     /// Bring groups, reals, services and routes to what the configuration says
     Apply(sidecar::Apply),
-    /// Load, apply and watch, in the foreground; SIGHUP reads the configuration again
+    /// Load, apply and watch, in the foreground; SIGHUP reloads the configuration
     Run,
     /// Run only the embedded balancer, in the foreground
     Balancer,
@@ -106,13 +106,13 @@ pub fn main() -> ExitCode {
     // clap ends the process with 2 on wrong usage, and with 0 after --help.
     let cli = Cli::parse();
     if let Err(problem) = crate::telemetry::init(&cli.log) {
-        eprintln!("mqtt-fwd: {problem}");
+        table::complain(&problem);
         return USAGE.into();
     }
     match run(cli) {
         Ok(()) => DONE.into(),
         Err(error) => {
-            eprintln!("mqtt-fwd: {error}");
+            table::complain(&error.to_string());
             exit_code(&error).into()
         }
     }
@@ -128,11 +128,8 @@ fn exit_code(error: &Error) -> u8 {
 fn run(cli: Cli) -> Result<(), Error> {
     let config = || Config::load(&cli.config);
     match cli.command {
-        Command::Check => {
-            explain::check(&config()?);
-            Ok(())
-        }
-        Command::Load => chain::load(&config()?),
+        Command::Check => explain::check(&config()?),
+        Command::Load(args) => chain::load(&args, &config()?),
         Command::Unload(args) => args.run(&config()?),
         Command::Apply(args) => args.run(&config()?),
         Command::Run => sidecar::run(config()?),

@@ -6,11 +6,12 @@ use clap::Args;
 
 use super::block_on;
 use super::table::line;
+use crate::balancer::Mac;
 use crate::balancer::client::Client;
 use crate::config::{BalancerKind, Config};
 use crate::control::instance::{self, Running};
 use crate::control::reconcile::{apply, plan};
-use crate::control::{self, Error, handover, health};
+use crate::control::{self, Error, gateway, handover, health};
 use crate::datapath::Datapath;
 
 /// How long `apply` waits for a `run` to take a configuration over.
@@ -29,12 +30,13 @@ impl Apply {
         let running = instance::find(config).filter(|_| !self.dry_run);
         let plan = block_on(async {
             let mut client = Client::connect(&config.balancer_endpoint).await?;
+            let gateway = gateway::wanted_or_warn(config).await;
             match running {
-                Some(running) => hand_over(&running, config, &datapath, &mut client).await,
-                None if self.dry_run => plan::plan(config, &datapath, &mut client).await,
+                Some(running) => hand_over(&running, config, gateway, &datapath, &mut client).await,
+                None if self.dry_run => plan::plan(config, gateway, &datapath, &mut client).await,
                 None => {
                     handover::put_keys(config, &datapath)?;
-                    apply::apply(config, &datapath, &mut client).await
+                    apply::apply(config, gateway, &datapath, &mut client).await
                 }
             }
         })?;
@@ -61,6 +63,7 @@ impl Apply {
 async fn hand_over(
     running: &Running,
     config: &Config,
+    gateway: Option<Mac>,
     datapath: &Datapath,
     client: &mut Client,
 ) -> Result<plan::Plan, Error> {
@@ -71,7 +74,12 @@ async fn hand_over(
             running.config.display()
         )));
     }
-    let first = plan::plan(config, datapath, client).await?;
+    let plan = async |client: &mut Client| {
+        // While `run` writes, what is read here may be half of this and half of that.
+        let _lock = instance::lock_apply(config).await?;
+        plan::plan(config, gateway, datapath, client).await
+    };
+    let first = plan(client).await?;
     if first.is_empty() {
         return Ok(first);
     }
@@ -83,7 +91,7 @@ async fn hand_over(
     let deadline = Instant::now() + TAKE_OVER;
     while Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(100)).await;
-        if plan::plan(config, datapath, client).await?.is_empty() {
+        if plan(client).await?.is_empty() {
             return Ok(first);
         }
     }
@@ -95,7 +103,8 @@ async fn hand_over(
 }
 
 pub fn run(config: Config) -> Result<(), Error> {
-    block_on(control::run::run(config))
+    let loaded = control::run::load(config)?;
+    block_on(control::run::run(loaded))
 }
 
 pub fn balancer(config: &Config) -> Result<(), Error> {

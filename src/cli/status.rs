@@ -9,6 +9,7 @@ use super::block_on;
 use super::table::{self, Output, line};
 use crate::balancer::client::Client;
 use crate::config::{Config, XdpMode};
+use crate::control::gateway;
 use crate::control::reconcile::apply;
 use crate::control::{Error, health, view};
 use crate::datapath::Datapath;
@@ -80,10 +81,11 @@ impl Show {
 
 fn read(config: &Config) -> Result<Status, Error> {
     let program = |p: &xdp::ProgramInfo| format!("{} (id {})", p.name, p.id);
-    let attached = xdp::attached(&config.interface)?;
-    let chain = Chain::open(&config.pins())?;
+    let pins = config.pins();
+    let attached = xdp::attached(&config.interface)?.map(|root| pins.identify(root));
+    let chain = Chain::open(&pins)?;
     let positions: Vec<_> = (0..chain::POSITIONS)
-        .map(|i| chain.as_ref().and_then(|c| c.program(i)).as_ref().map(program))
+        .map(|i| chain.as_ref()?.program(i).map(|there| program(&pins.identify(there))))
         .collect();
     let datapath = Datapath::open(&config.pins()).ok();
     let (balancer_ok, balancer) = balancer(config);
@@ -124,7 +126,7 @@ fn balancer(config: &Config) -> (bool, String) {
     let at = format!("{kind} at {}", config.balancer_endpoint);
     let difference = block_on(async {
         let mut client = Client::connect(&config.balancer_endpoint).await?;
-        Ok(apply::difference(config, &mut client).await?)
+        Ok(apply::difference(config, gateway::wanted_or_warn(config).await, &mut client).await?)
     });
     match difference {
         Ok(None) => (true, format!("{at}: as configured")),

@@ -16,16 +16,27 @@ pub struct Output {
 pub fn json(value: &impl Serialize) {
     match serde_json::to_string_pretty(value) {
         Ok(text) => line(&text),
-        Err(e) => eprintln!("mqtt-fwd: {e}"),
+        Err(e) => complain(&e.to_string()),
     }
 }
 
-/// Prints a line; a reader that went away (`| head`) is no error.
+/// Prints a line. A reader that went away (`| head`) is no error; a full disk is.
 pub fn line(text: &str) {
     use std::io::Write as _;
-    if writeln!(std::io::stdout(), "{text}").is_err() {
-        std::process::exit(0);
+    match writeln!(std::io::stdout(), "{text}") {
+        Ok(()) => {}
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
+        Err(e) => {
+            complain(&format!("writing to standard output: {e}"));
+            std::process::exit(i32::from(super::FAILED));
+        }
     }
+}
+
+/// Prints a line to standard error, if that can be written.
+pub fn complain(text: &str) {
+    use std::io::Write as _;
+    let _ = writeln!(std::io::stderr(), "mqtt-fwd: {text}");
 }
 
 /// Prints a table without frames: columns that line up, as `ss` and `kubectl` print them.

@@ -55,8 +55,13 @@ pub struct Config {
 impl Config {
     /// Reads and checks a file. Every problem of it is reported, not only the first.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let bytes = std::fs::read(path)
-            .map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
+        let unreadable = |source| ConfigError::Unreadable { path: path.to_owned(), source };
+        // Opening a FIFO waits for a writer.
+        let found = std::fs::metadata(path).map_err(unreadable)?;
+        if !found.is_file() {
+            return Err(unreadable(std::io::Error::other("it is not a regular file")));
+        }
+        let bytes = std::fs::read(path).map_err(unreadable)?;
         let text = String::from_utf8(bytes).map_err(|e| ConfigError::NotText {
             path: path.to_owned(),
             line: e.as_bytes()[..e.utf8_error().valid_up_to()].split(|b| *b == b'\n').count(),

@@ -52,7 +52,23 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
         &[("embedded", BalancerKind::Embedded), ("katran", BalancerKind::Katran)],
     );
     let balancer_endpoint =
-        r.parsed("balancer_endpoint", endpoint).unwrap_or_else(|| "127.0.0.1:50051".to_owned());
+        r.parsed("balancer_endpoint", endpoint).unwrap_or_else(|| match (balancer, &interface) {
+            (Some(BalancerKind::Embedded), Some(interface)) => {
+                format!("unix:/run/mqtt-fwd/balancer-{interface}.sock")
+            }
+            _ => "127.0.0.1:50051".to_owned(),
+        });
+    let allow_remote = r.flag("allow_remote_control").unwrap_or(false);
+    if balancer == Some(BalancerKind::Embedded)
+        && !allow_remote
+        && !is_of_this_host(&balancer_endpoint)
+    {
+        r.problem(
+            "balancer_endpoint",
+            "can be reached by other hosts, who could change the balancer; use a unix: path or \
+             127.0.0.1, or set allow_remote_control = true",
+        );
+    }
     let encapsulation = r
         .choice("encapsulation", &[("ipip", Encapsulation::Ipip), ("gue", Encapsulation::Gue)])
         .unwrap_or(Encapsulation::Ipip);
@@ -60,13 +76,6 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
         r.problem("encapsulation", "= \"gue\": the embedded balancer has only \"ipip\"");
     }
     let gateway_mac = r.parsed("gateway_mac", mac);
-    if balancer == Some(BalancerKind::Embedded) && gateway_mac.is_none() && !r.has("gateway_mac") {
-        r.problem(
-            "gateway_mac",
-            "is missing; the embedded balancer sends to the gateway's MAC address: \
-             `ip neigh` shows it",
-        );
-    }
     let handover_key = r
         .parsed("handover_key", absolute)
         .unwrap_or_else(|| PathBuf::from("/etc/mqtt-fwd/handover.key"));
@@ -84,7 +93,7 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
     if !r.has("service") {
         r.problem("service", "there is none; describe one with [[service]]");
     }
-    across_services(&services, &maps, source);
+    across_services(&services, &maps, balancer, source);
     r.finish();
 
     Some(Config {
@@ -446,7 +455,12 @@ fn group(r: Reader<'_>, service: Option<IpAddr>, binding: Binding) -> Option<Gro
 }
 
 /// What has to hold between services.
-fn across_services(services: &[Service], maps: &MapSizes, source: &Source<'_>) {
+fn across_services(
+    services: &[Service],
+    maps: &MapSizes,
+    balancer: Option<BalancerKind>,
+    source: &Source<'_>,
+) {
     let report = |key: String, value: String, text: String| source.report(key, value, text);
     let max_services = limits::MAX_SERVICES.0 as usize;
     if services.len() > max_services {
@@ -457,6 +471,10 @@ fn across_services(services: &[Service], maps: &MapSizes, source: &Source<'_>) {
         );
     }
 
+    let vips: Vec<IpAddr> = services
+        .iter()
+        .flat_map(|s| s.groups.iter().map(|group| group.vip).chain([s.addr]))
+        .collect();
     let mut names: HashMap<&str, usize> = HashMap::new();
     // Service addresses and group VIPs share one space: the balancer knows only VIPs.
     let mut owners: HashMap<(IpAddr, u16), String> = HashMap::new();
@@ -489,8 +507,6 @@ fn across_services(services: &[Service], maps: &MapSizes, source: &Source<'_>) {
                 claim(format!("service[{i}].group[{j}].reals[{k}].vip"), vip, service.port);
             }
         }
-        let vips: Vec<IpAddr> =
-            service.groups.iter().map(|group| group.vip).chain([service.addr]).collect();
         for (j, group) in service.groups.iter().enumerate() {
             for (k, real) in group.reals.iter().enumerate().filter(|(_, r)| vips.contains(&r.addr))
             {
@@ -518,6 +534,14 @@ fn across_services(services: &[Service], maps: &MapSizes, source: &Source<'_>) {
             format!("there are {groups} groups; raise it to at least that"),
         );
     }
+    let vips = groups + services.iter().map(|s| s.listeners.len()).sum::<usize>();
+    if balancer == Some(BalancerKind::Embedded) && vips > maps.vips as usize {
+        report(
+            "maps.vips".to_owned(),
+            maps.vips.to_string(),
+            format!("groups and listeners need {vips} VIPs of the embedded balancer; raise it"),
+        );
+    }
 }
 
 fn name_text(text: &str) -> Result<String, String> {
@@ -535,7 +559,11 @@ pub fn address(text: &str) -> Result<IpAddr, String> {
     let addr: IpAddr = text
         .parse()
         .map_err(|_| "not an IP address; write it like \"10.1.50.1\" or \"fd00::1\"".to_owned())?;
-    if addr.is_unspecified() || addr.is_multicast() || addr.is_loopback() {
+    let unusable = match addr {
+        IpAddr::V4(v4) => v4.is_broadcast() || v4.octets()[0] == 0 || v4.octets()[0] >= 240,
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    if unusable || addr.is_unspecified() || addr.is_multicast() || addr.is_loopback() {
         return Err("not an address that a host can have on a network".to_owned());
     }
     if let IpAddr::V6(v6) = addr
@@ -567,6 +595,13 @@ pub fn endpoint(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
+/// Whether only this host's processes can connect there.
+fn is_of_this_host(endpoint: &str) -> bool {
+    endpoint.starts_with("unix:")
+        || endpoint.starts_with("localhost:")
+        || endpoint.parse::<std::net::SocketAddr>().is_ok_and(|addr| addr.ip().is_loopback())
+}
+
 /// A MAC address.
 pub fn mac(text: &str) -> Result<[u8; 6], String> {
     parse_mac(text)
@@ -575,8 +610,11 @@ pub fn mac(text: &str) -> Result<[u8; 6], String> {
 
 /// Six pairs of hexadecimal digits with colons; all zero is what Katran makes of nonsense, so not that.
 pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
-    let mac: macaddr::MacAddr6 =
-        text.parse().ok().filter(|_| text.len() == 17 && text.contains(':'))?;
+    let mac: macaddr::MacAddr6 = text.parse().ok().filter(|_| {
+        let mut pairs = text.split(':');
+        pairs.clone().count() == 6
+            && pairs.all(|p| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit()))
+    })?;
     // Nor one of many stations (the lowest bit of the first byte, IEEE 802).
     (!mac.is_nil() && mac.is_unicast()).then(|| mac.into_array())
 }

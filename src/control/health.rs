@@ -5,7 +5,6 @@ use std::sync::Mutex;
 use crate::balancer::listeners::{self, Listener};
 use crate::config::Config;
 use crate::kernel::chain::{self, Chain};
-use crate::kernel::load;
 use crate::kernel::pins::Pins;
 use crate::kernel::xdp::{self, ProgramInfo};
 
@@ -27,16 +26,20 @@ pub fn problems(config: &Config) -> Vec<String> {
             "no XDP program is on {}, so packets are not forwarded; `mqtt-fwd load` attaches one",
             config.interface
         )),
-        Ok(Some(root)) if !root.uses_pinned_map(pins.root_array()) => problems.push(format!(
-            "the XDP program on {}, {} (id {}), does not use {}",
-            config.interface,
-            root.name,
-            root.id,
-            pins.root_array().display()
-        )),
+        Ok(Some(root))
+            if pins.identify(root.clone()).uses_pinned_map(pins.root_array()) == Some(false) =>
+        {
+            problems.push(format!(
+                "the XDP program on {}, {} (id {}), does not use {}",
+                config.interface,
+                root.name,
+                root.id,
+                pins.root_array().display()
+            ));
+        }
         Ok(Some(_)) => {}
     }
-    let ours = load::pinned_program(&pins.program("mqtt_fwd")).map(|p| p.id);
+    let ours = pins.pinned_program("mqtt_fwd").map(|(_, program)| program.id);
     if ours.is_none() || chain.program(chain::MQTT_FWD).map(|p| p.id) != ours {
         problems.push("mqtt_fwd is not in its position; `mqtt-fwd load` puts it back".to_owned());
     }
@@ -47,16 +50,12 @@ pub fn problems(config: &Config) -> Vec<String> {
              start the balancer"
                 .to_owned(),
         ),
-        Some(program) => problems.extend(balancer_problem(&program, &pins, &listeners)),
+        Some(program) => {
+            problems.extend(balancer_problem(&pins.identify(program), &pins, &listeners));
+        }
     }
     if listeners.len() > 1 {
-        let names: Vec<String> = listeners.iter().map(ToString::to_string).collect();
-        problems.push(format!(
-            "{} servers listen at {} and each gets some of the calls: {}; stop all but one",
-            listeners.len(),
-            config.balancer_endpoint,
-            names.join(", ")
-        ));
+        problems.push(several_servers(config, chain.program(chain::BALANCER), &listeners));
     }
     problems
 }
@@ -67,7 +66,8 @@ fn balancer_problem(program: &ProgramInfo, pins: &Pins, listeners: &[Listener]) 
         .iter()
         .filter_map(|path| xdp::pinned_map_id(path))
         .collect();
-    if !program.uses_pinned_map(&pins.service_vips()) {
+    let Some(map_ids) = &program.map_ids else { return None };
+    if program.uses_pinned_map(&pins.service_vips()) == Some(false) {
         return Some(format!(
             "{} (id {}) does not use {}, so reals get packets with a group's VIP inside; build it \
              with katran-patches/ and -DMQTT_SERVICE, start it with the same bpffs, and restart it \
@@ -77,7 +77,7 @@ fn balancer_problem(program: &ProgramInfo, pins: &Pins, listeners: &[Listener]) 
             pins.service_vips().display()
         ));
     }
-    let own: Vec<u32> = program.map_ids.iter().copied().filter(|id| !shared.contains(id)).collect();
+    let own: Vec<u32> = map_ids.iter().copied().filter(|id| !shared.contains(id)).collect();
     if listeners.is_empty() || is_of_a_listener(program.id, &own, listeners) {
         return None;
     }
@@ -89,6 +89,43 @@ fn balancer_problem(program: &ProgramInfo, pins: &Pins, listeners: &[Listener]) 
         program.id,
         names.join(", ")
     ))
+}
+
+/// Katran takes its program out of the position when it is told to end, though that is another's:
+/// so it makes a difference which one is ended, and how.
+fn several_servers(
+    config: &Config,
+    program: Option<ProgramInfo>,
+    listeners: &[Listener],
+) -> String {
+    let names: Vec<String> = listeners.iter().map(ToString::to_string).collect();
+    let shared = [config.pins().service_vips(), config.pins().root_array().to_owned()];
+    let shared: Vec<u32> = shared.iter().filter_map(|path| xdp::pinned_map_id(path)).collect();
+    let maps = program.and_then(|program| program.map_ids).unwrap_or_default();
+    let own: Vec<u32> = maps.into_iter().filter(|id| !shared.contains(id)).collect();
+    let (in_position, others): (Vec<&Listener>, Vec<&Listener>) =
+        listeners.iter().partition(|listener| listener.holds_any(&own));
+    let mend = match in_position.as_slice() {
+        [one] => {
+            let pids: Vec<String> = others.iter().map(|other| other.pid().to_string()).collect();
+            format!(
+                "the program in the balancer's position is that of {one}; end the other with \
+                 `kill -9 {}` (SIGTERM would empty the position)",
+                pids.join(" ")
+            )
+        }
+        _ => {
+            "stop all but one with SIGKILL (SIGTERM empties the balancer's position), then restart \
+              that one"
+                .to_owned()
+        }
+    };
+    format!(
+        "{} servers listen at {} and each gets some of the calls: {}; {mend}",
+        listeners.len(),
+        config.balancer_endpoint,
+        names.join(", ")
+    )
 }
 
 /// Whether one of the servers has the program's maps open. /proc has a file for each thing that a

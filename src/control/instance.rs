@@ -3,14 +3,15 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read as _, Write as _};
-use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use super::{Error, Result};
 use crate::config::Config;
+use crate::kernel::{BpfError, namespace};
 
 const DIR: &str = "/run/mqtt-fwd";
 
@@ -30,14 +31,31 @@ impl Running {
     }
 }
 
+impl Running {
+    /// Ends it, and waits until it has ended.
+    pub fn end(&self, config: &Config) -> Result<()> {
+        let pid = nix::unistd::Pid::from_raw(self.pid);
+        let what = format!("ending `run` (pid {pid})");
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)
+            .map_err(|e| Error::Io { what: what.clone(), source: e.into() })?;
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while find(config).is_some_and(|there| there == *self) {
+            if Instant::now() > deadline {
+                return Err(Error::Busy(format!("{what}: it goes on; kill it")));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+}
+
 fn absolute(config: &Config) -> PathBuf {
     fs::canonicalize(&config.path).unwrap_or_else(|_| config.path.clone())
 }
 
 /// Interfaces of two network namespaces may have the same name.
 fn path(config: &Config) -> PathBuf {
-    let namespace = fs::metadata("/proc/self/ns/net").map(|m| m.ino()).unwrap_or_default();
-    PathBuf::from(DIR).join(format!("run-{namespace}-{}.json", config.interface))
+    PathBuf::from(DIR).join(format!("run-{}-{}.json", namespace::own(), config.interface))
 }
 
 /// Makes this process the one; it is as long as the value lives.
@@ -65,6 +83,22 @@ pub fn lock(config: &Config) -> Result<Flock<File>> {
     file.set_len(0).map_err(failed)?;
     file.write_all(&serde_json::to_vec(&me).unwrap_or_default()).map_err(failed)?;
     Ok(file)
+}
+
+/// For another process that applies a configuration.
+const APPLY_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Waits until no other process applies a configuration; as long as the value lives, none does.
+pub async fn lock_apply(config: &Config) -> Result<Flock<File>> {
+    let deadline = Instant::now() + APPLY_PATIENCE;
+    loop {
+        match config.pins().try_lock_apply() {
+            Err(BpfError::Locked { .. }) if Instant::now() < deadline => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            result => return Ok(result?),
+        }
+    }
 }
 
 /// The `run` of a configuration's interface, if one is at work.

@@ -1,9 +1,11 @@
 //! The sidecar: brings datapath and balancer to what the configuration says, keeps them there, and
 //! says what is wrong.
 
+pub mod gateway;
 pub mod handover;
 pub mod health;
 pub mod instance;
+pub mod keeper;
 pub mod reconcile;
 pub mod run;
 pub mod view;

@@ -1,66 +1,95 @@
 //! The sidecar in the foreground: load, apply, watch, until it is told to end. Forwarding does
 //! not depend on it: programs and maps are pinned and stay.
 
+use std::fs::File;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::net::{TcpListener, UnixListener};
+use nix::fcntl::Flock;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tokio::task::JoinHandle;
 use tonic::transport::Server as GrpcServer;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::reconcile::watch::Reconciler;
-use super::{Error, Result, instance};
+use super::{Error, Result, gateway, instance, keeper};
+use crate::balancer::embedded::Embedded;
+use crate::balancer::embedded::listen::{self, Listener, ServeError};
 use crate::balancer::embedded::service::Server;
-use crate::balancer::embedded::{Embedded, Refusal};
 use crate::config::{BalancerKind, Config};
 use crate::datapath::Datapath;
-use crate::kernel::load;
+use crate::kernel::{load, privileges};
 
-/// Runs until SIGTERM or SIGINT. SIGHUP reads the configuration again.
-pub async fn run(mut config: Config) -> Result<()> {
+/// The embedded balancer, for its service and for reloads.
+type Shared = Arc<Mutex<Embedded>>;
+
+/// What is in place before the first thread starts.
+#[derive(Debug)]
+pub struct Loaded {
+    config: Config,
+    listener: Option<Listener>,
+    balancer: Option<Shared>,
+    _only: Flock<File>,
+}
+
+/// Loads, and then gives up the privileges that only loading takes. Those are a thread's own, so
+/// this comes before all threads.
+pub fn load(config: Config) -> Result<Loaded> {
+    let only = instance::lock(&config)?;
+    // Listening first: whoever serves there already keeps its programs in their positions.
+    let listener = match config.balancer {
+        BalancerKind::Embedded => Some(listen(&config.balancer_endpoint)?),
+        BalancerKind::Katran => None,
+    };
+    load::load(&config.load_spec())?;
+    let balancer = listener.as_ref().map(|l| load_balancer(&config, l)).transpose()?;
+    match privileges::drop_others(config.balancer == BalancerKind::Katran) {
+        Ok(kept) => debug!("capabilities kept: {}", kept.join(", ")),
+        Err(error) => warn!(%error, "capabilities that are not needed could not be dropped"),
+    }
+    Ok(Loaded { config, listener, balancer, _only: only })
+}
+
+/// Runs until SIGTERM or SIGINT. SIGHUP reloads the configuration.
+pub async fn run(loaded: Loaded) -> Result<()> {
+    let Loaded { mut config, listener, balancer, _only } = loaded;
     let mut term = on(SignalKind::terminate())?;
     let mut int = on(SignalKind::interrupt())?;
     let mut hup = on(SignalKind::hangup())?;
 
-    let _only = instance::lock(&config)?;
-    // Listening first: whoever serves there already keeps its programs in their positions.
-    let incoming = match config.balancer {
-        BalancerKind::Embedded => Some(listen(&config.balancer_endpoint).await?),
-        BalancerKind::Katran => None,
-    };
-    load::load(&config.load_spec())?;
     let mut datapath = Datapath::open(&config.pins())?;
-    let mut server = match incoming {
-        Some(incoming) => Some(tokio::spawn(serve(&config, incoming)?)),
-        None => None,
-    };
-
+    let mut server = listener
+        .zip(balancer.as_ref())
+        .map(|(listener, balancer)| tokio::spawn(serve(listener, balancer)));
+    let mut keeper = Keeper::of(&config);
     let mut reconciler = Reconciler::new(server.is_some());
+    let ended = async |server: &mut Option<JoinHandle<_>>| match server {
+        Some(server) => server.await,
+        None => std::future::pending().await,
+    };
     loop {
         if !datapath.is_pinned(&config.pins())
             && let Ok(new) = Datapath::open(&config.pins())
         {
-            warn!("other maps are pinned than before (unload and load?); going on with those");
             datapath = new;
             reconciler.configuration_changed();
         }
-        reconciler.reconcile(&config, &datapath).await;
-        let pause = tokio::time::sleep(Duration::from_secs(config.watch_interval_s));
-        let served = async {
-            match &mut server {
-                Some(server) => server.await,
-                None => std::future::pending().await,
-            }
+        let pause = Duration::from_secs(config.watch_interval_s);
+        // A balancer that hangs must not keep signals waiting. What is left half done by an end in
+        // the middle is what a crash would leave, and the next reconciliation finds it.
+        let work = async {
+            reconciler.reconcile(&config, &datapath).await;
+            tokio::time::sleep(pause).await;
         };
         tokio::select! {
             _ = term.recv() => break,
             _ = int.recv() => break,
             _ = hup.recv() => {
-                config = reload(config);
+                config = reload(config, balancer.as_ref());
                 reconciler.configuration_changed();
+                keeper = Keeper::of(&config);
             }
-            ended = served => {
+            ended = ended(&mut server) => {
                 let ended = ended.map_err(std::io::Error::other).and_then(|served| {
                     served.map_err(std::io::Error::other)
                 });
@@ -69,18 +98,41 @@ pub async fn run(mut config: Config) -> Result<()> {
                     source,
                 });
             }
-            () = pause => {}
+            () = work => {}
         }
     }
+    drop(keeper);
     info!("ending; forwarding goes on with what is pinned (`mqtt-fwd unload` removes it)");
     Ok(())
+}
+
+/// [`keeper::keep`], until it is dropped.
+struct Keeper(JoinHandle<()>);
+
+impl Keeper {
+    fn of(config: &Config) -> Self {
+        let own_balancer = config.balancer == BalancerKind::Embedded;
+        Self(tokio::spawn(keeper::keep(config.load_spec(), own_balancer)))
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// The embedded balancer alone, in the foreground.
 pub async fn run_balancer(config: &Config) -> Result<()> {
     let mut term = on(SignalKind::terminate())?;
     let mut int = on(SignalKind::interrupt())?;
-    let server = serve(config, listen(&config.balancer_endpoint).await?)?;
+    let listener = listen(&config.balancer_endpoint)?;
+    let balancer = load_balancer(config, &listener)?;
+    let server = serve(listener, &balancer);
+    if let Some(mac) = gateway::wanted(config).await? {
+        let balancer = balancer.lock().unwrap_or_else(PoisonError::into_inner);
+        balancer.set_mac(mac).map_err(|e| Error::Embedded(format!("embedded balancer: {e}")))?;
+    }
     tokio::select! {
         _ = term.recv() => Ok(()),
         _ = int.recv() => Ok(()),
@@ -95,68 +147,90 @@ fn on(kind: SignalKind) -> Result<tokio::signal::unix::Signal> {
     signal(kind).map_err(|source| Error::Io { what: "signal handler".to_owned(), source })
 }
 
-enum Incoming {
-    Tcp(TcpListenerStream),
-    Unix(UnixListenerStream),
-}
-
-async fn listen(endpoint: &str) -> Result<Incoming> {
-    let failed = |source: std::io::Error| Error::Io {
+fn listen(endpoint: &str) -> Result<Listener> {
+    listen::listen(endpoint).map_err(|source| Error::Io {
         what: format!("listening at {endpoint} (is another balancer running?)"),
         source,
-    };
-    if let Some(path) = endpoint.strip_prefix("unix:") {
-        // A socket that nobody listens on any more is in the way of the next one.
-        if std::os::unix::net::UnixStream::connect(path).is_err() {
-            let _ = std::fs::remove_file(path);
-        }
-        let listener = UnixListener::bind(path).map_err(failed)?;
-        Ok(Incoming::Unix(UnixListenerStream::new(listener)))
-    } else {
-        let listener = TcpListener::bind(endpoint).await.map_err(failed)?;
-        Ok(Incoming::Tcp(TcpListenerStream::new(listener)))
-    }
-}
-
-/// Loads the embedded balancer; the future serves.
-fn serve(
-    config: &Config,
-    incoming: Incoming,
-) -> Result<impl Future<Output = Result<(), tonic::transport::Error>> + use<>> {
-    load::load_balancer(&config.load_spec())?;
-    let balancer = Embedded::open(&config.pins())?;
-    let failed = |e: Refusal| Error::Embedded(format!("embedded balancer: {e}"));
-    if let Some(mac) = config.gateway_mac {
-        balancer.set_mac(mac).map_err(failed)?;
-    }
-    info!(endpoint = config.balancer_endpoint, "embedded balancer is in the chain");
-    let mut builder = GrpcServer::builder();
-    let router = builder.add_service(Server::service(balancer));
-    Ok(async move {
-        match incoming {
-            Incoming::Tcp(stream) => router.serve_with_incoming(stream).await,
-            Incoming::Unix(stream) => router.serve_with_incoming(stream).await,
-        }
     })
 }
 
-/// A configuration that cannot be read leaves the one in force.
-fn reload(config: Config) -> Config {
-    match Config::load(&config.path) {
-        Ok(new) if new.interface != config.interface || new.balancer != config.balancer => {
-            error!("interface and balancer cannot change while running; restart for that");
-            config
-        }
-        Ok(new) => {
-            if new.maps != config.maps {
-                warn!("sizes in [maps] count from the next `mqtt-fwd load` on");
-            }
-            info!(path = %new.path.display(), "configuration read again");
-            new
-        }
-        Err(e) => {
-            error!("configuration not taken over: {e}");
-            config
-        }
+fn load_balancer(config: &Config, listener: &Listener) -> Result<Shared> {
+    load::load_balancer(&config.load_spec())?;
+    let balancer: Shared = Arc::new(Mutex::new(Embedded::open(&config.pins())?));
+    info!(endpoint = config.balancer_endpoint, "embedded balancer is in the chain");
+    if let Listener::Tcp(_) = listener {
+        warn!(
+            endpoint = config.balancer_endpoint,
+            "every user of this host can change the balancer over TCP; a unix: endpoint is for \
+             root only"
+        );
     }
+    Ok(balancer)
+}
+
+fn serve(
+    listener: Listener,
+    balancer: &Shared,
+) -> impl Future<Output = std::result::Result<(), ServeError>> + use<> {
+    let router = GrpcServer::builder().add_service(Server::service(Arc::clone(balancer)));
+    listen::serve(listener, router)
+}
+
+/// A configuration that cannot be read, or changes what cannot change, leaves the one in force.
+fn reload(config: Config, balancer: Option<&Shared>) -> Config {
+    let new = match Config::load(&config.path) {
+        Ok(new) => new,
+        Err(error) => {
+            error!("configuration not reloaded, the previous one stays in force: {error}");
+            return config;
+        }
+    };
+    let fixed = fixed_keys(&config, &new);
+    if !fixed.is_empty() {
+        error!(
+            "configuration not reloaded: {} cannot change while `run` runs; restart it for that",
+            fixed.join(", ")
+        );
+        return config;
+    }
+    if let Err(error) = reload_datapath(&config, &new, balancer) {
+        error!("configuration not reloaded, the previous one stays in force: {error}");
+        return config;
+    }
+    info!(path = %new.path.display(), "configuration reloaded");
+    new
+}
+
+/// Keys whose change needs another process.
+fn fixed_keys(old: &Config, new: &Config) -> Vec<&'static str> {
+    [
+        ("interface", new.interface != old.interface),
+        ("xdp_mode", new.xdp_mode != old.xdp_mode),
+        ("bpffs", new.bpffs != old.bpffs),
+        ("root_array", new.root_array != old.root_array),
+        ("balancer", new.balancer != old.balancer),
+        ("[maps] (without CAP_SYS_ADMIN)", new.maps != old.maps && !privileges::sees_layouts()),
+        (
+            "balancer_endpoint",
+            new.balancer == BalancerKind::Embedded
+                && new.balancer_endpoint != old.balancer_endpoint,
+        ),
+    ]
+    .into_iter()
+    .filter_map(|(key, changed)| changed.then_some(key))
+    .collect()
+}
+
+/// What is fixed when a program is loaded: capacities and rates. What the maps hold is moved.
+fn reload_datapath(old: &Config, new: &Config, balancer: Option<&Shared>) -> Result<()> {
+    if (old.maps, old.rates) == (new.maps, new.rates) {
+        return Ok(());
+    }
+    load::load(&new.load_spec())?;
+    if let Some(balancer) = balancer.filter(|_| old.maps.vips != new.maps.vips) {
+        load::load_balancer(&new.load_spec())?;
+        let reopened = Embedded::open(&new.pins())?;
+        *balancer.lock().unwrap_or_else(PoisonError::into_inner) = reopened;
+    }
+    Ok(())
 }

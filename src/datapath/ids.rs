@@ -117,11 +117,7 @@ impl Identities {
                 let Some((id, epoch)) = known.or_else(|| {
                     free.next().map(|(id, slot)| (id, slot.last_epoch.wrapping_add(1).max(1)))
                 }) else {
-                    return Err(kernel::BpfError::MapMismatch {
-                        path: "groups".into(),
-                        found: format!("{} slots, all taken", slots.len()),
-                        wanted: "room for the new groups beside the old ones".to_owned(),
-                    });
+                    return Err(kernel::BpfError::NoRoom { capacity: slots.len() });
                 };
                 let of = (service_id, group.name.clone(), group.vip);
                 let parent = identities.groups.get(&of).copied().unwrap_or(id);

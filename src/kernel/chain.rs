@@ -56,11 +56,16 @@ impl Chain {
         libbpf_rs::MapInfo::new(self.map.as_fd()).ok().map(|info| info.info.id)
     }
 
-    /// The program at a position.
-    pub fn program(&self, position: u32) -> Option<ProgramInfo> {
+    /// The identifier of the program at a position.
+    pub fn program_id(&self, position: u32) -> Option<u32> {
         // Of a program array, user space reads identifiers (and writes descriptors).
         let id = self.map.lookup(position.bytes(), MapFlags::ANY).ok()??;
-        ProgramInfo::by_id(u32::from_bytes(&id))
+        Some(u32::from_bytes(&id))
+    }
+
+    /// The program at a position.
+    pub fn program(&self, position: u32) -> Option<ProgramInfo> {
+        self.program_id(position).and_then(ProgramInfo::by_id)
     }
 
     /// Puts a program into a position, in one step for the packets.

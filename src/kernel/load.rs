@@ -17,7 +17,9 @@ use super::abi::{Pod as _, map_use, tracked_map};
 use super::chain::{self, Chain};
 use super::layout;
 use super::maps::Table;
+use super::namespace;
 use super::pins::{self, Pins};
+use super::privileges;
 use super::sizes::{MapSizes, Rates};
 use super::skeletons::balancer::BalancerSkelBuilder;
 use super::skeletons::mqtt_fwd::MqttFwdSkelBuilder;
@@ -73,7 +75,12 @@ impl Drop for NewPins {
 }
 
 pub(super) fn check_privileges() -> Result<()> {
-    if nix::unistd::geteuid().is_root() { Ok(()) } else { Err(BpfError::NotRoot) }
+    let missing = privileges::missing();
+    if missing.is_empty() {
+        Ok(())
+    } else {
+        Err(BpfError::Privileges { missing: missing.join(", ") })
+    }
 }
 
 /// Maps that are not the object's alone, and do not say what build it is.
@@ -136,6 +143,7 @@ impl Place {
         pins.check()?;
         xdp::interface_index(&spec.interface)?;
         let lock = pins.lock()?;
+        namespace::claim(pins)?;
         recover_root_array(spec, pins)?;
         let existing = Chain::open(pins)?;
         let attached = xdp::attached(&spec.interface)?;
@@ -157,6 +165,7 @@ impl Place {
         check_privileges()?;
         pins.check()?;
         let lock = pins.lock()?;
+        namespace::claim(pins)?;
         let chain = Chain::open(pins)?.ok_or_else(|| BpfError::NotLoaded {
             path: pins.root_array().to_owned(),
             what: "there is no chain",
@@ -228,7 +237,11 @@ fn install(
     }
     let predecessor = Predecessor::open(&dir)?;
     if let (Some(_), Some(old)) = (&upgrade, chain.program(place.position)) {
-        predecessor.set(old.id)?;
+        let fd = match pins.pinned_program(place.program) {
+            Some((fd, pinned)) if pinned.id == old.id => fd,
+            _ => Program::fd_from_id(old.id).map_err(Predecessor::failed)?,
+        };
+        predecessor.set(fd.as_fd())?;
     }
     let mut program = object
         .progs_mut()
@@ -273,16 +286,15 @@ impl Predecessor {
         MapHandle::from_pinned_path(&path).map(|map| Self(Some(map))).map_err(failed)
     }
 
-    fn set(&self, program_id: u32) -> Result<()> {
-        let failed = |source| BpfError::Map {
-            map: "predecessor".to_owned(),
-            action: "putting the old program into it",
-            source,
-        };
+    fn failed(source: libbpf_rs::Error) -> BpfError {
+        let map = "predecessor".to_owned();
+        BpfError::Map { map, action: "putting the old program into it", source }
+    }
+
+    fn set(&self, program: BorrowedFd<'_>) -> Result<()> {
         let Some(map) = &self.0 else { return Ok(()) };
-        let program = Program::fd_from_id(program_id).map_err(failed)?;
         let fd = program.as_raw_fd().cast_unsigned();
-        map.update(0u32.bytes(), fd.bytes(), MapFlags::ANY).map_err(failed)
+        map.update(0u32.bytes(), fd.bytes(), MapFlags::ANY).map_err(Self::failed)
     }
 
     fn clear(&self) -> Result<()> {
@@ -331,13 +343,14 @@ pub(super) fn recover_root_array(spec: &LoadSpec, pins: &Pins) -> Result<()> {
     if pins.root_array().exists() {
         return Ok(());
     }
-    let ours = pinned_program(&pins.program("xdp_root")).map(|root| root.id);
-    let Some(root) = xdp::attached(&spec.interface)?.filter(|root| Some(root.id) == ours) else {
+    let Some((_, root)) = pins.pinned_program("xdp_root") else { return Ok(()) };
+    if xdp::attached(&spec.interface)?.is_none_or(|attached| attached.id != root.id) {
         return Ok(());
-    };
+    }
     let array = root
         .map_ids
         .iter()
+        .flatten()
         .filter_map(|id| MapHandle::from_map_id(*id).ok())
         .find(|map| map.map_type() == libbpf_rs::MapType::ProgArray);
     if let Some(mut array) = array {
@@ -359,13 +372,18 @@ fn check_attached(
     attached: Option<&ProgramInfo>,
 ) -> Result<bool> {
     let Some(program) = attached else { return Ok(false) };
-    let uses_chain = chain.and_then(Chain::map_id).is_some_and(|id| program.map_ids.contains(&id));
-    if uses_chain {
-        return Ok(true);
+    let program = pins.identify(program.clone());
+    match chain.and_then(Chain::map_id).map_or(Some(false), |id| program.uses_map(id)) {
+        Some(true) => return Ok(true),
+        Some(false) => {}
+        None => {
+            let missing = "CAP_SYS_ADMIN (to tell what XDP program is attached)".to_owned();
+            return Err(BpfError::Privileges { missing });
+        }
     }
     Err(BpfError::ForeignXdp {
         interface: spec.interface.clone(),
-        program: program.name.clone(),
+        program: program.name,
         id: program.id,
         root_array: pins.root_array().to_owned(),
     })
@@ -379,7 +397,8 @@ pub(super) fn check_position(
     name: &str,
 ) -> Result<Option<ProgramInfo>> {
     let Some(there) = chain.program(position) else { return Ok(None) };
-    let ours = pinned_program(&pins.program(name)).is_some_and(|pinned| pinned.id == there.id)
+    let there = pins.identify(there);
+    let ours = pins.pinned_program(name).is_some_and(|(_, pinned)| pinned.id == there.id)
         || shares_our_maps(pins, name, &there);
     if ours {
         return Ok(Some(there));
@@ -398,13 +417,7 @@ fn shares_our_maps(pins: &Pins, name: &str, program: &ProgramInfo) -> bool {
         "mqtt_fwd" => pins.map("flows"),
         _ => pins.map_of(pins::Object::Balancer, "connections"),
     };
-    program.uses_pinned_map(&map)
-}
-
-/// The program pinned at a path.
-pub fn pinned_program(path: &Path) -> Option<ProgramInfo> {
-    let fd = path.exists().then(|| Program::fd_from_pinned_path(path).ok()).flatten()?;
-    ProgramInfo::by_fd(fd.as_fd())
+    program.uses_pinned_map(&map) == Some(true)
 }
 
 fn open_skeleton<'obj, B: SkelBuilder<'obj>>(

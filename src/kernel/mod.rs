@@ -1,11 +1,15 @@
 //! The BPF side as Rust sees it: skeletons, shared types, pinned maps, loading.
 
 pub mod abi;
+pub mod adopt;
 pub mod chain;
+pub mod held;
 pub mod layout;
 pub mod load;
 pub mod maps;
+pub mod namespace;
 pub mod pins;
+pub mod privileges;
 pub mod reasons;
 pub mod sizes;
 pub mod skeletons;
@@ -18,22 +22,22 @@ use std::path::PathBuf;
 /// What can go wrong between here and the kernel, each with the way out of it.
 #[derive(Debug, thiserror::Error)]
 pub enum BpfError {
-    #[error(
-        "this needs root: loading BPF programs takes CAP_BPF and CAP_NET_ADMIN; run it with sudo"
-    )]
-    NotRoot,
+    #[error("this process lacks {missing}; run it with sudo, or give it what it lacks")]
+    Privileges { missing: String },
     #[error("{path}: no bpffs is mounted there; mount it with `mount -t bpf bpf {path}`")]
     NoBpffs { path: PathBuf },
     #[error("interface {name}: there is none of that name here; `ip link` lists them")]
     NoInterface { name: String },
     #[error(
         "interface {interface}: XDP program {program:?} (id {id}) is attached and does not use \
-         {root_array}; detach it (`ip link set dev {interface} xdp off`) or give it a place in the chain"
+         {root_array}; detach it (`ip link set dev {interface} xdp off`) or give it a place in the chain; if it is ours \
+         and its pins were removed, `mqtt-fwd load --adopt` takes it over"
     )]
     ForeignXdp { interface: String, program: String, id: u32, root_array: PathBuf },
     #[error(
-        "{root_array} position {position} holds program {program:?} (id {id}), which is not ours; \
-         take it out, or name another chain with `root_array` in the configuration"
+        "{root_array} position {position} holds program {program:?} (id {id}), which is not known as ours; \
+         take it out, or name another chain with `root_array` in the configuration; if its pins were \
+         removed, `mqtt-fwd load --adopt` takes it over"
     )]
     ForeignProgram { root_array: PathBuf, position: u32, program: String, id: u32 },
     #[error(
@@ -51,15 +55,30 @@ pub enum BpfError {
          `mqtt-fwd load` of this build moves what is there"
     )]
     OtherLayout { path: PathBuf, found: String, wanted: String },
-    #[error("{path}: the kernel knows no layout of this map, so what it holds cannot be moved")]
+    #[error(
+        "{path}: the kernel tells no layout of this map (it takes CAP_SYS_ADMIN), so what it holds \
+         cannot be moved; start once with that capability, or `mqtt-fwd unload` first"
+    )]
     NoLayout { path: PathBuf },
     #[error(
         "map {map}: more is in use than the {capacity} entries that are configured; raise that \
          in [maps]"
     )]
     TooSmall { map: String, capacity: u32 },
-    #[error("{path}: another mqtt-fwd is loading or unloading there; try again when it is done")]
+    #[error(
+        "{path}: another mqtt-fwd is loading, unloading or applying there; try again when it is done"
+    )]
     Locked { path: PathBuf },
+    #[error(
+        "there is room for {capacity} groups, too few for the new ones beside those in force; raise \
+         maps.groups, or apply it in two steps, removing groups first"
+    )]
+    NoRoom { capacity: usize },
+    #[error(
+        "{path}: these pins are the interface's of that name in another network namespace \
+         (net:[{owner}]); give this one a bpffs of its own with `bpffs` in the configuration"
+    )]
+    OtherNamespace { path: PathBuf, owner: u64 },
     #[error("{path}: another `mqtt-fwd trace` reads the events; end that one first")]
     EventsTaken { path: PathBuf },
     #[error("{path}: {what}; run `mqtt-fwd load` first")]

@@ -2,6 +2,8 @@
 //!
 //! ```text
 //! <bpffs>/mqtt_fwd/<interface>/            ours; the lock
+//!     namespace -> net:<inode>             whose interface this is
+//!     apply/                               the lock of who applies a configuration
 //!     prog_mqtt_fwd, prog_xdp_root, …      programs that we put somewhere
 //!     mqtt_fwd -> mqtt_fwd-<hash>          maps of an object, by a hash of their layout and sizes:
 //!     balancer -> balancer-<hash>          while one is exchanged for another, there are two
@@ -9,21 +11,32 @@
 //! <bpffs>/mqtt_service_vips                ours and Katran's
 //! ```
 
+use std::ffi::CString;
 use std::fs::{self, DirBuilder, File};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use libbpf_rs::Program;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::statfs::{FsType, statfs};
 
+use super::xdp::ProgramInfo;
 use super::{BpfError, Result};
 
 /// For another process that loads or unloads.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
+/// A directory that is only there to be locked.
+const APPLY: &str = "apply";
+
 /// `BPF_FS_MAGIC` of `<linux/magic.h>`.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+
+/// Programs that are pinned.
+pub const PROGRAMS: [&str; 3] = ["xdp_root", "mqtt_fwd", "balancer_ingress"];
 
 /// An object whose maps are pinned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -133,6 +146,23 @@ impl Pins {
         self.dir().join(format!("prog_{name}"))
     }
 
+    /// A pinned program, if there is one.
+    pub fn pinned_program(&self, name: &str) -> Option<(OwnedFd, ProgramInfo)> {
+        let path = self.program(name);
+        let fd = path.exists().then(|| Program::fd_from_pinned_path(&path).ok()).flatten()?;
+        let info = ProgramInfo::by_fd(fd.as_fd())?;
+        Some((fd, info))
+    }
+
+    /// What our own pins say about a program of which the kernel tells only the identifier.
+    pub fn identify(&self, program: ProgramInfo) -> ProgramInfo {
+        if program.map_ids.is_some() {
+            return program;
+        }
+        let ours = PROGRAMS.iter().filter_map(|name| self.pinned_program(name));
+        ours.map(|(_, info)| info).find(|info| info.id == program.id).unwrap_or(program)
+    }
+
     /// Whether there is a bpffs.
     pub fn check(&self) -> Result<()> {
         let is_bpffs =
@@ -143,25 +173,25 @@ impl Pins {
     /// Makes the directory and takes the lock, which another process holds for the second or two
     /// that loading takes. It ends with the value, and with the process.
     pub fn lock(&self) -> Result<Flock<File>> {
-        let dir = self.dir();
-        make_dir(&dir)?;
-        let file = File::open(&dir).map_err(|source| BpfError::Io {
-            path: dir.clone(),
-            action: "opening",
-            source,
-        })?;
         let deadline = Instant::now() + LOCK_PATIENCE;
-        let mut file = file;
         loop {
-            file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => return Ok(lock),
-                Err((_, _)) if Instant::now() > deadline => {
-                    return Err(BpfError::Locked { path: dir });
+            match self.try_lock() {
+                Err(BpfError::Locked { .. }) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(20));
                 }
-                Err((file, _)) => file,
-            };
-            std::thread::sleep(Duration::from_millis(20));
+                result => return result,
+            }
         }
+    }
+
+    /// The lock, if it is free.
+    pub fn try_lock(&self) -> Result<Flock<File>> {
+        try_lock_dir(&self.dir())
+    }
+
+    /// The lock on what the configuration is applied to, if it is free.
+    pub fn try_lock_apply(&self) -> Result<Flock<File>> {
+        try_lock_dir(&self.dir().join(APPLY))
     }
 
     /// Removes an object's maps, of all layouts; what was removed.
@@ -181,9 +211,18 @@ impl Pins {
 
     /// Removes our directory if it is empty.
     pub fn remove_dir(&self) {
+        let _ = fs::remove_dir(self.dir().join(APPLY));
         // Fails where something is left or nothing was there: both are fine.
         let _ = fs::remove_dir(self.dir());
     }
+}
+
+fn try_lock_dir(dir: &Path) -> Result<Flock<File>> {
+    make_dir(dir)?;
+    let failed = |source| BpfError::Io { path: dir.to_owned(), action: "opening", source };
+    let file = File::open(dir).map_err(failed)?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock)
+        .map_err(|_| BpfError::Locked { path: dir.to_owned() })
 }
 
 /// Removes a directory of pins, with what is in it.
@@ -205,6 +244,18 @@ pub fn make_dir(path: &Path) -> Result<()> {
         action: "making the directory",
         source,
     })
+}
+
+/// Pins a map or a program.
+pub fn pin(object: BorrowedFd<'_>, path: &Path) -> Result<()> {
+    let failed = |source| BpfError::Io { path: path.to_owned(), action: "pinning", source };
+    let text =
+        CString::new(path.as_os_str().as_bytes()).map_err(|e| failed(std::io::Error::from(e)))?;
+    // SAFETY: the descriptor is open and the text ends with a zero, for the whole call.
+    match unsafe { libbpf_sys::bpf_obj_pin(object.as_raw_fd(), text.as_ptr()) } {
+        0 => Ok(()),
+        _ => Err(failed(std::io::Error::last_os_error())),
+    }
 }
 
 /// Removes a pin; whether there was one.

@@ -3,10 +3,10 @@
 use tracing::debug;
 
 use super::chain::{self, Chain};
-use super::load::{LoadSpec, check_position, check_privileges, pinned_program, recover_root_array};
+use super::load::{LoadSpec, check_position, check_privileges, recover_root_array};
 use super::pins::{self, Pins};
 use super::xdp;
-use super::{BpfError, Result};
+use super::{BpfError, Result, namespace};
 
 /// What [`unload`] left in place, and why.
 #[derive(Debug, Default)]
@@ -24,6 +24,7 @@ pub fn take_out(spec: &LoadSpec) -> Result<Unloaded> {
     let pins = &spec.pins;
     pins.check()?;
     let _lock = pins.lock()?;
+    namespace::claim(pins)?;
     let mut report = Unloaded::default();
     let Some(chain) = Chain::open(pins)? else { return Ok(report) };
     if let Some(program) = check_position(pins, &chain, chain::MQTT_FWD, "mqtt_fwd")? {
@@ -41,6 +42,7 @@ pub fn unload(spec: &LoadSpec) -> Result<Unloaded> {
     let pins = &spec.pins;
     pins.check()?;
     let _lock = pins.lock()?;
+    namespace::claim(pins)?;
     let mut report = Unloaded::default();
 
     recover_root_array(spec, pins)?;
@@ -71,14 +73,14 @@ pub fn unload(spec: &LoadSpec) -> Result<Unloaded> {
             debug!(path = %path.display(), "unpinned");
         }
     }
-    for program in ["mqtt_fwd", "balancer_ingress", "xdp_root"] {
+    for program in pins::PROGRAMS {
         // By it, a later unload knows the root for ours.
         if !(root_kept && program == "xdp_root") {
             pins::remove_pin(&pins.program(program))?;
         }
     }
     let user = chain.as_ref().and_then(|chain| chain.program(chain::BALANCER));
-    match user.filter(|program| program.uses_pinned_map(&pins.service_vips())) {
+    match user.filter(|program| program.uses_pinned_map(&pins.service_vips()) != Some(false)) {
         // It would go on with its own, and a later one of this name would be another.
         Some(program) => report.kept.push(format!(
             "{}: {} (id {}) uses it",
@@ -91,6 +93,9 @@ pub fn unload(spec: &LoadSpec) -> Result<Unloaded> {
         }
         None => {}
     }
+    if !root_kept {
+        namespace::release(pins)?;
+    }
     pins.remove_dir();
     Ok(report)
 }
@@ -102,13 +107,20 @@ fn detach_root(
     chain: Option<&Chain>,
     report: &mut Unloaded,
 ) -> Result<bool> {
-    let Some(root) = pinned_program(&pins.program("xdp_root")) else {
+    let Some((_, root)) = pins.pinned_program("xdp_root") else {
         if let Some(chain) = chain
             && xdp::attached(&spec.interface).ok().flatten().is_none()
             && (0..chain::POSITIONS).all(|p| chain.program(p).is_none())
             && pins::remove_pin(pins.root_array())?
         {
             report.removed.push(pins.root_array().display().to_string());
+        }
+        if let Some(root) = xdp::attached(&spec.interface).ok().flatten() {
+            report.kept.push(format!(
+                "{} (id {}) on {}: not known as ours; if its pins were removed, `mqtt-fwd load \
+                 --adopt` takes it over",
+                root.name, root.id, spec.interface
+            ));
         }
         return Ok(false);
     };

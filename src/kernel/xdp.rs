@@ -17,22 +17,36 @@ pub struct ProgramInfo {
     pub id: u32,
     /// Name, at most 15 characters.
     pub name: String,
-    /// Identifiers of the maps that it uses.
-    pub map_ids: Vec<u32>,
+    /// Identifiers of the maps that it uses; `None`: the kernel tells those only with CAP_SYS_ADMIN.
+    pub map_ids: Option<Vec<u32>>,
     /// Instructions after verification.
     pub instructions: u32,
 }
 
 impl ProgramInfo {
-    /// Of a program by its identifier; `None` if it is gone.
+    /// Of a program by its identifier; `None` if it is gone. Without CAP_SYS_ADMIN, the identifier is
+    /// all that is known of it.
     pub fn by_id(id: u32) -> Option<Self> {
-        let fd = Program::fd_from_id(id).ok()?;
-        Self::by_fd(fd.as_fd())
+        match Program::fd_from_id(id) {
+            Ok(fd) => Self::by_fd(fd.as_fd()),
+            Err(e) if e.kind() == libbpf_rs::ErrorKind::PermissionDenied => {
+                Some(Self { id, name: "?".to_owned(), map_ids: None, instructions: 0 })
+            }
+            Err(_) => None,
+        }
     }
 
-    /// Whether the program uses the map that is pinned at a path.
-    pub fn uses_pinned_map(&self, path: &Path) -> bool {
-        pinned_map_id(path).is_some_and(|id| self.map_ids.contains(&id))
+    /// Whether the program uses a map; `None`: the kernel does not tell.
+    pub fn uses_map(&self, id: u32) -> Option<bool> {
+        self.map_ids.as_ref().map(|ids| ids.contains(&id))
+    }
+
+    /// Whether the program uses the map that is pinned at a path; `None`: the kernel does not tell.
+    pub fn uses_pinned_map(&self, path: &Path) -> Option<bool> {
+        match pinned_map_id(path) {
+            Some(id) => self.uses_map(id),
+            None => Some(false),
+        }
     }
 
     /// Of a program by its descriptor.
@@ -58,7 +72,7 @@ impl ProgramInfo {
         Some(Self {
             id: info.id,
             name: String::from_utf8_lossy(&name).into_owned(),
-            map_ids,
+            map_ids: Some(map_ids),
             instructions: info.xlated_prog_len / 8,
         })
     }

@@ -181,6 +181,10 @@ impl Background {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     pub fn signal(&self, signal: &str) {
         sh(&format!("kill -{signal} {}", self.child.id()));
     }

@@ -1,10 +1,12 @@
 //! Katran's gRPC service over the embedded balancer. Its own failures carry a reason.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use tonic::transport::server::UdsConnectInfo;
 use tonic::{Request, Response, Status};
 
 use super::{Embedded, Refusal};
@@ -28,13 +30,51 @@ pub fn changes() -> u64 {
 /// The service. One request at a time changes the maps.
 #[derive(Debug)]
 pub struct Server {
-    balancer: Mutex<Embedded>,
+    balancer: Arc<Mutex<Embedded>>,
+}
+
+/// Who asked for a change.
+#[derive(Debug)]
+enum Peer {
+    /// This process itself, whose reconciler logs what it does.
+    Own,
+    Process {
+        uid: u32,
+        pid: i32,
+    },
+    Host(SocketAddr),
+    Unknown,
+}
+
+impl Peer {
+    fn of<T>(request: &Request<T>) -> Self {
+        if let Some(addr) = request.remote_addr() {
+            return Self::Host(addr);
+        }
+        let info = request.extensions().get::<UdsConnectInfo>();
+        match info.and_then(|info| info.peer_cred) {
+            Some(peer) if peer.pid() == Some(std::process::id().cast_signed()) => Self::Own,
+            Some(peer) => Self::Process { uid: peer.uid(), pid: peer.pid().unwrap_or_default() },
+            None => Self::Unknown,
+        }
+    }
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Own => write!(f, "this process"),
+            Self::Process { uid, pid } => write!(f, "uid {uid}, pid {pid}"),
+            Self::Host(addr) => write!(f, "{addr}"),
+            Self::Unknown => write!(f, "unknown"),
+        }
+    }
 }
 
 impl Server {
     /// For tonic's router.
-    pub fn service(balancer: Embedded) -> KatranServiceServer<Self> {
-        KatranServiceServer::new(Self { balancer: Mutex::new(balancer) })
+    pub fn service(balancer: Arc<Mutex<Embedded>>) -> KatranServiceServer<Self> {
+        KatranServiceServer::new(Self { balancer })
     }
 
     fn balancer(&self) -> MutexGuard<'_, Embedded> {
@@ -44,17 +84,22 @@ impl Server {
 
     fn change(
         &self,
+        peer: &Peer,
         what: &str,
         change: impl FnOnce(&Embedded) -> Result<(), Refusal>,
     ) -> Reply<proto::Bool> {
         CHANGES.fetch_add(1, Ordering::Relaxed);
         match change(&self.balancer()) {
             Ok(()) => {
-                tracing::debug!(what, "changed");
+                if matches!(peer, Peer::Own) {
+                    tracing::debug!(what, "changed");
+                } else {
+                    tracing::info!(%peer, "balancer changed: {what}");
+                }
                 Ok(Response::new(proto::Bool { success: true }))
             }
             Err(refusal) => {
-                tracing::warn!(what, %refusal, "refused");
+                tracing::warn!(%peer, %refusal, "balancer refused: {what}");
                 Err(status(refusal))
             }
         }
@@ -103,10 +148,11 @@ fn not_here<T>(what: &str) -> Reply<T> {
 #[tonic::async_trait]
 impl KatranService for Server {
     async fn change_mac(&self, request: Request<proto::Mac>) -> Reply<proto::Bool> {
+        let peer = Peer::of(&request);
         let text = request.into_inner().mac;
         let mac = parse_mac(&text)
             .ok_or_else(|| Status::invalid_argument(format!("{text:?} is no MAC address")))?;
-        self.change("changeMac", |b| b.set_mac(mac))
+        self.change(&peer, &format!("changeMac {text}"), |b| b.set_mac(mac))
     }
 
     async fn get_mac(&self, _: Request<proto::Empty>) -> Reply<proto::Mac> {
@@ -115,14 +161,16 @@ impl KatranService for Server {
     }
 
     async fn add_vip(&self, request: Request<proto::VipMeta>) -> Reply<proto::Bool> {
+        let peer = Peer::of(&request);
         let request = request.into_inner();
         let (vip, flags) = (vip_of(request.vip.as_ref())?, flags_of(request.flags)?);
-        self.change("addVip", |b| b.add_vip(vip, flags))
+        self.change(&peer, &format!("addVip {vip} flags {flags:#x}"), |b| b.add_vip(vip, flags))
     }
 
     async fn del_vip(&self, request: Request<proto::Vip>) -> Reply<proto::Bool> {
+        let peer = Peer::of(&request);
         let vip = vip_of(Some(request.get_ref()))?;
-        self.change("delVip", |b| b.del_vip(vip))
+        self.change(&peer, &format!("delVip {vip}"), |b| b.del_vip(vip))
     }
 
     async fn get_all_vips(&self, _: Request<proto::Empty>) -> Reply<proto::Vips> {
@@ -131,9 +179,12 @@ impl KatranService for Server {
     }
 
     async fn modify_vip(&self, request: Request<proto::VipMeta>) -> Reply<proto::Bool> {
+        let peer = Peer::of(&request);
         let request = request.into_inner();
         let (vip, flags) = (vip_of(request.vip.as_ref())?, flags_of(request.flags)?);
-        self.change("modifyVip", |b| b.modify_vip(vip, flags, request.set_flag))
+        self.change(&peer, &format!("modifyVip {vip} flags {flags:#x} {}", request.set_flag), |b| {
+            b.modify_vip(vip, flags, request.set_flag)
+        })
     }
 
     async fn get_vip_flags(&self, request: Request<proto::Vip>) -> Reply<proto::Flags> {
@@ -143,27 +194,31 @@ impl KatranService for Server {
     }
 
     async fn add_real_for_vip(&self, request: Request<proto::RealForVip>) -> Reply<proto::Bool> {
+        let peer = Peer::of(&request);
         let request = request.into_inner();
         let vip = vip_of(request.vip.as_ref())?;
         let reals = reals_of(request.real.as_slice())?;
-        self.change("addRealForVip", |b| b.add_reals(vip, &reals))
+        self.change(&peer, &format!("addRealForVip {vip} {reals:?}"), |b| b.add_reals(vip, &reals))
     }
 
     async fn del_real_for_vip(&self, request: Request<proto::RealForVip>) -> Reply<proto::Bool> {
+        let peer = Peer::of(&request);
         let request = request.into_inner();
         let vip = vip_of(request.vip.as_ref())?;
         let reals = reals_of(request.real.as_slice())?;
-        self.change("delRealForVip", |b| b.del_reals(vip, &reals))
+        self.change(&peer, &format!("delRealForVip {vip} {reals:?}"), |b| b.del_reals(vip, &reals))
     }
 
     async fn modify_reals_for_vip(
         &self,
         request: Request<proto::ModifiedRealsForVip>,
     ) -> Reply<proto::Bool> {
+        let peer = Peer::of(&request);
         let request = request.into_inner();
         let vip = vip_of(request.vip.as_ref())?;
         let reals = reals_of(&request.real.clone().unwrap_or_default().reals)?;
-        self.change("modifyRealsForVip", |b| match request.action() {
+        let what = format!("modifyRealsForVip {vip} {} {reals:?}", request.action().as_str_name());
+        self.change(&peer, &what, |b| match request.action() {
             Action::Add => b.add_reals(vip, &reals),
             Action::Del => b.del_reals(vip, &reals),
         })

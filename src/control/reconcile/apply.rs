@@ -8,17 +8,24 @@ use tracing::{info, warn};
 
 use super::plan::{self, Call, OUR_FLAGS, Plan, Wanted};
 use crate::balancer::client::{BalancerError, Client};
+use crate::balancer::{Mac, mac_text};
 use crate::config::Config;
-use crate::control::Result;
+use crate::control::{Result, instance};
 use crate::datapath::Datapath;
 use crate::datapath::image::{self, Image};
 use crate::kernel::abi::{Pod as _, binding_of, group, limits, topic_verdict};
 
 /// Plans and carries out. Returns what was done.
-pub async fn apply(config: &Config, datapath: &Datapath, client: &mut Client) -> Result<Plan> {
-    let plan = plan::plan(config, datapath, client).await?;
+pub async fn apply(
+    config: &Config,
+    gateway: Option<Mac>,
+    datapath: &Datapath,
+    client: &mut Client,
+) -> Result<Plan> {
+    let _lock = instance::lock_apply(config).await?;
+    let plan = plan::plan(config, gateway, datapath, client).await?;
     carry_out(&plan, datapath, client).await?;
-    read_back(config, client).await?;
+    read_back(config, gateway, client).await?;
     Ok(plan)
 }
 
@@ -87,6 +94,7 @@ async fn call(client: &mut Client, step: &Call) -> Result<(), BalancerError> {
         Call::AddReals(vip, reals) => client.add_reals(*vip, reals).await,
         Call::DelReals(vip, reals) => client.del_reals(*vip, reals).await,
         Call::DelVip(vip) => client.del_vip(*vip).await,
+        Call::ChangeMac(mac) => client.change_mac(*mac).await,
     }
 }
 
@@ -162,8 +170,8 @@ fn judge_topics(image: &Image, plan: &Plan, datapath: &Datapath) -> Result<()> {
 }
 
 /// Reads from the balancer what it should hold now.
-async fn read_back(config: &Config, client: &mut Client) -> Result<()> {
-    if let Some(difference) = difference(config, client).await? {
+async fn read_back(config: &Config, gateway: Option<Mac>, client: &mut Client) -> Result<()> {
+    if let Some(difference) = difference(config, gateway, client).await? {
         let endpoint = client.endpoint().to_owned();
         return Err(BalancerError::Disagrees { endpoint, difference }.into());
     }
@@ -178,19 +186,26 @@ pub async fn missing_vip(
     let wanted = plan::wanted_vips(config);
     let present = plan::present_vips(&wanted, client).await?;
     let missing = wanted.keys().find(|vip| !present.contains(vip));
-    Ok(missing.map(|vip| format!("VIP {vip} is missing")))
+    Ok(missing.map(|vip| format!("VIP {vip} is missing, as after a restart")))
 }
 
 /// The first thing that the balancer holds otherwise than the configuration says.
 pub async fn difference(
     config: &Config,
+    gateway: Option<Mac>,
     client: &mut Client,
 ) -> Result<Option<String>, BalancerError> {
+    if let Some(wanted) = gateway.map(mac_text) {
+        let has = client.mac().await?;
+        if has != wanted {
+            return Ok(Some(format!("it sends to gateway {has} instead of {wanted}")));
+        }
+    }
     let wanted = plan::wanted_vips(config);
     let present = plan::present_vips(&wanted, client).await?;
     for (vip, Wanted { reals, flags, .. }) in wanted {
         if !present.contains(&vip) {
-            return Ok(Some(format!("VIP {vip} is missing")));
+            return Ok(Some(format!("VIP {vip} is missing, as after a restart")));
         }
         let has = client.vip_flags(vip).await? & OUR_FLAGS;
         if flags & !has != 0 {

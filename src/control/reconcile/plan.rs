@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 
-use crate::balancer::Vip;
 use crate::balancer::client::{BalancerError, Client};
-use crate::config::Config;
-use crate::control::Result;
+use crate::balancer::{Mac, Vip, mac_text};
+use crate::config::{BalancerKind, Config};
+use crate::control::{Error, Result};
 use crate::datapath::Datapath;
 use crate::datapath::ids::Identities;
 use crate::datapath::image::{self, Image};
@@ -31,6 +31,8 @@ pub enum Call {
     DelReals(Vip, BTreeMap<IpAddr, u32>),
     /// A VIP of a group that is gone.
     DelVip(Vip),
+    /// The gateway's MAC address.
+    ChangeMac(Mac),
 }
 
 impl fmt::Display for Call {
@@ -55,6 +57,9 @@ impl fmt::Display for Call {
             Self::AddReals(vip, reals) => write!(f, "balancer: {vip}: add {}", list(reals)),
             Self::DelReals(vip, reals) => write!(f, "balancer: {vip}: remove {}", list(reals)),
             Self::DelVip(vip) => write!(f, "balancer: remove VIP {vip}"),
+            Self::ChangeMac(mac) => {
+                write!(f, "balancer: send to gateway {}", mac_text(*mac))
+            }
         }
     }
 }
@@ -177,14 +182,51 @@ pub fn wanted_vips(config: &Config) -> BTreeMap<Vip, Wanted> {
 }
 
 /// Compares configuration, maps and balancer.
-pub async fn plan(config: &Config, datapath: &Datapath, client: &mut Client) -> Result<Plan> {
+pub async fn plan(
+    config: &Config,
+    gateway: Option<Mac>,
+    datapath: &Datapath,
+    client: &mut Client,
+) -> Result<Plan> {
     let mut plan = plan_maps(config, datapath, xdp::interface_mtu(&config.interface)?)?;
+    if let Some(mac) = gateway
+        && client.mac().await? != mac_text(mac)
+    {
+        plan.before.push(Call::ChangeMac(mac));
+    }
     plan_balancer(&mut plan, &wanted_vips(config), client).await?;
     Ok(plan)
 }
 
+/// While a new configuration takes the place of the old one, there is room for both or neither.
+pub fn check_room(config: &Config, datapath: &Datapath) -> Result<()> {
+    let wanted = wanted_vips(config);
+    let present = current_service_vips(datapath)?;
+    let new = wanted.keys().filter(|vip| !present.contains_key(vip)).count();
+    let (key, room) = match config.balancer {
+        BalancerKind::Embedded => ("maps.vips", config.maps.vips),
+        BalancerKind::Katran => ("", datapath.service_vips.max_entries()),
+    };
+    let all = present.len() + new;
+    if all > room as usize {
+        let mend = if key.is_empty() {
+            "apply it in two steps, removing groups first".to_owned()
+        } else {
+            format!("raise {key} to that, or apply it in two steps, removing groups first")
+        };
+        return Err(Error::Refused(format!(
+            "there is room for {room} VIPs, and for a moment {all} are needed: {} in force and {new} \
+             new ones; {mend}",
+            present.len()
+        )));
+    }
+    Identities::assign(config, datapath)?;
+    Ok(())
+}
+
 /// Compares configuration and maps alone.
 pub fn plan_maps(config: &Config, datapath: &Datapath, mtu: u32) -> Result<Plan> {
+    check_room(config, datapath)?;
     let identities = Identities::assign(config, datapath)?;
     let wanted = wanted_vips(config);
     let service_vips = current_service_vips(datapath)?;

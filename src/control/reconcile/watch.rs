@@ -1,20 +1,49 @@
 //! Compares balancer and chain with the configuration, again and again, and puts back what was
 //! lost or changed.
 
+use std::time::{Duration, Instant};
+
 use tracing::{info, warn};
 
 use super::apply;
 use super::plan::GROUP_FLAG;
-use crate::balancer::Vip;
 use crate::balancer::client::{BalancerError, Client};
 use crate::balancer::embedded::service;
+use crate::balancer::listeners;
+use crate::balancer::{Mac, Vip};
 use crate::config::{BalancerKind, Config};
-use crate::control::{Error, Result, handover, health};
+use crate::control::{Error, Result, gateway, handover, health};
 use crate::datapath::Datapath;
 
 /// All that the balancer holds is compared once in so many times; in between only which VIPs there
 /// are, for that is what a restart loses, and one call instead of two a group.
 const WHOLE_EVERY: u32 = 5;
+
+/// Of two servers, each gets half of the connections: all of these but one in 128 looks reach both.
+const CONNECTIONS_PER_LOOK: u32 = 8;
+
+/// Longest time between two attempts.
+const BACKOFF_MAX: Duration = Duration::from_secs(30);
+
+/// When to try again what was refused.
+#[derive(Default)]
+struct Backoff {
+    pause: Duration,
+    until: Option<Instant>,
+    error: String,
+}
+
+impl Backoff {
+    fn waits(&self) -> bool {
+        self.until.is_some_and(|until| Instant::now() < until)
+    }
+
+    fn failed(&mut self, error: &Error) {
+        self.pause = (self.pause * 2).clamp(Duration::from_secs(1), BACKOFF_MAX);
+        self.until = Some(Instant::now() + self.pause);
+        self.error = error.to_string();
+    }
+}
 
 /// What was seen the last time, so that only changes are logged.
 #[derive(Default)]
@@ -29,6 +58,10 @@ pub struct Reconciler {
     /// The balancer is this process's, and so are all changes of it: their number when they were
     /// last compared.
     own_changes: Option<u64>,
+    /// A plan that failed is not carried out again at once.
+    backoff: Backoff,
+    /// The gateway of the last reconciliation.
+    gateway: Option<Mac>,
     /// A group that the balancer had under another text the last time.
     not_canonical: Option<Vip>,
 }
@@ -42,17 +75,30 @@ impl Reconciler {
     /// The configuration was changed: the next reconciliation applies all of it.
     pub fn configuration_changed(&mut self) {
         self.in_force = false;
+        self.backoff = Backoff::default();
         // It may name another address.
         self.client = None;
     }
 
     /// Once: compares, and puts back.
     pub async fn reconcile(&mut self, config: &Config, datapath: &Datapath) {
+        let gateway = gateway::wanted(config).await;
+        let mut problems = health::problems(config);
+        let gateway = gateway.unwrap_or_else(|error| {
+            problems.push(error.to_string());
+            None
+        });
         let applied = match handover::put_keys(config, datapath) {
-            Ok(()) => self.apply(config, datapath).await,
+            Ok(()) if self.backoff.waits() => Err(Error::Refused(self.backoff.error.clone())),
+            Ok(()) => self.apply(config, gateway, datapath).await,
             Err(error) => Err(error),
         };
-        let mut problems = health::problems(config);
+        match &applied {
+            Err(Error::Balancer(BalancerError::Unreachable { .. })) => {}
+            Err(error) if !self.backoff.waits() => self.backoff.failed(error),
+            Err(_) => {}
+            Ok(()) => self.backoff = Backoff::default(),
+        }
         if let Err(error) = handover::bind_silent(config, datapath) {
             problems.push(error.to_string());
         }
@@ -79,9 +125,16 @@ impl Reconciler {
     }
 
     /// Applies whatever differs: the first time everything, later what was lost or changed.
-    async fn apply(&mut self, config: &Config, datapath: &Datapath) -> Result<()> {
+    async fn apply(
+        &mut self,
+        config: &Config,
+        gateway: Option<Mac>,
+        datapath: &Datapath,
+    ) -> Result<()> {
         let changes = service::changes();
-        if self.in_force && self.own_changes == Some(changes) {
+        let same_gateway = self.gateway == gateway;
+        self.gateway = gateway;
+        if self.in_force && self.own_changes == Some(changes) && same_gateway {
             return Ok(());
         }
         // An error drops the connection, and the next time makes a new one.
@@ -93,7 +146,7 @@ impl Reconciler {
             // The maps are ours; only the balancer can have changed.
             self.comparisons += 1;
             let whole = self.own_changes.is_some() || self.comparisons.is_multiple_of(WHOLE_EVERY);
-            let (to_repair, difference) = compare_balancer(config, client, whole).await?;
+            let (to_repair, difference) = compare_balancer(config, gateway, client, whole).await?;
             client = to_repair;
             self.rewrite_canonical(&mut client).await?;
             let Some(difference) = difference else {
@@ -105,7 +158,7 @@ impl Reconciler {
             };
             warn!("balancer: {difference}");
         }
-        let plan = apply::apply(config, datapath, &mut client).await?;
+        let plan = apply::apply(config, gateway, datapath, &mut client).await?;
         self.rewrite_canonical(&mut client).await?;
         self.client = Some(client);
         if !plan.is_empty() {
@@ -136,33 +189,37 @@ impl Reconciler {
 /// What the balancer lacks, if anything, and the connection on which to repair it.
 async fn compare_balancer(
     config: &Config,
+    gateway: Option<Mac>,
     mut client: Client,
     whole: bool,
 ) -> Result<(Client, Option<String>), BalancerError> {
-    if let Some(difference) = compare(config, &mut client, whole).await? {
-        return Ok((client, Some(format!("{difference} (as after a restart)"))));
+    if let Some(difference) = compare(config, gateway, &mut client, whole).await? {
+        return Ok((client, Some(difference)));
     }
     if config.balancer == BalancerKind::Embedded {
         return Ok((client, None));
     }
     // A second server at this address: the connection at hand stays with the first, while the
     // position in the chain is the second's. A new connection may come to either.
-    let mut other = Client::connect(&config.balancer_endpoint).await?;
-    match compare(config, &mut other, whole).await? {
-        None => Ok((client, None)),
-        Some(difference) => {
-            Ok((other, Some(format!("{difference} on a second server at the same address"))))
+    let several = listeners::recent(&config.balancer_endpoint).len() > 1;
+    for _ in 0..if several { CONNECTIONS_PER_LOOK } else { 1 } {
+        let mut other = Client::connect(&config.balancer_endpoint).await?;
+        if let Some(difference) = compare(config, gateway, &mut other, whole).await? {
+            let text = format!("{difference} on a second server at the same address");
+            return Ok((other, Some(text)));
         }
     }
+    Ok((client, None))
 }
 
 async fn compare(
     config: &Config,
+    gateway: Option<Mac>,
     client: &mut Client,
     whole: bool,
 ) -> Result<Option<String>, BalancerError> {
     if whole {
-        apply::difference(config, client).await
+        apply::difference(config, gateway, client).await
     } else {
         apply::missing_vip(config, client).await
     }

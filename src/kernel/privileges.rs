@@ -1,0 +1,48 @@
+//! The capabilities (capabilities(7)) that BPF takes, and giving up the others.
+
+use caps::{CapSet, Capability, CapsHashSet};
+
+/// Without these nothing can be loaded, attached or pinned.
+const NEEDED: [Capability; 3] =
+    [Capability::CAP_BPF, Capability::CAP_NET_ADMIN, Capability::CAP_PERFMON];
+
+/// To read the configuration and keys again, whoever owns them.
+const FILES: Capability = Capability::CAP_DAC_READ_SEARCH;
+
+/// To look at another process' BPF programs: a Katran's.
+const OTHERS: [Capability; 2] = [Capability::CAP_SYS_ADMIN, Capability::CAP_SYS_PTRACE];
+
+/// The names of those that this process lacks.
+pub fn missing() -> Vec<String> {
+    let has = effective();
+    if has.contains(&Capability::CAP_SYS_ADMIN) && has.contains(&Capability::CAP_NET_ADMIN) {
+        // It includes the other two (bpf(2)).
+        return Vec::new();
+    }
+    NEEDED.iter().filter(|cap| !has.contains(cap)).map(ToString::to_string).collect()
+}
+
+/// Whether the kernel tells this process the layouts of maps, which moving them takes.
+pub fn sees_layouts() -> bool {
+    effective().contains(&Capability::CAP_SYS_ADMIN)
+}
+
+fn effective() -> CapsHashSet {
+    caps::read(None, CapSet::Effective).unwrap_or_default()
+}
+
+/// Gives up all that this process does not need any more, for good. Returns what it keeps.
+pub fn drop_others(beside_katran: bool) -> Result<Vec<String>, caps::errors::CapsError> {
+    let mut keep: CapsHashSet = NEEDED.into_iter().chain([FILES]).collect();
+    if beside_katran || !NEEDED.iter().all(|cap| effective().contains(cap)) {
+        keep.extend(OTHERS);
+    }
+    let kept: CapsHashSet = effective().intersection(&keep).copied().collect();
+    for set in [CapSet::Inheritable, CapSet::Effective, CapSet::Permitted] {
+        let there = caps::read(None, set)?;
+        caps::set(None, set, &there.intersection(&kept).copied().collect())?;
+    }
+    let mut names: Vec<String> = kept.iter().map(ToString::to_string).collect();
+    names.sort();
+    Ok(names)
+}
