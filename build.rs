@@ -34,7 +34,7 @@ fn main() -> Result<()> {
     generate_reasons(Path::new("bpf/abi/reason.h"), &out.join("reasons.rs"))?;
 
     // protox, so that nobody needs protoc.
-    let files = protox::compile(["proto/katran.proto"], ["proto"])?;
+    let files = protox::compile(["proto/katran.proto", "proto/mqtt_fwd.proto"], ["proto"])?;
     tonic_prost_build::configure().compile_fds(files)?;
     Ok(())
 }

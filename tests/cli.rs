@@ -99,6 +99,20 @@ fn the_lab_s_configuration_is_valid() {
         .replace("@GATEWAY_MAC@", "02:00:00:00:00:01");
     let (code, text) = check(&text);
     assert_eq!(code, Some(0), "{text}");
+    let (code, text) = check(include_str!("../scripts/example.toml"));
+    assert_eq!(code, Some(0), "{text}");
+}
+
+#[test]
+fn every_metric_of_an_alert_is_one_that_there_is() {
+    let known: std::collections::BTreeSet<&str> =
+        include_str!("../src/control/metrics.rs").split('"').collect();
+    let names = include_str!("../scripts/alerts.yml")
+        .split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
+        .filter_map(|word| word.strip_prefix("mqtt_fwd_"));
+    for name in names {
+        assert!(known.contains(name.trim_end_matches("_total")), "{name}");
+    }
 }
 
 #[test]

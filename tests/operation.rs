@@ -404,3 +404,32 @@ fn more_groups_than_fit_beside_those_in_force_are_refused_before_anything_change
     net.ok(&["apply"]);
     assert!(healthy(&net));
 }
+
+#[test]
+fn the_service_manager_is_told_what_happens() {
+    let net = Net::new();
+    let path = net.dir.join("notify.sock");
+    let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let next = |wanted: &str| {
+        let mut buffer = [0; 4096];
+        loop {
+            let n = socket.recv(&mut buffer).unwrap_or_else(|e| panic!("{wanted}: {e}"));
+            let text = String::from_utf8_lossy(&buffer[..n]).into_owned();
+            if text.contains(wanted) {
+                return text;
+            }
+        }
+    };
+    let mut command = net.command(env!("CARGO_BIN_EXE_mqtt-fwd"));
+    command.arg("run").env("NOTIFY_SOCKET", &path);
+    let mut run = net.spawn_command(command);
+    next("READY=1");
+    assert!(next("WATCHDOG=1").contains("STATUS=all is as configured"));
+    run.signal("HUP");
+    assert!(next("RELOADING=1").contains("MONOTONIC_USEC="));
+    next("READY=1");
+    run.signal("TERM");
+    next("STOPPING=1");
+    assert_eq!(run.wait(), Some(0));
+}

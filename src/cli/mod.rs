@@ -5,6 +5,7 @@ mod explain;
 mod katran;
 mod keys;
 mod real;
+mod reals;
 mod sidecar;
 mod status;
 mod table;
@@ -80,6 +81,12 @@ enum Command {
     Routes(explain::Routes),
     /// Show groups with their reals and traffic
     Groups(table::Output),
+    /// Show reals with the state of their checks
+    Reals(table::Output),
+    /// Give a real no new connections; established ones stay
+    Drain(reals::Drain),
+    /// Give it new connections again
+    Undrain(reals::Drain),
     /// Show what packets met, by reason
     Counters(tables::Counters),
     /// Print events as they happen: bound, learned, mispredicted, …
@@ -94,6 +101,9 @@ enum Command {
     Real(real::Real),
     /// Make the other end of a veth pair take what a native XDP program sends
     VethPeer(real::VethPeer),
+    /// Print the manual page
+    #[command(hide = true)]
+    Man,
     /// Print a shell's completions
     Completions {
         /// Which shell
@@ -145,6 +155,9 @@ fn run(cli: Cli) -> Result<(), Error> {
             tables::groups(&config()?, output);
             Ok(())
         }
+        Command::Reals(output) => reals::reals(&config()?, output),
+        Command::Drain(args) => args.run(&config()?, true),
+        Command::Undrain(args) => args.run(&config()?, false),
         Command::Counters(args) => args.run(&config()?),
         Command::Trace(args) => args.run(&config()?),
         Command::Katran(args) => args.run(config().map_err(Error::from)),
@@ -152,6 +165,9 @@ fn run(cli: Cli) -> Result<(), Error> {
         Command::Relay => crate::relay::run(&config()?).map_err(Error::from),
         Command::Real(args) => args.run(),
         Command::VethPeer(args) => args.run(),
+        Command::Man => clap_mangen::Man::new(Cli::command())
+            .render(&mut std::io::stdout())
+            .map_err(|source| Error::Io { what: "writing to standard output".to_owned(), source }),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "mqtt-fwd", &mut std::io::stdout());
             Ok(())

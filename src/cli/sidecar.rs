@@ -11,7 +11,7 @@ use crate::balancer::client::Client;
 use crate::config::{BalancerKind, Config};
 use crate::control::instance::{self, Running};
 use crate::control::reconcile::{apply, plan};
-use crate::control::{self, Error, gateway, handover, health};
+use crate::control::{self, Error, api, gateway, handover, health};
 use crate::datapath::Datapath;
 
 /// How long `apply` waits for a `run` to take a configuration over.
@@ -31,6 +31,7 @@ impl Apply {
         let plan = block_on(async {
             let mut client = Client::connect(&config.balancer_endpoint).await?;
             let gateway = gateway::wanted_or_warn(config).await;
+            let config = &api::in_effect(config).await;
             match running {
                 Some(running) => hand_over(&running, config, gateway, &datapath, &mut client).await,
                 None if self.dry_run => plan::plan(config, gateway, &datapath, &mut client).await,

@@ -9,9 +9,9 @@ use super::block_on;
 use super::table::{self, Output, line};
 use crate::balancer::client::Client;
 use crate::config::{Config, XdpMode};
-use crate::control::gateway;
 use crate::control::reconcile::apply;
 use crate::control::{Error, health, view};
+use crate::control::{api, gateway};
 use crate::datapath::Datapath;
 use crate::kernel::chain::{self, Chain};
 use crate::kernel::reasons::REASONS;
@@ -94,6 +94,7 @@ fn read(config: &Config) -> Result<Status, Error> {
     let maps = datapath.as_ref().map(view::map_uses).transpose()?.unwrap_or_default();
     let multi_group_clients = datapath.as_ref().map(view::multi_group_clients).transpose()?;
     let mut problems = health::problems(config);
+    problems.extend(reals_down(config));
     for service in services.iter().filter(|s| !s.in_force) {
         problems.push(format!(
             "service {} is not in force; `mqtt-fwd apply` puts it back",
@@ -125,6 +126,7 @@ fn balancer(config: &Config) -> (bool, String) {
     let kind = format!("{:?}", config.balancer).to_lowercase();
     let at = format!("{kind} at {}", config.balancer_endpoint);
     let difference = block_on(async {
+        let config = &api::in_effect(config).await;
         let mut client = Client::connect(&config.balancer_endpoint).await?;
         Ok(apply::difference(config, gateway::wanted_or_warn(config).await, &mut client).await?)
     });
@@ -136,6 +138,19 @@ fn balancer(config: &Config) -> (bool, String) {
         // The line says already whose words these are.
         Err(e) => (false, e.to_string().trim_start_matches("balancer ").to_owned()),
     }
+}
+
+/// Reals whose checks fail, as `run` says.
+fn reals_down(config: &Config) -> Vec<String> {
+    let reals = block_on(api::reals(config)).ok().flatten().unwrap_or_default();
+    let down = reals.into_iter().filter(|real| !real.error.is_empty());
+    down.map(|real| {
+        format!(
+            "real {} of group {} ({}) is down: {}",
+            real.address, real.group, real.service, real.error
+        )
+    })
+    .collect()
 }
 
 fn services(config: &Config, datapath: Option<&Datapath>) -> Result<Vec<ServiceStatus>, Error> {

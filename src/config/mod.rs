@@ -38,6 +38,8 @@ pub struct Config {
     pub encapsulation: Encapsulation,
     /// MAC address of the gateway towards the reals (embedded balancer).
     pub gateway_mac: Option<[u8; 6]>,
+    /// Where metrics are served; `None`: nowhere.
+    pub metrics: Option<std::net::SocketAddr>,
     /// The key that delayed binding shares with the broker hosts.
     pub handover_key: PathBuf,
     /// Seconds between two reconciliations with the balancer.

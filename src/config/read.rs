@@ -1,8 +1,9 @@
 //! From a TOML table to a [`Config`]: what the keys are, and what has to hold between them.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use toml::de::DeTable;
 
@@ -12,6 +13,7 @@ use super::{
     Rates, Real, Route, Service, Target, XdpMode,
 };
 use crate::domain::filter::TopicFilter;
+use crate::domain::health::{self, CheckKind, HealthCheck};
 use crate::domain::{
     ANY, Affinity, ClientRoute, ClientRouteKind, RelayLimits, RelayListener, RelayTls,
 };
@@ -58,6 +60,9 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
             }
             _ => "127.0.0.1:50051".to_owned(),
         });
+    let metrics = r.parsed("metrics", |text| {
+        text.parse::<SocketAddr>().map_err(|_| "write it like \"127.0.0.1:9469\"".to_owned())
+    });
     let allow_remote = r.flag("allow_remote_control").unwrap_or(false);
     if balancer == Some(BalancerKind::Embedded)
         && !allow_remote
@@ -106,6 +111,7 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
         balancer_endpoint,
         encapsulation,
         gateway_mac,
+        metrics,
         handover_key,
         watch_interval_s,
         rates,
@@ -208,6 +214,7 @@ fn service(r: Reader<'_>) -> Option<Service> {
     let binding = r
         .choice("binding", &[("predicted", Binding::Predicted), ("delayed", Binding::Delayed)])
         .unwrap_or(Binding::Predicted);
+    let health_check = r.table("health_check").and_then(health_check);
     let on_misprediction = r
         .choice(
             "on_misprediction",
@@ -302,6 +309,7 @@ fn service(r: Reader<'_>) -> Option<Service> {
         default_group: default_group?,
         relay,
         listeners,
+        health_check,
         max_packet,
         binding,
         on_misprediction,
@@ -356,6 +364,49 @@ fn client_route(
     });
     let ((text, prefix), group) = (text?, group?);
     Some(ClientRoute { kind, text, prefix, group })
+}
+
+fn health_check(r: Reader<'_>) -> Option<HealthCheck> {
+    let d = HealthCheck::tcp();
+    r.required_text("type", "mqtt");
+    let mqtt = r.choice("type", &[("tcp", false), ("mqtt", true)]);
+    let level = r.choice("protocol", &[("3.1.1", 4), ("5", 5)]);
+    let texts = ["client_id", "username", "password"].map(|key| r.text(key));
+    if mqtt == Some(false) {
+        for key in ["protocol", "client_id", "username", "password"] {
+            if r.has(key) {
+                r.problem(key, "belongs to type = \"mqtt\"");
+            }
+        }
+    }
+    if texts[2].is_some() && texts[1].is_none() {
+        r.problem("password", "needs username (MQTT 3.1.1 §3.1.2.9)");
+    }
+    let milliseconds = |key, d: Duration, range| {
+        r.number::<u32>(key, range).map_or(d, |n| Duration::from_millis(n.into()))
+    };
+    let interval = milliseconds("interval_ms", d.interval, 100..=3_600_000);
+    let timeout = milliseconds("timeout_ms", d.timeout, 10..=60_000);
+    if timeout > interval {
+        r.problem("timeout_ms", "is longer than interval_ms");
+    }
+    let kind = if mqtt? {
+        let id = texts[0].unwrap_or("mqtt-fwd-check");
+        let connect = health::connect(level.unwrap_or(4), id, texts[1], texts[2]);
+        CheckKind::Mqtt { connect }
+    } else {
+        CheckKind::Tcp
+    };
+    let check = HealthCheck {
+        kind,
+        port: r.number("port", 1..=65_535),
+        interval,
+        timeout,
+        rise: r.number("rise", 1..=1000).unwrap_or(d.rise),
+        fall: r.number("fall", 1..=1000).unwrap_or(d.fall),
+    };
+    r.finish();
+    Some(check)
 }
 
 fn duplicates(routes: &[Route]) -> Vec<String> {
@@ -415,7 +466,7 @@ fn group(r: Reader<'_>, service: Option<IpAddr>, binding: Binding) -> Option<Gro
     for real in readers {
         let addr = real.required("address", "10.1.3.201", address);
         // Katran's ring weighs by repetition; larger numbers only slow its building.
-        let weight = real.number("weight", 1..=1000).unwrap_or(1);
+        let weight = real.number("weight", 0..=1000).unwrap_or(1);
         let own_vip = real.parsed("vip", address);
         match (affinity.chooses_real(), own_vip) {
             (true, None) if !real.has("vip") => real.problem(
@@ -448,6 +499,9 @@ fn group(r: Reader<'_>, service: Option<IpAddr>, binding: Binding) -> Option<Gro
             None => complete = false,
         }
         real.finish();
+    }
+    if !reals.is_empty() && reals.iter().all(|real| real.weight == 0) {
+        r.problem("reals", "all have weight 0, so none gets connections");
     }
     r.finish();
     complete.then_some(())?;

@@ -1,11 +1,15 @@
 //! The sidecar: brings datapath and balancer to what the configuration says, keeps them there, and
 //! says what is wrong.
 
+pub mod api;
+pub mod checks;
 pub mod gateway;
 pub mod handover;
 pub mod health;
 pub mod instance;
 pub mod keeper;
+pub mod metrics;
+pub mod observed;
 pub mod reconcile;
 pub mod run;
 pub mod view;

@@ -2,6 +2,7 @@
 //! not depend on it: programs and maps are pinned and stay.
 
 use std::fs::File;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -11,14 +12,18 @@ use tokio::task::JoinHandle;
 use tonic::transport::Server as GrpcServer;
 use tracing::{debug, error, info, warn};
 
+use super::checks::{self, Reals};
+use super::metrics::Metrics;
+use super::observed::Observed;
 use super::reconcile::watch::Reconciler;
-use super::{Error, Result, gateway, instance, keeper};
+use super::{Error, Result, api, gateway, instance, keeper};
 use crate::balancer::embedded::Embedded;
 use crate::balancer::embedded::listen::{self, Listener, ServeError};
 use crate::balancer::embedded::service::Server;
 use crate::config::{BalancerKind, Config};
 use crate::datapath::Datapath;
 use crate::kernel::{load, privileges};
+use crate::{metrics, service};
 
 /// The embedded balancer, for its service and for reloads.
 type Shared = Arc<Mutex<Embedded>>;
@@ -61,8 +66,21 @@ pub async fn run(loaded: Loaded) -> Result<()> {
     let mut server = listener
         .zip(balancer.as_ref())
         .map(|(listener, balancer)| tokio::spawn(serve(listener, balancer)));
-    let mut keeper = Keeper::of(&config);
-    let mut reconciler = Reconciler::new(server.is_some());
+    let observed = Arc::new(Observed::default());
+    let reals = Arc::new(Reals::new(&config));
+    let shared = Arc::new(Mutex::new(config.clone()));
+    let _api =
+        Task::spawn(api::serve(api::listen(&config)?, Arc::clone(&shared), Arc::clone(&reals)));
+    let _metrics =
+        config.metrics.map(|addr| serve_metrics(addr, &shared, &reals, &observed)).transpose()?;
+    let keeping = |config: &Config| {
+        let own_balancer = config.balancer == BalancerKind::Embedded;
+        Task::spawn(keeper::keep(config.load_spec(), own_balancer, Arc::clone(&observed)))
+    };
+    let checking = |config: &Config| Task::spawn(checks::run(config.clone(), Arc::clone(&reals)));
+    let mut ready = false;
+    let mut tasks = [keeping(&config), checking(&config)];
+    let mut reconciler = Reconciler::new(server.is_some(), Arc::clone(&observed));
     let ended = async |server: &mut Option<JoinHandle<_>>| match server {
         Some(server) => server.await,
         None => std::future::pending().await,
@@ -74,21 +92,34 @@ pub async fn run(loaded: Loaded) -> Result<()> {
             datapath = new;
             reconciler.configuration_changed();
         }
+        let in_effect = reals.in_effect(&config);
+        let problems = reals.problems(&config);
         let pause = Duration::from_secs(config.watch_interval_s);
         // A balancer that hangs must not keep signals waiting. What is left half done by an end in
         // the middle is what a crash would leave, and the next reconciliation finds it.
         let work = async {
-            reconciler.reconcile(&config, &datapath).await;
+            reconciler.reconcile(&in_effect, &datapath, problems).await;
+            if !ready {
+                service::ready();
+            }
+            service::alive(&match observed.problems().as_slice() {
+                [] => "all is as configured".to_owned(),
+                problems => problems.join("; "),
+            });
             tokio::time::sleep(pause).await;
         };
         tokio::select! {
             _ = term.recv() => break,
             _ = int.recv() => break,
             _ = hup.recv() => {
+                service::reloading();
+                ready = false;
                 config = reload(config, balancer.as_ref());
                 reconciler.configuration_changed();
-                keeper = Keeper::of(&config);
+                tasks = [keeping(&config), checking(&config)];
+                config.clone_into(&mut shared.lock().unwrap_or_else(PoisonError::into_inner));
             }
+            () = reals.changed() => reconciler.configuration_changed(),
             ended = ended(&mut server) => {
                 let ended = ended.map_err(std::io::Error::other).and_then(|served| {
                     served.map_err(std::io::Error::other)
@@ -98,28 +129,47 @@ pub async fn run(loaded: Loaded) -> Result<()> {
                     source,
                 });
             }
-            () = work => {}
+            () = work => ready = true,
         }
     }
-    drop(keeper);
+    service::stopping();
+    drop(tasks);
     info!("ending; forwarding goes on with what is pinned (`mqtt-fwd unload` removes it)");
     Ok(())
 }
 
-/// [`keeper::keep`], until it is dropped.
-struct Keeper(JoinHandle<()>);
+/// A task that ends with the value.
+struct Task(JoinHandle<()>);
 
-impl Keeper {
-    fn of(config: &Config) -> Self {
-        let own_balancer = config.balancer == BalancerKind::Embedded;
-        Self(tokio::spawn(keeper::keep(config.load_spec(), own_balancer)))
+impl Task {
+    fn spawn<T: 'static>(work: impl Future<Output = T> + Send + 'static) -> Self {
+        Self(tokio::spawn(async {
+            work.await;
+        }))
     }
 }
 
-impl Drop for Keeper {
+impl Drop for Task {
     fn drop(&mut self) {
         self.0.abort();
     }
+}
+
+fn serve_metrics(
+    addr: SocketAddr,
+    config: &Arc<Mutex<Config>>,
+    reals: &Arc<Reals>,
+    observed: &Arc<Observed>,
+) -> Result<Task> {
+    let listener = metrics::bind(addr)
+        .map_err(|source| Error::Io { what: format!("listening at {addr} (metrics)"), source })?;
+    info!(%addr, "serving /metrics and /health");
+    let source = Metrics {
+        config: Arc::clone(config),
+        reals: Arc::clone(reals),
+        observed: Arc::clone(observed),
+    };
+    Ok(Task::spawn(metrics::serve(listener, source)))
 }
 
 /// The embedded balancer alone, in the foreground.
@@ -206,6 +256,7 @@ fn fixed_keys(old: &Config, new: &Config) -> Vec<&'static str> {
     [
         ("interface", new.interface != old.interface),
         ("xdp_mode", new.xdp_mode != old.xdp_mode),
+        ("metrics", new.metrics != old.metrics),
         ("bpffs", new.bpffs != old.bpffs),
         ("root_array", new.root_array != old.root_array),
         ("balancer", new.balancer != old.balancer),

@@ -2,6 +2,7 @@
 //! of how they are configured or carried out.
 
 pub mod filter;
+pub mod health;
 mod relay;
 pub mod rendezvous;
 
@@ -81,6 +82,8 @@ pub struct Service {
     pub relay: Option<String>,
     /// Where those listen beside the service's own port.
     pub listeners: Vec<RelayListener>,
+    /// How its brokers are checked; `None`: not at all.
+    pub health_check: Option<health::HealthCheck>,
     /// Largest IP packet that may be encapsulated; `None`: the interface's MTU less the header.
     pub max_packet: Option<u16>,
     /// When its connections are bound.
@@ -150,7 +153,7 @@ pub struct Group {
 pub struct Real {
     /// Its address.
     pub addr: IpAddr,
-    /// Its share of new flows, in relation to the others'.
+    /// Its share of new flows, in relation to the others'; 0: none.
     pub weight: u32,
     /// The VIP with this real alone, where its group's affinity needs one.
     pub vip: Option<IpAddr>,

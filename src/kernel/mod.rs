@@ -3,6 +3,7 @@
 pub mod abi;
 pub mod adopt;
 pub mod chain;
+pub mod driver;
 pub mod held;
 pub mod layout;
 pub mod load;

@@ -21,6 +21,9 @@ pub struct ProgramInfo {
     pub map_ids: Option<Vec<u32>>,
     /// Instructions after verification.
     pub instructions: u32,
+    /// How often it ran, and for how long, if the kernel measures that.
+    pub runs: u64,
+    pub run_time: std::time::Duration,
 }
 
 impl ProgramInfo {
@@ -29,9 +32,14 @@ impl ProgramInfo {
     pub fn by_id(id: u32) -> Option<Self> {
         match Program::fd_from_id(id) {
             Ok(fd) => Self::by_fd(fd.as_fd()),
-            Err(e) if e.kind() == libbpf_rs::ErrorKind::PermissionDenied => {
-                Some(Self { id, name: "?".to_owned(), map_ids: None, instructions: 0 })
-            }
+            Err(e) if e.kind() == libbpf_rs::ErrorKind::PermissionDenied => Some(Self {
+                id,
+                name: "?".to_owned(),
+                map_ids: None,
+                instructions: 0,
+                runs: 0,
+                run_time: std::time::Duration::ZERO,
+            }),
             Err(_) => None,
         }
     }
@@ -74,6 +82,8 @@ impl ProgramInfo {
             name: String::from_utf8_lossy(&name).into_owned(),
             map_ids: Some(map_ids),
             instructions: info.xlated_prog_len / 8,
+            runs: info.run_cnt,
+            run_time: std::time::Duration::from_nanos(info.run_time_ns),
         })
     }
 }

@@ -39,8 +39,10 @@ pub fn bind(addr: SocketAddr) -> std::io::Result<TcpListener> {
 /// Serves until it is dropped.
 pub async fn serve(listener: TcpListener, source: impl Source) -> std::io::Result<()> {
     let served = Arc::new(Served { source, last: Mutex::new(None) });
-    let router =
-        Router::new().route("/metrics", get(metrics)).route("/health", get(health)).with_state(served);
+    let router = Router::new()
+        .route("/metrics", get(metrics))
+        .route("/health", get(health))
+        .with_state(served);
     axum::serve(tokio::net::TcpListener::from_std(listener)?, router).await
 }
 

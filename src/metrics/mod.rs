@@ -63,17 +63,19 @@ struct Snapshot(Vec<Family>);
 impl Collector for Snapshot {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         for family in &self.0 {
-            let kind = if family.counts {
-                ConstCounter::<f64>::TYPE
-            } else {
-                ConstGauge::<f64>::TYPE
-            };
+            let kind =
+                if family.counts { ConstCounter::<f64>::TYPE } else { ConstGauge::<f64>::TYPE };
             let mut metric = encoder.encode_descriptor(&family.name, family.help, None, kind)?;
             for (labels, value) in &family.samples {
-                let one = metric.encode_family(labels)?;
-                match kind {
-                    MetricType::Counter => ConstCounter::new(*value).encode(one)?,
-                    _ => ConstGauge::new(*value).encode(one)?,
+                match (labels.as_slice(), kind) {
+                    ([], MetricType::Counter) => {
+                        metric.encode_counter::<[Label; 0], _, u64>(value, None)?;
+                    }
+                    ([], _) => metric.encode_gauge(value)?,
+                    (_, MetricType::Counter) => {
+                        ConstCounter::new(*value).encode(metric.encode_family(labels)?)?;
+                    }
+                    _ => ConstGauge::new(*value).encode(metric.encode_family(labels)?)?,
                 }
             }
         }
@@ -109,11 +111,11 @@ mod tests {
         let fill = Family::gauge("map_entries", "Entries").with(&[], 1.5);
         assert_eq!(
             text(vec![reason, fill]),
-            "# HELP mqtt_fwd_packets Packets by verdict.\n\
+            "# HELP mqtt_fwd_packets Packets by verdict\n\
              # TYPE mqtt_fwd_packets counter\n\
              mqtt_fwd_packets_total{verdict=\"data\"} 3.0\n\
              mqtt_fwd_packets_total{verdict=\"a \\\"quoted\\\"\\n\"} 7.0\n\
-             # HELP mqtt_fwd_map_entries Entries.\n\
+             # HELP mqtt_fwd_map_entries Entries\n\
              # TYPE mqtt_fwd_map_entries gauge\n\
              mqtt_fwd_map_entries 1.5\n\
              # EOF\n"

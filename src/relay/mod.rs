@@ -9,7 +9,7 @@
 
 mod connect;
 mod ids;
-mod proxy;
+pub mod proxy;
 pub mod scan;
 mod session;
 pub mod stats;
@@ -34,6 +34,7 @@ use tracing::{debug, info, warn};
 
 use crate::config::Config;
 use crate::domain::{RelayLimits, RelayListener};
+use crate::service;
 use connect::Connect;
 use scan::kind;
 use session::{End, Session};
@@ -164,7 +165,9 @@ pub fn run(config: &Config) -> Result<(), RelayError> {
         .enable_all()
         .build()
         .map_err(|source| RelayError::Io { what: "starting the executor", source })?;
+    service::ready();
     runtime.block_on(supervise(config, &shared, &ports))?;
+    service::stopping();
     shared.stop.cancel();
     info!(connections = shared.stats.connections.get(), "ending");
     for worker in workers {
@@ -203,7 +206,11 @@ async fn supervise(config: &Config, shared: &Shared, ports: &[Port]) -> Result<(
     minute.tick().await;
     loop {
         tokio::select! {
-            _ = hangup.recv() => reload(config, shared, ports),
+            _ = hangup.recv() => {
+                service::reloading();
+                reload(config, shared, ports);
+                service::ready();
+            }
             _ = terminate.recv() => return Ok(()),
             _ = interrupt.recv() => return Ok(()),
             _ = minute.tick() => report(shared),

@@ -35,7 +35,7 @@ pub struct Server {
 
 /// Who asked for a change.
 #[derive(Debug)]
-enum Peer {
+pub enum Peer {
     /// This process itself, whose reconciler logs what it does.
     Own,
     Process {
@@ -47,7 +47,8 @@ enum Peer {
 }
 
 impl Peer {
-    fn of<T>(request: &Request<T>) -> Self {
+    /// Of a request.
+    pub fn of<T>(request: &Request<T>) -> Self {
         if let Some(addr) = request.remote_addr() {
             return Self::Host(addr);
         }

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 
 use crate::balancer::client::{BalancerError, Client};
 use crate::balancer::{Mac, Vip, mac_text};
-use crate::config::{BalancerKind, Config};
+use crate::config::{BalancerKind, Config, Group};
 use crate::control::{Error, Result};
 use crate::datapath::Datapath;
 use crate::datapath::ids::Identities;
@@ -147,6 +147,11 @@ pub struct Wanted {
     pub flags: u32,
 }
 
+/// The reals of a group that get new connections.
+fn shares(group: &Group) -> BTreeMap<IpAddr, u32> {
+    group.reals.iter().filter(|r| r.weight > 0).map(|r| (r.addr, r.weight)).collect()
+}
+
 /// The VIPs that the configuration's groups need, with their reals and their service.
 pub fn wanted_vips(config: &Config) -> BTreeMap<Vip, Wanted> {
     let mut wanted = BTreeMap::new();
@@ -155,11 +160,11 @@ pub fn wanted_vips(config: &Config) -> BTreeMap<Vip, Wanted> {
         for listener in &service.listeners {
             // Nothing of these is read on the way: clients' addresses are spread over the relays.
             let vip = Vip::tcp(service.addr, listener.port);
-            let reals = relay.iter().flat_map(|g| &g.reals).map(|r| (r.addr, r.weight)).collect();
+            let reals = relay.map(shares).unwrap_or_default();
             wanted.insert(vip, Wanted { reals, service: vip, flags: GROUP_FLAG });
         }
         for group in &service.groups {
-            let reals = group.reals.iter().map(|r| (r.addr, r.weight)).collect();
+            let reals = shares(group);
             let flags = match group.affinity {
                 Affinity::ClientIp => GROUP_FLAG | BY_ADDRESS_FLAG,
                 Affinity::None | Affinity::ClientId | Affinity::Topic => GROUP_FLAG,

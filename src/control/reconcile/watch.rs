@@ -1,6 +1,7 @@
 //! Compares balancer and chain with the configuration, again and again, and puts back what was
 //! lost or changed.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
@@ -12,6 +13,7 @@ use crate::balancer::embedded::service;
 use crate::balancer::listeners;
 use crate::balancer::{Mac, Vip};
 use crate::config::{BalancerKind, Config};
+use crate::control::observed::Observed;
 use crate::control::{Error, Result, gateway, handover, health};
 use crate::datapath::Datapath;
 
@@ -58,6 +60,7 @@ pub struct Reconciler {
     /// The balancer is this process's, and so are all changes of it: their number when they were
     /// last compared.
     own_changes: Option<u64>,
+    observed: Arc<Observed>,
     /// A plan that failed is not carried out again at once.
     backoff: Backoff,
     /// The gateway of the last reconciliation.
@@ -68,8 +71,8 @@ pub struct Reconciler {
 
 impl Reconciler {
     /// With a balancer that this process serves itself, or another.
-    pub fn new(own_balancer: bool) -> Self {
-        Self { own_changes: own_balancer.then_some(0), ..Self::default() }
+    pub fn new(own_balancer: bool, observed: Arc<Observed>) -> Self {
+        Self { own_changes: own_balancer.then_some(0), observed, ..Self::default() }
     }
 
     /// The configuration was changed: the next reconciliation applies all of it.
@@ -81,9 +84,16 @@ impl Reconciler {
     }
 
     /// Once: compares, and puts back.
-    pub async fn reconcile(&mut self, config: &Config, datapath: &Datapath) {
+    ///
+    /// `problems`: what is wrong besides.
+    pub async fn reconcile(
+        &mut self,
+        config: &Config,
+        datapath: &Datapath,
+        mut problems: Vec<String>,
+    ) {
         let gateway = gateway::wanted(config).await;
-        let mut problems = health::problems(config);
+        problems.extend(health::problems(config));
         let gateway = gateway.unwrap_or_else(|error| {
             problems.push(error.to_string());
             None
@@ -115,6 +125,7 @@ impl Reconciler {
             );
         }
         let problem = Some(problems.join("; ")).filter(|text| !text.is_empty());
+        self.observed.reconciled(problems);
         if problem != self.problem {
             match &problem {
                 Some(text) => warn!("{text}"),
@@ -163,6 +174,7 @@ impl Reconciler {
         self.client = Some(client);
         if !plan.is_empty() {
             if self.applied_once {
+                self.observed.balancer_repairs.add(1);
                 warn!(steps = plan.lines().len(), "put back what was missing");
             } else {
                 info!(steps = plan.lines().len(), "applied the configuration");

@@ -1,0 +1,344 @@
+//! Health checks of brokers, and what an operator took out of use: together they say which reals get
+//! new connections.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write as _;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+use tracing::{info, warn};
+
+use super::{Error, Result};
+use crate::config::{Config, Group, Service};
+use crate::domain::health::{CheckKind, HealthCheck};
+use crate::kernel::namespace;
+use crate::relay::proxy;
+
+/// A broker of a service: the same host may be one of several.
+type Key = (String, IpAddr);
+
+/// What is known of a real.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum State {
+    /// No checks, or none has ended yet.
+    Unchecked,
+    Up,
+    /// With the last failure.
+    Down(String),
+}
+
+#[derive(Debug, Clone)]
+struct Checked {
+    state: State,
+    since: Instant,
+    /// Results in a row that say otherwise.
+    against: u32,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    checked: BTreeMap<Key, Checked>,
+    drained: BTreeSet<IpAddr>,
+}
+
+/// The states of all reals.
+#[derive(Debug, Default)]
+pub struct Reals {
+    inner: Mutex<Inner>,
+    changed: Notify,
+    file: PathBuf,
+}
+
+/// A real, for tables and metrics.
+#[derive(Debug, Clone)]
+pub struct RealState {
+    pub service: String,
+    pub group: String,
+    pub addr: IpAddr,
+    pub weight: u32,
+    pub drained: bool,
+    pub state: State,
+    /// It gets new connections.
+    pub in_use: bool,
+    pub since: Duration,
+}
+
+impl Reals {
+    /// With those that were drained before.
+    pub fn new(config: &Config) -> Self {
+        let name = format!("drained-{}-{}.json", namespace::own(), config.interface);
+        let file = PathBuf::from("/run/mqtt-fwd").join(name);
+        let drained = std::fs::read(&file).ok().and_then(|text| serde_json::from_slice(&text).ok());
+        let inner = Inner { drained: drained.unwrap_or_default(), ..Inner::default() };
+        Self { inner: Mutex::new(inner), changed: Notify::new(), file }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until other reals are to be used than before.
+    pub async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// The configuration with weight 0 for reals that must not get new connections.
+    pub fn in_effect(&self, config: &Config) -> Config {
+        let inner = self.inner();
+        let mut config = config.clone();
+        for service in &mut config.services {
+            let name = service.name.clone();
+            for group in &mut service.groups {
+                apply(&inner, &name, group);
+            }
+        }
+        config
+    }
+
+    /// All of a configuration, in its order.
+    pub fn list(&self, config: &Config) -> Vec<RealState> {
+        let effective = self.in_effect(config);
+        let inner = self.inner();
+        let mut all = Vec::new();
+        for (service, used) in config.services.iter().zip(&effective.services) {
+            for (group, used) in service.groups.iter().zip(&used.groups) {
+                for (real, used) in group.reals.iter().zip(&used.reals) {
+                    let checked = inner.checked.get(&(service.name.clone(), real.addr));
+                    all.push(RealState {
+                        service: service.name.clone(),
+                        group: group.name.clone(),
+                        addr: real.addr,
+                        weight: real.weight,
+                        drained: inner.drained.contains(&real.addr),
+                        state: checked.map_or(State::Unchecked, |c| c.state.clone()),
+                        in_use: used.weight > 0,
+                        since: checked.map_or(Duration::ZERO, |c| c.since.elapsed()),
+                    });
+                }
+            }
+        }
+        all
+    }
+
+    /// What is wrong with them, for `status`.
+    pub fn problems(&self, config: &Config) -> Vec<String> {
+        self.list(config)
+            .into_iter()
+            .filter_map(|real| match real.state {
+                State::Down(error) => Some(format!(
+                    "real {} of group {} ({}) is down: {error}",
+                    real.addr, real.group, real.service
+                )),
+                _ => None,
+            })
+            .collect()
+    }
+
+    /// Takes a real out of use, or back. Returns in how many groups it is.
+    pub fn set_drained(&self, config: &Config, addr: IpAddr, drained: bool) -> Result<usize> {
+        let groups: Vec<(&Service, &Group)> = config
+            .services
+            .iter()
+            .flat_map(|service| service.groups.iter().map(move |group| (service, group)))
+            .filter(|(_, group)| group.reals.iter().any(|real| real.addr == addr))
+            .collect();
+        if groups.is_empty() {
+            return Err(Error::Refused(format!("no group has a real {addr}")));
+        }
+        let mut inner = self.inner();
+        let mut wanted = inner.drained.clone();
+        if drained {
+            wanted.insert(addr);
+        } else {
+            wanted.remove(&addr);
+        }
+        let empty = groups.iter().find(|(_, group)| {
+            group.reals.iter().all(|r| r.weight == 0 || wanted.contains(&r.addr))
+        });
+        if let Some((service, group)) = empty.filter(|_| drained) {
+            return Err(Error::Refused(format!(
+                "group {} ({}) has no other real that gets connections",
+                group.name, service.name
+            )));
+        }
+        self.save(&wanted)?;
+        inner.drained = wanted;
+        drop(inner);
+        self.changed.notify_one();
+        Ok(groups.len())
+    }
+
+    /// In one step for readers, so that a crash leaves the old list or the new one.
+    fn save(&self, drained: &BTreeSet<IpAddr>) -> Result<()> {
+        let failed = |source| Error::Io { what: self.file.display().to_string(), source };
+        let new = self.file.with_extension("new");
+        let mut file = std::fs::File::create(&new).map_err(failed)?;
+        file.write_all(&serde_json::to_vec(drained).unwrap_or_default()).map_err(failed)?;
+        file.sync_all().map_err(failed)?;
+        std::fs::rename(&new, &self.file).map_err(failed)
+    }
+
+    /// One check's result.
+    fn seen(&self, key: &Key, check: &HealthCheck, result: Result<(), String>) {
+        let mut inner = self.inner();
+        let checked = inner.checked.entry(key.clone()).or_insert_with(|| Checked {
+            state: State::Unchecked,
+            since: Instant::now(),
+            against: 0,
+        });
+        let (agrees, needed) = match (&checked.state, &result) {
+            (State::Unchecked, Ok(())) => (false, 1),
+            (State::Unchecked | State::Up, Err(_)) => (false, check.fall),
+            (State::Down(_), Ok(())) => (false, check.rise),
+            (State::Up, Ok(())) | (State::Down(_), Err(_)) => (true, 0),
+        };
+        if agrees {
+            checked.against = 0;
+            return;
+        }
+        checked.against += 1;
+        if checked.against < needed {
+            return;
+        }
+        let first = checked.state == State::Unchecked;
+        checked.state = match result {
+            Ok(()) => State::Up,
+            Err(error) => State::Down(error),
+        };
+        checked.against = 0;
+        checked.since = Instant::now();
+        let (service, addr) = key;
+        match &checked.state {
+            State::Down(error) => warn!(service, real = %addr, "down: {error}"),
+            _ if first => {}
+            _ => info!(service, real = %addr, "up again"),
+        }
+        let same_use = first && checked.state == State::Up;
+        drop(inner);
+        if !same_use {
+            self.changed.notify_one();
+        }
+    }
+}
+
+/// Gives weight 0 to what is not to be used. A group that would be empty keeps those that are down:
+/// checks may be wrong, and without a real nothing is forwarded.
+fn apply(inner: &Inner, service: &str, group: &mut Group) {
+    let down = |addr: IpAddr| {
+        let checked = inner.checked.get(&(service.to_owned(), addr));
+        checked.is_some_and(|c| matches!(c.state, State::Down(_)))
+    };
+    let usable = |weight: u32, addr: IpAddr| weight > 0 && !inner.drained.contains(&addr);
+    let any = group.reals.iter().any(|r| usable(r.weight, r.addr) && !down(r.addr));
+    let any_drainable = group.reals.iter().any(|r| usable(r.weight, r.addr));
+    for real in &mut group.reals {
+        let drained = inner.drained.contains(&real.addr) && any_drainable;
+        if drained || (any && down(real.addr)) {
+            real.weight = 0;
+        }
+    }
+}
+
+/// Checks all reals of a configuration until it is dropped.
+pub async fn run(config: Config, reals: Arc<Reals>) {
+    let mut tasks = JoinSet::new();
+    let mut wanted = BTreeSet::new();
+    for service in &config.services {
+        let Some(check) = &service.health_check else { continue };
+        for group in &service.groups {
+            // Relays listen at the service's address only.
+            if Some(&group.name) == service.relay.as_ref() {
+                continue;
+            }
+            for real in &group.reals {
+                let key = (service.name.clone(), real.addr);
+                if !wanted.insert(key.clone()) {
+                    continue;
+                }
+                let to = SocketAddr::new(real.addr, check.port.unwrap_or(service.port));
+                let (check, reals, proxy) =
+                    (check.clone(), Arc::clone(&reals), group.proxy_protocol);
+                tasks.spawn(async move { repeat(&key, to, proxy, &check, &reals).await });
+            }
+        }
+    }
+    reals.inner().checked.retain(|key, _| wanted.contains(key));
+    while tasks.join_next().await.is_some() {}
+}
+
+async fn repeat(key: &Key, to: SocketAddr, proxy: bool, check: &HealthCheck, reals: &Reals) {
+    // Not all at the same moment.
+    let spread = getrandom::u32().map_or(0.0, f64::from) / f64::from(u32::MAX);
+    tokio::time::sleep(check.interval.mul_f64(spread)).await;
+    let mut clock = tokio::time::interval(check.interval);
+    clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        clock.tick().await;
+        let result = match tokio::time::timeout(check.timeout, once(to, proxy, check)).await {
+            Ok(result) => result,
+            Err(_) => Err(format!("no answer from {to} in {} ms", check.timeout.as_millis())),
+        };
+        reals.seen(key, check, result);
+    }
+}
+
+/// One check. The error says what was expected.
+async fn once(to: SocketAddr, proxy: bool, check: &HealthCheck) -> Result<(), String> {
+    let io = |what: &'static str| move |e: std::io::Error| format!("{what} {to}: {e}");
+    let mut stream = TcpStream::connect(to).await.map_err(io("connecting to"))?;
+    // Closed with RST, a check leaves nothing in TIME-WAIT here or there.
+    let _ = stream.set_zero_linger();
+    if proxy {
+        stream.write_all(&proxy::local()).await.map_err(io("writing to"))?;
+    }
+    let CheckKind::Mqtt { connect } = &check.kind else { return Ok(()) };
+    stream.write_all(connect).await.map_err(io("writing to"))?;
+    let mut answer = [0; 4];
+    stream.read_exact(&mut answer).await.map_err(io("reading CONNACK from"))?;
+    if answer[0] != 0x20 {
+        return Err(format!("{to} answered {:#04x} in place of CONNACK", answer[0]));
+    }
+    // Return code 0, of both 3.1.1 and 5, whose properties follow (MQTT 3.1.1 §3.2.2.3, MQTT 5 §3.2.2.2).
+    if answer[3] != 0 {
+        return Err(format!("{to} refused CONNECT with code {:#04x}", answer[3]));
+    }
+    stream.write_all(&[0xe0, 0]).await.map_err(io("writing to"))?;
+    let _ = stream.shutdown().await;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(rise: u32, fall: u32) -> HealthCheck {
+        HealthCheck { rise, fall, ..HealthCheck::tcp() }
+    }
+
+    #[test]
+    fn a_real_falls_and_rises_by_results_in_a_row() {
+        let reals = Reals::default();
+        let key = ("s".to_owned(), IpAddr::from([10, 0, 0, 1]));
+        let check = check(2, 3);
+        let state = || reals.inner().checked[&key].state.clone();
+        let bad = || Err("refused".to_owned());
+        reals.seen(&key, &check, Ok(()));
+        assert_eq!(state(), State::Up);
+        for result in [bad(), bad(), Ok(()), bad(), bad()] {
+            reals.seen(&key, &check, result);
+            assert_eq!(state(), State::Up);
+        }
+        reals.seen(&key, &check, bad());
+        assert_eq!(state(), State::Down("refused".to_owned()));
+        reals.seen(&key, &check, Ok(()));
+        assert!(matches!(state(), State::Down(_)));
+        reals.seen(&key, &check, Ok(()));
+        assert_eq!(state(), State::Up);
+    }
+}

@@ -1,0 +1,36 @@
+//! What `run` has seen, for those who ask while it works.
+
+use std::sync::{Mutex, PoisonError};
+
+use crate::counter::Counter;
+
+/// Written by the reconciler and the keeper only.
+#[derive(Debug, Default)]
+pub struct Observed {
+    problems: Mutex<Vec<String>>,
+    /// Reconciliations without a problem.
+    pub reconciled: Counter,
+    /// Reconciliations with one.
+    pub failed: Counter,
+    /// What the keeper put back.
+    pub chain_repairs: Counter,
+    /// Plans that put back what the balancer lacked.
+    pub balancer_repairs: Counter,
+}
+
+impl Observed {
+    /// The problems of the last reconciliation.
+    pub fn problems(&self) -> Vec<String> {
+        self.problems.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The last reconciliation's result.
+    pub fn reconciled(&self, problems: Vec<String>) {
+        if problems.is_empty() {
+            self.reconciled.add(1);
+        } else {
+            self.failed.add(1);
+        }
+        *self.problems.lock().unwrap_or_else(PoisonError::into_inner) = problems;
+    }
+}

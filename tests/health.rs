@@ -1,0 +1,207 @@
+//! Health checks, draining and metrics, with real brokers and numbered messages.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use support::lab::{Lab, config};
+use support::net::wait_for;
+
+const CHECK: &str = "health_check = { type = \"mqtt\", interval_ms = 300, timeout_ms = 200, rise = 2, \
+                     fall = 2 }";
+
+fn lab() -> Lab {
+    let text = config(&[("a", 1, &[201, 202]), ("default", 250, &[203])], &[("sensor/a", "a")]);
+    let text = text
+        .replace("default_group = \"default\"", &format!("default_group = \"default\"\n{CHECK}"));
+    let text = format!("metrics = \"127.0.0.1:9469\"\n{text}");
+    let lab = Lab::up(&text, &[]);
+    // So that the connections below are right from the start.
+    lab.publish("c1", &["--topic", "sensor/a", "--qos", "1", "--count", "2"]);
+    wait_state(&lab, "10.1.3.201", "up");
+    lab
+}
+
+fn states(lab: &Lab) -> BTreeMap<String, String> {
+    let rows: serde_json::Value =
+        serde_json::from_str(&lab.mqtt_fwd(&["reals", "--json"])).unwrap();
+    let text = |row: &serde_json::Value, key: &str| row[key].as_str().unwrap().to_owned();
+    rows.as_array().unwrap().iter().map(|row| (text(row, "real"), text(row, "state"))).collect()
+}
+
+fn wait_state(lab: &Lab, real: &str, state: &str) {
+    wait_for(&format!("{real} to be {state}: {:?}", states(lab)), || {
+        (states(lab)[real] == state).then_some(())
+    });
+}
+
+fn broker(lab: &Lab, real: u32, signal: &str) {
+    let pattern = format!("mosquitto -c /run/mqtt-fwd-lab/{}/r{real}.conf", lab.name);
+    Command::new("pkill").args([signal, "-f", &pattern]).status().unwrap();
+}
+
+/// So many connections, a message each; where they went.
+fn spread(lab: &Lab, name: &str, count: usize) -> BTreeMap<u32, usize> {
+    for i in 0..count {
+        let id = format!("{name}{i}");
+        lab.publish("c1", &["--id", &id, "--topic", "sensor/a", "--qos", "1", "--count", "1"]);
+    }
+    let mut went = BTreeMap::new();
+    wait_for("the messages", || {
+        let arrivals = lab.arrivals();
+        let of: Vec<_> = (0..count).map(|i| arrivals.get(&format!("{name}{i} 0"))).collect();
+        let all = of.iter().flatten().count() == count;
+        if all {
+            for reals in of.into_iter().flatten() {
+                assert_eq!(reals.len(), 1, "{arrivals:?}");
+                *went.entry(reals[0]).or_default() += 1;
+            }
+        }
+        all.then_some(())
+    });
+    went
+}
+
+fn metric(lab: &Lab, line: &str) -> Option<String> {
+    let text = lab.ok("lb", &["curl", "-s", "http://127.0.0.1:9469/metrics"]);
+    text.lines().find_map(|l| l.strip_prefix(line)).map(|value| value.trim().to_owned())
+}
+
+#[test]
+fn a_dead_broker_gets_no_connections_and_one_that_is_back_does() {
+    let lab = lab();
+    let before = spread(&lab, "before", 12);
+    assert_eq!(before.keys().copied().collect::<Vec<_>>(), [1, 2], "{before:?}");
+
+    // It still accepts connections, as a broker that hangs does: only an MQTT check notices.
+    broker(&lab, 1, "-STOP");
+    let died = Instant::now();
+    wait_state(&lab, "10.1.3.201", "down");
+    // interval × fall + 1 s
+    assert!(died.elapsed() < Duration::from_millis(1600), "{:?}", died.elapsed());
+    let during = spread(&lab, "during", 12);
+    assert_eq!(during, BTreeMap::from([(2, 12)]));
+    let status = lab.exec("lb", &["mqtt-fwd", "status"]);
+    let status = String::from_utf8(status.stdout).unwrap();
+    assert!(
+        status.contains("real 10.1.3.201 of group a (mqtt) is down: no answer from"),
+        "{status}"
+    );
+    assert!(status.contains("as configured"), "{status}");
+    let up = "mqtt_fwd_real_up{service=\"mqtt\",group=\"a\",real=\"10.1.3.201\"}";
+    wait_for("the metric", || (metric(&lab, up).as_deref() == Some("0.0")).then_some(()));
+
+    broker(&lab, 1, "-CONT");
+    wait_state(&lab, "10.1.3.201", "up");
+    let after = spread(&lab, "after", 12);
+    assert_eq!(after.keys().copied().collect::<Vec<_>>(), [1, 2], "{after:?}");
+
+    // All of a group at once: it keeps them, since checks may be wrong.
+    broker(&lab, 1, "-STOP");
+    broker(&lab, 2, "-STOP");
+    wait_for("both to be down", || {
+        let now = states(&lab);
+        let both = ["10.1.3.201", "10.1.3.202"];
+        both.iter().all(|real| now[*real] == "down, in use").then_some(())
+    });
+    broker(&lab, 1, "-CONT");
+    broker(&lab, 2, "-CONT");
+    wait_state(&lab, "10.1.3.202", "up");
+}
+
+#[test]
+fn draining_loses_no_message_and_moves_no_established_connection() {
+    let lab = lab();
+    let enough = format!("/run/mqtt-fwd-lab/{}/enough", lab.name);
+    let sent = std::thread::scope(|scope| {
+        let running: Vec<_> = (0..6)
+            .map(|i| {
+                let (lab, enough) = (&lab, enough.clone());
+                scope.spawn(move || {
+                    let id = format!("steady{i}");
+                    let args = ["--id", &id, "--topic", "sensor/a", "--until", &enough];
+                    lab.publish_counted("c1", &args)
+                })
+            })
+            .collect();
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            wait_for("both brokers", || {
+                let received = lab.received();
+                let of = |real| received.get(&real).map_or(0, Vec::len);
+                (of(1) > 20 && of(2) > 20).then_some(())
+            });
+            lab.mqtt_fwd(&["drain", "10.1.3.201"]);
+            wait_state(&lab, "10.1.3.201", "drained");
+            assert_eq!(spread(&lab, "drained", 8), BTreeMap::from([(2, 8)]));
+            let before = lab.received()[&1].len();
+            wait_for("what is established to go on", || {
+                (lab.received()[&1].len() > before + 20).then_some(())
+            });
+            // A restart of `run` does not undrain.
+            for what in ["stop", "start"] {
+                assert!(lab.script("sidecar").arg(what).status().unwrap().success());
+            }
+            wait_for("the state to be kept", || {
+                let reals = lab.exec("lb", &["mqtt-fwd", "reals"]);
+                String::from_utf8(reals.stdout).unwrap().contains("drained").then_some(())
+            });
+            let refused = lab.exec("lb", &["mqtt-fwd", "drain", "10.1.3.202"]);
+            let text = String::from_utf8(refused.stderr).unwrap();
+            assert!(text.contains("group a (mqtt) has no other real"), "{text}");
+            lab.mqtt_fwd(&["undrain", "10.1.3.201"]);
+            wait_for("connections to both", || {
+                (spread(&lab, "undrained", 8).len() == 2).then_some(())
+            });
+        }));
+        std::fs::write(&enough, "").unwrap();
+        let sent: Vec<_> = running.into_iter().map(|p| p.join().unwrap()).collect();
+        result.unwrap();
+        sent
+    });
+    let arrivals = lab.arrivals();
+    for (i, (connections, count)) in sent.into_iter().enumerate() {
+        assert_eq!(connections, 1);
+        for n in 0..count {
+            let reals = &arrivals[&format!("steady{i} {n}")];
+            assert_eq!(reals.len(), 1, "steady{i} {n}: {reals:?}");
+        }
+    }
+}
+
+#[test]
+fn metrics_are_valid_and_count_what_passed() {
+    let lab = lab();
+    lab.publish("c1", &["--id", "m", "--topic", "sensor/a", "--qos", "1", "--count", "50"]);
+    wait_for("the count", || {
+        let count = metric(&lab, "mqtt_fwd_events_total{reason=\"publish\"}")?;
+        (count.parse::<f64>().unwrap() >= 50.0).then_some(())
+    });
+    let text = lab.ok("lb", &["curl", "-s", "http://127.0.0.1:9469/metrics"]);
+    assert!(text.ends_with("# EOF\n"));
+    let mut names: Vec<_> = text
+        .lines()
+        .filter(|l| !l.starts_with('#'))
+        .map(|l| l.split(' ').next().unwrap())
+        .collect();
+    let all = names.len();
+    names.sort_unstable();
+    names.dedup();
+    assert_eq!(names.len(), all, "a series twice");
+    for name in
+        ["map_entries", "driver_xdp_total", "group_packets_total", "real_in_use", "problems"]
+    {
+        assert!(text.contains(&format!("\nmqtt_fwd_{name}")), "{name}\n{text}");
+    }
+    let health = |lab: &Lab| {
+        lab.ok("lb", &["curl", "-s", "-w", "%{http_code}", "http://127.0.0.1:9469/health"])
+    };
+    assert_eq!(health(&lab), "healthy\n200");
+    broker(&lab, 3, "-STOP");
+    wait_for("503", || {
+        let answer = health(&lab);
+        (answer.contains("real 10.1.3.203") && answer.ends_with("503")).then_some(())
+    });
+    broker(&lab, 3, "-CONT");
+}
