@@ -40,7 +40,7 @@ port = 70000
 default_group = "defualt"
 max_packet = 100
 group = [
-    { name = "a", vip = "fd01::1", reals = [{ address = "10.1.3.201", weight = 0 }] },
+    { name = "a", vip = "fd01::1", reals = [{ address = "10.1.3.201", weight = 1001 }] },
     { name = "default", vip = "10.1.50.250", reals = [] },
     { name = "default", vip = "10.1.50.251", reals = [{ address = "10.1.3.1" }, { address = "10.1.3.1" }] },
 ]
