@@ -14,7 +14,7 @@ use clap::Parser;
 enum Cli {
     /// Publish over many connections, at a fixed rate
     Publish(publish::Publish),
-    /// Accept connections and count messages; prints JSON at SIGTERM
+    /// Accept connections and count messages; prints JSON at SIGTERM, and at SIGUSR1 with latencies since the last
     Sink(sink::Sink),
 }
 
@@ -23,6 +23,16 @@ fn main() -> std::io::Result<()> {
         Cli::Publish(args) => args.run(),
         Cli::Sink(args) => args.run(),
     }
+}
+
+/// Moves this thread into a named network namespace; "": stays.
+fn enter(namespace: &str) -> std::io::Result<()> {
+    if namespace.is_empty() {
+        return Ok(());
+    }
+    let file = std::fs::File::open(format!("/run/netns/{namespace}"))?;
+    nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET)?;
+    Ok(())
 }
 
 /// Nanoseconds of CLOCK_MONOTONIC, which all processes of a machine share.

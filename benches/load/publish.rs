@@ -2,17 +2,21 @@
 
 use std::io::{Error, Read as _, Result, Write as _};
 use std::net::{SocketAddr, TcpStream};
+use std::num::NonZero;
 use std::time::{Duration, Instant};
 
 use clap::Args;
 
-use crate::{mqtt, now_ns};
+use crate::{enter, mqtt, now_ns};
 
 #[derive(Debug, Args)]
 pub struct Publish {
-    /// Address to connect to
-    #[arg(long)]
-    to: SocketAddr,
+    /// Addresses to connect to, assigned to connections round-robin
+    #[arg(long, value_delimiter = ',', required = true)]
+    to: Vec<SocketAddr>,
+    /// Named network namespaces, assigned to connections round-robin
+    #[arg(long, value_delimiter = ',')]
+    namespaces: Vec<String>,
     /// Number of connections
     #[arg(long, default_value_t = 100)]
     connections: usize,
@@ -42,7 +46,10 @@ impl Publish {
     }
 
     fn open(&self, n: usize) -> Result<TcpStream> {
-        let mut stream = TcpStream::connect(self.to)?;
+        if let Some(count) = NonZero::new(self.namespaces.len()) {
+            enter(&self.namespaces[n % count])?;
+        }
+        let mut stream = TcpStream::connect(self.to[n % self.to.len()])?;
         stream.set_nodelay(true)?;
         let id = format!("load-{}-{n}", std::process::id());
         stream.write_all(&mqtt::connect_as(4, 0x02, id.as_bytes(), &[]))?;

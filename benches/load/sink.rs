@@ -1,5 +1,6 @@
 //! The sink.
 
+use std::collections::BTreeMap;
 use std::io::Result;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -11,19 +12,30 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::now_ns;
+use crate::{enter, mqtt, now_ns};
 
 #[derive(Debug, Args)]
 pub struct Sink {
     /// Addresses to listen on
     #[arg(long, value_delimiter = ',')]
     listen: Vec<SocketAddr>,
+    /// Named network namespaces, in each of which to listen, or to subscribe
+    #[arg(long, value_delimiter = ',')]
+    namespaces: Vec<String>,
+    /// Broker to subscribe at, instead of listening
+    #[arg(long, requires = "filters")]
+    subscribe: Option<SocketAddr>,
+    /// Filters, assigned to namespaces round-robin
+    #[arg(long, value_delimiter = ',')]
+    filters: Vec<String>,
 }
 
 struct Counts {
     messages: u64,
     connections: u64,
     latency: Histogram<u64>,
+    /// By namespace and topic.
+    arrivals: BTreeMap<String, BTreeMap<String, u64>>,
 }
 
 impl Sink {
@@ -33,18 +45,51 @@ impl Sink {
 
     async fn serve(&self) -> Result<()> {
         let latency = Histogram::new_with_bounds(1, 60_000_000_000, 3).expect("bounds are right");
-        let counts = Arc::new(Mutex::new(Counts { messages: 0, connections: 0, latency }));
-        for addr in &self.listen {
-            let listener = TcpListener::bind(addr).await?;
-            let counts = Arc::clone(&counts);
-            tokio::spawn(async move {
-                while let Ok((stream, _)) = listener.accept().await {
-                    tokio::spawn(connection(stream, Arc::clone(&counts)));
-                }
-            });
+        let arrivals = BTreeMap::new();
+        let counts =
+            Arc::new(Mutex::new(Counts { messages: 0, connections: 0, latency, arrivals }));
+        let here = [String::new()];
+        let namespaces = if self.namespaces.is_empty() { &here[..] } else { &self.namespaces };
+        for (n, namespace) in namespaces.iter().enumerate() {
+            enter(namespace)?;
+            if let Some(broker) = self.subscribe {
+                let mut stream = TcpStream::connect(broker).await?;
+                let id = format!("sink-{n}");
+                let filter = self.filters[n % self.filters.len()].as_bytes();
+                stream.write_all(&mqtt::connect_as(4, 0x02, id.as_bytes(), &[])).await?;
+                stream.write_all(&mqtt::subscribe(filter)).await?;
+                tokio::spawn(connection(stream, namespace.clone(), Arc::clone(&counts)));
+            }
+            for addr in &self.listen {
+                let listener = TcpListener::bind(addr).await?;
+                let (counts, namespace) = (Arc::clone(&counts), namespace.clone());
+                tokio::spawn(async move {
+                    while let Ok((stream, _)) = listener.accept().await {
+                        tokio::spawn(connection(stream, namespace.clone(), Arc::clone(&counts)));
+                    }
+                });
+            }
         }
-        signal(SignalKind::terminate())?.recv().await;
-        let c = counts.lock().expect("no thread panics");
+        let mut end = signal(SignalKind::terminate())?;
+        let mut report = signal(SignalKind::user_defined1())?;
+        loop {
+            let last = tokio::select! {
+                _ = end.recv() => true,
+                _ = report.recv() => false,
+            };
+            let mut counts = counts.lock().expect("no thread panics");
+            counts.print();
+            if last {
+                return Ok(());
+            }
+            counts.latency.reset();
+        }
+    }
+}
+
+impl Counts {
+    fn print(&self) {
+        let c = self;
         let us = |q| c.latency.value_at_quantile(q) as f64 / 1000.0;
         println!(
             "{}",
@@ -55,13 +100,17 @@ impl Sink {
                 "p99_us": us(0.99),
                 "p999_us": us(0.999),
                 "max_us": c.latency.max() as f64 / 1000.0,
+                "arrivals": c.arrivals,
             })
         );
-        Ok(())
     }
 }
 
-async fn connection(mut stream: TcpStream, counts: Arc<Mutex<Counts>>) -> Result<()> {
+async fn connection(
+    mut stream: TcpStream,
+    namespace: String,
+    counts: Arc<Mutex<Counts>>,
+) -> Result<()> {
     counts.lock().expect("no thread panics").connections += 1;
     stream.set_nodelay(true)?;
     let mut buffer = vec![0; 64 << 10];
@@ -90,6 +139,13 @@ async fn connection(mut stream: TcpStream, counts: Arc<Mutex<Counts>>) -> Result
                             due.map_or(0, |b| u64::from_be_bytes(b.try_into().expect("8 bytes")));
                         if due != 0 {
                             counts.messages += 1;
+                            let topics = counts.arrivals.entry(namespace.clone()).or_default();
+                            match topics.get_mut(p.topic) {
+                                Some(count) => *count += 1,
+                                None => {
+                                    topics.insert(p.topic.to_owned(), 1);
+                                }
+                            }
                             counts.latency.saturating_record(now.saturating_sub(due).max(1));
                         }
                         if p.qos == 1 {
