@@ -205,3 +205,25 @@ fn metrics_are_valid_and_count_what_passed() {
     });
     broker(&lab, 3, "-CONT");
 }
+
+#[test]
+fn misrouting_is_not_healthy() {
+    let lab = lab();
+    assert!(lab.exec("lb", &["mqtt-fwd", "status", "--check"]).status.success());
+    // Topics of two groups in turn, over one connection after the other, from an address that nothing is
+    // known of.
+    let args = ["--topic", "sensor/a", "--topic", "other", "--count", "60", "--interval", "0.01"];
+    lab.publish("c2", &args);
+    let status = || -> serde_json::Value {
+        serde_json::from_str(&lab.mqtt_fwd(&["status", "--json"])).unwrap()
+    };
+    wait_for("the problem", || {
+        let now = status();
+        let problems = now["problems"].as_array().unwrap();
+        problems.iter().any(|p| p["code"] == "misrouted").then_some(())
+    });
+    let now = status();
+    assert_eq!((&now["healthy"], &now["schema"]), (&false.into(), &1.into()));
+    let up = "mqtt_fwd_problem{code=\"misrouted\"}";
+    wait_for("the metric", || (metric(&lab, up).as_deref() == Some("1.0")).then_some(()));
+}

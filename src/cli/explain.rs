@@ -22,11 +22,12 @@ pub fn check(config: &Config) -> Result<(), Error> {
     for service in &config.services {
         let reals: usize = service.groups.iter().map(|g| g.reals.len()).sum();
         line(&format!(
-            "service {} at {}: {} routes to {} groups with {reals} reals, default group {}",
+            "service {} at {}: {} to {} with {}, default group {}",
             service.name,
             std::net::SocketAddr::new(service.addr, service.port),
-            service.routes.len(),
-            service.groups.len(),
+            counted(service.routes.len(), "route"),
+            counted(service.groups.len(), "group"),
+            counted(reals, "real"),
             service.default_group
         ));
         if service.binding == Binding::Delayed {
@@ -37,6 +38,10 @@ pub fn check(config: &Config) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+fn counted(n: usize, what: &str) -> String {
+    if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") }
 }
 
 /// What the relay needs that the configuration cannot give.

@@ -9,6 +9,7 @@ use super::block_on;
 use super::table::{self, Output, line};
 use crate::balancer::client::Client;
 use crate::config::{Config, XdpMode};
+use crate::control::problem::Problem;
 use crate::control::reconcile::apply;
 use crate::control::{Error, health, view};
 use crate::control::{api, gateway};
@@ -17,8 +18,12 @@ use crate::kernel::chain::{self, Chain};
 use crate::kernel::reasons::REASONS;
 use crate::kernel::xdp;
 
+/// Of the JSON: it changes when a field goes or means something else.
+const SCHEMA: u32 = 1;
+
 #[derive(Serialize)]
 struct Status {
+    schema: u32,
     interface: String,
     attached: Option<String>,
     mode: Option<&'static str>,
@@ -32,7 +37,7 @@ struct Status {
     /// Every service has a relay.
     relayed: bool,
     counters: BTreeMap<&'static str, u64>,
-    problems: Vec<String>,
+    problems: Vec<Problem>,
     healthy: bool,
 }
 
@@ -63,7 +68,7 @@ impl Show {
     pub fn run(&self, config: &Config) -> Result<(), Error> {
         let status = read(config)?;
         if self.check && !status.healthy {
-            let mut problems = status.problems;
+            let mut problems: Vec<_> = status.problems.iter().map(Problem::to_string).collect();
             if !status.balancer_ok {
                 problems.push(status.balancer);
             }
@@ -94,14 +99,15 @@ fn read(config: &Config) -> Result<Status, Error> {
     let maps = datapath.as_ref().map(view::map_uses).transpose()?.unwrap_or_default();
     let multi_group_clients = datapath.as_ref().map(view::multi_group_clients).transpose()?;
     let mut problems = health::problems(config);
-    problems.extend(reals_down(config));
+    problems.extend(block_on(async { Ok(api::problems(config).await) })?);
     for service in services.iter().filter(|s| !s.in_force) {
-        problems.push(format!(
-            "service {} is not in force; `mqtt-fwd apply` puts it back",
-            service.name
+        problems.push(Problem::new(
+            "service_not_in_force",
+            format!("service {} is not in force; `mqtt-fwd apply` puts it back", service.name),
         ));
     }
     Ok(Status {
+        schema: SCHEMA,
         interface: config.interface.clone(),
         healthy: balancer_ok && problems.is_empty(),
         mode: attached.as_ref().and(xdp::attached_mode(&config.interface)).map(|m| match m {
@@ -138,19 +144,6 @@ fn balancer(config: &Config) -> (bool, String) {
         // The line says already whose words these are.
         Err(e) => (false, e.to_string().trim_start_matches("balancer ").to_owned()),
     }
-}
-
-/// Reals whose checks fail, as `run` says.
-fn reals_down(config: &Config) -> Vec<String> {
-    let reals = block_on(api::reals(config)).ok().flatten().unwrap_or_default();
-    let down = reals.into_iter().filter(|real| !real.error.is_empty());
-    down.map(|real| {
-        format!(
-            "real {} of group {} ({}) is down: {}",
-            real.address, real.group, real.service, real.error
-        )
-    })
-    .collect()
 }
 
 fn services(config: &Config, datapath: Option<&Datapath>) -> Result<Vec<ServiceStatus>, Error> {

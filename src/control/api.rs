@@ -11,6 +11,8 @@ use tonic::{Request, Response, Status};
 use self::proto::sidecar_client::SidecarClient;
 use self::proto::sidecar_server::{Sidecar, SidecarServer};
 use super::checks::{Reals, State};
+use super::observed::Observed;
+use super::problem::Problem;
 use super::{Error, Result};
 use crate::balancer::embedded::listen::{self, Listener, ServeError};
 use crate::balancer::embedded::service::Peer;
@@ -41,14 +43,16 @@ pub async fn serve(
     listener: Listener,
     config: Arc<Mutex<Config>>,
     reals: Arc<Reals>,
+    observed: Arc<Observed>,
 ) -> std::result::Result<(), ServeError> {
-    let service = SidecarServer::new(Service { config, reals });
+    let service = SidecarServer::new(Service { config, reals, observed });
     listen::serve(listener, GrpcServer::builder().add_service(service)).await
 }
 
 struct Service {
     config: Arc<Mutex<Config>>,
     reals: Arc<Reals>,
+    observed: Arc<Observed>,
 }
 
 impl Service {
@@ -85,6 +89,15 @@ impl Sidecar for Service {
         Ok(Response::new(proto::ListRealsResponse { reals }))
     }
 
+    async fn list_problems(
+        &self,
+        _: Request<proto::ListProblemsRequest>,
+    ) -> Result<Response<proto::ListProblemsResponse>, Status> {
+        let problem = |p: Problem| proto::Problem { code: p.code, text: p.text };
+        let problems = self.observed.problems().into_iter().map(problem).collect();
+        Ok(Response::new(proto::ListProblemsResponse { problems }))
+    }
+
     async fn set_drain(
         &self,
         request: Request<proto::SetDrainRequest>,
@@ -116,6 +129,19 @@ pub async fn reals(config: &Config) -> Result<Option<Vec<proto::Real>>> {
     let Some(mut client) = connect(config).await else { return Ok(None) };
     let reply = client.list_reals(proto::ListRealsRequest {}).await.map_err(failed)?;
     Ok(Some(reply.into_inner().reals))
+}
+
+/// What only `run` knows to be wrong: what it has watched for a while.
+pub async fn problems(config: &Config) -> Vec<Problem> {
+    const WATCHED: [&str; 2] = ["real_down", "misrouted"];
+    let Some(mut client) = connect(config).await else { return Vec::new() };
+    let Ok(reply) = client.list_problems(proto::ListProblemsRequest {}).await else {
+        return Vec::new();
+    };
+    let all = reply.into_inner().problems.into_iter();
+    all.filter(|p| WATCHED.contains(&p.code.as_str()))
+        .map(|p| Problem { code: p.code, text: p.text })
+        .collect()
 }
 
 /// Drains a real, or ends that. Returns in how many groups it is.

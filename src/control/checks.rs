@@ -14,6 +14,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
+use super::problem::Problem;
 use super::{Error, Result};
 use crate::config::{Config, Group, Service};
 use crate::domain::health::{CheckKind, HealthCheck};
@@ -127,13 +128,16 @@ impl Reals {
     }
 
     /// What is wrong with them, for `status`.
-    pub fn problems(&self, config: &Config) -> Vec<String> {
+    pub fn problems(&self, config: &Config) -> Vec<Problem> {
         self.list(config)
             .into_iter()
             .filter_map(|real| match real.state {
-                State::Down(error) => Some(format!(
-                    "real {} of group {} ({}) is down: {error}",
-                    real.addr, real.group, real.service
+                State::Down(error) => Some(Problem::new(
+                    "real_down",
+                    format!(
+                        "real {} of group {} ({}) is down: {error}",
+                        real.addr, real.group, real.service
+                    ),
                 )),
                 _ => None,
             })

@@ -2,6 +2,7 @@
 
 use std::sync::Mutex;
 
+use super::problem::Problem;
 use crate::balancer::listeners::{self, Listener};
 use crate::config::Config;
 use crate::kernel::chain::{self, Chain};
@@ -9,86 +10,106 @@ use crate::kernel::pins::Pins;
 use crate::kernel::xdp::{self, ProgramInfo};
 
 /// What is wrong, each with what to do about it; the balancer's state is not looked at.
-pub fn problems(config: &Config) -> Vec<String> {
+pub fn problems(config: &Config) -> Vec<Problem> {
     let pins = config.pins();
     let chain = match Chain::open(&pins) {
         Ok(Some(chain)) => chain,
         Ok(None) => {
             let path = pins.root_array().display();
-            return vec![format!("there is no {path}; `mqtt-fwd load` puts it there")];
+            let text = format!("there is no {path}; `mqtt-fwd load` puts it there");
+            return vec![Problem::new("chain_missing", text)];
         }
-        Err(e) => return vec![e.to_string()],
+        Err(e) => return vec![Problem::new("chain_unreadable", e.to_string())],
     };
     let mut problems = Vec::new();
+    let mut problem = |code, text: String| problems.push(Problem::new(code, text));
     match xdp::attached(&config.interface) {
-        Err(e) => problems.push(e.to_string()),
-        Ok(None) => problems.push(format!(
-            "no XDP program is on {}, so packets are not forwarded; `mqtt-fwd load` attaches one",
-            config.interface
-        )),
+        Err(e) => problem("root_missing", e.to_string()),
+        Ok(None) => problem(
+            "root_missing",
+            format!(
+                "no XDP program is on {}, so packets are not forwarded; `mqtt-fwd load` attaches one",
+                config.interface
+            ),
+        ),
         Ok(Some(root))
             if pins.identify(root.clone()).uses_pinned_map(pins.root_array()) == Some(false) =>
         {
-            problems.push(format!(
-                "the XDP program on {}, {} (id {}), does not use {}",
-                config.interface,
-                root.name,
-                root.id,
-                pins.root_array().display()
-            ));
+            problem(
+                "root_foreign",
+                format!(
+                    "the XDP program on {}, {} (id {}), does not use {}",
+                    config.interface,
+                    root.name,
+                    root.id,
+                    pins.root_array().display()
+                ),
+            );
         }
         Ok(Some(_)) => {}
     }
     let ours = pins.pinned_program("mqtt_fwd").map(|(_, program)| program.id);
     if ours.is_none() || chain.program(chain::MQTT_FWD).map(|p| p.id) != ours {
-        problems.push("mqtt_fwd is not in its position; `mqtt-fwd load` puts it back".to_owned());
+        let text = "mqtt_fwd is not in its position; `mqtt-fwd load` puts it back";
+        problem("mqtt_fwd_missing", text.to_owned());
     }
     let listeners = listeners::recent(&config.balancer_endpoint);
     match chain.program(chain::BALANCER) {
-        None => problems.push(
+        None => problem(
+            "balancer_missing",
             "no program is in the balancer's position, and packets go to this host's own stack; \
              start the balancer"
                 .to_owned(),
         ),
         Some(program) => {
-            problems.extend(balancer_problem(&pins.identify(program), &pins, &listeners));
+            if let Some((code, text)) = balancer_problem(&pins.identify(program), &pins, &listeners)
+            {
+                problem(code, text);
+            }
         }
     }
     if listeners.len() > 1 {
-        problems.push(several_servers(config, chain.program(chain::BALANCER), &listeners));
+        let text = several_servers(config, chain.program(chain::BALANCER), &listeners);
+        problem("several_servers", text);
     }
     problems
 }
 
 /// What is wrong with the program in the balancer's position.
-fn balancer_problem(program: &ProgramInfo, pins: &Pins, listeners: &[Listener]) -> Option<String> {
+fn balancer_problem(
+    program: &ProgramInfo,
+    pins: &Pins,
+    listeners: &[Listener],
+) -> Option<(&'static str, String)> {
     let shared: Vec<u32> = [pins.service_vips(), pins.root_array().to_owned()]
         .iter()
         .filter_map(|path| xdp::pinned_map_id(path))
         .collect();
     let Some(map_ids) = &program.map_ids else { return None };
     if program.uses_pinned_map(&pins.service_vips()) == Some(false) {
-        return Some(format!(
+        let text = format!(
             "{} (id {}) does not use {}, so reals get packets with a group's VIP inside; build it \
              with katran-patches/ and -DMQTT_SERVICE, start it with the same bpffs, and restart it \
              if the map was made anew",
             program.name,
             program.id,
             pins.service_vips().display()
-        ));
+        );
+        return Some(("balancer_unpatched", text));
     }
     let own: Vec<u32> = map_ids.iter().copied().filter(|id| !shared.contains(id)).collect();
     if listeners.is_empty() || is_of_a_listener(program.id, &own, listeners) {
         return None;
     }
     let names: Vec<String> = listeners.iter().map(ToString::to_string).collect();
-    Some(format!(
+    let text = format!(
         "{} (id {}) in the balancer's position is not the program of {}, but left by a server that \
          is gone; restart the balancer",
         program.name,
         program.id,
         names.join(", ")
-    ))
+    );
+    Some(("balancer_orphaned", text))
 }
 
 /// Katran takes its program out of the position when it is told to end, though that is another's:

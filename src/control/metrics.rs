@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::checks::{Reals, State};
 use super::observed::Observed;
+use super::problem::CODES;
 use super::view;
 use crate::balancer::Vip;
 use crate::balancer::client::Client;
@@ -38,16 +39,23 @@ impl Source for Metrics {
     }
 
     fn problems(&self) -> Vec<String> {
-        self.observed.problems()
+        self.observed.problems().into_iter().map(|problem| problem.text).collect()
     }
 }
 
 impl Metrics {
     fn sidecar(&self) -> Vec<Family> {
         let o = &self.observed;
+        let problems = o.problems();
+        let mut codes = Family::gauge("problem", "1: there is a problem of this code");
+        for (code, _) in CODES {
+            let there = problems.iter().any(|problem| problem.code == code);
+            codes.push(&[("code", code)], u32::from(there));
+        }
         vec![
             Family::gauge("problems", "Problems at present; `mqtt-fwd status` names them")
-                .with(&[], number(o.problems().len() as u64)),
+                .with(&[], number(problems.len() as u64)),
+            codes,
             Family::counter("reconciliations", "Comparisons with the balancer, by result")
                 .with(&[("result", "ok")], number(o.reconciled.get()))
                 .with(&[("result", "failed")], number(o.failed.get())),

@@ -2,12 +2,13 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use super::problem::Problem;
 use crate::counter::Counter;
 
 /// Written by the reconciler and the keeper only.
 #[derive(Debug, Default)]
 pub struct Observed {
-    problems: Mutex<Vec<String>>,
+    problems: Mutex<Vec<Problem>>,
     /// Reconciliations without a problem.
     pub reconciled: Counter,
     /// Reconciliations with one.
@@ -20,12 +21,12 @@ pub struct Observed {
 
 impl Observed {
     /// The problems of the last reconciliation.
-    pub fn problems(&self) -> Vec<String> {
+    pub fn problems(&self) -> Vec<Problem> {
         self.problems.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The last reconciliation's result.
-    pub fn reconciled(&self, problems: Vec<String>) {
+    pub fn reconciled(&self, problems: Vec<Problem>) {
         if problems.is_empty() {
             self.reconciled.add(1);
         } else {

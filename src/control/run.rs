@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::Flock;
 use tokio::signal::unix::{SignalKind, signal};
@@ -14,6 +14,7 @@ use tracing::{debug, error, info, warn};
 
 use super::checks::{self, Reals};
 use super::metrics::Metrics;
+use super::misrouting::Misrouting;
 use super::observed::Observed;
 use super::reconcile::watch::Reconciler;
 use super::{Error, Result, api, gateway, instance, keeper};
@@ -69,8 +70,12 @@ pub async fn run(loaded: Loaded) -> Result<()> {
     let observed = Arc::new(Observed::default());
     let reals = Arc::new(Reals::new(&config));
     let shared = Arc::new(Mutex::new(config.clone()));
-    let _api =
-        Task::spawn(api::serve(api::listen(&config)?, Arc::clone(&shared), Arc::clone(&reals)));
+    let _api = Task::spawn(api::serve(
+        api::listen(&config)?,
+        Arc::clone(&shared),
+        Arc::clone(&reals),
+        Arc::clone(&observed),
+    ));
     let _metrics =
         config.metrics.map(|addr| serve_metrics(addr, &shared, &reals, &observed)).transpose()?;
     let keeping = |config: &Config| {
@@ -78,6 +83,7 @@ pub async fn run(loaded: Loaded) -> Result<()> {
         Task::spawn(keeper::keep(config.load_spec(), own_balancer, Arc::clone(&observed)))
     };
     let checking = |config: &Config| Task::spawn(checks::run(config.clone(), Arc::clone(&reals)));
+    let mut misrouting = Misrouting::default();
     let mut ready = false;
     let mut tasks = [keeping(&config), checking(&config)];
     let mut reconciler = Reconciler::new(server.is_some(), Arc::clone(&observed));
@@ -93,7 +99,9 @@ pub async fn run(loaded: Loaded) -> Result<()> {
             reconciler.configuration_changed();
         }
         let in_effect = reals.in_effect(&config);
-        let problems = reals.problems(&config);
+        let mut problems = reals.problems(&config);
+        let counters = datapath.counters().unwrap_or_default();
+        problems.extend(misrouting.look(&counters, Instant::now()));
         let pause = Duration::from_secs(config.watch_interval_s);
         // A balancer that hangs must not keep signals waiting. What is left half done by an end in
         // the middle is what a crash would leave, and the next reconciliation finds it.
@@ -104,7 +112,7 @@ pub async fn run(loaded: Loaded) -> Result<()> {
             }
             service::alive(&match observed.problems().as_slice() {
                 [] => "all is as configured".to_owned(),
-                problems => problems.join("; "),
+                [first, ..] => first.to_string(),
             });
             tokio::time::sleep(pause).await;
         };

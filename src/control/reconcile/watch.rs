@@ -14,6 +14,7 @@ use crate::balancer::listeners;
 use crate::balancer::{Mac, Vip};
 use crate::config::{BalancerKind, Config};
 use crate::control::observed::Observed;
+use crate::control::problem::Problem;
 use crate::control::{Error, Result, gateway, handover, health};
 use crate::datapath::Datapath;
 
@@ -90,12 +91,12 @@ impl Reconciler {
         &mut self,
         config: &Config,
         datapath: &Datapath,
-        mut problems: Vec<String>,
+        mut problems: Vec<Problem>,
     ) {
         let gateway = gateway::wanted(config).await;
         problems.extend(health::problems(config));
         let gateway = gateway.unwrap_or_else(|error| {
-            problems.push(error.to_string());
+            problems.push(Problem::new("gateway_unknown", error.to_string()));
             None
         });
         let applied = match handover::put_keys(config, datapath) {
@@ -110,7 +111,7 @@ impl Reconciler {
             Ok(()) => self.backoff = Backoff::default(),
         }
         if let Err(error) = handover::bind_silent(config, datapath) {
-            problems.push(error.to_string());
+            problems.push(Problem::new("apply_failed", error.to_string()));
         }
         if let Err(error) = applied {
             let unreachable = matches!(error, Error::Balancer(BalancerError::Unreachable { .. }));
@@ -118,13 +119,17 @@ impl Reconciler {
             if let Error::Balancer(BalancerError::NotCanonical { vip, .. }) = error {
                 self.not_canonical = Some(vip);
             }
-            problems.insert(0, error.to_string());
-            problems.push(
-                if goes_on { "forwarding goes on with what is pinned" } else { "trying again" }
-                    .to_owned(),
-            );
+            let next =
+                if goes_on { "forwarding goes on with what is pinned" } else { "trying again" };
+            let code = match &error {
+                _ if unreachable => "balancer_unreachable",
+                Error::Balancer(_) => "balancer_differs",
+                _ => "apply_failed",
+            };
+            problems.insert(0, Problem::new(code, format!("{error}; {next}")));
         }
-        let problem = Some(problems.join("; ")).filter(|text| !text.is_empty());
+        let texts: Vec<&str> = problems.iter().map(|problem| problem.text.as_str()).collect();
+        let problem = Some(texts.join("; ")).filter(|text| !text.is_empty());
         self.observed.reconciled(problems);
         if problem != self.problem {
             match &problem {

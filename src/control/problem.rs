@@ -1,0 +1,51 @@
+//! What is wrong, for people and for programs.
+
+use std::fmt;
+
+use serde::Serialize;
+
+/// A problem: its code stays the same from release to release, its text need not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Problem {
+    /// One of [`CODES`].
+    pub code: String,
+    /// What it is, and what to do about it.
+    pub text: String,
+}
+
+impl Problem {
+    /// Of a code and a text.
+    pub fn new(code: &str, text: impl Into<String>) -> Self {
+        debug_assert!(CODES.iter().any(|(known, _)| *known == code), "{code}");
+        Self { code: code.to_owned(), text: text.into() }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+/// All codes, with what they mean.
+pub const CODES: [(&str, &str); 16] = [
+    ("chain_missing", "the program array is not pinned"),
+    ("chain_unreadable", "the program array cannot be read"),
+    ("root_missing", "no XDP program is on the interface, or there is no interface"),
+    ("root_foreign", "the XDP program on the interface does not use the chain"),
+    ("mqtt_fwd_missing", "mqtt_fwd is not in its position"),
+    ("balancer_missing", "no program is in the balancer's position"),
+    ("balancer_unpatched", "the balancer does not put service addresses back"),
+    ("balancer_orphaned", "the program in the balancer's position is of a server that is gone"),
+    ("balancer_unreachable", "the balancer does not answer"),
+    ("balancer_differs", "the balancer holds something else than is configured, or refuses it"),
+    ("several_servers", "several servers listen at the balancer's address"),
+    ("service_not_in_force", "a service of the configuration is not in force"),
+    ("gateway_unknown", "the gateway towards the reals is not known"),
+    ("apply_failed", "the configuration could not be applied"),
+    ("real_down", "a real's checks fail"),
+    (
+        "misrouted",
+        "more than 1 % of the last minute's messages, and 10, were not at their group's brokers",
+    ),
+];
