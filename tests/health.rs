@@ -42,7 +42,7 @@ fn broker(lab: &Lab, real: u32, signal: &str) {
     Command::new("pkill").args([signal, "-f", &pattern]).status().unwrap();
 }
 
-/// So many connections, a message each; where they went.
+/// Opens `count` connections with a message each. Returns how many arrived at each real.
 fn spread(lab: &Lab, name: &str, count: usize) -> BTreeMap<u32, usize> {
     for i in 0..count {
         let id = format!("{name}{i}");

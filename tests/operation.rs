@@ -433,3 +433,29 @@ fn the_service_manager_is_told_what_happens() {
     next("STOPPING=1");
     assert_eq!(run.wait(), Some(0));
 }
+
+#[test]
+fn another_mtu_is_followed() {
+    let net = Net::new();
+    let _run = running(&net);
+    let largest = || {
+        let status: serde_json::Value =
+            serde_json::from_str(&net.ok(&["status", "--json"])).unwrap();
+        status["services"][0]["max_packet"].as_u64().unwrap()
+    };
+    // A real is IPv6: 40 bytes are put in front.
+    assert_eq!(largest(), 1460);
+    net.sh("ip link set eth0 mtu 1400");
+    wait_for("the new limit", || (largest() == 1360).then_some(()));
+}
+
+#[test]
+fn the_log_can_be_json() {
+    let net = Net::new();
+    let run = net.spawn(&["--log", "info", "--log-format", "json", "run"]);
+    wait_for("the sidecar", || healthy(&net).then_some(()));
+    for line in run.log().lines() {
+        let line: serde_json::Value = serde_json::from_str(line).unwrap();
+        assert!(line["timestamp"].is_string() && line["level"].is_string(), "{line}");
+    }
+}

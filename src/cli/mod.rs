@@ -53,6 +53,16 @@ struct Cli {
     #[arg(long, global = true, env = "MQTT_FWD_LOG", default_value = "info", value_name = "LEVEL")]
     log: String,
 
+    /// How to log
+    #[arg(
+        long,
+        global = true,
+        env = "MQTT_FWD_LOG_FORMAT",
+        default_value = "text",
+        value_name = "FORMAT"
+    )]
+    log_format: crate::telemetry::Format,
+
     #[command(subcommand)]
     command: Command,
 }
@@ -115,7 +125,7 @@ enum Command {
 pub fn main() -> ExitCode {
     // clap ends the process with 2 on wrong usage, and with 0 after --help.
     let cli = Cli::parse();
-    if let Err(problem) = crate::telemetry::init(&cli.log) {
+    if let Err(problem) = crate::telemetry::init(&cli.log, cli.log_format) {
         table::complain(&problem);
         return USAGE.into();
     }

@@ -22,7 +22,7 @@ pub async fn wanted(config: &Config) -> Result<Option<Mac>> {
     }
 }
 
-/// [`wanted`], for one who can go on without: what is wrong is logged.
+/// [`wanted`], with errors logged instead of returned.
 pub async fn wanted_or_warn(config: &Config) -> Option<Mac> {
     wanted(config).await.unwrap_or_else(|error| {
         tracing::warn!("{error}");

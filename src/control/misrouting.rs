@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 use super::problem::Problem;
 use crate::kernel::reasons::REASONS;
 
-/// What is looked back on.
+/// How far back it looks.
 const WINDOW: Duration = Duration::from_secs(60);
 /// Fewer are what a few new clients cost, each its first message.
 const LEAST: u64 = 10;
-/// One in so many may be misrouted.
+/// The tolerated share is 1/SHARE.
 const SHARE: u64 = 100;
 
 /// The datapath's counters at a time.

@@ -1,4 +1,4 @@
-//! The chain as `run` holds it, by descriptors that nobody else can take away: what others remove
+//! The chain as `run` holds it, by descriptors, which no other process can take away: what is removed
 //! from bpffs or from the interface is put back from here, without loading anything.
 
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -44,7 +44,7 @@ pub struct Held {
 pub struct Restored {
     /// What was put back.
     pub put_back: Vec<String>,
-    /// Another process loaded anew: what is held is not what is pinned any more.
+    /// Another process loaded anew: what is held is no longer what is pinned.
     pub replaced: bool,
     /// The root was another's and is gone.
     pub rootless: bool,
@@ -79,7 +79,7 @@ impl Held {
     /// `control::health` to name.
     pub fn restore(&self, spec: &LoadSpec) -> Result<Restored> {
         let pins = &spec.pins;
-        // Whoever loads or unloads is about to change it.
+        // Another process is loading or unloading: it is about to change all this.
         let Ok(_lock) = pins.try_lock() else { return Ok(Restored::default()) };
         let mut done = Restored::default();
         if self.is_replaced(pins)? {

@@ -42,8 +42,8 @@ pub enum BpfError {
     )]
     ForeignProgram { root_array: PathBuf, position: u32, program: String, id: u32 },
     #[error(
-        "interface {interface}: its driver does not take native XDP ({source}); \
-         set `xdp_mode = \"generic\"` to run on it, slower"
+        "interface {interface}: its driver does not take native XDP ({source}); on virtio_net, \
+         `ethtool -K {interface} rx-gro-hw off` may help; else set `xdp_mode = \"generic\"`, which is slower"
     )]
     NoNativeXdp { interface: String, source: libbpf_rs::Error },
     #[error(

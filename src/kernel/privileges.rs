@@ -6,7 +6,7 @@ use caps::{CapSet, Capability, CapsHashSet};
 const NEEDED: [Capability; 3] =
     [Capability::CAP_BPF, Capability::CAP_NET_ADMIN, Capability::CAP_PERFMON];
 
-/// To read the configuration and keys again, whoever owns them.
+/// To reload configuration and keys, whichever user owns them.
 const FILES: Capability = Capability::CAP_DAC_READ_SEARCH;
 
 /// To look at another process' BPF programs: a Katran's.
@@ -31,7 +31,7 @@ fn effective() -> CapsHashSet {
     caps::read(None, CapSet::Effective).unwrap_or_default()
 }
 
-/// Gives up all that this process does not need any more, for good. Returns what it keeps.
+/// Drops all capabilities that are no longer needed, for good. Returns those kept.
 pub fn drop_others(beside_katran: bool) -> Result<Vec<String>, caps::errors::CapsError> {
     let mut keep: CapsHashSet = NEEDED.into_iter().chain([FILES]).collect();
     if beside_katran || !NEEDED.iter().all(|cap| effective().contains(cap)) {

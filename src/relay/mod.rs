@@ -34,7 +34,7 @@ use tracing::{debug, info, warn};
 
 use crate::config::Config;
 use crate::domain::{RelayLimits, RelayListener};
-use crate::service;
+use crate::{metrics, service};
 use connect::Connect;
 use scan::kind;
 use session::{End, Session};
@@ -165,6 +165,13 @@ pub fn run(config: &Config) -> Result<(), RelayError> {
         .enable_all()
         .build()
         .map_err(|source| RelayError::Io { what: "starting the executor", source })?;
+    let metrics = config
+        .metrics
+        .map(|addr| metrics::bind(addr).map_err(|source| RelayError::Listen { addr, source }))
+        .transpose()?;
+    if let Some(listener) = metrics {
+        runtime.spawn(metrics::serve(listener, Metrics(Arc::clone(&shared))));
+    }
     service::ready();
     runtime.block_on(supervise(config, &shared, &ports))?;
     service::stopping();
@@ -174,6 +181,19 @@ pub fn run(config: &Config) -> Result<(), RelayError> {
         let _ = worker.join();
     }
     Ok(())
+}
+
+/// The relay's counters over HTTP.
+struct Metrics(Arc<Shared>);
+
+impl metrics::Source for Metrics {
+    async fn families(&self) -> Vec<metrics::Family> {
+        self.0.stats.families()
+    }
+
+    fn problems(&self) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 /// Raises RLIMIT_NOFILE to its hard limit: a client takes a descriptor, and each of its broker

@@ -18,7 +18,7 @@ pub fn header(client: SocketAddr, service: SocketAddr) -> Vec<u8> {
         .expect("addresses fit into the header's 65,535 bytes")
 }
 
-/// The header of a connection that is nobody's but the sender's: a health check.
+/// The header of a connection of the sender's own: a health check (LOCAL).
 pub fn local() -> Vec<u8> {
     let command = Version::Two | Command::Local;
     Builder::with_addresses(command, Protocol::Unspecified, Addresses::Unspecified)

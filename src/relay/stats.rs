@@ -1,6 +1,7 @@
 //! Counters of the relay, shared by all threads.
 
 use crate::counter::Counter;
+use crate::metrics::{Family, build_info, number};
 
 /// All of them.
 #[derive(Debug, Default)]
@@ -25,4 +26,28 @@ pub struct Stats {
     pub broker_lost: Counter,
     /// Sessions ended by a protocol error of the client.
     pub protocol_errors: Counter,
+}
+
+impl Stats {
+    /// As metrics.
+    pub fn families(&self) -> Vec<Family> {
+        let n = |counter: &Counter| number(counter.get());
+        vec![
+            build_info(),
+            Family::gauge("relay_connections", "Client connections at present")
+                .with(&[], n(&self.connections)),
+            Family::counter("relay_accepted", "Connections accepted").with(&[], n(&self.accepted)),
+            Family::counter("relay_sessions", "Sessions accepted by their broker")
+                .with(&[], n(&self.opened)),
+            Family::counter("relay_messages", "Messages, by direction")
+                .with(&[("direction", "to_brokers")], n(&self.published))
+                .with(&[("direction", "to_clients")], n(&self.delivered)),
+            Family::counter("relay_ended", "Connections ended or refused, by reason")
+                .with(&[("reason", "limit")], n(&self.refused))
+                .with(&[("reason", "handshake")], n(&self.failed_handshakes))
+                .with(&[("reason", "protocol_error")], n(&self.protocol_errors))
+                .with(&[("reason", "broker_lost")], n(&self.broker_lost))
+                .with(&[("reason", "returned")], n(&self.returned)),
+        ]
+    }
 }

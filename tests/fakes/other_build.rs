@@ -14,7 +14,8 @@ use mqtt_fwd::config::Config;
 use mqtt_fwd::kernel::load;
 
 fn main() -> Result<()> {
-    mqtt_fwd::telemetry::init("info").map_err(anyhow::Error::msg)?;
+    mqtt_fwd::telemetry::init("info", mqtt_fwd::telemetry::Format::Text)
+        .map_err(anyhow::Error::msg)?;
     let path = std::env::var_os("MQTT_FWD_CONFIG").context("MQTT_FWD_CONFIG is not set")?;
     let mut spec = Config::load(Path::new(&path))?.load_spec();
     spec.maps.flows *= 2;

@@ -26,7 +26,8 @@ use tonic::{Request, Response, Status};
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    mqtt_fwd::telemetry::init("info").map_err(anyhow::Error::msg)?;
+    mqtt_fwd::telemetry::init("info", mqtt_fwd::telemetry::Format::Text)
+        .map_err(anyhow::Error::msg)?;
     let path =
         std::env::var_os("MQTT_FWD_CONFIG").expect("MQTT_FWD_CONFIG names the configuration");
     let config = Config::load(Path::new(&path))?;

@@ -10,6 +10,7 @@ mod support;
 mod transports;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::{Read as _, Write as _};
 use std::time::Duration;
 
 use bed::{Bed, RELAY, TOPICS};
@@ -464,4 +465,34 @@ fn the_relay_stops_with_a_word_and_reads_its_routes_again() {
     assert_eq!(subscriber.packet().unwrap(), [0xe0, 2, 0x8b, 0], "server shutting down");
     subscriber.expect_end();
     support::net::wait_for("its end", || bed.relay_ended().then_some(()));
+}
+
+#[test]
+fn what_passed_is_in_the_metrics() {
+    let mut bed = Bed::empty("", "");
+    let file = bed.dir.join("config.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, format!("metrics = \"127.0.0.1:9469\"\n{text}")).unwrap();
+    for broker in 1..=6 {
+        bed.start_broker(broker);
+    }
+    bed.start_relay();
+    let mut client = bed.client("measured");
+    for topic in TOPICS {
+        client.publish_and_wait(topic, 1, b"x");
+    }
+    let scrape = || {
+        let mut stream = bed.stream("127.0.0.1:9469");
+        stream
+            .write_all(b"GET /metrics HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n")
+            .unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text
+    };
+    support::net::wait_for("three messages", || {
+        let text = scrape();
+        let series = "mqtt_fwd_relay_messages_total{direction=\"to_brokers\"} 3.0\n";
+        (text.contains(series) && text.contains("\nmqtt_fwd_relay_connections 1.0\n")).then_some(())
+    });
 }

@@ -45,7 +45,7 @@ pub fn listen(endpoint: &str) -> io::Result<Listener> {
         fs::create_dir_all(dir)?;
     }
     remove_stale(path)?;
-    // Made under another name, so that at no time anybody else can connect to it.
+    // Bound under a temporary name: until its mode is set, no other user can connect.
     let new = path.with_extension(format!("new-{}", std::process::id()));
     let _ = fs::remove_file(&new);
     let listener = UnixListener::bind(&new)?;
@@ -54,7 +54,7 @@ pub fn listen(endpoint: &str) -> io::Result<Listener> {
     Ok(Listener::Unix(listener))
 }
 
-/// Removes a socket that no process listens on any more; nothing else.
+/// Removes a stale socket, and nothing else.
 fn remove_stale(path: &Path) -> io::Result<()> {
     let found = match fs::symlink_metadata(path) {
         Ok(found) => found,

@@ -17,6 +17,7 @@ use crate::control::observed::Observed;
 use crate::control::problem::Problem;
 use crate::control::{Error, Result, gateway, handover, health};
 use crate::datapath::Datapath;
+use crate::kernel::xdp;
 
 /// All that the balancer holds is compared once in so many times; in between only which VIPs there
 /// are, for that is what a restart loses, and one call instead of two a group.
@@ -66,6 +67,8 @@ pub struct Reconciler {
     backoff: Backoff,
     /// The gateway of the last reconciliation.
     gateway: Option<Mac>,
+    /// The interface's, likewise.
+    mtu: Option<u32>,
     /// A group that the balancer had under another text the last time.
     not_canonical: Option<Vip>,
 }
@@ -150,6 +153,12 @@ impl Reconciler {
         let changes = service::changes();
         let same_gateway = self.gateway == gateway;
         self.gateway = gateway;
+        // The largest packet that fits once it is wrapped follows from it.
+        let mtu = xdp::interface_mtu(&config.interface)?;
+        if self.mtu.replace(mtu).is_some_and(|before| before != mtu) {
+            info!(mtu, "the interface's MTU changed");
+            self.in_force = false;
+        }
         if self.in_force && self.own_changes == Some(changes) && same_gateway {
             return Ok(());
         }
