@@ -459,3 +459,38 @@ fn the_log_can_be_json() {
         assert!(line["timestamp"].is_string() && line["level"].is_string(), "{line}");
     }
 }
+
+#[test]
+fn health_over_http_is_503_where_nothing_is_forwarded() {
+    let net = Net::new();
+    let text = CONFIG.replace("balancer = \"embedded\"", "balancer = \"katran\"");
+    net.write_config(&format!("metrics = \"127.0.0.1:9469\"\n{text}"));
+    let _run = net.spawn(&["run"]);
+    wait_for("503", || {
+        let mut curl = net.command("curl");
+        let output =
+            curl.args(["-s", "-w", "%{http_code}", "http://127.0.0.1:9469/health"]).output();
+        let answer = String::from_utf8(output.unwrap().stdout).unwrap();
+        (answer.contains("no program is in the balancer's position") && answer.ends_with("503"))
+            .then_some(())
+    });
+}
+
+#[test]
+fn run_leaves_nothing_behind_when_it_ends() {
+    let net = Net::new();
+    let mut run = running(&net);
+    let namespace = fs::read_link(format!("/proc/{}/ns/net", run.id())).unwrap();
+    let inode = namespace.to_str().unwrap().trim_matches(|c: char| !c.is_ascii_digit()).to_owned();
+    let left = || {
+        let all = fs::read_dir("/run/mqtt-fwd").into_iter().flatten().flatten();
+        all.map(|entry| entry.file_name().into_string().unwrap())
+            .filter(|name| name.contains(&format!("-{inode}-")))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(left().len(), 2, "{:?}", left());
+    run.signal("TERM");
+    assert_eq!(run.wait(), Some(0));
+    assert_eq!(left(), Vec::<String>::new());
+    assert!(!net.dir.join("balancer.sock").exists());
+}

@@ -133,15 +133,12 @@ pub async fn reals(config: &Config) -> Result<Option<Vec<proto::Real>>> {
 
 /// What only `run` knows to be wrong: what it has watched for a while.
 pub async fn problems(config: &Config) -> Vec<Problem> {
-    const WATCHED: [&str; 2] = ["real_down", "misrouted"];
     let Some(mut client) = connect(config).await else { return Vec::new() };
     let Ok(reply) = client.list_problems(proto::ListProblemsRequest {}).await else {
         return Vec::new();
     };
     let all = reply.into_inner().problems.into_iter();
-    all.filter(|p| WATCHED.contains(&p.code.as_str()))
-        .map(|p| Problem { code: p.code, text: p.text })
-        .collect()
+    all.map(|p| Problem { code: p.code, text: p.text }).filter(Problem::is_elsewhere).collect()
 }
 
 /// Drains a real, or ends that. Returns in how many groups it is.

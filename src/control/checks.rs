@@ -181,6 +181,10 @@ impl Reals {
     /// In one step for readers, so that a crash leaves the old list or the new one.
     fn save(&self, drained: &BTreeSet<IpAddr>) -> Result<()> {
         let failed = |source| Error::Io { what: self.file.display().to_string(), source };
+        if drained.is_empty() {
+            let _ = std::fs::remove_file(&self.file);
+            return Ok(());
+        }
         let new = self.file.with_extension("new");
         let mut file = std::fs::File::create(&new).map_err(failed)?;
         file.write_all(&serde_json::to_vec(drained).unwrap_or_default()).map_err(failed)?;

@@ -3,6 +3,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read as _, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -80,6 +81,12 @@ pub fn lock(config: &Config) -> Result<Flock<File>> {
         )));
     };
     let me = Running { pid: std::process::id().cast_signed(), config: absolute(config) };
+    // The one before may have removed it between the two steps above.
+    let inode = |found: std::io::Result<fs::Metadata>| found.map(|m| m.ino()).ok();
+    if inode(file.metadata()) != inode(fs::metadata(&path)) {
+        drop(file);
+        return lock(config);
+    }
     file.set_len(0).map_err(failed)?;
     file.write_all(&serde_json::to_vec(&me).unwrap_or_default()).map_err(failed)?;
     Ok(file)
@@ -99,6 +106,15 @@ pub async fn lock_apply(config: &Config) -> Result<Flock<File>> {
             result => return Ok(result?),
         }
     }
+}
+
+/// Removes what tells others of this process, at its end. The lock is held meanwhile.
+pub fn remove(config: &Config) {
+    let path = path(config);
+    let _ = fs::remove_file(path.with_extension("sock"));
+    let _ = fs::remove_file(path);
+    // Fails where others have something there.
+    let _ = fs::remove_dir(DIR);
 }
 
 /// The `run` of a configuration's interface, if one is at work.

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::checks::{Reals, State};
 use super::observed::Observed;
-use super::problem::CODES;
+use super::problem::{CODES, Problem};
 use super::view;
 use crate::balancer::Vip;
 use crate::balancer::client::Client;
@@ -38,8 +38,10 @@ impl Source for Metrics {
         all
     }
 
-    fn problems(&self) -> Vec<String> {
-        self.observed.problems().into_iter().map(|problem| problem.text).collect()
+    fn health(&self) -> (bool, Vec<String>) {
+        let problems = self.observed.problems();
+        let usable = problems.iter().all(Problem::is_elsewhere);
+        (usable, problems.into_iter().map(|problem| problem.text).collect())
     }
 }
 

@@ -14,6 +14,12 @@ pub struct Problem {
 }
 
 impl Problem {
+    /// Whether this host forwards all the same: what is wrong is behind it, and the same from any other
+    /// balancer.
+    pub fn is_elsewhere(&self) -> bool {
+        ELSEWHERE.contains(&self.code.as_str())
+    }
+
     /// Of a code and a text.
     pub fn new(code: &str, text: impl Into<String>) -> Self {
         debug_assert!(CODES.iter().any(|(known, _)| *known == code), "{code}");
@@ -26,6 +32,9 @@ impl fmt::Display for Problem {
         f.write_str(&self.text)
     }
 }
+
+/// Codes of what only `run` sees, for it takes a while, and what is not this host's fault.
+pub const ELSEWHERE: [&str; 2] = ["real_down", "misrouted"];
 
 /// All codes, with what they mean.
 pub const CODES: [(&str, &str); 16] = [

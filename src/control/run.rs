@@ -142,6 +142,10 @@ pub async fn run(loaded: Loaded) -> Result<()> {
     }
     service::stopping();
     drop(tasks);
+    if let (Some(_), Some(path)) = (&server, config.balancer_endpoint.strip_prefix("unix:")) {
+        let _ = std::fs::remove_file(path);
+    }
+    instance::remove(&config);
     info!("ending; forwarding goes on with what is pinned (`mqtt-fwd unload` removes it)");
     Ok(())
 }

@@ -17,8 +17,8 @@ use super::{Family, text};
 pub trait Source: Send + Sync + 'static {
     /// What is measured now.
     fn families(&self) -> impl Future<Output = Vec<Family>> + Send;
-    /// What is wrong now; empty: healthy.
-    fn problems(&self) -> Vec<String>;
+    /// Whether clients should be sent here, and what is wrong now.
+    fn health(&self) -> (bool, Vec<String>);
 }
 
 /// Younger ones are given again: however often it is asked for, maps are counted once a second.
@@ -62,10 +62,8 @@ async fn metrics<S: Source>(State(served): State<Arc<Served<S>>>) -> impl IntoRe
 }
 
 async fn health<S: Source>(State(served): State<Arc<Served<S>>>) -> impl IntoResponse {
-    let problems = served.source.problems();
-    if problems.is_empty() {
-        (StatusCode::OK, "healthy\n".to_owned())
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, problems.join("\n") + "\n")
-    }
+    let (usable, problems) = served.source.health();
+    let status = if usable { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let text = if problems.is_empty() { "healthy".to_owned() } else { problems.join("\n") };
+    (status, text + "\n")
 }

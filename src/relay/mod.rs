@@ -191,8 +191,8 @@ impl metrics::Source for Metrics {
         self.0.stats.families()
     }
 
-    fn problems(&self) -> Vec<String> {
-        Vec::new()
+    fn health(&self) -> (bool, Vec<String>) {
+        (true, Vec::new())
     }
 }
 
