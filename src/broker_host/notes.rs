@@ -3,13 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::IpAddr;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use super::net::ChangedRoute;
 use crate::kernel::{BpfError, Result};
+use crate::run_files;
 
 /// Of one interface.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -22,31 +22,24 @@ pub struct Notes {
     pub routes: Vec<ChangedRoute>,
 }
 
-/// Notes are kept by network namespace: interfaces of two may have the same name.
 fn path(interface: &str) -> PathBuf {
-    let namespace = fs::metadata("/proc/self/ns/net").map(|m| m.ino()).unwrap_or_default();
-    PathBuf::from("/run/mqtt-fwd").join(format!("real-{namespace}-{interface}.json"))
+    run_files::path("real", interface, "json")
 }
 
 impl Notes {
     /// What is noted; nothing if there is nothing to be read.
     pub fn read(interface: &str) -> Self {
-        fs::read_to_string(path(interface))
-            .ok()
-            .and_then(|text| serde_json::from_str(&text).ok())
-            .unwrap_or_default()
+        run_files::read(&path(interface)).unwrap_or_default()
     }
 
     /// Writes them, before anything is changed that they are about. Whole or not at all.
     pub fn write(&self, interface: &str) -> Result<()> {
         let path = path(interface);
-        let beside = path.with_extension("new");
-        let write = || {
-            fs::create_dir_all("/run/mqtt-fwd")?;
-            fs::write(&beside, serde_json::to_string(self)?)?;
-            fs::rename(&beside, &path)
-        };
-        write().map_err(|source| BpfError::Io { path: path.clone(), action: "writing", source })
+        run_files::write(&path, self).map_err(|source| BpfError::Io {
+            path,
+            action: "writing",
+            source,
+        })
     }
 
     /// Forgets them: undone, or of a namespace that had this one's number before.

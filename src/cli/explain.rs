@@ -12,11 +12,13 @@ use crate::control::reconcile::plan;
 use crate::datapath::Datapath;
 use crate::domain::filter::{TopicFilter, most_specific};
 use crate::handover::keys::{KeyFile, now};
+use crate::kernel::xdp;
 
 pub fn check(config: &Config) -> Result<(), Error> {
     // Where another configuration is in force, both have to fit for a moment.
     if let Ok(datapath) = Datapath::open(&config.pins()) {
-        plan::check_room(config, &datapath)?;
+        let mtu = xdp::interface_mtu(&config.interface)?;
+        plan::plan_maps(config, &datapath, mtu)?;
     }
     line(&format!("{}: valid", config.path.display()));
     for service in &config.services {

@@ -175,11 +175,18 @@ fn run(cli: Cli) -> Result<(), Error> {
         Command::Relay => crate::relay::run(&config()?).map_err(Error::from),
         Command::Real(args) => args.run(),
         Command::VethPeer(args) => args.run(),
-        Command::Man => clap_mangen::Man::new(Cli::command())
-            .render(&mut std::io::stdout())
-            .map_err(|source| Error::Io { what: "writing to standard output".to_owned(), source }),
+        Command::Man => {
+            let mut text = Vec::new();
+            clap_mangen::Man::new(Cli::command())
+                .render(&mut text)
+                .map_err(|source| Error::Io { what: "the manual page".to_owned(), source })?;
+            table::line(String::from_utf8_lossy(&text).trim_end());
+            Ok(())
+        }
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "mqtt-fwd", &mut std::io::stdout());
+            let mut text = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "mqtt-fwd", &mut text);
+            table::line(String::from_utf8_lossy(&text).trim_end());
             Ok(())
         }
     }

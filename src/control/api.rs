@@ -14,10 +14,9 @@ use super::checks::{Reals, State};
 use super::observed::Observed;
 use super::problem::Problem;
 use super::{Error, Result};
-use crate::balancer::embedded::listen::{self, Listener, ServeError};
-use crate::balancer::embedded::service::Peer;
 use crate::config::Config;
-use crate::kernel::namespace;
+use crate::grpc::{self, Listener, Peer, ServeError};
+use crate::run_files;
 
 /// Generated from `proto/mqtt_fwd.proto`.
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
@@ -27,37 +26,36 @@ pub mod proto {
 
 /// Where the `run` of an interface listens.
 fn socket(config: &Config) -> PathBuf {
-    let name = format!("run-{}-{}.sock", namespace::own(), config.interface);
-    PathBuf::from("/run/mqtt-fwd").join(name)
+    run_files::path("run", &config.interface, "sock")
 }
 
 /// Listens.
 pub fn listen(config: &Config) -> Result<Listener> {
     let endpoint = format!("unix:{}", socket(config).display());
-    listen::listen(&endpoint)
+    grpc::listen(&endpoint)
         .map_err(|source| Error::Io { what: format!("listening at {endpoint}"), source })
 }
 
 /// Serves until the listener fails.
 pub async fn serve(
     listener: Listener,
-    config: Arc<Mutex<Config>>,
+    config: Arc<Mutex<Arc<Config>>>,
     reals: Arc<Reals>,
     observed: Arc<Observed>,
 ) -> std::result::Result<(), ServeError> {
     let service = SidecarServer::new(Service { config, reals, observed });
-    listen::serve(listener, GrpcServer::builder().add_service(service)).await
+    grpc::serve(listener, GrpcServer::builder().add_service(service)).await
 }
 
 struct Service {
-    config: Arc<Mutex<Config>>,
+    config: Arc<Mutex<Arc<Config>>>,
     reals: Arc<Reals>,
     observed: Arc<Observed>,
 }
 
 impl Service {
-    fn config(&self) -> Config {
-        self.config.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    fn config(&self) -> Arc<Config> {
+        Arc::clone(&self.config.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 

@@ -35,7 +35,8 @@ async fn learn(config: &Config) -> Result<Mac> {
     let netlink = |source| Error::Io { what: "asking for the gateway".to_owned(), source };
     let other = |e: rtnetlink::Error| netlink(std::io::Error::other(e));
     let (connection, handle, _) = rtnetlink::new_connection().map_err(netlink)?;
-    let connection = tokio::spawn(connection);
+    // It ends with the handle.
+    tokio::spawn(connection);
     let mut found: Option<(IpAddr, Mac)> = None;
     let reals = config.services.iter().flat_map(|s| &s.groups).flat_map(|g| &g.reals);
     let mut hops: Vec<(IpAddr, u32)> = Vec::new();
@@ -62,7 +63,6 @@ async fn learn(config: &Config) -> Result<Mac> {
             _ => found = Some((hop, mac)),
         }
     }
-    connection.abort();
     found.map(|(_, mac)| mac).ok_or_else(|| problem("there are no reals"))
 }
 

@@ -126,7 +126,7 @@ fn several_servers(
     let own: Vec<u32> = maps.into_iter().filter(|id| !shared.contains(id)).collect();
     let (in_position, others): (Vec<&Listener>, Vec<&Listener>) =
         listeners.iter().partition(|listener| listener.holds_any(&own));
-    let mend = match in_position.as_slice() {
+    let advice = match in_position.as_slice() {
         [one] => {
             let pids: Vec<String> = others.iter().map(|other| other.pid().to_string()).collect();
             format!(
@@ -142,7 +142,7 @@ fn several_servers(
         }
     };
     format!(
-        "{} servers listen at {} and each gets some of the calls: {}; {mend}",
+        "{} servers listen at {} and each gets some of the calls: {}; {advice}",
         listeners.len(),
         config.balancer_endpoint,
         names.join(", ")

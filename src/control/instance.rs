@@ -2,7 +2,7 @@
 //! so the file is never stale.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read as _, Write as _};
+use std::io::Write as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -12,9 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{Error, Result};
 use crate::config::Config;
-use crate::kernel::{BpfError, namespace};
-
-const DIR: &str = "/run/mqtt-fwd";
+use crate::kernel::BpfError;
+use crate::run_files;
 
 /// A `run`, as others see it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,9 +29,7 @@ impl Running {
     pub fn reads(&self, config: &Config) -> bool {
         self.config == absolute(config)
     }
-}
 
-impl Running {
     /// Ends it, and waits until it has ended.
     pub fn end(&self, config: &Config) -> Result<()> {
         let pid = nix::unistd::Pid::from_raw(self.pid);
@@ -54,16 +51,15 @@ fn absolute(config: &Config) -> PathBuf {
     fs::canonicalize(&config.path).unwrap_or_else(|_| config.path.clone())
 }
 
-/// Interfaces of two network namespaces may have the same name.
 fn path(config: &Config) -> PathBuf {
-    PathBuf::from(DIR).join(format!("run-{}-{}.json", namespace::own(), config.interface))
+    run_files::path("run", &config.interface, "json")
 }
 
 /// Makes this process the one; it is as long as the value lives.
 pub fn lock(config: &Config) -> Result<Flock<File>> {
     let path = path(config);
     let failed = |source| Error::Io { what: path.display().to_string(), source };
-    fs::create_dir_all(DIR).map_err(failed)?;
+    fs::create_dir_all(run_files::DIR).map_err(failed)?;
     let file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -81,7 +77,7 @@ pub fn lock(config: &Config) -> Result<Flock<File>> {
         )));
     };
     let me = Running { pid: std::process::id().cast_signed(), config: absolute(config) };
-    // The one before may have removed it between the two steps above.
+    // The previous `run` may have removed it between opening and locking.
     let inode = |found: std::io::Result<fs::Metadata>| found.map(|m| m.ino()).ok();
     if inode(file.metadata()) != inode(fs::metadata(&path)) {
         drop(file);
@@ -92,7 +88,7 @@ pub fn lock(config: &Config) -> Result<Flock<File>> {
     Ok(file)
 }
 
-/// For another process that applies a configuration.
+/// For another process that applies a configuration. Shorter than `run`'s watchdog.
 const APPLY_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Waits until no other process applies a configuration; as long as the value lives, none does.
@@ -114,17 +110,16 @@ pub fn remove(config: &Config) {
     let _ = fs::remove_file(path.with_extension("sock"));
     let _ = fs::remove_file(path);
     // Fails where others have something there.
-    let _ = fs::remove_dir(DIR);
+    let _ = fs::remove_dir(run_files::DIR);
 }
 
 /// The `run` of a configuration's interface, if one is at work.
 pub fn find(config: &Config) -> Option<Running> {
-    let mut file = File::open(path(config)).ok()?;
-    let mut text = String::new();
-    file.read_to_string(&mut text).ok()?;
-    // Whoever gets the lock knows that nobody holds it.
+    let path = path(config);
+    let file = File::open(&path).ok()?;
+    // If the lock can be had, no process holds it.
     match Flock::lock(file, FlockArg::LockSharedNonblock) {
         Ok(_) => None,
-        Err(_) => serde_json::from_str(&text).ok(),
+        Err(_) => run_files::read(&path),
     }
 }

@@ -17,14 +17,14 @@ use crate::metrics::{Family, Source, build_info, number};
 
 /// Everything that is asked at a scrape.
 pub struct Metrics {
-    pub config: Arc<Mutex<Config>>,
+    pub config: Arc<Mutex<Arc<Config>>>,
     pub reals: Arc<Reals>,
     pub observed: Arc<Observed>,
 }
 
 impl Source for Metrics {
     async fn families(&self) -> Vec<Family> {
-        let config = self.config.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let config = Arc::clone(&self.config.lock().unwrap_or_else(PoisonError::into_inner));
         let mut all = vec![build_info()];
         all.extend(self.sidecar());
         all.extend(self.checks(&config));

@@ -19,10 +19,10 @@ use super::observed::Observed;
 use super::reconcile::watch::Reconciler;
 use super::{Error, Result, api, gateway, instance, keeper};
 use crate::balancer::embedded::Embedded;
-use crate::balancer::embedded::listen::{self, Listener, ServeError};
 use crate::balancer::embedded::service::Server;
 use crate::config::{BalancerKind, Config};
 use crate::datapath::Datapath;
+use crate::grpc::{self, Listener, ServeError};
 use crate::kernel::{load, privileges};
 use crate::{metrics, service};
 
@@ -58,7 +58,8 @@ pub fn load(config: Config) -> Result<Loaded> {
 
 /// Runs until SIGTERM or SIGINT. SIGHUP reloads the configuration.
 pub async fn run(loaded: Loaded) -> Result<()> {
-    let Loaded { mut config, listener, balancer, _only } = loaded;
+    let Loaded { config, listener, balancer, _only } = loaded;
+    let mut config = Arc::new(config);
     let mut term = on(SignalKind::terminate())?;
     let mut int = on(SignalKind::interrupt())?;
     let mut hup = on(SignalKind::hangup())?;
@@ -69,7 +70,7 @@ pub async fn run(loaded: Loaded) -> Result<()> {
         .map(|(listener, balancer)| tokio::spawn(serve(listener, balancer)));
     let observed = Arc::new(Observed::default());
     let reals = Arc::new(Reals::new(&config));
-    let shared = Arc::new(Mutex::new(config.clone()));
+    let shared = Arc::new(Mutex::new(Arc::clone(&config)));
     let _api = Task::spawn(api::serve(
         api::listen(&config)?,
         Arc::clone(&shared),
@@ -82,9 +83,11 @@ pub async fn run(loaded: Loaded) -> Result<()> {
         let own_balancer = config.balancer == BalancerKind::Embedded;
         Task::spawn(keeper::keep(config.load_spec(), own_balancer, Arc::clone(&observed)))
     };
-    let checking = |config: &Config| Task::spawn(checks::run(config.clone(), Arc::clone(&reals)));
+    let checking =
+        |config: &Arc<Config>| Task::spawn(checks::run(Arc::clone(config), Arc::clone(&reals)));
     let mut misrouting = Misrouting::default();
     let mut ready = false;
+    let mut in_effect = reals.in_effect(&config);
     let mut tasks = [keeping(&config), checking(&config)];
     let mut reconciler = Reconciler::new(server.is_some(), Arc::clone(&observed));
     let ended = async |server: &mut Option<JoinHandle<_>>| match server {
@@ -98,7 +101,6 @@ pub async fn run(loaded: Loaded) -> Result<()> {
             datapath = new;
             reconciler.configuration_changed();
         }
-        let in_effect = reals.in_effect(&config);
         let mut problems = reals.problems(&config);
         let counters = datapath.counters().unwrap_or_default();
         problems.extend(misrouting.look(&counters, Instant::now()));
@@ -110,11 +112,7 @@ pub async fn run(loaded: Loaded) -> Result<()> {
             if !ready {
                 service::ready();
             }
-            service::alive(&match observed.problems().as_slice() {
-                [] => "all is as configured".to_owned(),
-                [first, ..] => first.to_string(),
-            });
-            tokio::time::sleep(pause).await;
+            rest(pause, &reals, &observed).await
         };
         tokio::select! {
             _ = term.recv() => break,
@@ -122,12 +120,14 @@ pub async fn run(loaded: Loaded) -> Result<()> {
             _ = hup.recv() => {
                 service::reloading();
                 ready = false;
-                config = reload(config, balancer.as_ref());
+                if let Some(new) = reload(&config, balancer.as_ref()) {
+                    config = Arc::new(new);
+                    *shared.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&config);
+                    tasks = [keeping(&config), checking(&config)];
+                }
+                in_effect = reals.in_effect(&config);
                 reconciler.configuration_changed();
-                tasks = [keeping(&config), checking(&config)];
-                config.clone_into(&mut shared.lock().unwrap_or_else(PoisonError::into_inner));
             }
-            () = reals.changed() => reconciler.configuration_changed(),
             ended = ended(&mut server) => {
                 let ended = ended.map_err(std::io::Error::other).and_then(|served| {
                     served.map_err(std::io::Error::other)
@@ -137,7 +137,13 @@ pub async fn run(loaded: Loaded) -> Result<()> {
                     source,
                 });
             }
-            () = work => ready = true,
+            changed = work => {
+                ready = true;
+                if changed {
+                    in_effect = reals.in_effect(&config);
+                    reconciler.configuration_changed();
+                }
+            }
         }
     }
     service::stopping();
@@ -148,6 +154,29 @@ pub async fn run(loaded: Loaded) -> Result<()> {
     instance::remove(&config);
     info!("ending; forwarding goes on with what is pinned (`mqtt-fwd unload` removes it)");
     Ok(())
+}
+
+/// Longest time between two signs of life for the service manager.
+const ALIVE: Duration = Duration::from_secs(10);
+
+/// Waits until the next reconciliation is due. Returns whether other reals are to be used by then, which
+/// is waited for no longer.
+async fn rest(pause: Duration, reals: &Reals, observed: &Observed) -> bool {
+    let end = tokio::time::Instant::now() + pause;
+    loop {
+        service::alive(&match observed.problems().as_slice() {
+            [] => "all is as configured".to_owned(),
+            [first, ..] => first.to_string(),
+        });
+        let next = end.min(tokio::time::Instant::now() + ALIVE);
+        tokio::select! {
+            () = reals.changed() => return true,
+            () = tokio::time::sleep_until(next) => {}
+        }
+        if next == end {
+            return false;
+        }
+    }
 }
 
 /// A task that ends with the value.
@@ -169,7 +198,7 @@ impl Drop for Task {
 
 fn serve_metrics(
     addr: SocketAddr,
-    config: &Arc<Mutex<Config>>,
+    config: &Arc<Mutex<Arc<Config>>>,
     reals: &Arc<Reals>,
     observed: &Arc<Observed>,
 ) -> Result<Task> {
@@ -210,7 +239,7 @@ fn on(kind: SignalKind) -> Result<tokio::signal::unix::Signal> {
 }
 
 fn listen(endpoint: &str) -> Result<Listener> {
-    listen::listen(endpoint).map_err(|source| Error::Io {
+    grpc::listen(endpoint).map_err(|source| Error::Io {
         what: format!("listening at {endpoint} (is another balancer running?)"),
         source,
     })
@@ -235,32 +264,32 @@ fn serve(
     balancer: &Shared,
 ) -> impl Future<Output = std::result::Result<(), ServeError>> + use<> {
     let router = GrpcServer::builder().add_service(Server::service(Arc::clone(balancer)));
-    listen::serve(listener, router)
+    grpc::serve(listener, router)
 }
 
 /// A configuration that cannot be read, or changes what cannot change, leaves the one in force.
-fn reload(config: Config, balancer: Option<&Shared>) -> Config {
+fn reload(config: &Config, balancer: Option<&Shared>) -> Option<Config> {
     let new = match Config::load(&config.path) {
         Ok(new) => new,
         Err(error) => {
             error!("configuration not reloaded, the previous one stays in force: {error}");
-            return config;
+            return None;
         }
     };
-    let fixed = fixed_keys(&config, &new);
+    let fixed = fixed_keys(config, &new);
     if !fixed.is_empty() {
         error!(
             "configuration not reloaded: {} cannot change while `run` runs; restart it for that",
             fixed.join(", ")
         );
-        return config;
+        return None;
     }
-    if let Err(error) = reload_datapath(&config, &new, balancer) {
+    if let Err(error) = reload_datapath(config, &new, balancer) {
         error!("configuration not reloaded, the previous one stays in force: {error}");
-        return config;
+        return None;
     }
     info!(path = %new.path.display(), "configuration reloaded");
-    new
+    Some(new)
 }
 
 /// Keys whose change needs another process.

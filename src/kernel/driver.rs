@@ -3,8 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::UdpSocket;
-use std::os::fd::AsRawFd as _;
+
+use super::ifreq;
 
 /// Length of a counter's name (ETH_GSTRING_LEN).
 const NAME: usize = 32;
@@ -57,19 +57,10 @@ fn ask(interface: &str, command: u32, size: usize) -> io::Result<Vec<u8>> {
 }
 
 fn call(interface: &str, buffer: &mut [u64]) -> io::Result<()> {
-    // SAFETY: zeroes are a valid ifreq.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(interface.bytes().take(libc::IFNAMSIZ - 1)) {
-        *to = from.cast_signed();
-    }
-    request.ifr_ifru.ifru_data = buffer.as_mut_ptr().cast();
-    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    let data = buffer.as_mut_ptr().cast();
     // SAFETY: the kernel writes the header and as many entries as the driver has, for which there is
     // room: it said how many, and a driver would have to grow by ROOM between the calls.
-    match unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    unsafe { ifreq::request(interface, SIOCETHTOOL, |r| r.ifr_ifru.ifru_data = data) }.map(drop)
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ pub mod adopt;
 pub mod chain;
 pub mod driver;
 pub mod held;
+pub mod ifreq;
 pub mod layout;
 pub mod load;
 pub mod maps;

@@ -1,13 +1,12 @@
 //! XDP programs: which one is attached or in a chain's slot, and attaching ours.
 
 use std::mem::size_of;
-use std::net::UdpSocket;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::path::Path;
 
 use libbpf_rs::{MapHandle, MapInfo, Program, Xdp, XdpFlags};
 
-use super::{BpfError, Result};
+use super::{BpfError, Result, ifreq};
 use crate::domain::XdpMode;
 
 /// What the kernel tells of a loaded program.
@@ -105,19 +104,10 @@ pub fn interface_index(name: &str) -> Result<i32> {
 pub fn interface_mtu(name: &str) -> Result<u32> {
     interface_index(name)?;
     let io = |source| BpfError::Io { path: name.into(), action: "asking for its MTU", source };
-    let socket = UdpSocket::bind("0.0.0.0:0").map_err(io)?;
-    // SAFETY: zeroes are a valid ifreq.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes().take(libc::IFNAMSIZ - 1)) {
-        *to = from.cast_signed();
-    }
-    // SAFETY: SIOCGIFMTU reads the name in and writes ifru_mtu of a valid ifreq.
-    let failed = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFMTU, &raw mut request) };
-    if failed != 0 {
-        return Err(io(std::io::Error::last_os_error()));
-    }
-    // SAFETY: the call succeeded, so this is the member of the union that was written.
-    Ok(unsafe { request.ifr_ifru.ifru_mtu }.cast_unsigned())
+    // SAFETY: SIOCGIFMTU reads nothing of the union.
+    let answer = unsafe { ifreq::request(name, libc::SIOCGIFMTU, |_| {}) }.map_err(io)?;
+    // SAFETY: it has written this member.
+    Ok(unsafe { answer.ifr_ifru.ifru_mtu }.cast_unsigned())
 }
 
 fn failed(interface: &str, action: &'static str) -> impl FnOnce(libbpf_rs::Error) -> BpfError {

@@ -4,7 +4,6 @@ mod http;
 
 pub use http::{Source, bind, serve};
 
-use std::borrow::Cow;
 use std::fmt;
 
 use prometheus_client::collector::Collector;
@@ -21,7 +20,7 @@ pub type Label = (&'static str, String);
 /// `_total`, which the format adds.
 #[derive(Debug, Clone)]
 pub struct Family {
-    name: Cow<'static, str>,
+    name: &'static str,
     help: &'static str,
     counts: bool,
     samples: Vec<(Vec<Label>, f64)>,
@@ -30,12 +29,12 @@ pub struct Family {
 impl Family {
     /// One that only grows.
     pub fn counter(name: &'static str, help: &'static str) -> Self {
-        Self { name: name.into(), help, counts: true, samples: Vec::new() }
+        Self { name, help, counts: true, samples: Vec::new() }
     }
 
     /// One that goes up and down.
     pub fn gauge(name: &'static str, help: &'static str) -> Self {
-        Self { name: name.into(), help, counts: false, samples: Vec::new() }
+        Self { name, help, counts: false, samples: Vec::new() }
     }
 
     /// With one more sample.
@@ -65,7 +64,7 @@ impl Collector for Snapshot {
         for family in &self.0 {
             let kind =
                 if family.counts { ConstCounter::<f64>::TYPE } else { ConstGauge::<f64>::TYPE };
-            let mut metric = encoder.encode_descriptor(&family.name, family.help, None, kind)?;
+            let mut metric = encoder.encode_descriptor(family.name, family.help, None, kind)?;
             for (labels, value) in &family.samples {
                 match (labels.as_slice(), kind) {
                     ([], MetricType::Counter) => {

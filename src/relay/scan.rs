@@ -85,7 +85,7 @@ pub fn header(bytes: &[u8]) -> Result<Option<Header>, Malformed> {
 }
 
 /// A variable byte integer and its length (MQTT 5 §1.5.5).
-fn varint(bytes: &[u8]) -> Result<Option<(usize, usize)>, Malformed> {
+pub fn varint(bytes: &[u8]) -> Result<Option<(usize, usize)>, Malformed> {
     let mut value = 0;
     for (i, byte) in bytes.iter().take(4).enumerate() {
         value |= usize::from(byte & 0x7f) << (7 * i);
@@ -231,7 +231,8 @@ pub fn rewrite_publish(h: Header, p: &Publish<'_>, topic: &str, alias: u16, out:
     out.extend(behind);
 }
 
-fn put_varint(mut value: usize, out: &mut Vec<u8>) {
+/// Appends a variable byte integer.
+pub fn put_varint(mut value: usize, out: &mut Vec<u8>) {
     loop {
         let byte = (value & 0x7f) as u8;
         value >>= 7;

@@ -3,12 +3,12 @@
 use std::collections::HashMap;
 use std::num::NonZeroU16;
 
-use bytes::{BufMut as _, BytesMut};
+use bytes::BytesMut;
 use rmqtt_codec::{v3, v5};
 use tokio_util::codec::{Decoder as _, Encoder as _};
 
 use super::ids::Slot;
-use super::scan::Malformed;
+use super::scan::{self, Malformed};
 use super::table::Broker;
 
 /// A client's subscription.
@@ -280,16 +280,10 @@ impl Subscriptions {
         if is_v5 || !unsubscribe {
             body.extend(codes);
         }
-        let mut out = BytesMut::new();
-        out.put_u8(if unsubscribe { 0xb0 } else { 0x90 });
-        let mut length = body.len();
-        while length > 0x7f {
-            out.put_u8((length & 0x7f) as u8 | 0x80);
-            length >>= 7;
-        }
-        out.put_u8(length as u8);
-        out.put_slice(&body);
-        Some(out.to_vec())
+        let mut out = vec![if unsubscribe { 0xb0 } else { 0x90 }];
+        scan::put_varint(body.len(), &mut out);
+        out.extend(body);
+        Some(out)
     }
 
     /// SUBSCRIBE packets for a broker that lost its subscriptions, one for each subscription identifier.
@@ -319,14 +313,10 @@ pub fn codes(packet: &[u8], header: usize, is_v5: bool) -> &[u8] {
     if !is_v5 {
         return body;
     }
-    let mut length = 0;
-    for (i, byte) in body.iter().take(4).enumerate() {
-        length |= usize::from(byte & 0x7f) << (7 * i);
-        if byte & 0x80 == 0 {
-            return body.get(i + 1 + length..).unwrap_or_default();
-        }
+    match scan::varint(body) {
+        Ok(Some((properties, at))) => body.get(at + properties..).unwrap_or_default(),
+        _ => &[],
     }
-    &[]
 }
 
 #[cfg(test)]

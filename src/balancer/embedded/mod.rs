@@ -1,7 +1,6 @@
 //! The balancer for where no Katran is at hand: its state in pinned maps, and Katran's gRPC service
 //! over it.
 
-pub mod listen;
 pub mod ring;
 pub mod service;
 mod state;

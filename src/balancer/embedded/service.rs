@@ -1,12 +1,10 @@
 //! Katran's gRPC service over the embedded balancer. Its own failures carry a reason.
 
 use std::collections::BTreeMap;
-use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tonic::transport::server::UdsConnectInfo;
 use tonic::{Request, Response, Status};
 
 use super::{Embedded, Refusal};
@@ -14,6 +12,7 @@ use crate::balancer::proto::katran_service_server::{KatranService, KatranService
 use crate::balancer::proto::{self, Action};
 use crate::balancer::{Vip, mac_text};
 use crate::config::parse_mac;
+use crate::grpc::Peer;
 use crate::kernel::abi::balancer_stat;
 
 type Reply<T> = Result<Response<T>, Status>;
@@ -31,45 +30,6 @@ pub fn changes() -> u64 {
 #[derive(Debug)]
 pub struct Server {
     balancer: Arc<Mutex<Embedded>>,
-}
-
-/// Who asked for a change.
-#[derive(Debug)]
-pub enum Peer {
-    /// This process itself, whose reconciler logs what it does.
-    Own,
-    Process {
-        uid: u32,
-        pid: i32,
-    },
-    Host(SocketAddr),
-    Unknown,
-}
-
-impl Peer {
-    /// Of a request.
-    pub fn of<T>(request: &Request<T>) -> Self {
-        if let Some(addr) = request.remote_addr() {
-            return Self::Host(addr);
-        }
-        let info = request.extensions().get::<UdsConnectInfo>();
-        match info.and_then(|info| info.peer_cred) {
-            Some(peer) if peer.pid() == Some(std::process::id().cast_signed()) => Self::Own,
-            Some(peer) => Self::Process { uid: peer.uid(), pid: peer.pid().unwrap_or_default() },
-            None => Self::Unknown,
-        }
-    }
-}
-
-impl fmt::Display for Peer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Own => write!(f, "this process"),
-            Self::Process { uid, pid } => write!(f, "uid {uid}, pid {pid}"),
-            Self::Host(addr) => write!(f, "{addr}"),
-            Self::Unknown => write!(f, "unknown"),
-        }
-    }
 }
 
 impl Server {

@@ -203,38 +203,13 @@ pub async fn plan(
     Ok(plan)
 }
 
-/// While a new configuration takes the place of the old one, there is room for both or neither.
-pub fn check_room(config: &Config, datapath: &Datapath) -> Result<()> {
-    let wanted = wanted_vips(config);
-    let present = current_service_vips(datapath)?;
-    let new = wanted.keys().filter(|vip| !present.contains_key(vip)).count();
-    let (key, room) = match config.balancer {
-        BalancerKind::Embedded => ("maps.vips", config.maps.vips),
-        BalancerKind::Katran => ("", datapath.service_vips.max_entries()),
-    };
-    let all = present.len() + new;
-    if all > room as usize {
-        let mend = if key.is_empty() {
-            "apply it in two steps, removing groups first".to_owned()
-        } else {
-            format!("raise {key} to that, or apply it in two steps, removing groups first")
-        };
-        return Err(Error::Refused(format!(
-            "there is room for {room} VIPs, and for a moment {all} are needed: {} in force and {new} \
-             new ones; {mend}",
-            present.len()
-        )));
-    }
-    Identities::assign(config, datapath)?;
-    Ok(())
-}
-
-/// Compares configuration and maps alone.
+/// Compares configuration and maps alone. Nothing is planned for which there is no room: while a new
+/// configuration replaces the old one, both have to fit.
 pub fn plan_maps(config: &Config, datapath: &Datapath, mtu: u32) -> Result<Plan> {
-    check_room(config, datapath)?;
     let identities = Identities::assign(config, datapath)?;
     let wanted = wanted_vips(config);
     let service_vips = current_service_vips(datapath)?;
+    check_room(config, datapath, &wanted, &service_vips)?;
     let current: BTreeMap<u16, _> = datapath.groups()?.into_iter().collect();
 
     Ok(Plan {
@@ -266,6 +241,31 @@ pub fn plan_maps(config: &Config, datapath: &Datapath, mtu: u32) -> Result<Plan>
             .copied()
             .collect(),
     })
+}
+
+fn check_room(
+    config: &Config,
+    datapath: &Datapath,
+    wanted: &BTreeMap<Vip, Wanted>,
+    present: &BTreeMap<Vip, Vip>,
+) -> Result<()> {
+    const IN_TWO: &str = "apply it in two steps, removing groups first";
+    let new = wanted.keys().filter(|vip| !present.contains_key(vip)).count();
+    let needed = present.len() + new;
+    let (room, advice) = match config.balancer {
+        BalancerKind::Embedded => {
+            (config.maps.vips, format!("raise maps.vips to that, or {IN_TWO}"))
+        }
+        BalancerKind::Katran => (datapath.service_vips.max_entries(), IN_TWO.to_owned()),
+    };
+    if needed <= room as usize {
+        return Ok(());
+    }
+    Err(Error::Refused(format!(
+        "there is room for {room} VIPs, and for a moment {needed} are needed: {} in force and {new} new \
+         ones; {advice}",
+        present.len()
+    )))
 }
 
 /// The balancer's VIPs. Those that are wanted must be written as calls name them.

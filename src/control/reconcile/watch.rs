@@ -27,26 +27,13 @@ const WHOLE_EVERY: u32 = 5;
 const CONNECTIONS_PER_LOOK: u32 = 8;
 
 /// Longest time between two attempts.
-const BACKOFF_MAX: Duration = Duration::from_secs(30);
+const BACKOFF_MAX: Duration = Duration::from_secs(10);
 
-/// When to try again what was refused.
-#[derive(Default)]
+/// A plan that was refused, and when it is tried again.
 struct Backoff {
     pause: Duration,
-    until: Option<Instant>,
-    error: String,
-}
-
-impl Backoff {
-    fn waits(&self) -> bool {
-        self.until.is_some_and(|until| Instant::now() < until)
-    }
-
-    fn failed(&mut self, error: &Error) {
-        self.pause = (self.pause * 2).clamp(Duration::from_secs(1), BACKOFF_MAX);
-        self.until = Some(Instant::now() + self.pause);
-        self.error = error.to_string();
-    }
+    until: Instant,
+    problem: Problem,
 }
 
 /// What was seen the last time, so that only changes are logged.
@@ -63,8 +50,7 @@ pub struct Reconciler {
     /// last compared.
     own_changes: Option<u64>,
     observed: Arc<Observed>,
-    /// A plan that failed is not carried out again at once.
-    backoff: Backoff,
+    backoff: Option<Backoff>,
     /// The gateway of the last reconciliation.
     gateway: Option<Mac>,
     /// The interface's, likewise.
@@ -82,7 +68,7 @@ impl Reconciler {
     /// The configuration was changed: the next reconciliation applies all of it.
     pub fn configuration_changed(&mut self) {
         self.in_force = false;
-        self.backoff = Backoff::default();
+        self.backoff = None;
         // It may name another address.
         self.client = None;
     }
@@ -102,34 +88,11 @@ impl Reconciler {
             problems.push(Problem::new("gateway_unknown", error.to_string()));
             None
         });
-        let applied = match handover::put_keys(config, datapath) {
-            Ok(()) if self.backoff.waits() => Err(Error::Refused(self.backoff.error.clone())),
-            Ok(()) => self.apply(config, gateway, datapath).await,
-            Err(error) => Err(error),
-        };
-        match &applied {
-            Err(Error::Balancer(BalancerError::Unreachable { .. })) => {}
-            Err(error) if !self.backoff.waits() => self.backoff.failed(error),
-            Err(_) => {}
-            Ok(()) => self.backoff = Backoff::default(),
-        }
         if let Err(error) = handover::bind_silent(config, datapath) {
             problems.push(Problem::new("apply_failed", error.to_string()));
         }
-        if let Err(error) = applied {
-            let unreachable = matches!(error, Error::Balancer(BalancerError::Unreachable { .. }));
-            let goes_on = unreachable && self.applied_once && problems.is_empty();
-            if let Error::Balancer(BalancerError::NotCanonical { vip, .. }) = error {
-                self.not_canonical = Some(vip);
-            }
-            let next =
-                if goes_on { "forwarding goes on with what is pinned" } else { "trying again" };
-            let code = match &error {
-                _ if unreachable => "balancer_unreachable",
-                Error::Balancer(_) => "balancer_differs",
-                _ => "apply_failed",
-            };
-            problems.insert(0, Problem::new(code, format!("{error}; {next}")));
+        if let Err(problem) = self.try_apply(config, gateway, datapath, problems.is_empty()).await {
+            problems.insert(0, problem);
         }
         let texts: Vec<&str> = problems.iter().map(|problem| problem.text.as_str()).collect();
         let problem = Some(texts.join("; ")).filter(|text| !text.is_empty());
@@ -141,6 +104,49 @@ impl Reconciler {
             }
             self.problem = problem;
         }
+    }
+
+    /// Applies, unless that was refused a moment ago. `alone`: there is no other problem.
+    async fn try_apply(
+        &mut self,
+        config: &Config,
+        gateway: Option<Mac>,
+        datapath: &Datapath,
+        alone: bool,
+    ) -> Result<(), Problem> {
+        if let Some(backoff) = self.backoff.as_ref().filter(|b| Instant::now() < b.until) {
+            return Err(backoff.problem.clone());
+        }
+        let applied = match handover::put_keys(config, datapath) {
+            Ok(()) => self.apply(config, gateway, datapath).await,
+            Err(error) => Err(error),
+        };
+        let Err(error) = applied else {
+            self.backoff = None;
+            return Ok(());
+        };
+        if let Error::Balancer(BalancerError::NotCanonical { vip, .. }) = error {
+            self.not_canonical = Some(vip);
+        }
+        let unreachable = matches!(error, Error::Balancer(BalancerError::Unreachable { .. }));
+        let next = if unreachable && self.applied_once && alone {
+            "forwarding goes on with what is pinned"
+        } else {
+            "trying again"
+        };
+        let code = match &error {
+            _ if unreachable => "balancer_unreachable",
+            Error::Balancer(_) => "balancer_differs",
+            _ => "apply_failed",
+        };
+        let problem = Problem::new(code, format!("{error}; {next}"));
+        if !unreachable {
+            let before = self.backoff.take().map_or(Duration::ZERO, |backoff| backoff.pause);
+            let pause = (before * 2).clamp(Duration::from_secs(1), BACKOFF_MAX);
+            let until = Instant::now() + pause;
+            self.backoff = Some(Backoff { pause, until, problem: problem.clone() });
+        }
+        Err(problem)
     }
 
     /// Applies whatever differs: the first time everything, later what was lost or changed.

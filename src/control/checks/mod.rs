@@ -1,25 +1,23 @@
 //! Health checks of brokers, and what an operator took out of use: together they say which reals get
 //! new connections.
 
+mod probe;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 use super::problem::Problem;
 use super::{Error, Result};
-use crate::config::{Config, Group, Service};
-use crate::domain::health::{CheckKind, HealthCheck};
-use crate::kernel::namespace;
-use crate::relay::proxy;
+use crate::config::{Config, Group, Real, Service};
+use crate::domain::health::HealthCheck;
+use crate::run_files;
 
 /// A broker of a service: the same host may be one of several.
 type Key = (String, IpAddr);
@@ -73,10 +71,9 @@ pub struct RealState {
 impl Reals {
     /// With those that were drained before.
     pub fn new(config: &Config) -> Self {
-        let name = format!("drained-{}-{}.json", namespace::own(), config.interface);
-        let file = PathBuf::from("/run/mqtt-fwd").join(name);
-        let drained = std::fs::read(&file).ok().and_then(|text| serde_json::from_slice(&text).ok());
-        let inner = Inner { drained: drained.unwrap_or_default(), ..Inner::default() };
+        let file = run_files::path("drained", &config.interface, "json");
+        let drained = run_files::read(&file).unwrap_or_default();
+        let inner = Inner { drained, ..Inner::default() };
         Self { inner: Mutex::new(inner), changed: Notify::new(), file }
     }
 
@@ -94,9 +91,11 @@ impl Reals {
         let inner = self.inner();
         let mut config = config.clone();
         for service in &mut config.services {
-            let name = service.name.clone();
             for group in &mut service.groups {
-                apply(&inner, &name, group);
+                let weights = inner.weights(&service.name, group);
+                for (real, weight) in group.reals.iter_mut().zip(weights) {
+                    real.weight = weight;
+                }
             }
         }
         config
@@ -104,27 +103,26 @@ impl Reals {
 
     /// All of a configuration, in its order.
     pub fn list(&self, config: &Config) -> Vec<RealState> {
-        let effective = self.in_effect(config);
         let inner = self.inner();
-        let mut all = Vec::new();
-        for (service, used) in config.services.iter().zip(&effective.services) {
-            for (group, used) in service.groups.iter().zip(&used.groups) {
-                for (real, used) in group.reals.iter().zip(&used.reals) {
-                    let checked = inner.checked.get(&(service.name.clone(), real.addr));
-                    all.push(RealState {
-                        service: service.name.clone(),
-                        group: group.name.clone(),
-                        addr: real.addr,
-                        weight: real.weight,
-                        drained: inner.drained.contains(&real.addr),
-                        state: checked.map_or(State::Unchecked, |c| c.state.clone()),
-                        in_use: used.weight > 0,
-                        since: checked.map_or(Duration::ZERO, |c| c.since.elapsed()),
-                    });
+        let groups = config.services.iter().flat_map(|s| s.groups.iter().map(move |g| (s, g)));
+        let reals = |(service, group): (&Service, &Group)| {
+            let weights = inner.weights(&service.name, group);
+            let state = |(real, weight): (&Real, u32)| {
+                let checked = inner.checked.get(&(service.name.clone(), real.addr));
+                RealState {
+                    service: service.name.clone(),
+                    group: group.name.clone(),
+                    addr: real.addr,
+                    weight: real.weight,
+                    drained: inner.drained.contains(&real.addr),
+                    state: checked.map_or(State::Unchecked, |c| c.state.clone()),
+                    in_use: weight > 0,
+                    since: checked.map_or(Duration::ZERO, |c| c.since.elapsed()),
                 }
-            }
-        }
-        all
+            };
+            group.reals.iter().zip(weights).map(state).collect::<Vec<_>>()
+        };
+        groups.flat_map(reals).collect()
     }
 
     /// What is wrong with them, for `status`.
@@ -178,18 +176,13 @@ impl Reals {
         Ok(groups.len())
     }
 
-    /// In one step for readers, so that a crash leaves the old list or the new one.
     fn save(&self, drained: &BTreeSet<IpAddr>) -> Result<()> {
-        let failed = |source| Error::Io { what: self.file.display().to_string(), source };
         if drained.is_empty() {
             let _ = std::fs::remove_file(&self.file);
             return Ok(());
         }
-        let new = self.file.with_extension("new");
-        let mut file = std::fs::File::create(&new).map_err(failed)?;
-        file.write_all(&serde_json::to_vec(drained).unwrap_or_default()).map_err(failed)?;
-        file.sync_all().map_err(failed)?;
-        std::fs::rename(&new, &self.file).map_err(failed)
+        run_files::write(&self.file, drained)
+            .map_err(|source| Error::Io { what: self.file.display().to_string(), source })
     }
 
     /// One check's result.
@@ -235,26 +228,27 @@ impl Reals {
     }
 }
 
-/// Gives weight 0 to what is not to be used. A group that would be empty keeps those that are down:
-/// checks may be wrong, and without a real nothing is forwarded.
-fn apply(inner: &Inner, service: &str, group: &mut Group) {
-    let down = |addr: IpAddr| {
-        let checked = inner.checked.get(&(service.to_owned(), addr));
-        checked.is_some_and(|c| matches!(c.state, State::Down(_)))
-    };
-    let usable = |weight: u32, addr: IpAddr| weight > 0 && !inner.drained.contains(&addr);
-    let any = group.reals.iter().any(|r| usable(r.weight, r.addr) && !down(r.addr));
-    let any_drainable = group.reals.iter().any(|r| usable(r.weight, r.addr));
-    for real in &mut group.reals {
-        let drained = inner.drained.contains(&real.addr) && any_drainable;
-        if drained || (any && down(real.addr)) {
-            real.weight = 0;
-        }
+impl Inner {
+    /// The weights of a group's reals: 0 for those not to be used. A group that would be empty keeps those
+    /// that are down: the checks may be wrong, and without a real nothing is forwarded.
+    fn weights(&self, service: &str, group: &Group) -> Vec<u32> {
+        let down = |addr: IpAddr| {
+            let checked = self.checked.get(&(service.to_owned(), addr));
+            checked.is_some_and(|c| matches!(c.state, State::Down(_)))
+        };
+        let usable = |real: &Real| real.weight > 0 && !self.drained.contains(&real.addr);
+        let any_up = group.reals.iter().any(|real| usable(real) && !down(real.addr));
+        let any_left = group.reals.iter().any(usable);
+        let weight = |real: &Real| {
+            let drained = any_left && self.drained.contains(&real.addr);
+            if drained || (any_up && down(real.addr)) { 0 } else { real.weight }
+        };
+        group.reals.iter().map(weight).collect()
     }
 }
 
 /// Checks all reals of a configuration until it is dropped.
-pub async fn run(config: Config, reals: Arc<Reals>) {
+pub async fn run(config: Arc<Config>, reals: Arc<Reals>) {
     let mut tasks = JoinSet::new();
     let mut wanted = BTreeSet::new();
     for service in &config.services {
@@ -288,37 +282,8 @@ async fn repeat(key: &Key, to: SocketAddr, proxy: bool, check: &HealthCheck, rea
     clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         clock.tick().await;
-        let result = match tokio::time::timeout(check.timeout, once(to, proxy, check)).await {
-            Ok(result) => result,
-            Err(_) => Err(format!("no answer from {to} in {} ms", check.timeout.as_millis())),
-        };
-        reals.seen(key, check, result);
+        reals.seen(key, check, probe::probe(to, proxy, check).await);
     }
-}
-
-/// One check. The error says what was expected.
-async fn once(to: SocketAddr, proxy: bool, check: &HealthCheck) -> Result<(), String> {
-    let io = |what: &'static str| move |e: std::io::Error| format!("{what} {to}: {e}");
-    let mut stream = TcpStream::connect(to).await.map_err(io("connecting to"))?;
-    // Closed with RST, a check leaves nothing in TIME-WAIT here or there.
-    let _ = stream.set_zero_linger();
-    if proxy {
-        stream.write_all(&proxy::local()).await.map_err(io("writing to"))?;
-    }
-    let CheckKind::Mqtt { connect } = &check.kind else { return Ok(()) };
-    stream.write_all(connect).await.map_err(io("writing to"))?;
-    let mut answer = [0; 4];
-    stream.read_exact(&mut answer).await.map_err(io("reading CONNACK from"))?;
-    if answer[0] != 0x20 {
-        return Err(format!("{to} answered {:#04x} in place of CONNACK", answer[0]));
-    }
-    // Return code 0, of both 3.1.1 and 5, whose properties follow (MQTT 3.1.1 §3.2.2.3, MQTT 5 §3.2.2.2).
-    if answer[3] != 0 {
-        return Err(format!("{to} refused CONNECT with code {:#04x}", answer[3]));
-    }
-    stream.write_all(&[0xe0, 0]).await.map_err(io("writing to"))?;
-    let _ = stream.shutdown().await;
-    Ok(())
 }
 
 #[cfg(test)]

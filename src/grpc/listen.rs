@@ -1,4 +1,4 @@
-//! Where the embedded balancer's service listens, for whom, and how many at a time.
+//! Listening sockets: root's own if they are Unix sockets, and with a bound on connections.
 
 use std::fs;
 use std::io;

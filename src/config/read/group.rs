@@ -1,0 +1,97 @@
+//! `[[service.group]]`: its VIP and its reals.
+
+use std::net::IpAddr;
+
+use super::super::reader::Reader;
+use super::super::{Binding, Group, Real};
+use super::values::{address, name_text};
+use crate::domain::{ANY, Affinity};
+
+pub(super) fn group(r: Reader<'_>, service: Option<IpAddr>, binding: Binding) -> Option<Group> {
+    let name = r.required("name", "temperature", |text| {
+        if text == ANY {
+            return Err("means \"whatever group the flow is bound to\" in routes; choose another"
+                .to_owned());
+        }
+        name_text(text)
+    });
+    let vip = r.required("vip", "10.1.50.1", address);
+    if let (Some(vip), Some(service)) = (vip, service)
+        && vip.is_ipv4() != service.is_ipv4()
+    {
+        r.problem(
+            "vip",
+            "is of another IP version than its service; the datapath rewrites one into the other, \
+             so give the group an address of the service's version",
+        );
+    }
+
+    let affinity = r
+        .choice(
+            "affinity",
+            &[
+                ("none", Affinity::None),
+                ("client_ip", Affinity::ClientIp),
+                ("client_id", Affinity::ClientId),
+                ("topic", Affinity::Topic),
+            ],
+        )
+        .unwrap_or(Affinity::None);
+    if affinity.chooses_real() && binding == Binding::Predicted {
+        r.problem(
+            "affinity",
+            "needs binding = \"delayed\": with \"predicted\", neither client id nor topic are known \
+             when the real is chosen; \"client_ip\" works with both",
+        );
+    }
+    let proxy_protocol = r.flag("proxy_protocol").unwrap_or(false);
+    let mut reals: Vec<Real> = Vec::new();
+    let mut complete = true;
+    let readers = r.tables("reals");
+    if readers.is_empty() {
+        r.problem("reals", "there is none; write reals = [{ address = \"10.1.3.201\" }]");
+    }
+    for real in readers {
+        let addr = real.required("address", "10.1.3.201", address);
+        // Katran's ring weighs by repetition; larger numbers only slow its building.
+        let weight = real.number("weight", 0..=1000).unwrap_or(1);
+        let own_vip = real.parsed("vip", address);
+        match (affinity.chooses_real(), own_vip) {
+            (true, None) if !real.has("vip") => real.problem(
+                "vip",
+                "is missing; with this affinity each real has a group VIP of its own, an address \
+                 that only the balancer knows",
+            ),
+            (false, Some(_)) => {
+                real.problem(
+                    "vip",
+                    "only affinity = \"client_id\" or \"topic\" needs it; remove it",
+                );
+            }
+            (true, Some(own)) if vip.is_some_and(|v| v.is_ipv4() != own.is_ipv4()) => {
+                real.problem("vip", "is of another IP version than its group's");
+            }
+            _ => {}
+        }
+        match addr {
+            Some(addr) if reals.iter().any(|known| known.addr == addr) => {
+                real.problem("address", "is in this group twice; raise its weight instead");
+            }
+            Some(addr) if addr.is_ipv4() && vip.is_some_and(|v| v.is_ipv6()) => {
+                real.problem(
+                    "address",
+                    "an IPv4 real cannot get packets of an IPv6 VIP; give its IPv6 address",
+                );
+            }
+            Some(addr) => reals.push(Real { addr, weight, vip: own_vip }),
+            None => complete = false,
+        }
+        real.finish();
+    }
+    if !reals.is_empty() && reals.iter().all(|real| real.weight == 0) {
+        r.problem("reals", "all have weight 0, so none gets connections");
+    }
+    r.finish();
+    complete.then_some(())?;
+    Some(Group { name: name?, vip: vip?, affinity, proxy_protocol, reals })
+}

@@ -1,0 +1,262 @@
+//! `[[service]]`: its keys, listeners, routes and health checks.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use super::super::reader::Reader;
+use super::super::{Binding, Group, OnMisprediction, Route, Service, Target};
+use super::group::group;
+use super::values::{absolute, address, name_text};
+use crate::domain::filter::TopicFilter;
+use crate::domain::health::{CheckKind, HealthCheck};
+use crate::domain::{ANY, ClientRoute, ClientRouteKind, RelayListener, RelayTls};
+use crate::kernel::abi::limits;
+
+#[allow(clippy::too_many_lines)] // one key after the other
+pub(super) fn service(r: Reader<'_>) -> Option<Service> {
+    let name = r.required("name", "mqtt", name_text);
+    let addr = r.required("address", "10.1.50.200", address);
+    let port = r.number("port", 1..=65_535).unwrap_or(1883);
+    let max_packet = r.number("max_packet", 576..=9000);
+    let binding = r
+        .choice("binding", &[("predicted", Binding::Predicted), ("delayed", Binding::Delayed)])
+        .unwrap_or(Binding::Predicted);
+    let health_check = r.table("health_check").and_then(health_check);
+    let on_misprediction = r
+        .choice(
+            "on_misprediction",
+            &[("reset", OnMisprediction::Reset), ("keep", OnMisprediction::Keep)],
+        )
+        .unwrap_or(OnMisprediction::Reset);
+
+    let group_readers = r.tables("group");
+    if group_readers.is_empty() {
+        r.problem("group", "there is none; describe one with [[service.group]]");
+    }
+    let complete = group_readers.len();
+    let groups: Vec<Group> =
+        group_readers.into_iter().filter_map(|g| group(g, addr, binding)).collect();
+    // Names of groups that are wrong in themselves would only make routes look wrong, too.
+    let complete = complete == groups.len();
+    for (i, g) in groups.iter().enumerate() {
+        if groups[..i].iter().any(|other| other.name == g.name) {
+            r.problem("group", format!("two groups are named {:?}; rename one", g.name));
+        }
+    }
+    let known = |group: &str| {
+        if !complete || groups.iter().any(|g| g.name == group) {
+            return Ok(group.to_owned());
+        }
+        let names: Vec<_> = groups.iter().map(|g| format!("{:?}", g.name)).collect();
+        Err(format!("no such group in this service; there are {}", names.join(", ")))
+    };
+
+    let default_group = r.required("default_group", "default", known);
+    let relay = r.parsed("relay", known);
+    if relay.is_some() && relay == default_group {
+        r.problem("relay", "is the default group, too; topics without a route need brokers");
+    }
+    let listeners: Vec<RelayListener> =
+        r.tables("listener").into_iter().filter_map(|l| listener(l, port)).collect();
+    if relay.is_none() && !listeners.is_empty() && !r.has("relay") {
+        r.problem("listener", "is the relay's, and there is none; write relay = \"NAME\"");
+    }
+    for (i, l) in listeners.iter().enumerate() {
+        if listeners[..i].iter().any(|other| other.port == l.port) {
+            r.problem("listener", format!("two listen on port {}; remove one", l.port));
+        }
+    }
+    let mut routes = Vec::new();
+    let mut client_routes = Vec::new();
+    for route in r.tables("route") {
+        if route.has("client_id") || route.has("username") {
+            client_routes.extend(client_route(&route, binding, &known));
+            route.finish();
+            continue;
+        }
+        let filter = route.required("topic", "measurements/#", |text| {
+            let filter = TopicFilter::parse(text).map_err(|e| e.to_string())?;
+            let most = limits::MAX_ROUTE_LEVELS.0 as usize;
+            if filter.levels().len() > most {
+                return Err(format!(
+                    "has more than {most} levels, each of which may cost a look-up"
+                ));
+            }
+            Ok(filter)
+        });
+        let target = route.required("group", "default", |name| {
+            if Some(name) == relay.as_deref() {
+                return Err("is the relay's group, which has no topics of its own".to_owned());
+            }
+            if name == ANY { Ok(Target::Any) } else { known(name).map(Target::Group) }
+        });
+        if let (Some(filter), Some(target)) = (filter, target) {
+            routes.push(Route { filter, target });
+        }
+        route.finish();
+    }
+    for (i, route) in client_routes.iter().enumerate() {
+        let same = |r: &ClientRoute| (r.kind, r.pattern()) == (route.kind, route.pattern());
+        if client_routes[..i].iter().any(same) {
+            let (kind, pattern) = (route.kind.key(), route.pattern());
+            r.problem(
+                "route",
+                format!("{kind} {pattern:?} is routed twice; remove one of the two"),
+            );
+        }
+    }
+    for twice in duplicates(&routes) {
+        r.problem("route", format!("topic {twice:?} is routed twice; remove one of the two"));
+    }
+    r.finish();
+    Some(Service {
+        name: name?,
+        addr: addr?,
+        port,
+        default_group: default_group?,
+        relay,
+        listeners,
+        health_check,
+        max_packet,
+        binding,
+        on_misprediction,
+        groups,
+        routes,
+        client_routes,
+    })
+}
+
+/// A port of the relay's beside its service's own.
+fn listener(r: Reader<'_>, service_port: u16) -> Option<RelayListener> {
+    let port = r.number("port", 1..=65_535);
+    if !r.has("port") {
+        r.problem("port", "is missing; write port = 8883");
+    }
+    if port == Some(service_port) {
+        r.problem("port", "is the service's own, where plain MQTT is spoken; choose another");
+    }
+    let websocket = r.flag("websocket").unwrap_or(false);
+    let tls = r.table("tls").and_then(|t| {
+        let certificate = t.required("certificate", "/etc/mqtt-fwd/relay.crt", absolute);
+        let key = t.required("key", "/etc/mqtt-fwd/relay.key", absolute);
+        let client_ca = t.parsed("client_ca", absolute);
+        let username_from_certificate = t.flag("username_from_certificate").unwrap_or(false);
+        if username_from_certificate && !t.has("client_ca") {
+            t.problem(
+                "username_from_certificate",
+                "needs client_ca: without it, clients show no certificate",
+            );
+        }
+        t.finish();
+        let (certificate, key) = (certificate?, key?);
+        Some(RelayTls { certificate, key, client_ca, username_from_certificate })
+    });
+    if !websocket && !r.has("tls") {
+        r.problem(
+            "port",
+            "speaks neither TLS nor WebSocket; write tls = { … } or websocket = true",
+        );
+    }
+    r.finish();
+    Some(RelayListener { port: port?, tls, websocket })
+}
+
+/// A route by what CONNECT says.
+fn client_route(
+    r: &Reader<'_>,
+    binding: Binding,
+    known: &dyn Fn(&str) -> Result<String, String>,
+) -> Option<ClientRoute> {
+    let kind =
+        if r.has("client_id") { ClientRouteKind::ClientId } else { ClientRouteKind::Username };
+    for other in ["topic", "username"] {
+        if r.has(other) && other != kind.key() {
+            r.problem(
+                other,
+                format!("a route looks at one thing, and this one has {} already", kind.key()),
+            );
+        }
+    }
+    if binding == Binding::Predicted {
+        r.problem(
+            kind.key(),
+            "needs binding = \"delayed\": with \"predicted\", the group is chosen before CONNECT",
+        );
+    }
+    let text = r.required(kind.key(), "plant7-*", |text| {
+        let (text, prefix) = match text.strip_suffix('*') {
+            Some(text) => (text, true),
+            None => (text, false),
+        };
+        // An exact text has a byte more in the datapath.
+        let most = limits::CLIENT_ROUTE_TEXT_MAX.0 as usize - 1;
+        if text.len() > most || (text.is_empty() && !prefix) {
+            return Err(format!("must be 1 to {most} bytes long"));
+        }
+        if text.contains(['*', '\0']) {
+            return Err("a * stands for the rest, so only at the end".to_owned());
+        }
+        Ok((text.to_owned(), prefix))
+    });
+    let group = r.required("group", "default", |name| {
+        if name == ANY {
+            return Err("a client has to belong somewhere; name a group".to_owned());
+        }
+        known(name)
+    });
+    let ((text, prefix), group) = (text?, group?);
+    Some(ClientRoute { kind, text, prefix, group })
+}
+
+fn health_check(r: Reader<'_>) -> Option<HealthCheck> {
+    let d = HealthCheck::tcp();
+    r.required_text("type", "mqtt");
+    let mqtt = r.choice("type", &[("tcp", false), ("mqtt", true)]);
+    let v5 = r.choice("protocol", &[("3.1.1", false), ("5", true)]);
+    let texts = ["client_id", "username", "password"].map(|key| r.text(key));
+    if mqtt == Some(false) {
+        for key in ["protocol", "client_id", "username", "password"] {
+            if r.has(key) {
+                r.problem(key, "belongs to type = \"mqtt\"");
+            }
+        }
+    }
+    if texts[2].is_some() && texts[1].is_none() {
+        r.problem("password", "needs username (MQTT 3.1.1 §3.1.2.9)");
+    }
+    let milliseconds = |key, d: Duration, range| {
+        r.number::<u32>(key, range).map_or(d, |n| Duration::from_millis(n.into()))
+    };
+    let interval = milliseconds("interval_ms", d.interval, 100..=3_600_000);
+    let timeout = milliseconds("timeout_ms", d.timeout, 10..=60_000);
+    if timeout > interval {
+        r.problem("timeout_ms", "is longer than interval_ms");
+    }
+    let kind = if mqtt? {
+        let [client_id, username, password] = texts.map(|text| text.map(str::to_owned));
+        let client_id = client_id.unwrap_or_else(|| "mqtt-fwd-check".to_owned());
+        CheckKind::Mqtt { v5: v5.unwrap_or(false), client_id, username, password }
+    } else {
+        CheckKind::Tcp
+    };
+    let check = HealthCheck {
+        kind,
+        port: r.number("port", 1..=65_535),
+        interval,
+        timeout,
+        rise: r.number("rise", 1..=1000).unwrap_or(d.rise),
+        fall: r.number("fall", 1..=1000).unwrap_or(d.fall),
+    };
+    r.finish();
+    Some(check)
+}
+
+fn duplicates(routes: &[Route]) -> Vec<String> {
+    let mut seen = HashMap::new();
+    for route in routes {
+        *seen.entry(route.filter.to_string()).or_insert(0u32) += 1;
+    }
+    let mut twice: Vec<_> = seen.into_iter().filter(|(_, n)| *n > 1).map(|(t, _)| t).collect();
+    twice.sort();
+    twice
+}

@@ -1,0 +1,46 @@
+//! Who sent a request.
+
+use std::fmt;
+use std::net::SocketAddr;
+
+use tonic::Request;
+use tonic::transport::server::UdsConnectInfo;
+
+/// The sender of a request, as far as the connection tells.
+#[derive(Debug)]
+pub enum Peer {
+    /// This process itself, over a Unix socket.
+    Own,
+    Process {
+        uid: u32,
+        pid: i32,
+    },
+    Host(SocketAddr),
+    Unknown,
+}
+
+impl Peer {
+    /// Of a request.
+    pub fn of<T>(request: &Request<T>) -> Self {
+        if let Some(addr) = request.remote_addr() {
+            return Self::Host(addr);
+        }
+        let info = request.extensions().get::<UdsConnectInfo>();
+        match info.and_then(|info| info.peer_cred) {
+            Some(peer) if peer.pid() == Some(std::process::id().cast_signed()) => Self::Own,
+            Some(peer) => Self::Process { uid: peer.uid(), pid: peer.pid().unwrap_or_default() },
+            None => Self::Unknown,
+        }
+    }
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Own => write!(f, "this process"),
+            Self::Process { uid, pid } => write!(f, "uid {uid}, pid {pid}"),
+            Self::Host(addr) => write!(f, "{addr}"),
+            Self::Unknown => write!(f, "unknown"),
+        }
+    }
+}
