@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0 OR MIT
+"""What scripts/experiment measured, as Markdown and as a page with charts."""
+
+import os
+import statistics
+
+def summary(results, quick, scenarios, alternatives):
+    """(scenario, alternative) → medians over runs."""
+    table = {}
+    for scenario in scenarios:
+        for name in alternatives:
+            rows = [r for r in results if (r["scenario"], r["alternative"], r["quick"]) ==
+                    (scenario.name, name, quick)]
+            good = [r for r in rows if "failed" not in r]
+            if not rows:
+                continue
+            if not good:
+                table[scenario.name, name] = {"failed": rows[-1]["failed"]}
+                continue
+            def median(value):
+                return statistics.median(value(r) for r in good)
+            base = [r for r in results if (r["scenario"], r["alternative"], r["quick"]) ==
+                    (scenario.name, "direct", quick) and "failed" not in r]
+            whole = statistics.median(r["machine_cpu_s"] / r["sent"] for r in base) if base else None
+            own = lambda r: 1e6 * (r["process_cpu_s"] + r["bpf_s"]) / max(r["received"], 1)
+            if name in ("vip-per-topic", "predicted", "delayed", "katran"):
+                own = lambda r: 1e6 * r["bpf_s"] / max(r["received"], 1)
+            table[scenario.name, name] = {
+                "runs": len(good),
+                "delivered": min(r["received"] / r["sent"] for r in good),
+                "right": min(r["right"] / r["sent"] for r in good),
+                "own_us": median(own),
+                "own_spread": max(map(own, good)) - min(map(own, good)),
+                "machine_us": None if whole is None else
+                median(lambda r: 1e6 * r["machine_cpu_s"] / r["sent"]) - 1e6 * whole,
+                "p50_us": median(lambda r: r["p50_us"]),
+                "p99_us": median(lambda r: r["p99_us"]),
+                "rss_mb": median(lambda r: r["rss_kb"]) / 1024,
+            }
+    return table
+
+
+def bars(title, unit, values):
+    """A bar chart as SVG; values: [(name, number)]."""
+    most = max((v for _, v in values), default=1) or 1
+    height = 26 * len(values) + 40
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="680" height="{height}" '
+           f'font-family="sans-serif" font-size="13">',
+           f'<text x="0" y="16" font-weight="bold">{title}</text>']
+    for i, (name, value) in enumerate(values):
+        y = 30 + 26 * i
+        colour = "#d9822b" if name in ("predicted", "delayed", "relay", "katran") else "#7b93ad"
+        width = max(1, 420 * value / most)
+        out.append(f'<text x="120" y="{y + 14}" text-anchor="end">{name}</text>'
+                   f'<rect x="128" y="{y}" width="{width:.1f}" height="19" fill="{colour}"/>'
+                   f'<text x="{134 + width:.1f}" y="{y + 14}">{value:.2f} {unit}</text>')
+    return "\n".join(out + ["</svg>"])
+
+
+HEAD = ["alternative", "delivered", "right group", "own CPU, µs a message", "machine above direct, µs",
+        "p50, µs", "p99, µs", "memory, MB"]
+
+
+def rows(table, scenario, alternatives, no_groups):
+    for name in alternatives:
+        r = table.get((scenario.name, name))
+        if not r:
+            continue
+        if "failed" in r:
+            yield [name, "failed: " + r["failed"]] + [""] * 6
+            continue
+        right = "none is chosen" if name in no_groups else f"{100 * r['right']:.2f} %"
+        own = "–" if name == "direct" else f"{r['own_us']:.2f} ± {r['own_spread'] / 2:.2f}"
+        above = "–" if name == "direct" or r["machine_us"] is None else f"{r['machine_us']:.1f}"
+        memory = "–" if not r["rss_mb"] else f"{r['rss_mb']:.0f}"
+        yield [name, f"{100 * r['delivered']:.2f} %", right, own, above,
+               f"{r['p50_us']:.0f}", f"{r['p99_us']:.0f}", memory]
+
+
+def report(results, out, scenarios, alternatives, no_groups):
+    kernel, cpus = os.uname().release, os.cpu_count()
+    md = ["# mqtt-fwd beside what one would use instead", ""]
+    body = []
+    reading = [
+        f"Linux {kernel}, {cpus} CPUs, veth. Medians over runs; ± is half of the range; delivery is the worst run's.",
+        "Own CPU is what the balancer itself used: of BPF programs the kernel's run time (with the clock that "
+        "measures it), of processes user and system time. What the kernel's TCP costs a proxy in soft interrupts "
+        "is only in *machine above direct*, which is noisy: generator, sink and balancer share the CPUs.",
+        "Quick runs are some seconds of each load, at its rate. At low rates a message costs more than at high ones: "
+        "each finds cold caches and a sleeping process.",
+        "HAProxy and NGINX choose no group: they carry the same bytes with less to decide. The hub's brokers are "
+        "subscribers of it.",
+        "veth has no network card: no interrupts, no DMA, no multi-queue. Latency of one wake-up dominates.",
+    ]
+    for quick in (False, True):
+        table = summary(results, quick, scenarios, alternatives)
+        if not table:
+            continue
+        md += [f"## {'Quick runs (seconds)' if quick else 'Full runs'}", ""]
+        body.append(f"<h2>{'Quick runs (seconds)' if quick else 'Full runs'}</h2>")
+        for scenario in scenarios:
+            lines = list(rows(table, scenario, alternatives, no_groups))
+            if not lines:
+                continue
+            said = f" Published: {scenario.published}." if scenario.published else ""
+            md += [f"### {scenario.name}: {scenario.about}", "", f"Expected: {scenario.expect}.{said}", "",
+                   "| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+            md += ["| " + " | ".join(line) + " |" for line in lines] + [""]
+            cells = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in line) + "</tr>" for line in lines)
+            body += [f"<h3>{scenario.name}: {scenario.about}</h3><p>Expected: {scenario.expect}.{said}</p>",
+                     "<table><tr>" + "".join(f"<th>{h}</th>" for h in HEAD) + f"</tr>{cells}</table>"]
+            good = [(n, table[scenario.name, n]) for n in alternatives
+                    if "own_us" in table.get((scenario.name, n), {})]
+            body.append(bars("Own CPU a message", "µs", [(n, r["own_us"]) for n, r in good if n != "direct"]))
+            body.append(bars("99th percentile from when a message was due", "µs",
+                             [(n, r["p99_us"]) for n, r in good]))
+    md += ["## Alternatives", ""] + [f"- **{n}**: {about}" for n, (_, about) in alternatives.items()]
+    md += ["", "## How to read it", ""] + [f"- {line}" for line in reading]
+    with open(f"{out}/report.md", "w") as file:
+        file.write("\n".join(md) + "\n")
+    items = "".join(f"<li><b>{n}</b>: {about}</li>" for n, (_, about) in alternatives.items())
+    with open(f"{out}/report.html", "w") as file:
+        file.write("<!doctype html><meta charset=utf-8><title>mqtt-fwd measured</title><style>"
+                   "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
+                   "table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:3px 9px;"
+                   "text-align:right}td:first-child{text-align:left}th{background:#f0f2f5}svg{display:block}"
+                   "</style><h1>mqtt-fwd beside what one would use instead</h1>" + "\n".join(body)
+                   + f"<h2>Alternatives</h2><ul>{items}</ul><h2>How to read it</h2><ul>"
+                   + "".join(f"<li>{line}</li>" for line in reading) + "</ul>")
