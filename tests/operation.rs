@@ -193,7 +193,7 @@ fn connections_to_the_control_socket_are_bounded() {
 fn a_full_disk_ends_no_service_and_fails_every_answer() {
     let net = Net::new();
     let mut command = net.command("sh");
-    command.args(["-c", "exec \"$0\" run 2>/dev/full", env!("CARGO_BIN_EXE_mqtt-fwd")]);
+    command.args(["-c", "exec \"$0\" --log debug run 2>/dev/full", env!("CARGO_BIN_EXE_mqtt-fwd")]);
     let mut run = net.spawn_command(command);
     wait_for("the sidecar", || healthy(&net).then_some(()));
     run.signal("HUP");
