@@ -49,6 +49,8 @@ enum misprediction_policy {
 	MISPREDICTION_RESET = 0,
 	/* Leave the flow with the group that it was bound to. */
 	MISPREDICTION_KEEP = 1,
+	/* As RESET, but what is cut off is handed to the sidecar, which publishes it. */
+	MISPREDICTION_RESCUE = 2,
 };
 
 enum binding_mode {

@@ -32,6 +32,7 @@
 	VERDICT(REFUSED, "end of a connection that no broker has: answered with RST")           \
 	VERDICT(STRAY_DROPPED, "of no known flow, without a cookie, seen once: dropped until it is repeated") \
 	VERDICT(HANDOVER_FAILED, "no room for an answer, for CONNECT in front, or for a new flow: dropped") \
+	VERDICT(RESCUED, "behind a misrouted PUBLISH: handed to the sidecar")                   \
 	VERDICT(ICMP_ERROR, "ICMP error about a flow: sent to the flow's group")                \
 	VERDICT(TOO_BIG, "too large to be encapsulated: answered with ICMP")                    \
 	VERDICT(NO_GROUP_VIP, "no usable group for the flow: passed on unchanged")              \
@@ -44,6 +45,9 @@
 	NOTE(PUBLISH_LOST, "PUBLISH that no broker got: it or one before it ended its flow")    \
 	NOTE(UNJUDGED, "PUBLISH not judged: too many topics in its segment")                    \
 	NOTE(FLOW_ENDED, "flow ended with DISCONNECT, so that its client reconnects to the right group") \
+	NOTE(FLOW_RESCUED, "flow ended, and what it sent from there on handed to the sidecar")  \
+	NOTE(NOT_RESCUED, "misrouted PUBLISH not rescued: credentials, split over segments, no sidecar, or too many") \
+	NOTE(RESCUE_FULL, "rescue put off: the sidecar has not made room yet")                  \
 	NOTE(NO_BALANCER, "no program at the balancer's position: packet restored, passed to the stack") \
 	NOTE(LEARNED, "prediction made or changed")                                             \
 	NOTE(PREDICTION_HIT, "flow's first PUBLISH was predicted right")                        \

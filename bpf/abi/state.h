@@ -96,7 +96,7 @@ enum flow_flags {
 	FLOW_PREDICTED = 1 << 4, /* bound by a prediction, not by default */
 	FLOW_PUBLISHED = 1 << 5, /* at least one PUBLISH taught */
 	FLOW_MISROUTED = 1 << 6, /* its topic belongs to another group */
-	FLOW_ENDED = 1 << 7, /* by MISPREDICTION_RESET, at cut_seq */
+	FLOW_ENDED = 1 << 7, /* for a misprediction, at cut_seq */
 	FLOW_CLOSING = 1 << 8, /* FIN or RST seen */
 	FLOW_WEAK = 1 << 9, /* in flows_weak, flows6_weak */
 	FLOW_ANY_TOPIC = 1 << 10, /* its topic is of a route to ANY_GROUP */
@@ -105,6 +105,14 @@ enum flow_flags {
 	FLOW_CUT_INSIDE = 1 << 12, /* cut_seq lies inside a control packet */
 	FLOW_UNCONFIRMED = 1 << 13, /* its broker may not have the connection yet: see `handovers` */
 	FLOW_ROUTED = 1 << 14, /* bound by a route that names its client: topics change nothing */
+	FLOW_RESCUED = 1 << 15, /* ended, and the sidecar takes what comes from cut_seq on */
+};
+
+/* What a flow's CONNECT said. */
+enum flow_connect {
+	FLOW_ANONYMOUS = 1 << 0, /* no credentials: what it may publish, any client may */
+	FLOW_MQTT5 = 1 << 1,
+	FLOW_CONNECT_READ = 1 << 2, /* as far as it could be */
 };
 
 /* How a flow came to its group. */
@@ -143,16 +151,20 @@ enum why {
 struct flow {
 	__u64 bound; /* binding_t | tag << 32 */
 
-	__u64 next; /* first sequence number that the parser still wants | tag << 32 */
+	/*
+	 * First sequence number that the parser still wants | tag << 32. FLOW_RESCUED: that the sidecar
+	 * does.
+	 */
+	__u64 next;
 	__u32 end; /* sequence number behind the last byte that was seen */
 	__u32 remaining; /* of the control packet in hand: remaining length, or what is left of it */
 	__u64 topic; /* of the last PUBLISH, 0: none yet */
 	__u32 generation; /* of the routes that judged `topic` */
 	__u16 flags; /* enum flow_flags */
-	__u16 topic_left; /* bytes of the topic still to come */
+	__u16 topic_left; /* bytes of the topic still to come; PARSER_LENGTH: shift of the next byte */
 	__u8 parser; /* enum parser */
 	__u8 type; /* first byte of the control packet in hand */
-	__u8 shift; /* of the next remaining-length byte */
+	__u8 connect; /* enum flow_connect */
 	__u8 candidates; /* segments of the resync candidate below */
 	/* Segments beyond a gap that consist of whole control packets. */
 	__u32 candidate_start;

@@ -15,6 +15,7 @@
 #ifndef MQTT_FWD_FRAMING_H
 #define MQTT_FWD_FRAMING_H
 
+#include "connect.h"
 #include "publish.h"
 #include "resync.h"
 #include "topic.h"
@@ -278,14 +279,14 @@ static __always_inline void parse_byte(const struct parse *p, struct span *s, __
 		}
 		f->type = byte;
 		f->remaining = 0;
-		f->shift = 0;
+		f->topic_left = 0;
 		f->parser = PARSER_LENGTH;
 		return;
 	case PARSER_LENGTH:
-		f->remaining |= (__u32)(byte & 0x7f) << (f->shift & 31);
-		f->shift += 7;
+		f->remaining |= (__u32)(byte & 0x7f) << (f->topic_left & 31);
+		f->topic_left += 7;
 		if (byte & 0x80) {
-			if (f->shift > 21)
+			if (f->topic_left > 21)
 				malformed(p, s);
 			return;
 		}
@@ -482,6 +483,18 @@ static long topic_step(__u32 index, void *arg)
 
 /* ---- a segment ---- */
 
+/* What its CONNECT says of a flow, if that begins the segment, as they do. Global (see event.h). */
+__noinline int connect_seen(struct xdp_md *ctx, const struct conn *c, struct flow *f)
+{
+	const struct work *w = work_of_cpu();
+
+	read_connect(ctx, c);
+	if (w && f)
+		f->connect = FLOW_CONNECT_READ | (w->connect.anonymous ? FLOW_ANONYMOUS : 0) |
+			     (w->connect.level == 5 ? FLOW_MQTT5 : 0);
+	return 0;
+}
+
 /* The rest of a segment, packet by packet, whatever they are. */
 static __always_inline void frame_segment(struct xdp_md *ctx, struct flow *f, const struct conn *c,
 					  const struct service_table *t,
@@ -516,7 +529,8 @@ static __always_inline void frame_segment(struct xdp_md *ctx, struct flow *f, co
 		bpf_loop(TOPIC_BUDGET / TOPIC_COST_KNOWN + SEGMENT_MAX / TOPIC_TEXT_MAX + 2, topic_step,
 			 &p, 0);
 	tally_count(w);
-	s->offset = w->offset;
+	/* What is behind the end is the sidecar's to count. */
+	s->offset = f->flags & FLOW_RESCUED ? s->end : w->offset;
 	if (f->parser == PARSER_TOPIC) {
 		w->stream_key = c->key;
 		bpf_map_update_elem(&topic_streams, &w->stream_key, &w->stream, BPF_ANY);
@@ -563,6 +577,8 @@ __noinline int frame(struct xdp_md *ctx, struct flow *f, const struct conn *c,
 
 	next = c->seq + (s.offset - c->payload);
 	f->ack = c->ack;
+	if (f->flags & FLOW_CONNECTED && !(f->connect & FLOW_CONNECT_READ))
+		connect_seen(ctx, c, f);
 	if (f->candidates && next == f->candidate_start && f->parser == PARSER_TYPE &&
 	    !(f->flags & (FLOW_OPAQUE | FLOW_UNSYNCED))) {
 		/* The gap is filled, and what came after it has been here already. */

@@ -13,6 +13,7 @@
 #include "../abi/event.h"
 #include "../abi/handover.h"
 #include "../abi/reason.h"
+#include "../abi/rescue.h"
 #include "../abi/state.h"
 #include "../lib/map.h"
 #include "../lib/ratelimit.h"
@@ -31,11 +32,12 @@ struct {
  * The programs of this object, which hand a packet to each other: what one needs to know of the
  * other's findings is in work.handed. Each has a stack, and the verifier's patience, of its own.
  */
-enum step { STEP_FORWARD, STEP_GREET, STEP_HANDOVER, STEPS };
+enum step { STEP_FORWARD, STEP_GREET, STEP_HANDOVER, STEP_RESCUE, STEPS };
 
 int mqtt_fwd(struct xdp_md *ctx);
 int mqtt_greet(struct xdp_md *ctx);
 int mqtt_handover(struct xdp_md *ctx);
+int mqtt_rescue(struct xdp_md *ctx);
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
@@ -47,6 +49,7 @@ struct {
 		[STEP_FORWARD] = (void *)&mqtt_fwd,
 		[STEP_GREET] = (void *)&mqtt_greet,
 		[STEP_HANDOVER] = (void *)&mqtt_handover,
+		[STEP_RESCUE] = (void *)&mqtt_rescue,
 	},
 };
 
@@ -157,7 +160,7 @@ _Static_assert(REASON_UNJUDGED == REASON_PUBLISH + PUBLISH_REASONS - 1 &&
 
 #define SEGMENT_MAX 2048 /* bytes; frames are linear, and no larger than a page */
 
-/* What a CONNECT says (delayed/connect.h). Offsets are from the start of the frame. */
+/* What a CONNECT says (connect.h). Offsets are from the start of the frame. */
 struct connect {
 	__u32 length; /* of the whole packet; 0: this is no CONNECT */
 	__u32 id; /* offset of the client id */
@@ -168,6 +171,7 @@ struct connect {
 	__u8 flags; /* MQTT 3.1.1 §3.1.2.3 */
 	__u8 has_id; /* the client id lies in the segment */
 	__u8 has_user;
+	__u8 anonymous; /* surely without credentials of any kind */
 };
 
 /* An answer of delayed binding (delayed/answer.h). */
@@ -239,6 +243,7 @@ struct work {
 	struct handover handover; /* with room behind it: see CONNECT_BOUND */
 	struct tcp_option_scan options;
 	struct answer answer;
+	struct rescue rescue; /* with its bytes behind it */
 	__u8 segment[SEGMENT_MAX];
 };
 MAP(work, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct work, 1);
@@ -256,6 +261,7 @@ enum budget_kind {
 	BUDGET_EVENTS, /* one each kind of event */
 	BUDGET_FLOWS = BUDGET_EVENTS + EVENT_KINDS,
 	BUDGET_TOPICS,
+	BUDGET_RESCUES,
 	BUDGETS,
 };
 MAP(budgets, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct budget, BUDGETS);
@@ -264,6 +270,7 @@ MAP(budgets, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct budget, BUDGETS);
 const volatile __u32 events_per_window = 200; /* of each kind; 0 turns events off */
 const volatile __u32 flows_per_window = 10000; /* as Katran's is_under_flood, but for the rate */
 const volatile __u32 topics_per_window = 1000;
+const volatile __u32 rescues_per_window = 50;
 
 MAP(counters, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, __u64, REASONS);
 MAP(map_uses, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct map_use, TRACKED_MAPS);
@@ -272,6 +279,15 @@ struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1 << 22);
 } events SEC(".maps");
+
+/* What misrouted clients sent, for the sidecar (abi/rescue.h). */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 22);
+} rescues SEC(".maps");
+
+/* Written by the sidecar: until when it surely reads them, CLOCK_BOOTTIME in ns. */
+MAP(rescue_until, BPF_MAP_TYPE_ARRAY, __u32, __u64, 1);
 
 static __always_inline void count_many(enum reason reason, __u32 times)
 {

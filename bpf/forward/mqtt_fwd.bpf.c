@@ -6,7 +6,7 @@
  *   bind       its flow, and the group that is bound to        bind/, flow.h, cache.h, delayed/
  *   frame      the MQTT control packets that it shows          framing.h, resync.h, publish.h, route.h,
  *                                                              learn.h
- *   forward    dst: service → group VIP, on to the balancer    cut.h, emit.h
+ *   forward    dst: service → group VIP, on to the balancer    cut.h, rescue.h, emit.h
  *
  * and ends in one of the functions of emit.h and too_big.h, with exactly one verdict.
  */
@@ -18,6 +18,7 @@
 #include "emit.h"
 #include "framing.h"
 #include "icmp_error.h"
+#include "rescued.h"
 #include "services.h"
 #include "too_big.h"
 
@@ -30,12 +31,15 @@ struct exported_types {
 	enum client_flags client_flags;
 	enum client_route_kind client_route_kind;
 	enum event_kind event_kind;
+	enum flow_connect flow_connect;
 	enum flow_flags flow_flags;
 	enum handover_limits handover_limits;
 	enum handover_state handover_state;
 	enum misprediction_policy misprediction_policy;
 	enum parser parser;
 	enum reason reason;
+	enum rescue_flags rescue_flags;
+	struct rescue rescue;
 	enum route_state_flags route_state_flags;
 	enum tracked_map tracked_map;
 	enum way way;
@@ -104,9 +108,14 @@ static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 		bind_predicted(ctx, &b, c, t, svc, f, is_syn(flags), is_end(flags));
 	g = group_of(b.binding);
 	f = b.flow;
+	if (f && f->flags & FLOW_RESCUED && !is_syn(flags) &&
+	    (c->payload_length || flags & bpf_htons(TCP_FIN)))
+		hand_to(ctx, c, svc, b.binding, STEP_RESCUE);
 	if (f && !is_syn(flags)) {
 		if (c->payload_length) {
 			frame(ctx, f, c, t, svc);
+			if (f->flags & FLOW_RESCUED)
+				rescue_begin(ctx, c, f, flags & bpf_htons(TCP_FIN));
 			if (f->flags & FLOW_ENDED)
 				cut_segment(ctx, c, f);
 		} else if (is_bare(c, flags) && bypasses_flows(f, svc)) {

@@ -5,6 +5,7 @@
 
 #include "cache.h"
 #include "learn.h"
+#include "rescue.h"
 #include "route.h"
 
 /* Messages that a flow gathers before its client's record hears of them: often enough that a
@@ -68,10 +69,18 @@ static __always_inline void publish_teach_rest(const struct conn *c, struct flow
 		teach(c, f, t, hash, v->binding, messages);
 }
 
-/* A misrouted PUBLISH that begins at sequence number `start`: no broker is to see it. */
-static __always_inline void flow_end(struct flow *f, const struct conn *c, __u32 start, bool inside)
+/*
+ * A misrouted PUBLISH, or a SUBSCRIBE, that begins at sequence number `start`: its broker is not to see
+ * it, nor what follows.
+ */
+static __always_inline void flow_end(struct work *w, struct flow *f, const struct conn *c, __u32 start,
+				     bool inside, bool rescued)
 {
 	f->flags |= FLOW_ENDED;
+	if (rescued) {
+		f->flags |= FLOW_RESCUED;
+		w->end = 0; /* what follows is not framed here */
+	}
 	if (inside)
 		f->flags |= FLOW_CUT_INSIDE;
 	f->cut_seq = start;
@@ -90,7 +99,7 @@ __noinline int publish_judge(const struct conn *c, struct flow *f, const struct 
 	const struct publish *p;
 	binding_t bound;
 	__u32 messages;
-	bool trusted, right, relayed, same_group, may_end = false;
+	bool trusted, right, relayed, same_group, rescued, may_end = false;
 
 	if (!c || !f || !t || !svc || !w)
 		return 0;
@@ -144,9 +153,12 @@ __noinline int publish_judge(const struct conn *c, struct flow *f, const struct 
 	__u32 groups = from_to(bound, p->to), how = 0;
 	count(REASON_MISPREDICTED);
 	f->flags |= FLOW_MISROUTED;
-	if (may_end && svc->on_misprediction == MISPREDICTION_RESET) {
-		flow_end(f, c, p->start, p->inside);
-		count(REASON_PUBLISH_LOST);
+	/* Nothing is lost by a rescue, so a client of several groups is ended as often as it takes. */
+	rescued = trusted && p->to && rescue_possible(f, svc, p->inside);
+	if (rescued || (may_end && svc->on_misprediction != MISPREDICTION_KEEP)) {
+		flow_end(w, f, c, p->start, p->inside, rescued);
+		if (!rescued)
+			count(REASON_PUBLISH_LOST);
 		how = REPORT_ENDED;
 	}
 	report_event(c, EVENT_MISPREDICTED, groups, p->hash, how);
@@ -172,9 +184,9 @@ __noinline int subscribe_judge(const struct conn *c, struct flow *f, const struc
 	if (belongs_to(bound, svc->relay) || !relay_of(svc))
 		return 0;
 	count(REASON_SUBSCRIBER);
-	if (svc->on_misprediction != MISPREDICTION_RESET)
+	if (svc->on_misprediction == MISPREDICTION_KEEP)
 		return 0;
-	flow_end(f, c, start, inside);
+	flow_end(w, f, c, start, inside, rescue_possible(f, svc, inside));
 	report_event(c, EVENT_MISPREDICTED, from_to(bound, relay_of(svc)), 0, REPORT_ENDED);
 	return 0;
 }

@@ -64,6 +64,10 @@ impl Metrics {
             Family::counter("repairs", "Times that something removed by others was put back")
                 .with(&[("what", "chain")], number(o.chain_repairs.get()))
                 .with(&[("what", "balancer")], number(o.balancer_repairs.get())),
+            Family::counter("rescues", "Messages of misrouted clients, by what became of them")
+                .with(&[("result", "published")], number(o.rescued.get()))
+                .with(&[("result", "lost")], number(o.rescue_lost.get()))
+                .with(&[("result", "left_to_client")], number(o.rescue_left.get())),
         ]
     }
 

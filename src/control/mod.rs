@@ -10,9 +10,11 @@ pub mod instance;
 pub mod keeper;
 pub mod metrics;
 pub mod misrouting;
+mod mqtt;
 pub mod observed;
 pub mod problem;
 pub mod reconcile;
+mod rescue;
 pub mod run;
 pub mod view;
 

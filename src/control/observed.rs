@@ -15,6 +15,12 @@ pub struct Observed {
     pub failed: Counter,
     /// What the keeper put back.
     pub chain_repairs: Counter,
+    /// Messages of misrouted clients that brokers of the right group have.
+    pub rescued: Counter,
+    /// Those that none has for sure.
+    pub rescue_lost: Counter,
+    /// Those at QoS 1 and 2, which their client sends again.
+    pub rescue_left: Counter,
     /// Plans that put back what the balancer lacked.
     pub balancer_repairs: Counter,
 }

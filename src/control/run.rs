@@ -17,11 +17,13 @@ use super::metrics::Metrics;
 use super::misrouting::Misrouting;
 use super::observed::Observed;
 use super::reconcile::watch::Reconciler;
+use super::rescue::Rescuer;
 use super::{Error, Result, api, gateway, instance, keeper};
 use crate::balancer::embedded::Embedded;
 use crate::balancer::embedded::service::Server;
 use crate::config::{BalancerKind, Config};
 use crate::datapath::Datapath;
+use crate::domain::Service;
 use crate::grpc::{self, Listener, ServeError};
 use crate::kernel::{load, privileges};
 use crate::{metrics, service};
@@ -90,6 +92,7 @@ pub async fn run(loaded: Loaded) -> Result<()> {
     let mut in_effect = reals.in_effect(&config);
     let mut tasks = [keeping(&config), checking(&config)];
     let mut reconciler = Reconciler::new(server.is_some(), Arc::clone(&observed));
+    let mut rescuer: Option<Rescuer> = None;
     let ended = async |server: &mut Option<JoinHandle<_>>| match server {
         Some(server) => server.await,
         None => std::future::pending().await,
@@ -99,7 +102,11 @@ pub async fn run(loaded: Loaded) -> Result<()> {
             && let Ok(new) = Datapath::open(&config.pins())
         {
             datapath = new;
+            rescuer = None;
             reconciler.configuration_changed();
+        }
+        if rescuer.is_none() && config.services.iter().any(Service::rescues) {
+            rescuer = rescue(&shared, &reals, &observed);
         }
         let mut problems = reals.problems(&config);
         let counters = datapath.counters().unwrap_or_default();
@@ -129,13 +136,10 @@ pub async fn run(loaded: Loaded) -> Result<()> {
                 reconciler.configuration_changed();
             }
             ended = ended(&mut server) => {
-                let ended = ended.map_err(std::io::Error::other).and_then(|served| {
-                    served.map_err(std::io::Error::other)
-                });
-                return ended.map_err(|source| Error::Io {
-                    what: format!("serving at {}", config.balancer_endpoint),
-                    source,
-                });
+                let ended = ended.map_err(std::io::Error::other);
+                let served = ended.and_then(|served| served.map_err(std::io::Error::other));
+                let what = format!("serving at {}", config.balancer_endpoint);
+                return served.map_err(|source| Error::Io { what, source });
             }
             changed = work => {
                 ready = true;
@@ -148,12 +152,25 @@ pub async fn run(loaded: Loaded) -> Result<()> {
     }
     service::stopping();
     drop(tasks);
+    if let Some(rescuer) = rescuer {
+        rescuer.finish().await;
+    }
     if let (Some(_), Some(path)) = (&server, config.balancer_endpoint.strip_prefix("unix:")) {
         let _ = std::fs::remove_file(path);
     }
     instance::remove(&config);
     info!("ending; forwarding goes on with what is pinned (`mqtt-fwd unload` removes it)");
     Ok(())
+}
+
+fn rescue(
+    config: &Arc<Mutex<Arc<Config>>>,
+    reals: &Arc<Reals>,
+    observed: &Arc<Observed>,
+) -> Option<Rescuer> {
+    Rescuer::start(Arc::clone(config), Arc::clone(reals), Arc::clone(observed))
+        .inspect_err(|error| warn!(%error, "misrouted messages are not rescued"))
+        .ok()
 }
 
 /// Longest time between two signs of life for the service manager.

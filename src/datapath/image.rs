@@ -156,6 +156,7 @@ impl Image {
                 on_misprediction: match svc.on_misprediction {
                     OnMisprediction::Reset => misprediction_policy::MISPREDICTION_RESET.0 as u8,
                     OnMisprediction::Keep => misprediction_policy::MISPREDICTION_KEEP.0 as u8,
+                    OnMisprediction::Rescue => misprediction_policy::MISPREDICTION_RESCUE.0 as u8,
                 },
                 binding: match svc.binding {
                     Binding::Predicted => binding_mode::BINDING_PREDICTED.0 as u8,

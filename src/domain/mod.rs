@@ -56,6 +56,8 @@ pub enum OnMisprediction {
     Reset,
     /// It stays where it is.
     Keep,
+    /// It is ended, and the sidecar publishes what its client sent from there on.
+    Rescue,
 }
 
 /// When a connection gets its group.
@@ -99,6 +101,11 @@ pub struct Service {
 }
 
 impl Service {
+    /// Whether the sidecar publishes for clients that were at the wrong group.
+    pub fn rescues(&self) -> bool {
+        self.on_misprediction == OnMisprediction::Rescue
+    }
+
     /// The group of a client, if a route names it: by client id before user name, the longest
     /// match of each.
     pub fn group_of_client(&self, client_id: &str, username: &str) -> Option<&ClientRoute> {

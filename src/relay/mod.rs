@@ -15,7 +15,7 @@ mod session;
 pub mod stats;
 mod stream;
 mod subscriptions;
-mod table;
+pub mod table;
 mod tls;
 mod upstream;
 mod websocket;

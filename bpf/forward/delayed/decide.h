@@ -12,7 +12,7 @@
 
 #include "../../lib/mqtt.h"
 #include "../topic.h"
-#include "connect.h"
+#include "../connect.h"
 
 /* Control packets that are looked at. */
 #define DECIDE_PACKETS 8

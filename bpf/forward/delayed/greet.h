@@ -20,7 +20,7 @@
 #include "../emit.h"
 #include "../services.h"
 #include "answer.h"
-#include "connect.h"
+#include "../connect.h"
 #include "decide.h"
 
 /* To the verifier, what is copied to or from handover.connect may be this long; see struct work. */
@@ -78,6 +78,8 @@ __noinline int flow_bound(const struct conn *c)
 	f.own = w->id;
 	f.way = v->way;
 	f.why = v->why;
+	/* Else the framing of its CONNECT will tell; who was answered here has no credentials. */
+	f.connect = v->flags & FLOW_CONNECTED ? FLOW_CONNECT_READ | FLOW_ANONYMOUS : 0;
 	if (!flow_add(c, &f))
 		return false;
 	count(REASON_BOUND_MESSAGE + v->way - WAY_MESSAGE);

@@ -22,12 +22,14 @@ pub(super) fn service(r: Reader<'_>) -> Option<Service> {
         .choice("binding", &[("predicted", Binding::Predicted), ("delayed", Binding::Delayed)])
         .unwrap_or(Binding::Predicted);
     let health_check = r.table("health_check").and_then(health_check);
-    let on_misprediction = r
-        .choice(
-            "on_misprediction",
-            &[("reset", OnMisprediction::Reset), ("keep", OnMisprediction::Keep)],
-        )
-        .unwrap_or(OnMisprediction::Reset);
+    let on_misprediction = r.choice(
+        "on_misprediction",
+        &[
+            ("reset", OnMisprediction::Reset),
+            ("keep", OnMisprediction::Keep),
+            ("rescue", OnMisprediction::Rescue),
+        ],
+    );
 
     let group_readers = r.tables("group");
     if group_readers.is_empty() {
@@ -55,6 +57,16 @@ pub(super) fn service(r: Reader<'_>) -> Option<Service> {
     let relay = r.parsed("relay", known);
     if relay.is_some() && relay == default_group {
         r.problem("relay", "is the default group, too; topics without a route need brokers");
+    }
+    let on_misprediction = on_misprediction.unwrap_or(match relay {
+        Some(_) => OnMisprediction::Rescue,
+        None => OnMisprediction::Reset,
+    });
+    if on_misprediction == OnMisprediction::Rescue && relay.is_none() && !r.has("relay") {
+        r.problem(
+            "on_misprediction",
+            "\"rescue\" needs a relay, where such clients go next; write relay = \"NAME\"",
+        );
     }
     let listeners: Vec<RelayListener> =
         r.tables("listener").into_iter().filter_map(|l| listener(l, port)).collect();

@@ -125,6 +125,13 @@ impl Reals {
         groups.flat_map(reals).collect()
     }
 
+    /// Whether a real is not to be used, if there is another.
+    pub fn is_out(&self, service: &str, addr: IpAddr) -> bool {
+        let inner = self.inner();
+        let checked = inner.checked.get(&(service.to_owned(), addr));
+        inner.drained.contains(&addr) || checked.is_some_and(|c| matches!(c.state, State::Down(_)))
+    }
+
     /// What is wrong with them, for `status`.
     pub fn problems(&self, config: &Config) -> Vec<Problem> {
         self.list(config)

@@ -2,17 +2,11 @@
 
 use std::net::SocketAddr;
 
-use futures_util::{SinkExt as _, StreamExt as _};
-use rmqtt_codec::{v3, v5};
 use tokio::io::AsyncWriteExt as _;
-use tokio::net::TcpStream;
-use tokio_util::codec::Framed;
 
+use crate::control::mqtt::{self, Hello};
 use crate::domain::health::{CheckKind, HealthCheck};
 use crate::relay::proxy;
-
-/// Seconds of keepalive in a check's CONNECT; it is over long before.
-const KEEPALIVE: u16 = 10;
 
 /// Checks once; `proxy`: with a PROXY header in front. The error says what was expected.
 pub async fn probe(to: SocketAddr, proxy: bool, check: &HealthCheck) -> Result<(), String> {
@@ -23,72 +17,14 @@ pub async fn probe(to: SocketAddr, proxy: bool, check: &HealthCheck) -> Result<(
 }
 
 async fn connect(to: SocketAddr, proxy: bool, kind: &CheckKind) -> Result<(), String> {
-    let mut stream =
-        TcpStream::connect(to).await.map_err(|e| format!("connecting to {to}: {e}"))?;
-    // Closed with RST, a check leaves nothing in TIME-WAIT here or there.
-    let _ = stream.set_zero_linger();
-    if proxy {
-        let written = stream.write_all(&proxy::local()).await;
-        written.map_err(|e| format!("writing to {to}: {e}"))?;
-    }
+    let header = proxy.then(proxy::local);
+    let mut stream = mqtt::open(to, header.as_deref()).await?;
     let CheckKind::Mqtt { v5, client_id, username, password } = kind else { return Ok(()) };
-    let (client_id, username) = (client_id.clone().into(), username.clone().map(Into::into));
-    let password = password.clone().map(Into::into);
-    if *v5 {
-        let connect = v5::Connect {
-            clean_start: true,
-            keep_alive: KEEPALIVE,
-            client_id,
-            username,
-            password,
-            ..Default::default()
-        };
-        let mut framed = Framed::new(stream, v5::Codec::default());
-        framed.send(v5::Packet::Connect(Box::new(connect))).await.map_err(|e| wrong(to, &e))?;
-        match framed.next().await {
-            Some(Ok((v5::Packet::ConnectAck(ack), _))) => accepted(to, u8::from(ack.reason_code)),
-            Some(Ok(_)) => Err(no_connack(to)),
-            Some(Err(e)) => Err(wrong(to, &e)),
-            None => Err(closed(to)),
-        }?;
-        let bye = v5::Packet::Disconnect(v5::Disconnect::default());
-        let _ = framed.send(bye).await;
-    } else {
-        let connect = v3::Connect {
-            clean_session: true,
-            keep_alive: KEEPALIVE,
-            client_id,
-            username,
-            password,
-            ..Default::default()
-        };
-        let mut framed = Framed::new(stream, v3::Codec::default());
-        framed.send(v3::Packet::Connect(Box::new(connect))).await.map_err(|e| wrong(to, &e))?;
-        match framed.next().await {
-            Some(Ok((v3::Packet::ConnectAck(ack), _))) => accepted(to, u8::from(ack.return_code)),
-            Some(Ok(_)) => Err(no_connack(to)),
-            Some(Err(e)) => Err(wrong(to, &e)),
-            None => Err(closed(to)),
-        }?;
-        let _ = framed.send(v3::Packet::Disconnect).await;
-    }
+    let hello =
+        Hello { v5: *v5, client_id, username: username.as_deref(), password: password.as_deref() };
+    mqtt::connect(&mut stream, to, &hello).await?;
+    let _ = stream.write_all(&mqtt::DISCONNECT).await;
     Ok(())
-}
-
-fn accepted(to: SocketAddr, code: u8) -> Result<(), String> {
-    if code == 0 { Ok(()) } else { Err(format!("{to} refused CONNECT with code {code:#04x}")) }
-}
-
-fn no_connack(to: SocketAddr) -> String {
-    format!("{to} answered with another packet than CONNACK")
-}
-
-fn closed(to: SocketAddr) -> String {
-    format!("{to} closed the connection before CONNACK")
-}
-
-fn wrong(to: SocketAddr, error: &impl std::fmt::Debug) -> String {
-    format!("reading CONNACK from {to}: {error:?}")
 }
 
 #[cfg(test)]

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /* CONNECT (MQTT 3.1.1 §3.1, MQTT 5 §3.1): who the client is, and whether it may be answered here. */
-#ifndef MQTT_FWD_DELAYED_CONNECT_H
-#define MQTT_FWD_DELAYED_CONNECT_H
+#ifndef MQTT_FWD_CONNECT_H
+#define MQTT_FWD_CONNECT_H
 
-#include "../../lib/mqtt.h"
-#include "../maps.h"
+#include "../lib/mqtt.h"
+#include "maps.h"
 
 enum connect_flags {
 	CONNECT_RESERVED = 1 << 0,
@@ -53,6 +53,52 @@ static __always_inline __u32 read_length(struct xdp_md *ctx, __u32 *offset, __u3
 	return p[0] << 8 | p[1];
 }
 
+/* CONNECT's properties that are numbers, by their length in bytes (MQTT 5 §3.1.2.11). */
+#define PROPERTIES_1 (1ULL << 0x17 | 1ULL << 0x19) /* request problem, response information */
+#define PROPERTIES_2 (1ULL << 0x21 | 1ULL << 0x22) /* receive maximum, topic alias maximum */
+#define PROPERTIES_4 (1ULL << 0x11 | 1ULL << 0x27) /* session expiry interval, maximum packet size */
+
+/* Length of such a property's value; 0: it is another. Without a branch, of which there would be many. */
+static __always_inline __u32 number_property(__u8 property)
+{
+	__u64 bit = property < 64 ? 1ULL << property : 0;
+
+	return !!(PROPERTIES_1 & bit) + 2 * !!(PROPERTIES_2 & bit) + 4 * !!(PROPERTIES_4 & bit);
+}
+
+#define NUMBER_PROPERTIES 6
+
+struct property_scan {
+	struct xdp_md *ctx;
+	__u32 offset; /* of the next property */
+	__u32 end; /* of the properties */
+};
+
+static long property_step(__u32 i, void *arg)
+{
+	struct property_scan *s = arg;
+	const __u8 *p = frame_at(s->ctx, s->offset, 1);
+	__u32 size;
+
+	(void)i;
+	if (!p || s->offset >= s->end)
+		return 1;
+	size = number_property(*p);
+	if (!size)
+		return 1;
+	s->offset += 1 + size;
+	return 0;
+}
+
+/* Whether the properties are all numbers: none of them is an authentication method (MQTT 5 §3.1.2.11.9). */
+static __always_inline bool only_numbers(struct xdp_md *ctx, __u32 offset, __u32 length)
+{
+	struct property_scan scan = { .ctx = ctx, .offset = offset, .end = offset + length };
+
+	bpf_loop(NUMBER_PROPERTIES, property_step, &scan, 0);
+	return scan.offset == scan.end;
+}
+
 /* Reads the CONNECT that the payload begins with to work.connect. Global (see event.h). */
 __noinline int read_connect(struct xdp_md *ctx, const struct conn *c)
 {
@@ -95,9 +141,11 @@ __noinline int read_connect(struct xdp_md *ctx, const struct conn *c)
 	if ((name == NAME_MQISDP) == (p[0] == 3))
 		k->level = p[0];
 	k->flags = p[1];
+	k->anonymous = k->level && !(k->flags & (CONNECT_USER | CONNECT_PASSWORD));
 	offset += 4;
 	if (k->level == 5) {
 		length = read_varint(ctx, &offset, end);
+		k->anonymous = k->anonymous && length < end && only_numbers(ctx, offset, length);
 		if (length > 0xffff)
 			return 0;
 		offset += length;
@@ -162,4 +210,4 @@ static __always_inline __u32 connect_unanswerable(const struct connect *k, const
 	return WHY_NONE;
 }
 
-#endif /* MQTT_FWD_DELAYED_CONNECT_H */
+#endif /* MQTT_FWD_CONNECT_H */

@@ -1,0 +1,31 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What a client sent from a misrouted PUBLISH on, for the sidecar to publish where it belongs: a piece of
+ * its stream at a time, in order and without gaps.
+ */
+#ifndef MQTT_FWD_ABI_RESCUE_H
+#define MQTT_FWD_ABI_RESCUE_H
+
+#include "base.h"
+
+enum rescue_flags {
+	RESCUE_V6 = 1 << 0,
+	RESCUE_MQTT5 = 1 << 1,
+	RESCUE_LAST = 1 << 2, /* FIN comes behind it */
+};
+
+/* Followed by `length` bytes. */
+struct rescue {
+	__u64 time_ns; /* CLOCK_BOOTTIME */
+	__be32 client[4]; /* IPv4 in client[0] */
+	__be16 client_port;
+	__u16 service;
+	__u32 start; /* sequence number of the stream's first byte, which begins a control packet */
+	__u32 seq; /* of the first byte here */
+	__u16 length;
+	__u8 flags; /* enum rescue_flags */
+	__u8 pad;
+};
+SIZE_IS(struct rescue, 40);
+
+#endif /* MQTT_FWD_ABI_RESCUE_H */

@@ -1,0 +1,101 @@
+//! Connections of the sidecar's own to brokers.
+
+use std::net::SocketAddr;
+
+use futures_util::{SinkExt as _, StreamExt as _};
+use rmqtt_codec::{v3, v5};
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpStream;
+use tokio_util::codec::Framed;
+
+/// Seconds. Connections are over long before, or used.
+const KEEPALIVE: u16 = 10;
+/// PINGREQ (MQTT 3.1.1 §3.12).
+pub const PINGREQ: [u8; 2] = [0xc0, 0];
+/// DISCONNECT: of MQTT 3.1.1 (§3.14), and of MQTT 5 with reason code 0.
+pub const DISCONNECT: [u8; 2] = [0xe0, 0];
+
+/// What a CONNECT says.
+#[derive(Debug, Clone, Copy)]
+pub struct Hello<'a> {
+    pub v5: bool,
+    pub client_id: &'a str,
+    pub username: Option<&'a str>,
+    pub password: Option<&'a str>,
+}
+
+/// Opens a connection and writes a PROXY protocol header, if there is one. Closed, it leaves nothing in
+/// TIME-WAIT.
+pub async fn open(to: SocketAddr, header: Option<&[u8]>) -> Result<TcpStream, String> {
+    let mut stream =
+        TcpStream::connect(to).await.map_err(|e| format!("connecting to {to}: {e}"))?;
+    let _ = stream.set_zero_linger();
+    let _ = stream.set_nodelay(true);
+    if let Some(header) = header {
+        let written = stream.write_all(header).await;
+        written.map_err(|e| format!("writing to {to}: {e}"))?;
+    }
+    Ok(stream)
+}
+
+/// Sends CONNECT, for a clean session, and waits for a CONNACK that accepts it.
+pub async fn connect(
+    stream: &mut TcpStream,
+    to: SocketAddr,
+    hello: &Hello<'_>,
+) -> Result<(), String> {
+    let client_id = hello.client_id.to_owned().into();
+    let username = hello.username.map(|name| name.to_owned().into());
+    let password = hello.password.map(|secret| secret.to_owned().into());
+    if hello.v5 {
+        let connect = v5::Connect {
+            clean_start: true,
+            keep_alive: KEEPALIVE,
+            client_id,
+            username,
+            password,
+            ..Default::default()
+        };
+        let mut framed = Framed::new(stream, v5::Codec::default());
+        framed.send(v5::Packet::Connect(Box::new(connect))).await.map_err(|e| wrong(to, &e))?;
+        match framed.next().await {
+            Some(Ok((v5::Packet::ConnectAck(ack), _))) => accepted(to, u8::from(ack.reason_code)),
+            Some(Ok(_)) => Err(no_connack(to)),
+            Some(Err(e)) => Err(wrong(to, &e)),
+            None => Err(closed(to)),
+        }
+    } else {
+        let connect = v3::Connect {
+            clean_session: true,
+            keep_alive: KEEPALIVE,
+            client_id,
+            username,
+            password,
+            ..Default::default()
+        };
+        let mut framed = Framed::new(stream, v3::Codec::default());
+        framed.send(v3::Packet::Connect(Box::new(connect))).await.map_err(|e| wrong(to, &e))?;
+        match framed.next().await {
+            Some(Ok((v3::Packet::ConnectAck(ack), _))) => accepted(to, u8::from(ack.return_code)),
+            Some(Ok(_)) => Err(no_connack(to)),
+            Some(Err(e)) => Err(wrong(to, &e)),
+            None => Err(closed(to)),
+        }
+    }
+}
+
+fn accepted(to: SocketAddr, code: u8) -> Result<(), String> {
+    if code == 0 { Ok(()) } else { Err(format!("{to} refused CONNECT with code {code:#04x}")) }
+}
+
+fn no_connack(to: SocketAddr) -> String {
+    format!("{to} answered with another packet than CONNACK")
+}
+
+fn closed(to: SocketAddr) -> String {
+    format!("{to} closed the connection before CONNACK")
+}
+
+fn wrong(to: SocketAddr, error: &impl std::fmt::Debug) -> String {
+    format!("reading CONNACK from {to}: {error:?}")
+}

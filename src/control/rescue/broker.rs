@@ -1,0 +1,83 @@
+//! A connection to a broker, on which a client's messages are published at QoS 0.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use crate::control::mqtt::{self, Hello};
+use crate::relay::proxy;
+use crate::relay::scan::{self, kind};
+use crate::relay::table::BrokerInfo;
+
+const OPEN: Duration = Duration::from_secs(2);
+/// For a write, and for the answer to PINGREQ.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+pub struct Connection {
+    stream: TcpStream,
+    /// Messages that the broker has not confirmed.
+    pub unconfirmed: u64,
+}
+
+impl Connection {
+    /// Without credentials, as the client was.
+    pub async fn open(
+        broker: &BrokerInfo,
+        client: SocketAddr,
+        service: SocketAddr,
+        v5: bool,
+    ) -> Result<Self, String> {
+        let header = broker.proxy_protocol.then(|| proxy::header(client, service));
+        let client_id = format!("rescue-{:08x}", getrandom::u32().unwrap_or_default());
+        let hello = Hello { v5, client_id: &client_id, username: None, password: None };
+        let opening = async {
+            let mut stream = mqtt::open(broker.addr, header.as_deref()).await?;
+            mqtt::connect(&mut stream, broker.addr, &hello).await?;
+            Ok(Self { stream, unconfirmed: 0 })
+        };
+        match timeout(OPEN, opening).await {
+            Ok(result) => result,
+            Err(_) => Err(format!("no answer from {} in {} s", broker.addr, OPEN.as_secs())),
+        }
+    }
+
+    /// Writes a PUBLISH; false: the broker may or may not have it.
+    pub async fn write(&mut self, message: &[u8]) -> bool {
+        self.unconfirmed += 1;
+        matches!(timeout(PATIENCE, self.stream.write_all(message)).await, Ok(Ok(())))
+    }
+
+    /// A broker works through a connection's packets in order, so PINGRESP says that it has them all.
+    pub async fn confirm(&mut self) -> bool {
+        if self.unconfirmed == 0 {
+            return true;
+        }
+        self.unconfirmed = 0;
+        matches!(timeout(PATIENCE, self.ping()).await, Ok(Some(())))
+    }
+
+    async fn ping(&mut self) -> Option<()> {
+        self.stream.write_all(&mqtt::PINGREQ).await.ok()?;
+        let mut received = Vec::new();
+        loop {
+            if self.stream.read_buf(&mut received).await.ok()? == 0 {
+                return None;
+            }
+            while let Some(h) = scan::header(&received).ok()? {
+                match h.kind() {
+                    kind::PINGRESP => return Some(()),
+                    kind::DISCONNECT => return None,
+                    _ if received.len() >= h.total() => drop(received.drain(..h.total())),
+                    _ => break,
+                }
+            }
+        }
+    }
+
+    pub async fn close(mut self) {
+        let _ = timeout(PATIENCE, self.stream.write_all(&mqtt::DISCONNECT)).await;
+    }
+}
