@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use futures_util::{SinkExt as _, StreamExt as _};
 use rmqtt_codec::{v3, v5};
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_util::codec::Framed;
 
@@ -39,8 +39,8 @@ pub async fn open(to: SocketAddr, header: Option<&[u8]>) -> Result<TcpStream, St
 }
 
 /// Sends CONNECT, for a clean session, and waits for a CONNACK that accepts it.
-pub async fn connect(
-    stream: &mut TcpStream,
+pub async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
     to: SocketAddr,
     hello: &Hello<'_>,
 ) -> Result<(), String> {

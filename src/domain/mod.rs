@@ -9,7 +9,7 @@ pub mod rendezvous;
 use std::net::IpAddr;
 
 use filter::TopicFilter;
-pub use relay::{RelayLimits, RelayListener, RelayTls};
+pub use relay::{BrokerTls, Certificate, RelayLimits, RelayListener, RelayTls};
 
 /// How XDP programs run on an interface.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -151,6 +151,8 @@ pub struct Group {
     pub affinity: Affinity,
     /// Whether its brokers want the client's address from the relay (PROXY protocol).
     pub proxy_protocol: bool,
+    /// TLS from relay and sidecar to its brokers; `None`: TCP.
+    pub tls: Option<BrokerTls>,
     /// The brokers' addresses, at least one.
     pub reals: Vec<Real>,
 }

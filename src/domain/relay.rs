@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use tokio_rustls::rustls::pki_types::ServerName;
+
 /// An additional port of the relay, for TLS or WebSocket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RelayListener {
@@ -13,13 +15,33 @@ pub struct RelayListener {
     pub websocket: bool,
 }
 
-/// TLS settings; all files are PEM.
+/// A certificate and its key, both PEM.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RelayTls {
+pub struct Certificate {
     /// Certificate chain.
     pub certificate: PathBuf,
     /// Private key.
     pub key: PathBuf,
+}
+
+/// TLS towards brokers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BrokerTls {
+    /// Their TCP port for it.
+    pub port: u16,
+    /// CA certificates (PEM) that theirs are verified with.
+    pub ca: PathBuf,
+    /// Name in their certificates; `None`: each its address.
+    pub server_name: Option<ServerName<'static>>,
+    /// What is shown to them.
+    pub certificate: Option<Certificate>,
+}
+
+/// TLS towards clients.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RelayTls {
+    /// At least one. The first is for clients that ask for no name of another (SNI).
+    pub certificates: Vec<Certificate>,
     /// CA certificates for client authentication.
     pub client_ca: Option<PathBuf>,
     /// User name towards brokers: the common name of the client's certificate.

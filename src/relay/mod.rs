@@ -7,6 +7,7 @@
 //!            connect  subscriptions  ids  scan  table ────┘
 //! ```
 
+pub mod broker;
 mod connect;
 mod ids;
 pub mod proxy;
@@ -62,9 +63,9 @@ pub enum RelayError {
          runs `mqtt-fwd relay`"
     )]
     NoService,
-    /// Too many routes.
+    /// Too many routes, or a group's TLS files.
     #[error(transparent)]
-    Routes(#[from] crate::routes::compile::TooManyStates),
+    Table(#[from] table::TableError),
     /// A listening socket cannot be opened.
     #[error("listening on {addr}: {source}{}", hint(.source))]
     Listen {

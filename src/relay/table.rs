@@ -2,10 +2,12 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use siphasher::sip::SipHasher13;
 
+use super::broker::BrokerInfo;
+use super::tls::{Connector, TlsError};
 use crate::config::Config;
 use crate::domain::filter::{Level, TopicFilter};
 use crate::domain::{Service, Target, rendezvous};
@@ -27,15 +29,15 @@ struct Group {
     slots: Vec<Broker>,
 }
 
-/// A broker.
-#[derive(Debug, Clone)]
-pub struct BrokerInfo {
-    /// Where it listens.
-    pub addr: SocketAddr,
-    /// Name of its group.
-    pub group: String,
-    /// Whether it expects a PROXY protocol header.
-    pub proxy_protocol: bool,
+/// A table that cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum TableError {
+    /// Too many routes.
+    #[error(transparent)]
+    Routes(#[from] TooManyStates),
+    /// A group's TLS files.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
 }
 
 /// Routes and brokers of a service.
@@ -49,33 +51,36 @@ pub struct Table {
     targets: Vec<Option<usize>>,
     groups: Vec<Group>,
     default: usize,
-    brokers: Vec<BrokerInfo>,
+    brokers: Vec<Arc<BrokerInfo>>,
     /// Groups of the topics whose walk passes a state, computed on demand.
     reachable: Mutex<HashMap<u32, BTreeSet<usize>>>,
 }
 
 impl Table {
     /// Builds the table of a service; the relay's own group is left out.
-    pub fn new(config: &Config, service: &Service) -> Result<Self, TooManyStates> {
+    pub fn new(config: &Config, service: &Service) -> Result<Self, TableError> {
         let filters: Vec<&TopicFilter> = service.routes.iter().map(|r| &r.filter).collect();
         let automaton = Automaton::compile(&filters, config.maps.route_states)?;
         let mut edges: HashMap<u32, HashMap<Box<str>, u32>> = HashMap::new();
         for edge in automaton.edges {
             edges.entry(edge.state).or_default().insert(edge.level.into(), edge.next);
         }
-        let mut brokers: Vec<BrokerInfo> = Vec::new();
+        let mut brokers = Vec::new();
         let mut groups = Vec::new();
         let mut numbers = HashMap::new();
         for group in service.groups.iter().filter(|g| Some(&g.name) != service.relay.as_ref()) {
             numbers.insert(group.name.as_str(), groups.len());
             let mut weighted = Vec::new();
+            let tls = group.tls.as_ref().map(Connector::load).transpose()?;
+            let port = group.tls.as_ref().map_or(service.port, |tls| tls.port);
             for real in &group.reals {
                 weighted.push((brokers.len() as Broker, real.addr, real.weight));
-                brokers.push(BrokerInfo {
-                    addr: SocketAddr::new(real.addr, service.port),
+                brokers.push(Arc::new(BrokerInfo {
+                    addr: SocketAddr::new(real.addr, port),
                     group: group.name.clone(),
                     proxy_protocol: group.proxy_protocol,
-                });
+                    tls: tls.clone(),
+                }));
             }
             let slots = rendezvous::fill(&weighted, SLOTS);
             groups.push(Group { brokers: weighted.iter().map(|w| w.0).collect(), slots });
@@ -102,7 +107,7 @@ impl Table {
     }
 
     /// A broker by its index.
-    pub fn broker(&self, broker: Broker) -> &BrokerInfo {
+    pub fn broker(&self, broker: Broker) -> &Arc<BrokerInfo> {
         &self.brokers[usize::from(broker)]
     }
 

@@ -1,19 +1,24 @@
-//! TLS towards clients: certificates, reload, client certificates.
+//! TLS: towards clients, with certificates by name, reload and client certificates; towards brokers.
 
 use std::io;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use tokio::net::TcpStream;
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::client::ClientConfig;
+use tokio_rustls::rustls::crypto::CryptoProvider;
+use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use tokio_rustls::rustls::server::WebPkiClientVerifier;
+use tokio_rustls::rustls::server::{ClientHello, ResolvesServerCert, WebPkiClientVerifier};
+use tokio_rustls::rustls::sign::CertifiedKey;
 use tokio_rustls::rustls::{self, RootCertStore, ServerConfig};
 use tokio_rustls::server::TlsStream;
-use x509_parser::prelude::{FromDer as _, X509Certificate};
+use tokio_rustls::{TlsAcceptor, TlsConnector, client};
+use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
-use crate::domain::RelayTls;
+use crate::domain::{BrokerTls, Certificate, RelayTls};
 
 /// A certificate or key that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -57,31 +62,133 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     Ok(all)
 }
 
+fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
+    PrivateKeyDer::from_pem_file(path).map_err(|e| file(path, e))
+}
+
+fn authorities(path: &Path) -> Result<RootCertStore, TlsError> {
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(path)? {
+        roots.add(certificate).map_err(|e| file(path, e))?;
+    }
+    Ok(roots)
+}
+
+/// A certificate that clients may ask for by name (SNI, RFC 6066 §3).
+#[derive(Debug)]
+struct Named {
+    /// DNS names of its subject, lower case; `*.` stands for one label (RFC 9525 §6.3).
+    names: Vec<String>,
+    key: Arc<CertifiedKey>,
+}
+
+impl Named {
+    fn load(certificate: &Certificate, provider: &CryptoProvider) -> Result<Self, TlsError> {
+        let path = &certificate.certificate;
+        let chain = certificates(path)?;
+        let (_, parsed) = X509Certificate::from_der(&chain[0]).map_err(|e| file(path, e))?;
+        let names = parsed.subject_alternative_name().map_err(|e| file(path, e))?;
+        let names = names.iter().flat_map(|names| &names.value.general_names);
+        let names = names
+            .filter_map(|name| match name {
+                GeneralName::DNSName(name) => Some(name.to_ascii_lowercase()),
+                _ => None,
+            })
+            .collect();
+        let key = CertifiedKey::from_der(chain, private_key(&certificate.key)?, provider)
+            .map_err(|source| TlsError::Pair { path: path.clone(), source })?;
+        Ok(Self { names, key: Arc::new(key) })
+    }
+
+    fn is_for(&self, wanted: &str) -> bool {
+        let rest = wanted.split_once('.').map(|(_, rest)| rest);
+        self.names.iter().any(|name| match name.strip_prefix("*.") {
+            Some(name) => rest == Some(name),
+            None => name == wanted,
+        })
+    }
+}
+
+/// The first is for those that ask for none of the others.
+#[derive(Debug)]
+struct ByName(Vec<Named>);
+
+impl ResolvesServerCert for ByName {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let wanted = hello.server_name().map(str::to_ascii_lowercase);
+        let named = wanted.and_then(|wanted| self.0.iter().find(|c| c.is_for(&wanted)));
+        named.or(self.0.first()).map(|c| Arc::clone(&c.key))
+    }
+}
+
 fn server(settings: &RelayTls) -> Result<ServerConfig, TlsError> {
-    let chain = certificates(&settings.certificate)?;
-    let key = PrivateKeyDer::from_pem_file(&settings.key).map_err(|e| file(&settings.key, e))?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let pair = |source| TlsError::Pair { path: settings.certificate.clone(), source };
+    let all = settings.certificates.iter().map(|c| Named::load(c, &provider));
+    let all = ByName(all.collect::<Result<_, _>>()?);
     let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()
-        .map_err(pair)?;
+        .expect("the provider knows TLS 1.2 and 1.3");
     let builder = match &settings.client_ca {
         None => builder.with_no_client_auth(),
         Some(path) => {
-            let mut roots = RootCertStore::empty();
-            for certificate in certificates(path)? {
-                roots.add(certificate).map_err(|e| file(path, e))?;
-            }
-            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
+            let roots = Arc::new(authorities(path)?);
+            let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider)
                 .build()
                 .map_err(|e| file(path, e))?;
             builder.with_client_cert_verifier(verifier)
         }
     };
-    let mut config = builder.with_single_cert(chain, key).map_err(pair)?;
+    let mut config = builder.with_cert_resolver(Arc::new(all));
     // ALPN, for clients that send it.
     config.alpn_protocols = vec![b"mqtt".to_vec(), b"http/1.1".to_vec()];
     Ok(config)
+}
+
+/// TLS towards the brokers of a group.
+#[derive(Clone)]
+pub struct Connector {
+    tls: TlsConnector,
+    /// In their certificates; `None`: their addresses.
+    name: Option<ServerName<'static>>,
+}
+
+impl std::fmt::Debug for Connector {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Connector").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl Connector {
+    /// Reads authorities, and the certificate that is shown to brokers.
+    pub fn load(settings: &BrokerTls) -> Result<Self, TlsError> {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let builder = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .expect("the provider knows TLS 1.2 and 1.3")
+            .with_root_certificates(authorities(&settings.ca)?);
+        let config = match &settings.certificate {
+            None => builder.with_no_client_auth(),
+            Some(own) => {
+                let chain = certificates(&own.certificate)?;
+                let path = own.certificate.clone();
+                builder
+                    .with_client_auth_cert(chain, private_key(&own.key)?)
+                    .map_err(|source| TlsError::Pair { path, source })?
+            }
+        };
+        let name = settings.server_name.clone();
+        Ok(Self { tls: TlsConnector::from(Arc::new(config)), name })
+    }
+
+    /// TLS' handshake with a broker at that address.
+    pub async fn connect(
+        &self,
+        addr: IpAddr,
+        stream: TcpStream,
+    ) -> io::Result<client::TlsStream<TcpStream>> {
+        let name = self.name.clone().unwrap_or_else(|| ServerName::IpAddress(addr.into()));
+        self.tls.connect(name, stream).await
+    }
 }
 
 impl Tls {

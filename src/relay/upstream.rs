@@ -4,10 +4,10 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::net::TcpStream;
-
+use super::broker::{BrokerInfo, BrokerStream};
 use super::connect::{Connack, Kind};
 use super::stream::Pending;
 use super::table::Broker;
@@ -17,16 +17,16 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pause before a failed connection is retried.
 pub const RETRY: Duration = Duration::from_secs(1);
 
-type Connecting = Pin<Box<dyn Future<Output = io::Result<TcpStream>> + Send>>;
+type Connecting = Pin<Box<dyn Future<Output = io::Result<BrokerStream>> + Send>>;
 
 /// State of a broker connection.
 pub enum State {
-    /// TCP's handshake.
+    /// The handshakes of TCP and TLS.
     Connecting(Connecting),
     /// CONNECT was sent.
-    Opening(TcpStream),
+    Opening(BrokerStream),
     /// CONNACK was received.
-    Ready(TcpStream),
+    Ready(BrokerStream),
     /// Failed; retried at that time.
     Waiting(Instant),
     /// Not in use.
@@ -40,6 +40,9 @@ pub struct Upstream {
     pub broker: Broker,
     /// Where it listens.
     pub addr: SocketAddr,
+    info: Arc<BrokerInfo>,
+    /// The PROXY protocol header that it wants.
+    header: Option<Vec<u8>>,
     /// Its state.
     pub state: State,
     /// Which CONNECT it gets.
@@ -84,11 +87,20 @@ pub struct Upstream {
 
 impl Upstream {
     /// Begins to connect.
-    pub fn new(broker: Broker, addr: SocketAddr, kind: Kind, keepalive: u16, now: Instant) -> Self {
+    pub fn new(
+        broker: Broker,
+        info: Arc<BrokerInfo>,
+        header: Option<Vec<u8>>,
+        kind: Kind,
+        keepalive: u16,
+        now: Instant,
+    ) -> Self {
         Self {
             broker,
-            addr,
-            state: connect(addr),
+            addr: info.addr,
+            state: State::Connecting(Box::pin(info.open(header.clone()))),
+            info,
+            header,
             kind,
             then: VecDeque::new(),
             connack: None,
@@ -114,7 +126,8 @@ impl Upstream {
     /// Replaces the connection by a new one.
     pub fn reconnect(&mut self, kind: Kind, now: Instant) {
         let (then, subscribed) = (std::mem::take(&mut self.then), self.subscribed);
-        *self = Self::new(self.broker, self.addr, kind, self.keepalive, now);
+        let (info, header) = (Arc::clone(&self.info), self.header.take());
+        *self = Self::new(self.broker, info, header, kind, self.keepalive, now);
         (self.then, self.subscribed) = (then, subscribed);
     }
 
@@ -170,13 +183,4 @@ impl Upstream {
     fn patience(&self) -> Duration {
         Duration::from_secs(u64::from(self.keepalive / 2).max(5))
     }
-}
-
-/// Opens a TCP connection.
-pub fn connect(addr: SocketAddr) -> State {
-    State::Connecting(Box::pin(async move {
-        let stream = TcpStream::connect(addr).await?;
-        stream.set_nodelay(true)?;
-        Ok(stream)
-    }))
 }

@@ -124,11 +124,15 @@ impl Bed {
     }
 
     pub fn start_broker(&mut self, n: usize) {
-        let conf = self.dir.join(format!("{n}.conf"));
         let text = format!(
             "listener 1883 10.9.0.{n}\nallow_anonymous true\npersistence false\nuser root\n\
              max_queued_messages 0\nmessage_size_limit 0\nlog_type none\n"
         );
+        self.start_broker_with(n, &text, 1883);
+    }
+
+    pub fn start_broker_with(&mut self, n: usize, text: &str, port: u16) {
+        let conf = self.dir.join(format!("{n}.conf"));
         std::fs::write(&conf, text).unwrap();
         let child = self
             .command("mosquitto")
@@ -137,7 +141,8 @@ impl Bed {
             .spawn()
             .unwrap();
         self.brokers[n] = Some(child);
-        wait_for("a broker", || self.inside(|| std::net::TcpStream::connect(Self::broker(n)).ok()));
+        let at = SocketAddr::new(Self::broker(n).ip(), port);
+        wait_for("a broker", || self.inside(|| std::net::TcpStream::connect(at).ok()));
     }
 
     pub fn kill_broker(&mut self, n: usize) {

@@ -42,7 +42,12 @@ impl Authority {
     }
 
     fn sign(&self, dir: &Path, file: &str, name: &str) {
-        let mut params = CertificateParams::new(vec!["relay.test".to_owned()]).unwrap();
+        self.sign_for(dir, file, name, &["relay.test"]);
+    }
+
+    fn sign_for(&self, dir: &Path, file: &str, name: &str, names: &[&str]) {
+        let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+        let mut params = CertificateParams::new(names).unwrap();
         params.distinguished_name.push(DnType::CommonName, name);
         let key = KeyPair::generate().unwrap();
         let certificate = params.signed_by(&key, &self.issuer).unwrap();
@@ -105,6 +110,15 @@ fn over_tls(
     port: u16,
     with_certificate: bool,
 ) -> StreamOwned<ClientConnection, TcpStream> {
+    over_tls_to(bed, port, with_certificate, "relay.test")
+}
+
+fn over_tls_to(
+    bed: &Bed,
+    port: u16,
+    with_certificate: bool,
+    name: &str,
+) -> StreamOwned<ClientConnection, TcpStream> {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_file(bed.dir.join("ca.crt")).unwrap()).unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -119,7 +133,7 @@ fn over_tls(
     } else {
         builder.with_no_client_auth()
     };
-    let name = "relay.test".try_into().unwrap();
+    let name = name.to_owned().try_into().unwrap();
     let stream = bed.stream(("10.9.1.200", port));
     StreamOwned::new(ClientConnection::new(Arc::new(config), name).unwrap(), stream)
 }
@@ -255,4 +269,95 @@ fn brokers_get_the_clients_address_and_the_name_in_its_certificate() {
     assert_eq!(addresses.destination_address.to_string(), "10.9.1.200");
     let connect = &bytes[header.len()..];
     assert!(connect.windows(8).any(|w| w == b"device-7"), "{connect:02x?}");
+}
+
+#[test]
+fn each_name_has_its_certificate() {
+    let listener = r#"listener = [{ port = 8883, tls = {
+        certificate = "@DIR@/relay.crt", key = "@DIR@/relay.key",
+        additional = [{ certificate = "@DIR@/other.crt", key = "@DIR@/other.key" }] } }]"#;
+    let mut bed = Bed::empty("", &listener.replace('\n', ""));
+    let authority = Authority::new(&bed.dir);
+    authority.sign(&bed.dir, "relay", "first");
+    authority.sign_for(&bed.dir, "other", "second", &["Other.test", "*.sites.test"]);
+    for broker in 1..=6 {
+        bed.start_broker(broker);
+    }
+    bed.start_relay();
+    let shown = |name: &str| {
+        let mut stream = over_tls_to(&bed, 8883, false, name);
+        let sent = stream.write_all(&connect(4, name).packet()).and_then(|()| stream.flush());
+        sent.and_then(|()| stream.read(&mut [0; 4])).ok()?;
+        let chain = stream.conn.peer_certificates().unwrap();
+        Some(chain[0].to_vec())
+    };
+    let of = |file: &str| {
+        CertificateDer::from_pem_file(bed.dir.join(format!("{file}.crt"))).unwrap().to_vec()
+    };
+    assert_eq!(shown("relay.test"), Some(of("relay")));
+    assert_eq!(shown("other.test"), Some(of("other")));
+    assert_eq!(shown("OTHER.test"), Some(of("other")));
+    assert_eq!(shown("a.sites.test"), Some(of("other")));
+    // The first, which clients that check the name do not take.
+    assert_eq!(shown("a.b.sites.test"), None);
+    assert_eq!(shown("unknown.test"), None);
+}
+
+/// A broker with TLS alone, which wants the relay's certificate.
+fn start_tls_broker(bed: &mut Bed, n: usize) {
+    let dir = bed.dir.to_str().unwrap().to_owned();
+    bed.start_broker_with(
+        n,
+        &format!(
+            "listener 8883 10.9.0.{n}\nallow_anonymous true\npersistence false\nuser root\n\
+             max_queued_messages 0\nmessage_size_limit 0\nlog_type none\n\
+             cafile {dir}/ca.crt\ncertfile {dir}/broker{n}.crt\nkeyfile {dir}/broker{n}.key\n\
+             require_certificate true\n"
+        ),
+        8883,
+    );
+}
+
+#[test]
+fn brokers_may_speak_tls() {
+    let mut bed = Bed::empty("", LISTENERS);
+    let file = bed.dir.join("config.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let dir = bed.dir.to_str().unwrap().to_owned();
+    let tls = format!(
+        "tls = {{ ca = \"{dir}/ca.crt\", certificate = \"{dir}/client.crt\", key = \"{dir}/client.key\" }}"
+    );
+    let text = text.replace("name = \"temp\",", &format!("name = \"temp\", {tls},")).replace(
+        "name = \"hum\",",
+        &format!("name = \"hum\", {},", tls.replace("{ ca", "{ server_name = \"hum.test\", ca")),
+    );
+    std::fs::write(&file, text).unwrap();
+    let authority = Authority::new(&bed.dir);
+    authority.sign(&bed.dir, "relay", "relay.test");
+    authority.sign(&bed.dir, "client", "the relay");
+    for n in 1..=4 {
+        let name = if n <= 2 { format!("10.9.0.{n}") } else { "hum.test".to_owned() };
+        authority.sign_for(&bed.dir, &format!("broker{n}"), "broker", &[&name]);
+        start_tls_broker(&mut bed, n);
+    }
+    for n in 5..=6 {
+        bed.start_broker(n);
+    }
+    bed.start_relay();
+    try_out(&bed, bed.stream(("10.9.1.200", 1883)), "plain");
+    try_out(&bed, over_tls(&bed, 8883, false), "tls");
+
+    // A broker that another authority vouches for gets nothing.
+    for n in 1..=2 {
+        bed.kill_broker(n);
+    }
+    let other = tempfile::tempdir().unwrap();
+    let stranger = Authority::new(other.path());
+    for n in 1..=2 {
+        stranger.sign_for(&bed.dir, &format!("broker{n}"), "broker", &[&format!("10.9.0.{n}")]);
+        start_tls_broker(&mut bed, n);
+    }
+    let mut client = bed.client("deceived");
+    client.publish("temp/x", 1, b"secret");
+    assert_ne!(client.try_packet().ok().flatten().map(|p| p[0]), Some(0x40), "no PUBACK");
 }

@@ -2,10 +2,12 @@
 
 use std::net::IpAddr;
 
+use tokio_rustls::rustls::pki_types::ServerName;
+
 use super::super::reader::Reader;
 use super::super::{Binding, Group, Real};
-use super::values::{address, name_text};
-use crate::domain::{ANY, Affinity};
+use super::values::{absolute, address, certificate, name_text};
+use crate::domain::{ANY, Affinity, BrokerTls};
 
 pub(super) fn group(r: Reader<'_>, service: Option<IpAddr>, binding: Binding) -> Option<Group> {
     let name = r.required("name", "temperature", |text| {
@@ -45,6 +47,7 @@ pub(super) fn group(r: Reader<'_>, service: Option<IpAddr>, binding: Binding) ->
         );
     }
     let proxy_protocol = r.flag("proxy_protocol").unwrap_or(false);
+    let tls = r.table("tls").and_then(broker_tls);
     let mut reals: Vec<Real> = Vec::new();
     let mut complete = true;
     let readers = r.tables("reals");
@@ -93,5 +96,18 @@ pub(super) fn group(r: Reader<'_>, service: Option<IpAddr>, binding: Binding) ->
     }
     r.finish();
     complete.then_some(())?;
-    Some(Group { name: name?, vip: vip?, affinity, proxy_protocol, reals })
+    Some(Group { name: name?, vip: vip?, affinity, proxy_protocol, tls, reals })
+}
+
+/// TLS from relay and sidecar to a group's brokers.
+fn broker_tls(r: Reader<'_>) -> Option<BrokerTls> {
+    let port = r.number("port", 1..=65_535).unwrap_or(8883);
+    let ca = r.required("ca", "/etc/mqtt-fwd/brokers-ca.crt", absolute);
+    let server_name = r.parsed("server_name", |text| {
+        ServerName::try_from(text.to_owned())
+            .map_err(|_| "is neither a DNS name nor an address".to_owned())
+    });
+    let certificate = if r.has("certificate") || r.has("key") { certificate(&r) } else { None };
+    r.finish();
+    Some(BrokerTls { port, ca: ca?, server_name, certificate })
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::super::reader::Reader;
 use super::super::{Binding, Group, OnMisprediction, Route, Service, Target};
 use super::group::group;
-use super::values::{absolute, address, name_text};
+use super::values::{absolute, address, certificate, name_text};
 use crate::domain::filter::TopicFilter;
 use crate::domain::health::{CheckKind, HealthCheck};
 use crate::domain::{ANY, ClientRoute, ClientRouteKind, RelayListener, RelayTls};
@@ -149,8 +149,13 @@ fn listener(r: Reader<'_>, service_port: u16) -> Option<RelayListener> {
     }
     let websocket = r.flag("websocket").unwrap_or(false);
     let tls = r.table("tls").and_then(|t| {
-        let certificate = t.required("certificate", "/etc/mqtt-fwd/relay.crt", absolute);
-        let key = t.required("key", "/etc/mqtt-fwd/relay.key", absolute);
+        let first = certificate(&t);
+        let others = t.tables("additional").into_iter().map(|other| {
+            let pair = certificate(&other);
+            other.finish();
+            pair
+        });
+        let certificates: Option<Vec<_>> = [first].into_iter().chain(others).collect();
         let client_ca = t.parsed("client_ca", absolute);
         let username_from_certificate = t.flag("username_from_certificate").unwrap_or(false);
         if username_from_certificate && !t.has("client_ca") {
@@ -160,8 +165,7 @@ fn listener(r: Reader<'_>, service_port: u16) -> Option<RelayListener> {
             );
         }
         t.finish();
-        let (certificate, key) = (certificate?, key?);
-        Some(RelayTls { certificate, key, client_ca, username_from_certificate })
+        Some(RelayTls { certificates: certificates?, client_ca, username_from_certificate })
     });
     if !websocket && !r.has("tls") {
         r.problem(

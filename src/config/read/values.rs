@@ -3,6 +3,8 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use super::super::reader::Reader;
+use crate::domain::Certificate;
 use crate::kernel::abi::limits;
 
 const NAME_MAX: usize = limits::GROUP_NAME_MAX.0 as usize - 1;
@@ -80,4 +82,11 @@ pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
     })?;
     // Nor one of many stations (the lowest bit of the first byte, IEEE 802).
     (!mac.is_nil() && mac.is_unicast()).then(|| mac.into_array())
+}
+
+/// A certificate and its key, in the table that names them.
+pub(super) fn certificate(r: &Reader<'_>) -> Option<Certificate> {
+    let certificate = r.required("certificate", "/etc/mqtt-fwd/relay.crt", absolute);
+    let key = r.required("key", "/etc/mqtt-fwd/relay.key", absolute);
+    Some(Certificate { certificate: certificate?, key: key? })
 }

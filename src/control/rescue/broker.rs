@@ -4,20 +4,19 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::control::mqtt::{self, Hello};
+use crate::relay::broker::{BrokerInfo, BrokerStream};
 use crate::relay::proxy;
 use crate::relay::scan::{self, kind};
-use crate::relay::table::BrokerInfo;
 
 const OPEN: Duration = Duration::from_secs(2);
 /// For a write, and for the answer to PINGREQ.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 pub struct Connection {
-    stream: TcpStream,
+    stream: BrokerStream,
     /// Messages that the broker has not confirmed.
     pub unconfirmed: u64,
 }
@@ -34,7 +33,8 @@ impl Connection {
         let client_id = format!("rescue-{:08x}", getrandom::u32().unwrap_or_default());
         let hello = Hello { v5, client_id: &client_id, username: None, password: None };
         let opening = async {
-            let mut stream = mqtt::open(broker.addr, header.as_deref()).await?;
+            let opened = broker.open(header).await;
+            let mut stream = opened.map_err(|e| format!("connecting to {}: {e}", broker.addr))?;
             mqtt::connect(&mut stream, broker.addr, &hello).await?;
             Ok(Self { stream, unconfirmed: 0 })
         };

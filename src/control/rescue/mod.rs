@@ -268,7 +268,9 @@ impl Routes {
             .find(|entry| entry.id == service)?;
         let addr = SocketAddr::new(words_addr(entry.addr, entry.v6 != 0), u16::from_be(entry.port));
         let of_config = config.services.iter().find(|s| SocketAddr::new(s.addr, s.port) == addr)?;
-        let table = Table::new(&config, of_config).ok()?;
+        let table = Table::new(&config, of_config)
+            .inspect_err(|error| warn!(%error, "messages are not rescued"))
+            .ok()?;
         let destination =
             Destination { name: of_config.name.clone(), addr, table: Arc::new(table) };
         self.tables.insert(service, destination.clone());

@@ -11,7 +11,7 @@ use super::super::connect::{Connack, Kind};
 use super::super::ids::Slot;
 use super::super::scan::{self, Header, kind};
 use super::super::upstream::{RETRY, State, Upstream};
-use super::super::{proxy, stream, subscriptions};
+use super::super::{stream, subscriptions};
 use super::{
     BUFFER, End, HIGH, Piece, SCRATCH, SESSIONS_TIMEOUT, Session, acknowledgement, append,
 };
@@ -30,9 +30,6 @@ impl Session {
                     self.broker_lost(slot, now).map(|()| true)
                 }
                 Poll::Ready(Ok(stream)) => {
-                    if self.table.broker(up.broker).proxy_protocol {
-                        up.out.push(&proxy::header(self.addrs.0, self.addrs.1));
-                    }
                     up.out.push(&self.connect.for_broker(up.kind, self.assigned.as_deref()));
                     up.state = State::Opening(stream);
                     up.last_out = now;

@@ -32,6 +32,7 @@ use tracing::debug;
 
 use super::connect::{Connect, Kind};
 use super::ids::{Deliveries, Slot};
+use super::proxy;
 use super::scan::{Malformed, kind};
 use super::stats::Stats;
 use super::stream::{Pending, Stream};
@@ -296,8 +297,9 @@ impl Session {
             return slot as Slot;
         }
         self.opened = true;
-        let addr = self.table.broker(broker).addr;
-        self.upstreams.push(Upstream::new(broker, addr, kind, self.keepalive, now));
+        let info = Arc::clone(self.table.broker(broker));
+        let header = info.proxy_protocol.then(|| proxy::header(self.addrs.0, self.addrs.1));
+        self.upstreams.push(Upstream::new(broker, info, header, kind, self.keepalive, now));
         (self.upstreams.len() - 1) as Slot
     }
 
