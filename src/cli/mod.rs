@@ -1,6 +1,7 @@
 //! The command line. One file a subcommand; all it does itself is reading arguments and printing.
 
 mod chain;
+mod clients;
 mod explain;
 mod katran;
 mod keys;
@@ -83,8 +84,8 @@ enum Command {
     Balancer,
     /// Show chain, services, balancer and counters
     Status(status::Show),
-    /// Show clients with their predictions
-    Clients(table::Output),
+    /// Show clients with their predictions; export and import them
+    Clients(clients::Clients),
     /// Show flows with their groups
     Flows(table::Output),
     /// Show routes, or the one for a topic
@@ -155,7 +156,7 @@ fn run(cli: Cli) -> Result<(), Error> {
         Command::Run => sidecar::run(config()?),
         Command::Balancer => sidecar::balancer(&config()?),
         Command::Status(args) => args.run(&config()?),
-        Command::Clients(output) => tables::clients(&config()?, output),
+        Command::Clients(args) => args.run(&config()?),
         Command::Flows(output) => tables::flows(&config()?, output),
         Command::Routes(args) => {
             args.run(&config()?);

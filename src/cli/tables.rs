@@ -1,9 +1,9 @@
-//! `clients`, `flows`, `groups` and `counters`.
+//! `flows`, `groups` and `counters`.
 
 use clap::Args;
 use serde::Serialize;
 
-use super::table::{self, Output, age, mark};
+use super::table::{self, Output, mark};
 use super::{block_on, status};
 use crate::balancer::client::Client;
 use crate::config::Config;
@@ -12,36 +12,6 @@ use crate::control::reconcile::plan;
 use crate::control::view::{self, Names};
 use crate::datapath::Datapath;
 use crate::kernel::reasons::REASONS;
-
-pub fn clients(config: &Config, output: Output) -> Result<(), Error> {
-    let datapath = Datapath::open(&config.pins())?;
-    let rows = view::clients(&datapath, &Names::read(config, &datapath)?)?;
-    if output.json {
-        table::json(&rows);
-        return Ok(());
-    }
-    table::print(
-        &["service", "client", "by", "last topic", "group", ">age", ">hits", ">misses", "remark"],
-        rows.into_iter().map(|r| {
-            vec![
-                r.service,
-                r.client,
-                r.by.to_owned(),
-                r.topic,
-                r.group,
-                age(r.age_s),
-                r.hits.to_string(),
-                r.misses.to_string(),
-                if r.multi_group {
-                    "multi-group".to_owned()
-                } else {
-                    mark(r.misjudged, "not by id alone")
-                },
-            ]
-        }),
-    );
-    Ok(())
-}
 
 pub fn flows(config: &Config, output: Output) -> Result<(), Error> {
     let datapath = Datapath::open(&config.pins())?;

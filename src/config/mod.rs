@@ -42,6 +42,10 @@ pub struct Config {
     pub metrics: Option<std::net::SocketAddr>,
     /// The key that delayed binding shares with the broker hosts.
     pub handover_key: PathBuf,
+    /// Where what is known of clients is kept over a reboot; `None`: nowhere.
+    pub clients_file: Option<PathBuf>,
+    /// Seconds from one time that it is written to the next.
+    pub clients_save_s: u64,
     /// Seconds between two reconciliations with the balancer.
     pub watch_interval_s: u64,
     /// How much the datapath reports and stores in a second.

@@ -8,6 +8,7 @@ pub mod handover;
 pub mod health;
 pub mod instance;
 pub mod keeper;
+pub mod known;
 pub mod metrics;
 pub mod misrouting;
 mod mqtt;

@@ -18,7 +18,7 @@ use super::misrouting::Misrouting;
 use super::observed::Observed;
 use super::reconcile::watch::Reconciler;
 use super::rescue::Rescuer;
-use super::{Error, Result, api, gateway, instance, keeper};
+use super::{Error, Result, api, gateway, instance, keeper, known};
 use crate::balancer::embedded::Embedded;
 use crate::balancer::embedded::service::Server;
 use crate::config::{BalancerKind, Config};
@@ -89,18 +89,14 @@ pub async fn run(loaded: Loaded) -> Result<()> {
         |config: &Arc<Config>| Task::spawn(checks::run(Arc::clone(config), Arc::clone(&reals)));
     let mut misrouting = Misrouting::default();
     let mut ready = false;
+    // From when on the file's clients have been taken up.
+    let mut saving: Option<Task> = None;
     let mut in_effect = reals.in_effect(&config);
     let mut tasks = [keeping(&config), checking(&config)];
     let mut reconciler = Reconciler::new(server.is_some(), Arc::clone(&observed));
     let mut rescuer: Option<Rescuer> = None;
-    let ended = async |server: &mut Option<JoinHandle<_>>| match server {
-        Some(server) => server.await,
-        None => std::future::pending().await,
-    };
     loop {
-        if !datapath.is_pinned(&config.pins())
-            && let Ok(new) = Datapath::open(&config.pins())
-        {
+        if let Some(new) = remade(&datapath, &config) {
             datapath = new;
             rescuer = None;
             reconciler.configuration_changed();
@@ -119,6 +115,9 @@ pub async fn run(loaded: Loaded) -> Result<()> {
             if !ready {
                 service::ready();
             }
+            if saving.is_none() && known::take_up(&config, &datapath) {
+                saving = Some(Task::spawn(save_clients(Arc::clone(&shared))));
+            }
             rest(pause, &reals, &observed).await
         };
         tokio::select! {
@@ -135,12 +134,10 @@ pub async fn run(loaded: Loaded) -> Result<()> {
                 in_effect = reals.in_effect(&config);
                 reconciler.configuration_changed();
             }
-            ended = ended(&mut server) => {
-                let ended = ended.map_err(std::io::Error::other);
-                let served = ended.and_then(|served| served.map_err(std::io::Error::other));
-                let what = format!("serving at {}", config.balancer_endpoint);
-                return served.map_err(|source| Error::Io { what, source });
-            }
+            served = served(&mut server) => return served.map_err(|source| Error::Io {
+                what: format!("serving at {}", config.balancer_endpoint),
+                source,
+            }),
             changed = work => {
                 ready = true;
                 if changed {
@@ -155,12 +152,35 @@ pub async fn run(loaded: Loaded) -> Result<()> {
     if let Some(rescuer) = rescuer {
         rescuer.finish().await;
     }
+    if saving.is_some() {
+        known::keep(&config, &datapath);
+    }
     if let (Some(_), Some(path)) = (&server, config.balancer_endpoint.strip_prefix("unix:")) {
         let _ = std::fs::remove_file(path);
     }
     instance::remove(&config);
     info!("ending; forwarding goes on with what is pinned (`mqtt-fwd unload` removes it)");
     Ok(())
+}
+
+/// The maps, if others are pinned by now.
+fn remade(datapath: &Datapath, config: &Config) -> Option<Datapath> {
+    let pins = config.pins();
+    if datapath.is_pinned(&pins) { None } else { Datapath::open(&pins).ok() }
+}
+
+/// Writes down what is known of clients, now and then.
+async fn save_clients(config: Arc<Mutex<Arc<Config>>>) {
+    loop {
+        let now = || Arc::clone(&config.lock().unwrap_or_else(PoisonError::into_inner));
+        tokio::time::sleep(Duration::from_secs(now().clients_save_s)).await;
+        let config = now();
+        let saving = tokio::task::spawn_blocking(move || match Datapath::open(&config.pins()) {
+            Ok(datapath) => known::keep(&config, &datapath),
+            Err(error) => debug!(%error, "clients not saved"),
+        });
+        let _ = saving.await;
+    }
 }
 
 fn rescue(
@@ -282,6 +302,14 @@ fn serve(
 ) -> impl Future<Output = std::result::Result<(), ServeError>> + use<> {
     let router = GrpcServer::builder().add_service(Server::service(Arc::clone(balancer)));
     grpc::serve(listener, router)
+}
+
+/// How the embedded balancer's service ended, if there is one.
+async fn served(server: &mut Option<JoinHandle<Result<(), ServeError>>>) -> std::io::Result<()> {
+    match server {
+        Some(server) => server.await?.map_err(std::io::Error::other),
+        None => std::future::pending().await,
+    }
 }
 
 /// A configuration that cannot be read, or changes what cannot change, leaves the one in force.

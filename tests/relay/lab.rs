@@ -288,6 +288,38 @@ fn clients_of_one_group_go_straight_to_their_brokers() {
     assert!(relayed.is_empty(), "{relayed:?}");
 }
 
+/// MQTT 5, which only a broker can answer: an unknown client would be the relay's.
+#[test]
+fn imported_clients_go_straight_from_their_first_connection_on() {
+    let Some(lab) = lab(true) else { return };
+    let file = std::env::temp_dir().join(format!("{}.csv", lab.name));
+    let text = "service,by,client,topic\nmqtt,client_id,seeded,m/hum/x\n\
+                mqtt6, client_id, seeded, m/hum/x\nmqtt,client_id,known,m/temp/x\n";
+    std::fs::write(&file, text).unwrap();
+    let said = lab.mqtt_fwd(&["clients", "import", file.to_str().unwrap()]);
+    assert_eq!(said.trim(), "3 clients made known; 0 were already");
+    for (service, id, direct) in
+        [(SERVICE, "seeded", true), (SERVICE6, "seeded", true), (SERVICE, "stranger", false)]
+    {
+        let before = lab.counter("bound_client_id");
+        let mut client = Client::new(a_stream(&lab, "c1", service), 5);
+        client.send(&connect(5, id).packet());
+        assert_eq!(client.packet().unwrap()[0], 0x20);
+        assert_eq!(lab.counter("bound_client_id") - before, u64::from(direct), "{id}");
+        let message = format!("{id}{}", service.len());
+        client.publish("m/hum/x", 0, message.as_bytes());
+        all_right(&lab, &[("m/hum/x".to_owned(), message)]);
+        client.disconnect();
+    }
+    let said = lab.mqtt_fwd(&["clients", "import", file.to_str().unwrap()]);
+    assert_eq!(said.trim(), "0 clients made known; 3 were already");
+    let exported = lab.mqtt_fwd(&["clients", "export"]);
+    for line in text.lines().map(|l| l.replace(' ', "")) {
+        assert!(exported.contains(&line), "{line}: {exported}");
+    }
+    std::fs::remove_file(&file).unwrap();
+}
+
 /// Other ports of the service: nothing of them is read on the way.
 #[test]
 fn websocket_clients_reach_the_relay_through_the_balancer() {

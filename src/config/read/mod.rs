@@ -84,6 +84,8 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
     let handover_key = r
         .parsed("handover_key", absolute)
         .unwrap_or_else(|| PathBuf::from("/etc/mqtt-fwd/handover.key"));
+    let clients_file = r.parsed("clients_file", absolute);
+    let clients_save_s = r.number("clients_save_s", 1..=86_400).unwrap_or(300);
     let watch_interval_s = r.number("watch_interval_s", 1..=3600).unwrap_or(1);
     let d = Rates::default();
     let rates = Rates {
@@ -114,6 +116,8 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
         gateway_mac,
         metrics,
         handover_key,
+        clients_file,
+        clients_save_s,
         watch_interval_s,
         rates,
         maps,
