@@ -46,7 +46,8 @@
 	NOTE(UNJUDGED, "PUBLISH not judged: too many topics in its segment")                    \
 	NOTE(FLOW_ENDED, "flow ended with DISCONNECT, so that its client reconnects to the right group") \
 	NOTE(FLOW_RESCUED, "flow ended, and what it sent from there on handed to the sidecar")  \
-	NOTE(NOT_RESCUED, "misrouted PUBLISH not rescued: credentials, split over segments, no sidecar, or too many") \
+	NOTE(NOT_RESCUED, "misrouted PUBLISH not rescued: credentials, prediction only, split over segments, no sidecar, or too many") \
+	NOTE(RESCUE_DAMAGED, "rescue: wrong TCP checksum, dropped")                             \
 	NOTE(RESCUE_FULL, "rescue put off: the sidecar has not made room yet")                  \
 	NOTE(NO_BALANCER, "no program at the balancer's position: packet restored, passed to the stack") \
 	NOTE(LEARNED, "prediction made or changed")                                             \

@@ -14,6 +14,14 @@ enum rescue_flags {
 	RESCUE_LAST = 1 << 2, /* FIN comes behind it */
 };
 
+/* The sidecar, as the datapath knows it. */
+struct rescuer {
+	__u64 until; /* it surely reads until then, CLOCK_BOOTTIME in ns */
+	__u32 instance; /* another number with each start: what was handed to one is unknown to the next */
+	__u32 full; /* it takes no new streams */
+};
+SIZE_IS(struct rescuer, 16);
+
 /* Followed by `length` bytes. */
 struct rescue {
 	__u64 time_ns; /* CLOCK_BOOTTIME */

@@ -166,7 +166,10 @@ struct flow {
 	__u8 type; /* first byte of the control packet in hand */
 	__u8 connect; /* enum flow_connect */
 	__u8 candidates; /* segments of the resync candidate below */
-	/* Segments beyond a gap that consist of whole control packets. */
+	/*
+	 * Segments beyond a gap that consist of whole control packets. FLOW_RESCUED: when that began, in ms
+	 * of CLOCK_BOOTTIME, and the sidecar's instance.
+	 */
 	__u32 candidate_start;
 	__u32 candidate_end;
 	__u32 ack; /* acknowledgement number of the last segment in order */

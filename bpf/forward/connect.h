@@ -99,6 +99,13 @@ static __always_inline bool only_numbers(struct xdp_md *ctx, __u32 offset, __u32
 	return scan.offset == scan.end;
 }
 
+/* Whether brokers refuse it for its flags (MQTT 3.1.1 §3.1.2.3 to §3.1.2.7), or differ in that. */
+static __always_inline bool connect_flags_wrong(const struct connect *k)
+{
+	return k->flags & CONNECT_RESERVED || (k->flags & CONNECT_WILL_QOS) == CONNECT_WILL_QOS ||
+	       (!(k->flags & CONNECT_WILL) && k->flags & (CONNECT_WILL_QOS | CONNECT_WILL_RETAIN));
+}
+
 /* Reads the CONNECT that the payload begins with to work.connect. Global (see event.h). */
 __noinline int read_connect(struct xdp_md *ctx, const struct conn *c)
 {
@@ -141,13 +148,13 @@ __noinline int read_connect(struct xdp_md *ctx, const struct conn *c)
 	if ((name == NAME_MQISDP) == (p[0] == 3))
 		k->level = p[0];
 	k->flags = p[1];
-	k->anonymous = k->level && !(k->flags & (CONNECT_USER | CONNECT_PASSWORD));
 	offset += 4;
 	if (k->level == 5) {
 		length = read_varint(ctx, &offset, end);
-		k->anonymous = k->anonymous && length < end && only_numbers(ctx, offset, length);
 		if (length > 0xffff)
 			return 0;
+		k->properties = offset;
+		k->properties_length = length;
 		offset += length;
 	}
 	length = read_length(ctx, &offset, end);
@@ -184,6 +191,19 @@ __noinline int read_connect(struct xdp_md *ctx, const struct conn *c)
 	return 0;
 }
 
+/* Whether it surely has no credentials of any kind, and no broker refuses it for its form. */
+static __always_inline bool is_anonymous(struct xdp_md *ctx, const struct conn *c,
+					 const struct connect *k)
+{
+	__u32 end = c->payload + (k->length < c->payload_length ? k->length : c->payload_length);
+
+	if (k->level < 3 || k->level > 5 || k->flags & (CONNECT_USER | CONNECT_PASSWORD) ||
+	    connect_flags_wrong(k))
+		return false;
+	return k->level != 5 || (k->properties + k->properties_length <= end &&
+				 only_numbers(ctx, k->properties, k->properties_length));
+}
+
 /*
  * Why no broker may be answered for, enum why; WHY_NONE: any broker that takes the connection at
  * all would answer with the same four bytes.
@@ -202,9 +222,7 @@ static __always_inline __u32 connect_unanswerable(const struct connect *k, const
 		return WHY_PERSISTENT;
 	if (k->length > HANDOVER_CONNECT_MAX)
 		return WHY_TOO_LONG;
-	/* Brokers differ in what they think of these. */
-	if (k->flags & CONNECT_RESERVED || (k->flags & CONNECT_WILL_QOS) == CONNECT_WILL_QOS ||
-	    (!(k->flags & CONNECT_WILL) && k->flags & (CONNECT_WILL_QOS | CONNECT_WILL_RETAIN)) ||
+	if (connect_flags_wrong(k) ||
 	    (k->level == 3 && (!k->id_length || k->id_length > CLIENT_ID_MAX_31)))
 		return WHY_NOT_CONNECT;
 	return WHY_NONE;

@@ -483,15 +483,22 @@ static long topic_step(__u32 index, void *arg)
 
 /* ---- a segment ---- */
 
-/* What its CONNECT says of a flow, if that begins the segment, as they do. Global (see event.h). */
-__noinline int connect_seen(struct xdp_md *ctx, const struct conn *c, struct flow *f)
+/*
+ * What its CONNECT says of a flow, if that lies at the beginning of the first segment, as they do; `skip`: bytes
+ * of that which are not the flow's. Global (see event.h).
+ */
+__noinline int connect_seen(struct xdp_md *ctx, const struct conn *c, struct flow *f, __u32 skip)
 {
 	const struct work *w = work_of_cpu();
 
+	if (!w || !c || !f)
+		return 0;
+	f->connect = FLOW_CONNECT_READ;
+	if (skip || f->flags & FLOW_CONNECTED)
+		return 0;
 	read_connect(ctx, c);
-	if (w && f)
-		f->connect = FLOW_CONNECT_READ | (w->connect.anonymous ? FLOW_ANONYMOUS : 0) |
-			     (w->connect.level == 5 ? FLOW_MQTT5 : 0);
+	f->connect |= (is_anonymous(ctx, c, &w->connect) ? FLOW_ANONYMOUS : 0) |
+		      (w->connect.level == 5 ? FLOW_MQTT5 : 0);
 	return 0;
 }
 
@@ -544,9 +551,13 @@ __noinline int frame(struct xdp_md *ctx, struct flow *f, const struct conn *c,
 	if (!f || !c || !t || !svc)
 		return 0;
 
+	struct work *w = work_of_cpu();
 	__u64 wanted = READ_ONCE(f->next);
 	__u32 next = wanted;
 
+	if (!w)
+		return 0;
+	w->seen = f->end;
 	flow_seen(f, c, c->payload_length);
 	if (f->flags & FLOW_OPAQUE)
 		return 0;
@@ -571,14 +582,14 @@ __noinline int frame(struct xdp_md *ctx, struct flow *f, const struct conn *c,
 	}
 
 	struct span s = { .offset = c->payload + skip, .end = c->payload + c->payload_length };
+	if (!(f->connect & FLOW_CONNECT_READ))
+		connect_seen(ctx, c, f, skip);
 	if (f->parser != PARSER_TYPE || !publish_again_alone(ctx, f, t, svc, &s) ||
 	    s.offset < s.end)
 		frame_segment(ctx, f, c, t, svc, &s);
 
 	next = c->seq + (s.offset - c->payload);
 	f->ack = c->ack;
-	if (f->flags & FLOW_CONNECTED && !(f->connect & FLOW_CONNECT_READ))
-		connect_seen(ctx, c, f);
 	if (f->candidates && next == f->candidate_start && f->parser == PARSER_TYPE &&
 	    !(f->flags & (FLOW_OPAQUE | FLOW_UNSYNCED))) {
 		/* The gap is filled, and what came after it has been here already. */

@@ -158,7 +158,7 @@ _Static_assert(REASON_UNJUDGED == REASON_PUBLISH + PUBLISH_REASONS - 1 &&
 		       REASON_PUBLISH_LOST > REASON_PUBLISH && REASON_PUBLISH_LOST < REASON_UNJUDGED,
 	       "see work.tally");
 
-#define SEGMENT_MAX 2048 /* bytes; frames are linear, and no larger than a page */
+#define SEGMENT_MAX 4096 /* bytes; frames are linear, and no larger than a page */
 
 /* What a CONNECT says (connect.h). Offsets are from the start of the frame. */
 struct connect {
@@ -167,11 +167,12 @@ struct connect {
 	__u32 id_length;
 	__u32 user; /* offset of the user name */
 	__u32 user_length;
+	__u32 properties; /* offset of MQTT 5's properties */
+	__u32 properties_length;
 	__u8 level; /* protocol level: 3, 4 (MQTT 3.1.1), 5 */
 	__u8 flags; /* MQTT 3.1.1 §3.1.2.3 */
 	__u8 has_id; /* the client id lies in the segment */
 	__u8 has_user;
-	__u8 anonymous; /* surely without credentials of any kind */
 };
 
 /* An answer of delayed binding (delayed/answer.h). */
@@ -219,6 +220,7 @@ struct work {
 	/* A topic of this segment that is the flow's last: offset from the start of the frame, bytes. */
 	__u32 same;
 	__u32 same_length;
+	__u32 seen; /* the flow's end before this segment: what lies before that, its broker may have */
 	__u32 tally[PUBLISH_REASONS]; /* for counters[REASON_PUBLISH …], once a segment */
 	__u64 hash; /* PAUSE_TOPIC */
 	struct publish publish;
@@ -286,8 +288,8 @@ struct {
 	__uint(max_entries, 1 << 22);
 } rescues SEC(".maps");
 
-/* Written by the sidecar: until when it surely reads them, CLOCK_BOOTTIME in ns. */
-MAP(rescue_until, BPF_MAP_TYPE_ARRAY, __u32, __u64, 1);
+/* Written by the sidecar. */
+MAP(rescuer, BPF_MAP_TYPE_ARRAY, __u32, struct rescuer, 1);
 
 static __always_inline void count_many(enum reason reason, __u32 times)
 {

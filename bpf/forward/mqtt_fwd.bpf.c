@@ -40,6 +40,7 @@ struct exported_types {
 	enum reason reason;
 	enum rescue_flags rescue_flags;
 	struct rescue rescue;
+	struct rescuer rescuer;
 	enum route_state_flags route_state_flags;
 	enum tracked_map tracked_map;
 	enum way way;
@@ -61,7 +62,7 @@ static __always_inline bool looks_into_flows(const struct tcphdr *tcp, const str
 /* Whether the flow's segments without data need not look at it. */
 static __always_inline bool bypasses_flows(const struct flow *f, const struct service *svc)
 {
-	if (f->flags & (FLOW_CLOSING | FLOW_UNCONFIRMED))
+	if (f->flags & (FLOW_CLOSING | FLOW_UNCONFIRMED | FLOW_RESCUED))
 		return false;
 	return svc->binding == BINDING_DELAYED ? !(f->flags & FLOW_RIVAL_SYN) : !f->own;
 }
@@ -108,14 +109,18 @@ static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 		bind_predicted(ctx, &b, c, t, svc, f, is_syn(flags), is_end(flags));
 	g = group_of(b.binding);
 	f = b.flow;
-	if (f && f->flags & FLOW_RESCUED && !is_syn(flags) &&
-	    (c->payload_length || flags & bpf_htons(TCP_FIN)))
+	if (f && f->flags & FLOW_RESCUED && !(flags & bpf_htons(TCP_SYN | TCP_RST)))
 		hand_to(ctx, c, svc, b.binding, STEP_RESCUE);
 	if (f && !is_syn(flags)) {
 		if (c->payload_length) {
 			frame(ctx, f, c, t, svc);
-			if (f->flags & FLOW_RESCUED)
-				rescue_begin(ctx, c, f, flags & bpf_htons(TCP_FIN));
+			if (f->flags & FLOW_RESCUED) {
+				cache_correct(c, t, 0);
+				if (!rescue_begin(ctx, c, f, flags & bpf_htons(TCP_FIN))) {
+					count(REASON_RESCUED);
+					return XDP_DROP;
+				}
+			}
 			if (f->flags & FLOW_ENDED)
 				cut_segment(ctx, c, f);
 		} else if (is_bare(c, flags) && bypasses_flows(f, svc)) {

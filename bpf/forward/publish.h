@@ -154,8 +154,16 @@ __noinline int publish_judge(const struct conn *c, struct flow *f, const struct 
 	count(REASON_MISPREDICTED);
 	f->flags |= FLOW_MISROUTED;
 	/* Nothing is lost by a rescue, so a client of several groups is ended as often as it takes. */
-	rescued = trusted && p->to && rescue_possible(f, svc, p->inside);
-	if (rescued || (may_end && svc->on_misprediction != MISPREDICTION_KEEP)) {
+	may_end = may_end && svc->on_misprediction != MISPREDICTION_KEEP;
+	rescued = false;
+	if (seq_before(p->start, w->seen)) {
+		/* Repeated behind a gap: its broker has it. The next one will be judged. */
+		may_end = false;
+		f->topic = 0;
+	} else {
+		rescued = trusted && p->to && rescue_possible(f, svc, p->inside);
+	}
+	if (rescued || may_end) {
 		flow_end(w, f, c, p->start, p->inside, rescued);
 		if (!rescued)
 			count(REASON_PUBLISH_LOST);
@@ -184,7 +192,7 @@ __noinline int subscribe_judge(const struct conn *c, struct flow *f, const struc
 	if (belongs_to(bound, svc->relay) || !relay_of(svc))
 		return 0;
 	count(REASON_SUBSCRIBER);
-	if (svc->on_misprediction == MISPREDICTION_KEEP)
+	if (svc->on_misprediction == MISPREDICTION_KEEP || seq_before(start, w->seen))
 		return 0;
 	flow_end(w, f, c, start, inside, rescue_possible(f, svc, inside));
 	report_event(c, EVENT_MISPREDICTED, from_to(bound, relay_of(svc)), 0, REPORT_ENDED);

@@ -9,26 +9,48 @@
 #ifndef MQTT_FWD_RESCUE_H
 #define MQTT_FWD_RESCUE_H
 
+#include "cut.h"
+#include "delayed/segment.h"
 #include "flow.h"
 
+static __always_inline const struct rescuer *rescuer_alive(void)
+{
+	__u32 zero = 0;
+	const struct rescuer *r = bpf_map_lookup_elem(&rescuer, &zero);
+
+	return r && bpf_ktime_get_boot_ns() < READ_ONCE(r->until) ? r : NULL;
+}
+
 /*
- * Only of clients without credentials: the sidecar publishes as one of those. Not of a PUBLISH whose first
- * bytes its broker has already. Global (see event.h).
+ * Only of clients without credentials: the sidecar publishes as one of those. Only where a cookie has proved
+ * that the client is at its address. Not of a PUBLISH whose first bytes its broker has already.
+ * Global (see event.h).
  */
 __noinline int rescue_possible(const struct flow *f, const struct service *svc, __u32 inside)
 {
-	__u32 zero = 0;
-	const __u64 *until;
+	const struct rescuer *r;
 
 	if (!f || !svc || svc->on_misprediction != MISPREDICTION_RESCUE)
 		return false;
-	until = bpf_map_lookup_elem(&rescue_until, &zero);
-	if (!inside && f->connect & FLOW_ANONYMOUS && until &&
-	    bpf_ktime_get_boot_ns() < READ_ONCE(*until) &&
+	r = rescuer_alive();
+	if (!inside && f->connect & FLOW_ANONYMOUS && f->way != WAY_PREDICTED && r && !READ_ONCE(r->full) &&
 	    budget_take(&budgets, BUDGET_RESCUES, rescues_per_window))
 		return true;
 	count(REASON_NOT_RESCUED);
 	return false;
+}
+
+/* Whether the segment's TCP checksum is right. Global (see event.h). */
+__noinline int segment_right(struct xdp_md *ctx, const struct conn *c)
+{
+	struct work *w = work_of_cpu();
+	__u32 sum = 0;
+
+	if (!c || !w)
+		return false;
+	if (c->payload_length)
+		sum = frame_sum(ctx, w, c->payload, c->payload_length);
+	return checksum_right(ctx, c, sum);
 }
 
 /*
@@ -73,16 +95,36 @@ __noinline int rescue_copy(struct xdp_md *ctx, const struct conn *c, struct flow
 	return true;
 }
 
-/* The segment that ended the flow, before it is cut. Without room for it, it is lost. */
-static __always_inline void rescue_begin(struct xdp_md *ctx, const struct conn *c, struct flow *f,
+/*
+ * The segment that ended the flow, before it is cut. Its checksum is verified: nobody behind will do that.
+ * False: it is damaged, and nothing has happened.
+ */
+static __always_inline bool rescue_begin(struct xdp_md *ctx, const struct conn *c, struct flow *f,
 					 bool fin)
 {
-	if (rescue_copy(ctx, c, f, f->cut_seq, fin)) {
+	const struct rescuer *r = rescuer_alive();
+	const struct work *w = work_of_cpu();
+
+	if (!segment_right(ctx, c)) {
+		if (w)
+			f->end = w->seen;
+		f->flags &= ~(FLOW_ENDED | FLOW_RESCUED);
+		f->parser = PARSER_TYPE;
+		f->topic = 0;
+		flow_next(f, c, f->cut_seq);
+		count(REASON_RESCUE_DAMAGED);
+		return false;
+	}
+	if (r && rescue_copy(ctx, c, f, f->cut_seq, fin)) {
+		f->candidates = 0;
+		f->candidate_start = now_ms();
+		f->candidate_end = READ_ONCE(r->instance);
 		count(REASON_FLOW_RESCUED);
-		return;
+		return true;
 	}
 	f->flags &= ~FLOW_RESCUED;
 	count(REASON_PUBLISH_LOST);
+	return true;
 }
 
 #endif /* MQTT_FWD_RESCUE_H */

@@ -35,6 +35,12 @@ __noinline int answer_ack(struct xdp_md *ctx, const struct conn *c, __u32 next)
 	return answer(ctx, c);
 }
 
+/* So long the client is answered in its broker's name; then it gets RST, if it has noticed nothing else. */
+#define RESCUE_MS 15000
+/* So long its segments without data go on to its broker, which waits for the acknowledgement of its FIN; then that
+ * broker would answer them with RST. */
+#define RESCUE_BARE_MS 1000
+
 static __always_inline int rescued(struct xdp_md *ctx, struct work *w)
 {
 	const struct service_table *t = table_in_force();
@@ -42,22 +48,42 @@ static __always_inline int rescued(struct xdp_md *ctx, struct work *w)
 	const struct group *g = group_of(w->handed.binding);
 	struct conn c = w->handed.conn;
 	const struct tcphdr *tcp = tcp_of(ctx, c.v6);
+	const struct rescuer *r = rescuer_alive();
 	struct flow *f = flow_find(&c);
-	__u32 end = c.seq + c.payload_length, next;
+	__u32 end = c.seq + c.payload_length, next, age;
+	__u64 wanted;
 	bool fin, all;
 
 	if (!svc || !g || !tcp || !f)
 		return pass_on(ctx, REASON_NO_GROUP_VIP);
 	fin = tcp->fin;
+	age = now_ms() - f->candidate_start;
+	wanted = READ_ONCE(f->next);
+	if (!c.payload_length && !fin && age < RESCUE_BARE_MS)
+		return to_group(ctx, g, svc, c.v6, REASON_NO_DATA);
+	/* What this sidecar does not know, it cannot go on with. */
+	if (!r || READ_ONCE(r->instance) != f->candidate_end || age > RESCUE_MS || wanted >> 32 != c.tag) {
+		if ((!c.payload_length && !fin) || !answer_reset(ctx, &c, fin)) {
+			count(REASON_RESCUED);
+			return XDP_DROP;
+		}
+		count(REASON_REFUSED);
+		return XDP_TX;
+	}
+	if (!segment_right(ctx, &c)) {
+		count(REASON_RESCUE_DAMAGED);
+		count(REASON_RESCUED);
+		return XDP_DROP;
+	}
 	flow_seen(f, &c, c.payload_length);
-	next = f->next;
+	next = wanted;
 	/* In order, and with something new. */
 	if (!seq_before(next, c.seq) && (seq_before(next, end) ||
 					 (next == end && fin && !(f->flags & FLOW_CLOSING))))
 		rescue_copy(ctx, &c, f, next, fin);
 	next = f->next;
 
-	if (!seq_before(f->cut_seq, c.seq)) {
+	if (c.payload_length && !seq_before(f->cut_seq, c.seq)) {
 		/* Repeated: its broker may not know yet that the connection has ended. */
 		cut_segment(ctx, &c, f);
 		if (f->flags & FLOW_UNCONFIRMED)
@@ -68,7 +94,7 @@ static __always_inline int rescued(struct xdp_md *ctx, struct work *w)
 	 * Nothing is acknowledged before the client has something new from its broker, which is FIN most
 	 * likely: until then it must go on repeating the segment that tells that broker to end.
 	 */
-	bool told = c.ack != f->ack;
+	bool told = seq_before(f->ack, c.ack);
 
 	all = fin && end == next;
 	if (all && told && !(f->flags & FLOW_CLOSING)) {
@@ -79,7 +105,7 @@ static __always_inline int rescued(struct xdp_md *ctx, struct work *w)
 			flow_move(&c, f, true);
 	}
 	count(REASON_RESCUED);
-	return told && answer_ack(ctx, &c, next + all) ? XDP_TX : XDP_DROP;
+	return told && (c.payload_length || fin) && answer_ack(ctx, &c, next + all) ? XDP_TX : XDP_DROP;
 }
 
 SEC("xdp")

@@ -8,8 +8,6 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_util::codec::Framed;
 
-/// Seconds. Connections are over long before, or used.
-const KEEPALIVE: u16 = 10;
 /// PINGREQ (MQTT 3.1.1 §3.12).
 pub const PINGREQ: [u8; 2] = [0xc0, 0];
 /// DISCONNECT: of MQTT 3.1.1 (§3.14), and of MQTT 5 with reason code 0.
@@ -22,6 +20,8 @@ pub struct Hello<'a> {
     pub client_id: &'a str,
     pub username: Option<&'a str>,
     pub password: Option<&'a str>,
+    /// Seconds.
+    pub keep_alive: u16,
 }
 
 /// Opens a connection and writes a PROXY protocol header, if there is one. Closed, it leaves nothing in
@@ -50,7 +50,7 @@ pub async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
     if hello.v5 {
         let connect = v5::Connect {
             clean_start: true,
-            keep_alive: KEEPALIVE,
+            keep_alive: hello.keep_alive,
             client_id,
             username,
             password,
@@ -67,7 +67,7 @@ pub async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
     } else {
         let connect = v3::Connect {
             clean_session: true,
-            keep_alive: KEEPALIVE,
+            keep_alive: hello.keep_alive,
             client_id,
             username,
             password,

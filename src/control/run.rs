@@ -101,6 +101,7 @@ pub async fn run(loaded: Loaded) -> Result<()> {
             rescuer = None;
             reconciler.configuration_changed();
         }
+        rescuer = rescuer.filter(|rescuer| !rescuer.has_ended());
         if rescuer.is_none() && config.services.iter().any(Service::rescues) {
             rescuer = rescue(&shared, &reals, &observed);
         }

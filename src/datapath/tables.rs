@@ -3,8 +3,8 @@
 use crate::kernel;
 use crate::kernel::abi::{
     client, client_id, client_route, client4, client6, flow, flow4, flow6, group, handover,
-    handover_keys, map_use, member, member_slot, route_edge, route_state, service_table, topic,
-    vip_definition,
+    handover_keys, map_use, member, member_slot, rescuer, route_edge, route_state, service_table,
+    topic, vip_definition,
 };
 use crate::kernel::maps::Table;
 use crate::kernel::pins::Pins;
@@ -28,8 +28,8 @@ pub struct Datapath {
     pub client_ids: Table<u64, client_id>,
     pub handovers: Table<flow6, handover>,
     pub handover_keys: Table<u32, handover_keys>,
-    /// Until when the sidecar reads the rescues, CLOCK_BOOTTIME in ns.
-    pub rescue_until: Table<u32, u64>,
+    /// The sidecar, as the datapath knows it.
+    pub rescuer: Table<u32, rescuer>,
     pub flows: Table<flow4, flow>,
     pub flows6: Table<flow6, flow>,
     pub flows_weak: Table<flow4, flow>,
@@ -56,7 +56,7 @@ impl Datapath {
             client_ids: Table::open(&pins.map("client_ids"))?,
             handovers: Table::open(&pins.map("handovers"))?,
             handover_keys: Table::open(&pins.map("handover_keys"))?,
-            rescue_until: Table::open(&pins.map("rescue_until"))?,
+            rescuer: Table::open(&pins.map("rescuer"))?,
             flows: Table::open(&pins.map("flows"))?,
             flows6: Table::open(&pins.map("flows6"))?,
             flows_weak: Table::open(&pins.map("flows_weak"))?,
@@ -83,7 +83,7 @@ impl Datapath {
             client_ids: Table::of(&maps.client_ids)?,
             handovers: Table::of(&maps.handovers)?,
             handover_keys: Table::of(&maps.handover_keys)?,
-            rescue_until: Table::of(&maps.rescue_until)?,
+            rescuer: Table::of(&maps.rescuer)?,
             flows: Table::of(&maps.flows)?,
             flows6: Table::of(&maps.flows6)?,
             flows_weak: Table::of(&maps.flows_weak)?,

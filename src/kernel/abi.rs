@@ -11,7 +11,7 @@ pub use super::skeletons::mqtt_fwd::types::{
     affinity, binding_mode, client, client_flags, client_id, client_route, client_route_kind,
     client4, client6, event, event_kind, flow, flow_flags, flow4, flow6, group, handover,
     handover_keys, handover_limits, handover_state, limits, map_use, member, member_slot,
-    misprediction_policy, parser, reason, rescue, rescue_flags, route_edge, route_state,
+    misprediction_policy, parser, reason, rescue, rescue_flags, rescuer, route_edge, route_state,
     route_state_flags, service, service_table, topic, topic_verdict, tracked_map, vip_definition,
     way, why,
 };
@@ -53,7 +53,7 @@ macro_rules! pod {
 
 pod! {
     u8, u32, u64, address, client, client_id, client_route, client4, client6, event, flow, flow4,
-    flow6, gateway, group, handover, handover_keys, lb_stats, map_use, member, member_slot, real_definition, rescue, route_edge, route_state, service,
+    flow6, gateway, group, handover, handover_keys, lb_stats, map_use, member, member_slot, real_definition, rescue, rescuer, route_edge, route_state, service,
     service_table, topic, topic_verdict, vip_definition, vip_meta, vip_real,
 }
 

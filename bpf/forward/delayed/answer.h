@@ -24,14 +24,6 @@ static __always_inline __u32 answer_window(const struct service *svc, bool v6)
 	return (2 * room) & ~((1U << HANDOVER_WSCALE) - 1);
 }
 
-static __always_inline __u64 sum_words(const __be32 *word, __u32 words, __u64 sum)
-{
-#pragma unroll
-	for (__u32 i = 0; i < words; i++)
-		sum += word[i];
-	return sum;
-}
-
 /* Turns the packet into work.answer; false: the packet is spoilt. Global (see event.h). */
 __noinline int answer(struct xdp_md *ctx, const struct conn *c)
 {
@@ -118,11 +110,6 @@ __noinline int answer(struct xdp_md *ctx, const struct conn *c)
 		to[i] = t.word[i];
 	}
 	return true;
-}
-
-static __always_inline __u32 now_ms(void)
-{
-	return bpf_ktime_get_boot_ns() / 1000000;
 }
 
 /* A timestamp that carries a byte of its own (lib/cookie.h), and is no earlier than `after`. */

@@ -182,27 +182,6 @@ static __always_inline void identify(struct xdp_md *ctx, struct work *w,
 	frame_copy(ctx, k->id, w->client_id.text, kept, CLIENT_ID_TEXT_MAX);
 }
 
-/* Whether the segment's TCP checksum is that of its header and a payload with this sum. Global. */
-__noinline int checksum_right(struct xdp_md *ctx, const struct conn *c, __u32 payload)
-{
-	__be32 header[15] = {};
-	__u32 offset, length;
-	struct cookie_tuple t;
-	__u64 sum;
-
-	if (!c)
-		return false;
-	offset = tcp_offset_of(c->v6);
-	length = c->payload - offset;
-	barrier_var(length);
-	if (length < sizeof(struct tcphdr) || length > sizeof(header) || !tuple_of(ctx, c->v6, &t) ||
-	    bpf_xdp_load_bytes(ctx, offset, header, length))
-		return false;
-	sum = sum_words(t.src, 4, sum_words(t.dst, 4, payload));
-	sum += bpf_htons(IPPROTO_TCP) + (__u64)bpf_htons(length + c->payload_length);
-	return csum_fold(sum_words(header, 15, sum)) == 0xffff;
-}
-
 /* The group of the route that names the client id or user name at `offset`; 0: there is none. */
 static __always_inline binding_t client_route(struct xdp_md *ctx, struct work *w,
 					      const struct service_table *t,

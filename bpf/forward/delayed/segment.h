@@ -4,12 +4,18 @@
 #define MQTT_FWD_DELAYED_SEGMENT_H
 
 #include "../../lib/cookie.h"
+#include "../../lib/csum.h"
 #include "../../lib/parse.h"
 #include "../maps.h"
 
 static __always_inline __u32 tcp_offset_of(bool v6)
 {
 	return sizeof(struct ethhdr) + (v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr));
+}
+
+static __always_inline __u32 now_ms(void)
+{
+	return bpf_ktime_get_boot_ns() / 1000000;
 }
 
 static __always_inline struct tcphdr *tcp_of(struct xdp_md *ctx, bool v6)
@@ -91,6 +97,35 @@ __noinline int has_cookie(struct xdp_md *ctx, const struct conn *c, __u32 with_o
 	tsecr = w->options.o.tsecr;
 	return cookie_valid(keys, &t, c->seq - 1, c->ack - 1,
 			    with_options && w->options.o.has_timestamps ? &tsecr : NULL, c->v6);
+}
+
+static __always_inline __u64 sum_words(const __be32 *word, __u32 words, __u64 sum)
+{
+#pragma unroll
+	for (__u32 i = 0; i < words; i++)
+		sum += word[i];
+	return sum;
+}
+
+/* Whether the segment's TCP checksum is that of its header and a payload with this sum. Global. */
+__noinline int checksum_right(struct xdp_md *ctx, const struct conn *c, __u32 payload)
+{
+	__be32 header[15] = {};
+	__u32 offset, length;
+	struct cookie_tuple t;
+	__u64 sum;
+
+	if (!c)
+		return false;
+	offset = tcp_offset_of(c->v6);
+	length = c->payload - offset;
+	barrier_var(length);
+	if (length < sizeof(struct tcphdr) || length > sizeof(header) || !tuple_of(ctx, c->v6, &t) ||
+	    bpf_xdp_load_bytes(ctx, offset, header, length))
+		return false;
+	sum = sum_words(t.src, 4, sum_words(t.dst, 4, payload));
+	sum += bpf_htons(IPPROTO_TCP) + (__u64)bpf_htons(length + c->payload_length);
+	return csum_fold(sum_words(header, 15, sum)) == 0xffff;
 }
 
 #endif /* MQTT_FWD_DELAYED_SEGMENT_H */

@@ -58,15 +58,24 @@ pub(super) fn service(r: Reader<'_>) -> Option<Service> {
     if relay.is_some() && relay == default_group {
         r.problem("relay", "is the default group, too; topics without a route need brokers");
     }
-    let on_misprediction = on_misprediction.unwrap_or(match relay {
-        Some(_) => OnMisprediction::Rescue,
-        None => OnMisprediction::Reset,
+    let on_misprediction = on_misprediction.unwrap_or(match (&relay, binding) {
+        (Some(_), Binding::Delayed) => OnMisprediction::Rescue,
+        _ => OnMisprediction::Reset,
     });
-    if on_misprediction == OnMisprediction::Rescue && relay.is_none() && !r.has("relay") {
-        r.problem(
-            "on_misprediction",
-            "\"rescue\" needs a relay, where such clients go next; write relay = \"NAME\"",
-        );
+    if on_misprediction == OnMisprediction::Rescue {
+        if relay.is_none() && !r.has("relay") {
+            r.problem(
+                "on_misprediction",
+                "\"rescue\" needs a relay, where such clients go next; write relay = \"NAME\"",
+            );
+        }
+        if binding == Binding::Predicted {
+            r.problem(
+                "on_misprediction",
+                "\"rescue\" needs binding = \"delayed\": with \"predicted\", nothing proves that a client \
+                 is at its address",
+            );
+        }
     }
     let listeners: Vec<RelayListener> =
         r.tables("listener").into_iter().filter_map(|l| listener(l, port)).collect();

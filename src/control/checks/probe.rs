@@ -8,6 +8,9 @@ use crate::control::mqtt::{self, Hello};
 use crate::domain::health::{CheckKind, HealthCheck};
 use crate::relay::proxy;
 
+/// Seconds; a check is over long before.
+const KEEPALIVE: u16 = 10;
+
 /// Checks once; `proxy`: with a PROXY header in front. The error says what was expected.
 pub async fn probe(to: SocketAddr, proxy: bool, check: &HealthCheck) -> Result<(), String> {
     match tokio::time::timeout(check.timeout, connect(to, proxy, &check.kind)).await {
@@ -20,8 +23,13 @@ async fn connect(to: SocketAddr, proxy: bool, kind: &CheckKind) -> Result<(), St
     let header = proxy.then(proxy::local);
     let mut stream = mqtt::open(to, header.as_deref()).await?;
     let CheckKind::Mqtt { v5, client_id, username, password } = kind else { return Ok(()) };
-    let hello =
-        Hello { v5: *v5, client_id, username: username.as_deref(), password: password.as_deref() };
+    let hello = Hello {
+        v5: *v5,
+        client_id,
+        username: username.as_deref(),
+        password: password.as_deref(),
+        keep_alive: KEEPALIVE,
+    };
     mqtt::connect(&mut stream, to, &hello).await?;
     let _ = stream.write_all(&mqtt::DISCONNECT).await;
     Ok(())

@@ -11,6 +11,8 @@ use crate::relay::broker::{BrokerInfo, BrokerStream};
 use crate::relay::proxy;
 use crate::relay::scan::{self, kind};
 
+/// Seconds; longer than any of these connections lasts.
+const KEEPALIVE: u16 = 120;
 const OPEN: Duration = Duration::from_secs(2);
 /// For a write, and for the answer to PINGREQ.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -31,7 +33,13 @@ impl Connection {
     ) -> Result<Self, String> {
         let header = broker.proxy_protocol.then(|| proxy::header(client, service));
         let client_id = format!("rescue-{:08x}", getrandom::u32().unwrap_or_default());
-        let hello = Hello { v5, client_id: &client_id, username: None, password: None };
+        let hello = Hello {
+            v5,
+            client_id: &client_id,
+            username: None,
+            password: None,
+            keep_alive: KEEPALIVE,
+        };
         let opening = async {
             let opened = broker.open(header).await;
             let mut stream = opened.map_err(|e| format!("connecting to {}: {e}", broker.addr))?;

@@ -5,8 +5,9 @@
 //! ring buffer ─► reader (a thread) ─► streams, by connection ─► a task each: messages ─► brokers
 //! ```
 //!
-//! What is held in memory is bounded: beyond it the ring buffer is not read, the datapath
-//! acknowledges no more, and the clients wait.
+//! What is held in memory is bounded. Beyond half of the bound, or of the number of streams, the datapath is told to
+//! rescue nobody else; beyond all of it, streams of large messages are given up; and if brokers hang, the
+//! ring buffer is not read: the datapath acknowledges no more then, and the clients wait.
 
 mod broker;
 mod stream;
@@ -14,13 +15,13 @@ mod stream;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use libbpf_rs::{MapHandle, RingBufferBuilder};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::task::JoinSet;
+use tokio::task::{self, JoinSet};
 use tracing::{debug, warn};
 
 use self::stream::{Destination, Stream};
@@ -32,18 +33,22 @@ use crate::config::Config;
 use crate::counter::Counter;
 use crate::datapath::Datapath;
 use crate::kernel::BpfError;
-use crate::kernel::abi::{Pod as _, rescue, rescue_flags, words_addr};
+use crate::kernel::abi::{Pod as _, rescue, rescue_flags, rescuer, words_addr};
 use crate::relay::table::Table;
 
 /// The datapath relies on the reader for so long after each sign of life.
 const ALIVE: Duration = Duration::from_secs(3);
 const POLL: Duration = Duration::from_millis(500);
-/// Bytes in memory, beyond which nothing more is read.
+/// Bytes in memory.
 const HELD_MAX: u64 = 64 << 20;
+/// Of that, the share of a stream: with more, it may be given up.
+const SHARE: usize = 64 << 10;
+/// What a piece takes beside its bytes, roughly.
+const PIECE: u64 = 256;
 /// Streams at a time.
 const STREAMS_MAX: usize = 1024;
-/// Age of a piece that nobody waits for any more: of before a restart.
-const STALE: Duration = Duration::from_secs(10);
+/// Age of a piece that no client waits for: of before a restart.
+const STALE: Duration = Duration::from_secs(20);
 /// At the end of `run`.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
@@ -73,6 +78,8 @@ struct Shared {
     observed: Arc<Observed>,
     /// Bytes read and not yet done with.
     held: Counter,
+    /// Streams.
+    streams: AtomicUsize,
     stop: AtomicBool,
 }
 
@@ -98,8 +105,14 @@ impl Rescuer {
             action: "opening",
             source,
         })?;
-        let (held, stop) = (Counter::default(), AtomicBool::new(false));
-        let shared = Arc::new(Shared { config, reals, observed, held, stop });
+        let shared = Arc::new(Shared {
+            config,
+            reals,
+            observed,
+            held: Counter::default(),
+            streams: AtomicUsize::new(0),
+            stop: AtomicBool::new(false),
+        });
         let (sender, receiver) = unbounded_channel();
         let services = Datapath::open(&pins)?;
         let streams = tokio::spawn(dispatch(Arc::clone(&shared), services, receiver));
@@ -109,6 +122,11 @@ impl Rescuer {
             .spawn(move || read(&ring, &path, &datapath, &of_thread, &sender))
             .map_err(|source| Error::Io { what: "starting a thread".to_owned(), source })?;
         Ok(Self { shared, streams })
+    }
+
+    /// Whether it reads no more, though it was not told so.
+    pub fn has_ended(&self) -> bool {
+        self.streams.is_finished()
     }
 
     /// Takes nothing more, and waits a little for what is being published.
@@ -136,39 +154,55 @@ fn read(
     let mut builder = RingBufferBuilder::new();
     let to_stream = |bytes: &[u8]| {
         if let Some(piece) = piece(bytes) {
-            shared.held.add(piece.bytes.len() as u64);
+            shared.held.add(piece.held());
             let _ = sender.send(piece);
         } else {
             shared.observed.rescue_lost.add(1);
         }
-        0
+        // A negative number ends the reading of what is there: libbpf goes on as long as something comes.
+        if shared.held.get() > 2 * HELD_MAX { -libc::EAGAIN } else { 0 }
     };
     let added = builder.add(ring, to_stream).map(|_| ());
     let ring = match added.and_then(|()| builder.build()) {
         Ok(ring) => ring,
         Err(error) => return warn!(path = %path.display(), %error, "no rescue: reading"),
     };
+    let instance = getrandom::u32().unwrap_or_default();
     let until = |time: Duration| {
-        if let Err(error) = datapath.rescue_until.put(&0, &(time.as_nanos() as u64)) {
+        let full = shared.held.get() > HELD_MAX / 2
+            || shared.streams.load(Ordering::Relaxed) > STREAMS_MAX / 2;
+        let sign = rescuer { until: time.as_nanos() as u64, instance, full: full.into() };
+        if let Err(error) = datapath.rescuer.put(&0, &sign) {
             debug!(%error, "sign of life for the datapath");
         }
     };
     while !shared.stop.load(Ordering::Relaxed) {
         until(boot_time() + ALIVE);
-        if shared.held.get() > HELD_MAX {
+        if shared.held.get() > 2 * HELD_MAX {
             std::thread::sleep(Duration::from_millis(5));
             continue;
         }
-        if let Err(error) = ring.poll(POLL)
-            && error.kind() != libbpf_rs::ErrorKind::Interrupted
-        {
-            warn!(%error, "no rescue: reading");
-            break;
+        match ring.poll(POLL) {
+            Err(error) if !is_pause(&error) => {
+                warn!(%error, "no rescue: reading");
+                break;
+            }
+            _ => {}
         }
     }
     until(Duration::ZERO);
     // What came until then is taken, too.
     let _ = ring.consume();
+}
+
+fn is_pause(error: &libbpf_rs::Error) -> bool {
+    matches!(error.kind(), libbpf_rs::ErrorKind::Interrupted | libbpf_rs::ErrorKind::WouldBlock)
+}
+
+impl Piece {
+    fn held(&self) -> u64 {
+        self.bytes.len() as u64 + PIECE
+    }
 }
 
 /// A record of the ring buffer; `None`: it is too old.
@@ -197,44 +231,44 @@ fn piece(record: &[u8]) -> Option<Piece> {
 /// Gives each piece to its stream, which the first piece begins.
 async fn dispatch(shared: Arc<Shared>, datapath: Datapath, mut pieces: UnboundedReceiver<Piece>) {
     let mut streams: HashMap<Key, UnboundedSender<Piece>> = HashMap::new();
-    let mut tasks: JoinSet<Key> = JoinSet::new();
+    let mut tasks: JoinSet<()> = JoinSet::new();
+    let mut keys: HashMap<task::Id, Key> = HashMap::new();
     let mut routes = Routes::default();
     loop {
         let piece = tokio::select! {
             piece = pieces.recv() => piece,
-            Some(ended) = tasks.join_next() => {
-                if let Ok(key) = ended {
+            Some(ended) = tasks.join_next_with_id() => {
+                let id = ended.map_or_else(|failed| failed.id(), |(id, ())| id);
+                if let Some(key) = keys.remove(&id) {
                     streams.remove(&key);
                 }
+                shared.streams.store(streams.len(), Ordering::Relaxed);
                 continue;
             }
         };
         let Some(piece) = piece else { break };
         let key = piece.key;
-        let length = piece.bytes.len() as u64;
+        let held = piece.held();
         let mut unsent = Some(piece);
         if let Some(stream) = streams.get(&key) {
             unsent = stream.send(unsent.take().expect("just made")).err().map(|e| e.0);
         }
         let Some(piece) = unsent else { continue };
-        let destination = routes.destination(&shared, &datapath, key.service);
+        // Compiling many routes takes a while.
+        let destination =
+            task::block_in_place(|| routes.destination(&shared, &datapath, key.service));
         let begins = piece.seq == key.start && streams.len() < STREAMS_MAX;
         let Some(destination) = destination.filter(|_| begins) else {
-            // Of a stream that was given up, of which one message at least is lost already.
-            shared.held.sub(length);
-            if piece.seq == key.start {
-                shared.observed.rescue_lost.add(1);
-            }
+            shared.held.sub(held);
+            shared.observed.rescue_lost.add(1);
             continue;
         };
         let (sender, receiver) = unbounded_channel();
         let stream = Stream::new(Arc::clone(&shared), destination, key, piece.v5);
         let _ = sender.send(piece);
         streams.insert(key, sender);
-        tasks.spawn(async move {
-            stream.run(receiver).await;
-            key
-        });
+        shared.streams.store(streams.len(), Ordering::Relaxed);
+        keys.insert(tasks.spawn(stream.run(receiver)).id(), key);
     }
     drop(streams);
     while tasks.join_next().await.is_some() {}

@@ -9,12 +9,12 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use tracing::{debug, info};
 
 use super::broker::Connection;
-use super::{Key, Piece, Shared};
+use super::{HELD_MAX, Key, Piece, SHARE, Shared};
 use crate::relay::scan::{self, Header, Malformed, kind};
 use crate::relay::table::{Broker, Table};
 
-/// A client that says nothing for so long has closed, or its end was lost.
-const IDLE: Duration = Duration::from_secs(10);
+/// Longer than the datapath answers a client (`bpf/forward/rescued.h`): so all that it acknowledges has a stream.
+const IDLE: Duration = Duration::from_secs(20);
 /// Largest message that is published.
 const MESSAGE_MAX: usize = 4 << 20;
 
@@ -37,6 +37,7 @@ pub struct Stream {
     /// What has come and is not published.
     buffer: Vec<u8>,
     aliases: HashMap<u16, String>,
+    alias_bytes: usize,
     connections: HashMap<Broker, Connection>,
     failed: Vec<Broker>,
     published: u64,
@@ -52,6 +53,7 @@ impl Stream {
             next: key.start,
             buffer: Vec::new(),
             aliases: HashMap::new(),
+            alias_bytes: 0,
             connections: HashMap::new(),
             failed: Vec::new(),
             published: 0,
@@ -74,20 +76,23 @@ impl Stream {
                     break;
                 }
             }
-            if let Err(error) = self.publish().await {
+            // What could not be reached before may be by now.
+            self.failed.clear();
+            let published = self.publish().await;
+            self.confirm().await;
+            if let Err(error) = published {
                 debug!(client = %self.key.client, %error, "rescue ends");
                 self.shared.observed.rescue_lost.add(1);
                 self.forget();
                 break;
             }
-            self.confirm().await;
             if ended {
                 break;
             }
         }
         pieces.close();
         while let Ok(piece) = pieces.try_recv() {
-            self.shared.held.sub(piece.bytes.len() as u64);
+            self.shared.held.sub(piece.held());
         }
         if !self.buffer.is_empty() {
             // The beginning of a message.
@@ -107,11 +112,11 @@ impl Stream {
     fn add(&mut self, piece: &Piece) -> bool {
         let known = self.next.wrapping_sub(piece.seq) as usize;
         let Some(new) = piece.bytes.get(known..) else {
-            self.shared.held.sub(piece.bytes.len() as u64);
+            self.shared.held.sub(piece.held());
             return known < 1 << 31;
         };
         self.buffer.extend_from_slice(new);
-        self.shared.held.sub(known as u64);
+        self.shared.held.sub(piece.held() - new.len() as u64);
         self.next = piece.seq.wrapping_add(piece.bytes.len() as u32);
         true
     }
@@ -138,11 +143,18 @@ impl Stream {
                     }
                     at += h.total();
                 }
+                // Others need the room, too, and not all of these messages will ever be complete.
+                Ok(_) if self.shared.held.get() > HELD_MAX && rest.len() > SHARE => {
+                    break Err(Malformed { code: 0x97, what: "too much is held of others" });
+                }
                 Ok(_) => break Ok(()),
             }
         };
         self.shared.held.sub(at as u64);
         buffer.drain(..at);
+        if buffer.len() < SHARE {
+            buffer.shrink_to(SHARE);
+        }
         self.buffer = buffer;
         result
     }
@@ -158,6 +170,10 @@ impl Stream {
             self.aliases.get(&p.alias).cloned()
         } else {
             if p.alias != 0 {
+                self.alias_bytes += p.topic.len();
+                if self.alias_bytes > SHARE {
+                    return Err(Malformed { code: 0x97, what: "too many topic aliases" });
+                }
                 self.aliases.insert(p.alias, p.topic.to_owned());
             }
             Some(p.topic.to_owned())

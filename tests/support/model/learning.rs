@@ -111,6 +111,11 @@ impl Model<'_> {
         }
         self.count("mispredicted");
         flow.misrouted = true;
+        // Of what was forwarded from behind a gap, nothing can be cut off when it is repeated.
+        if start.0.wrapping_sub(flow.seen).cast_signed() < 0 {
+            flow.topic = None;
+            return;
+        }
         if may_end && self.service.on_misprediction == OnMisprediction::Reset {
             self.count("flow_ended");
             self.count("publish_lost");

@@ -43,6 +43,8 @@ pub struct Flow {
     next: u32,
     /// Behind the last byte seen.
     end: u32,
+    /// The same before the segment in hand.
+    seen: u32,
     ack: u32,
     /// Bytes of the control packet in hand, up to the end of its topic.
     header: Vec<u8>,
@@ -196,6 +198,7 @@ impl<'a> Model<'a> {
         }
         if length > 0 {
             let end = segment.seq.wrapping_add(length);
+            flow.seen = flow.end;
             if end.wrapping_sub(flow.end).cast_signed() > 0
                 && end.wrapping_sub(flow.end) < FLOW_WINDOW
             {
