@@ -133,8 +133,8 @@ pub fn run(config: &Config) -> Result<(), RelayError> {
     }
     let ports = ports(config)?;
     let shared = Arc::new(Shared::new(tables));
-    let limits = config.relay;
-    raise_descriptors(limits.connections);
+    let mut limits = config.relay;
+    limits.connections = raise_descriptors(limits.connections);
     let threads = match limits.threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         n => n as usize,
@@ -198,21 +198,24 @@ impl metrics::Source for Metrics {
 }
 
 /// Raises RLIMIT_NOFILE to its hard limit: a client takes a descriptor, and each of its broker
-/// connections another.
-fn raise_descriptors(connections: u32) {
+/// connections another. Returns how many clients that is enough for: one more, and those that are there
+/// could not reach their brokers.
+fn raise_descriptors(connections: u32) -> u32 {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     const EACH: u64 = 3;
-    let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
+    const OWN: u64 = 100;
+    let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) else { return connections };
     if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, most, most) {
-        return warn!(%error, "raising the number of open files");
+        warn!(%error, "raising the number of open files");
     }
-    if most / EACH < u64::from(connections) {
+    let enough = u32::try_from(most.saturating_sub(OWN) / EACH).unwrap_or(u32::MAX);
+    if enough < connections {
         warn!(
-            "{most} files may be open (LimitNOFILE, ulimit -n), which is enough for about {} clients; \
-             [relay] connections allows {connections}",
-            most / EACH
+            "{most} files may be open (LimitNOFILE, ulimit -n), so {enough} clients are accepted at a time, \
+             not {connections} ([relay] connections)"
         );
     }
+    connections.min(enough)
 }
 
 /// Handles signals, and logs the counters once a minute.
