@@ -116,6 +116,18 @@ fn every_metric_of_an_alert_is_one_that_there_is() {
 }
 
 #[test]
+fn the_runbook_has_every_problem_and_every_alert() {
+    let page = include_str!("../docs/runbook.md");
+    for (code, _) in mqtt_fwd::control::problem::CODES {
+        assert!(page.contains(&format!("| `{code}` |")), "{code}");
+    }
+    let alerts = include_str!("../scripts/alerts.yml").lines();
+    for alert in alerts.filter_map(|line| line.trim().strip_prefix("- alert: ")) {
+        assert!(page.contains(&format!("| `{alert}` |")), "{alert}");
+    }
+}
+
+#[test]
 fn a_configuration_that_is_not_there_or_not_toml_is_named() {
     let (code, text) = check("interface = eth0\n");
     assert_eq!(code, Some(2));
