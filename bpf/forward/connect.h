@@ -58,7 +58,7 @@ static __always_inline __u32 read_length(struct xdp_md *ctx, __u32 *offset, __u3
 #define PROPERTIES_2 (1ULL << 0x21 | 1ULL << 0x22) /* receive maximum, topic alias maximum */
 #define PROPERTIES_4 (1ULL << 0x11 | 1ULL << 0x27) /* session expiry interval, maximum packet size */
 
-/* Length of such a property's value; 0: it is another. Without a branch, of which there would be many. */
+/* Length of such a property's value; 0: it is another. Branches would multiply what the verifier walks. */
 static __always_inline __u32 number_property(__u8 property)
 {
 	__u64 bit = property < 64 ? 1ULL << property : 0;
@@ -226,6 +226,25 @@ static __always_inline __u32 connect_unanswerable(const struct connect *k, const
 	    (k->level == 3 && (!k->id_length || k->id_length > CLIENT_ID_MAX_31)))
 		return WHY_NOT_CONNECT;
 	return WHY_NONE;
+}
+
+/*
+ * What its CONNECT says of a flow, if that lies at the beginning of the first segment, as they do; `skip`: bytes
+ * of that which are not the flow's. Global (see event.h).
+ */
+__noinline int connect_seen(struct xdp_md *ctx, const struct conn *c, struct flow *f, __u32 skip)
+{
+	const struct work *w = work_of_cpu();
+
+	if (!w || !c || !f)
+		return 0;
+	f->connect = FLOW_CONNECT_READ;
+	if (skip || f->flags & FLOW_CONNECTED)
+		return 0;
+	read_connect(ctx, c);
+	f->connect |= (is_anonymous(ctx, c, &w->connect) ? FLOW_ANONYMOUS : 0) |
+		      (w->connect.level == 5 ? FLOW_MQTT5 : 0);
+	return 0;
 }
 
 #endif /* MQTT_FWD_CONNECT_H */

@@ -4,8 +4,8 @@
  *
  *   classify   Ethernet → IP → TCP → is it for a service?      services.h, too_big.h, icmp_error.h
  *   bind       its flow, and the group that is bound to        bind/, flow.h, cache.h, delayed/
- *   frame      the MQTT control packets that it shows          framing.h, resync.h, publish.h, route.h,
- *                                                              learn.h
+ *   frame      the MQTT control packets that it shows          framing.h, framing/, resync.h, connect.h,
+ *                                                              publish.h, route.h, learn.h
  *   forward    dst: service → group VIP, on to the balancer    cut.h, rescue.h, emit.h
  *
  * and ends in one of the functions of emit.h and too_big.h, with exactly one verdict.

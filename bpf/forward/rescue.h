@@ -9,9 +9,10 @@
 #ifndef MQTT_FWD_RESCUE_H
 #define MQTT_FWD_RESCUE_H
 
+#include "../lib/clock.h"
 #include "cut.h"
-#include "delayed/segment.h"
 #include "flow.h"
+#include "segment.h"
 
 static __always_inline const struct rescuer *rescuer_alive(void)
 {
@@ -93,6 +94,18 @@ __noinline int rescue_copy(struct xdp_md *ctx, const struct conn *c, struct flow
 	}
 	flow_next(f, c, c->seq + c->payload_length);
 	return true;
+}
+
+/* For how long the flow has been rescued, in ms. */
+static __always_inline __u32 rescue_age(const struct flow *f)
+{
+	return now_ms() - f->candidate_start;
+}
+
+/* Whether this sidecar has had the flow's rescue from its beginning: no other can go on with it. */
+static __always_inline bool rescue_known(const struct flow *f, const struct rescuer *r)
+{
+	return r && READ_ONCE(r->instance) == f->candidate_end;
 }
 
 /*

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/* The segments with data or FIN of a flow that is being rescued, after the one that ended it. */
+/* The segments of a flow that is being rescued, after the one that ended it. */
 #ifndef MQTT_FWD_RESCUED_H
 #define MQTT_FWD_RESCUED_H
 
@@ -41,6 +41,17 @@ __noinline int answer_ack(struct xdp_md *ctx, const struct conn *c, __u32 next)
  * broker would answer them with RST. */
 #define RESCUE_BARE_MS 1000
 
+/* A rescue that is over, or another sidecar's: the client gets RST for whatever asks for an answer. */
+static __always_inline int rescue_over(struct xdp_md *ctx, const struct conn *c, bool fin)
+{
+	if ((c->payload_length || fin) && answer_reset(ctx, c, fin)) {
+		count(REASON_REFUSED);
+		return XDP_TX;
+	}
+	count(REASON_RESCUED);
+	return XDP_DROP;
+}
+
 static __always_inline int rescued(struct xdp_md *ctx, struct work *w)
 {
 	const struct service_table *t = table_in_force();
@@ -48,7 +59,6 @@ static __always_inline int rescued(struct xdp_md *ctx, struct work *w)
 	const struct group *g = group_of(w->handed.binding);
 	struct conn c = w->handed.conn;
 	const struct tcphdr *tcp = tcp_of(ctx, c.v6);
-	const struct rescuer *r = rescuer_alive();
 	struct flow *f = flow_find(&c);
 	__u32 end = c.seq + c.payload_length, next, age;
 	__u64 wanted;
@@ -57,19 +67,12 @@ static __always_inline int rescued(struct xdp_md *ctx, struct work *w)
 	if (!svc || !g || !tcp || !f)
 		return pass_on(ctx, REASON_NO_GROUP_VIP);
 	fin = tcp->fin;
-	age = now_ms() - f->candidate_start;
+	age = rescue_age(f);
 	wanted = READ_ONCE(f->next);
 	if (!c.payload_length && !fin && age < RESCUE_BARE_MS)
 		return to_group(ctx, g, svc, c.v6, REASON_NO_DATA);
-	/* What this sidecar does not know, it cannot go on with. */
-	if (!r || READ_ONCE(r->instance) != f->candidate_end || age > RESCUE_MS || wanted >> 32 != c.tag) {
-		if ((!c.payload_length && !fin) || !answer_reset(ctx, &c, fin)) {
-			count(REASON_RESCUED);
-			return XDP_DROP;
-		}
-		count(REASON_REFUSED);
-		return XDP_TX;
-	}
+	if (!rescue_known(f, rescuer_alive()) || age > RESCUE_MS || wanted >> 32 != c.tag)
+		return rescue_over(ctx, &c, fin);
 	if (!segment_right(ctx, &c)) {
 		count(REASON_RESCUE_DAMAGED);
 		count(REASON_RESCUED);

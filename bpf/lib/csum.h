@@ -27,6 +27,15 @@ static __always_inline __sum16 csum_replace2(__sum16 check, __be16 from, __be16 
 	return ~csum_fold((__u64)(__u16)~check + (__u16)~from + to);
 }
 
+/* Adds so many words to a sum that is not folded yet. */
+static __always_inline __u64 sum_words(const __be32 *word, __u32 words, __u64 sum)
+{
+#pragma unroll
+	for (__u32 i = 0; i < words; i++)
+		sum += word[i];
+	return sum;
+}
+
 /* The sum of data that begins at an odd offset: as if it began at an even one (RFC 1071 §2 B). */
 static __always_inline __u16 csum_swap(__u16 sum)
 {

@@ -44,43 +44,34 @@ pub async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
     to: SocketAddr,
     hello: &Hello<'_>,
 ) -> Result<(), String> {
-    let client_id = hello.client_id.to_owned().into();
-    let username = hello.username.map(|name| name.to_owned().into());
-    let password = hello.password.map(|secret| secret.to_owned().into());
+    // The two versions' types differ, and not their fields.
+    macro_rules! exchange {
+        ($version:ident, $clean:ident, $code:ident) => {{
+            let connect = $version::Connect {
+                $clean: true,
+                keep_alive: hello.keep_alive,
+                client_id: hello.client_id.to_owned().into(),
+                username: hello.username.map(|name| name.to_owned().into()),
+                password: hello.password.map(|secret| secret.to_owned().into()),
+                ..Default::default()
+            };
+            let mut framed = Framed::new(stream, $version::Codec::default());
+            let connect = $version::Packet::Connect(Box::new(connect));
+            framed.send(connect).await.map_err(|e| wrong(to, &e))?;
+            match framed.next().await {
+                Some(Ok(($version::Packet::ConnectAck(ack), _))) => {
+                    accepted(to, u8::from(ack.$code))
+                }
+                Some(Ok(_)) => Err(no_connack(to)),
+                Some(Err(e)) => Err(wrong(to, &e)),
+                None => Err(closed(to)),
+            }
+        }};
+    }
     if hello.v5 {
-        let connect = v5::Connect {
-            clean_start: true,
-            keep_alive: hello.keep_alive,
-            client_id,
-            username,
-            password,
-            ..Default::default()
-        };
-        let mut framed = Framed::new(stream, v5::Codec::default());
-        framed.send(v5::Packet::Connect(Box::new(connect))).await.map_err(|e| wrong(to, &e))?;
-        match framed.next().await {
-            Some(Ok((v5::Packet::ConnectAck(ack), _))) => accepted(to, u8::from(ack.reason_code)),
-            Some(Ok(_)) => Err(no_connack(to)),
-            Some(Err(e)) => Err(wrong(to, &e)),
-            None => Err(closed(to)),
-        }
+        exchange!(v5, clean_start, reason_code)
     } else {
-        let connect = v3::Connect {
-            clean_session: true,
-            keep_alive: hello.keep_alive,
-            client_id,
-            username,
-            password,
-            ..Default::default()
-        };
-        let mut framed = Framed::new(stream, v3::Codec::default());
-        framed.send(v3::Packet::Connect(Box::new(connect))).await.map_err(|e| wrong(to, &e))?;
-        match framed.next().await {
-            Some(Ok((v3::Packet::ConnectAck(ack), _))) => accepted(to, u8::from(ack.return_code)),
-            Some(Ok(_)) => Err(no_connack(to)),
-            Some(Err(e)) => Err(wrong(to, &e)),
-            None => Err(closed(to)),
-        }
+        exchange!(v3, clean_session, return_code)
     }
 }
 

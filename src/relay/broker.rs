@@ -1,13 +1,12 @@
 //! Connections to brokers: TCP or TLS, with a PROXY protocol header if they want one.
 
-use std::io::{self, IoSlice};
+use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
-use std::task::{Context, Poll};
 
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
+use tokio_util::either::Either;
 
 use super::tls::Connector;
 
@@ -38,67 +37,12 @@ impl BrokerInfo {
                 stream.write_all(&header).await?;
             }
             Ok(match tls {
-                None => BrokerStream::Tcp(stream),
-                Some(tls) => BrokerStream::Tls(Box::new(tls.connect(addr.ip(), stream).await?)),
+                None => Either::Left(stream),
+                Some(tls) => Either::Right(Box::new(tls.connect(addr.ip(), stream).await?)),
             })
         }
     }
 }
 
-/// A connection to a broker.
-#[derive(Debug)]
-pub enum BrokerStream {
-    /// TCP.
-    Tcp(TcpStream),
-    /// TLS.
-    Tls(Box<TlsStream<TcpStream>>),
-}
-
-macro_rules! each {
-    ($self:ident, $stream:ident => $what:expr) => {
-        match $self.get_mut() {
-            BrokerStream::Tcp($stream) => $what,
-            BrokerStream::Tls($stream) => $what,
-        }
-    };
-}
-
-impl AsyncRead for BrokerStream {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        each!(self, s => Pin::new(s).poll_read(cx, buf))
-    }
-}
-
-impl AsyncWrite for BrokerStream {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        each!(self, s => Pin::new(s).poll_write(cx, bytes))
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        each!(self, s => Pin::new(s).poll_write_vectored(cx, slices))
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        true
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        each!(self, s => Pin::new(s).poll_flush(cx))
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        each!(self, s => Pin::new(s).poll_shutdown(cx))
-    }
-}
+/// A connection to a broker: TCP, or TLS.
+pub type BrokerStream = Either<TcpStream, Box<TlsStream<TcpStream>>>;

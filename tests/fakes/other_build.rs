@@ -20,17 +20,17 @@ fn main() -> Result<()> {
     let mut spec = Config::load(Path::new(&path))?.load_spec();
     spec.maps.flows *= 2;
     spec.maps.clients *= 2;
-    let object = compile()?;
+    let dir = tempfile::tempdir()?;
+    let object = compile(dir.path())?;
     let loaded = load::load_build(&spec, ObjectBuilder::default().open_file(&object)?)?;
     println!("{:?}", loaded.moved);
     Ok(())
 }
 
-/// Compiles `bpf/` with other types.
-fn compile() -> Result<PathBuf> {
-    let dir = std::env::temp_dir().join(format!("other-build-{}", std::process::id()));
+/// Compiles a copy of `bpf/` in `dir`, with other types.
+fn compile(dir: &Path) -> Result<PathBuf> {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let copied = Command::new("cp").arg("-r").arg(here.join("bpf")).arg(&dir).status()?;
+    let copied = Command::new("cp").arg("-r").arg(here.join("bpf/.")).arg(dir).status()?;
     ensure!(copied.success(), "copying bpf/");
     let header = dir.join("abi/state.h");
     let mut text = std::fs::read_to_string(&header)?;

@@ -14,7 +14,7 @@
 #ifndef MQTT_FWD_BIND_DELAYED_H
 #define MQTT_FWD_BIND_DELAYED_H
 
-#include "../delayed/segment.h"
+#include "../delayed/proof.h"
 #include "bind.h"
 
 /* What the next program needs to know. Global (see event.h): the caller has no stack to spare. */

@@ -6,8 +6,9 @@
 #ifndef MQTT_FWD_DELAYED_ANSWER_H
 #define MQTT_FWD_DELAYED_ANSWER_H
 
+#include "../../lib/clock.h"
 #include "../../lib/csum.h"
-#include "segment.h"
+#include "proof.h"
 
 #define MQTT_CONNACK_ACCEPTED 0x20020000 /* MQTT 3.1.1 §3.2: no session present, accepted */
 

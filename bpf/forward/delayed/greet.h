@@ -17,10 +17,10 @@
 #define MQTT_FWD_DELAYED_GREET_H
 
 #include "../bind/predicted.h"
+#include "../connect.h"
 #include "../emit.h"
 #include "../services.h"
 #include "answer.h"
-#include "../connect.h"
 #include "decide.h"
 
 /* To the verifier, what is copied to or from handover.connect may be this long; see struct work. */

@@ -1,21 +1,16 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/* What delayed binding reads of a segment beyond struct conn: addresses, flags, options, cookie. */
-#ifndef MQTT_FWD_DELAYED_SEGMENT_H
-#define MQTT_FWD_DELAYED_SEGMENT_H
+/* What is read of a segment beyond struct conn: addresses, header, options, checksum. */
+#ifndef MQTT_FWD_SEGMENT_H
+#define MQTT_FWD_SEGMENT_H
 
-#include "../../lib/cookie.h"
-#include "../../lib/csum.h"
-#include "../../lib/parse.h"
-#include "../maps.h"
+#include "../lib/cookie.h"
+#include "../lib/csum.h"
+#include "../lib/parse.h"
+#include "maps.h"
 
 static __always_inline __u32 tcp_offset_of(bool v6)
 {
 	return sizeof(struct ethhdr) + (v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr));
-}
-
-static __always_inline __u32 now_ms(void)
-{
-	return bpf_ktime_get_boot_ns() / 1000000;
 }
 
 static __always_inline struct tcphdr *tcp_of(struct xdp_md *ctx, bool v6)
@@ -73,40 +68,6 @@ __noinline int read_options(struct xdp_md *ctx, const struct conn *c)
 	return 0;
 }
 
-static __always_inline const struct handover_keys *keys_in_force(void)
-{
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(&handover_keys, &zero);
-}
-
-/*
- * Whether a client's segment acknowledges a SYN-ACK that was sent from here, and nothing after it.
- * Without timestamps that is 24 bits of proof, with them 32: work.options are checked if
- * `with_options`. Global (see event.h).
- */
-__noinline int has_cookie(struct xdp_md *ctx, const struct conn *c, __u32 with_options)
-{
-	const struct handover_keys *keys = keys_in_force();
-	struct work *w = work_of_cpu();
-	struct cookie_tuple t;
-	__u32 tsecr;
-
-	if (!c || !keys || !w || !tuple_of(ctx, c->v6, &t))
-		return false;
-	tsecr = w->options.o.tsecr;
-	return cookie_valid(keys, &t, c->seq - 1, c->ack - 1,
-			    with_options && w->options.o.has_timestamps ? &tsecr : NULL, c->v6);
-}
-
-static __always_inline __u64 sum_words(const __be32 *word, __u32 words, __u64 sum)
-{
-#pragma unroll
-	for (__u32 i = 0; i < words; i++)
-		sum += word[i];
-	return sum;
-}
-
 /* Whether the segment's TCP checksum is that of its header and a payload with this sum. Global. */
 __noinline int checksum_right(struct xdp_md *ctx, const struct conn *c, __u32 payload)
 {
@@ -128,4 +89,4 @@ __noinline int checksum_right(struct xdp_md *ctx, const struct conn *c, __u32 pa
 	return csum_fold(sum_words(header, 15, sum)) == 0xffff;
 }
 
-#endif /* MQTT_FWD_DELAYED_SEGMENT_H */
+#endif /* MQTT_FWD_SEGMENT_H */
