@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use libbpf_cargo::SkeletonBuilder;
+use prost::Message as _;
 
 /// Source of each program, without `.bpf.c`; the last one is for `benches/`.
 const PROGRAMS: [&str; 6] = [
@@ -34,8 +35,11 @@ fn main() -> Result<()> {
     generate_reasons(Path::new("bpf/abi/reason.h"), &out.join("reasons.rs"))?;
 
     // protox, so that nobody needs protoc.
-    let files = protox::compile(["proto/katran.proto", "proto/mqtt_fwd.proto"], ["proto"])?;
-    tonic_prost_build::configure().compile_fds(files)?;
+    let sidecar = protox::compile(["proto/mqtt_fwd.proto"], ["proto"])?;
+    fs::write(out.join("mqtt_fwd.protoset"), sidecar.encode_to_vec())?;
+    for files in [sidecar, protox::compile(["proto/katran.proto"], ["proto"])?] {
+        tonic_prost_build::configure().compile_fds(files)?;
+    }
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! The command line. One file a subcommand; all it does itself is reading arguments and printing.
 
 mod chain;
+mod change;
 mod clients;
 mod explain;
 mod katran;
@@ -19,7 +20,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, Parser, Subcommand};
 
 use crate::config::Config;
-use crate::control::Error;
+use crate::control::{Error, api};
 
 const DEFAULT_CONFIG: &str = "/etc/mqtt-fwd/config.toml";
 
@@ -78,6 +79,10 @@ enum Command {
     Unload(chain::Unload),
     /// Bring groups, reals, services and routes to what the configuration says
     Apply(sidecar::Apply),
+    /// Print what of the configuration file is not in force; ends with 1 if anything is not
+    Diff,
+    /// Change routes, groups and reals at run time
+    Change(change::Change),
     /// Load, apply and watch, in the foreground; SIGHUP reloads the configuration
     Run,
     /// Run only the embedded balancer, in the foreground
@@ -141,36 +146,43 @@ pub fn main() -> ExitCode {
 
 fn exit_code(error: &Error) -> u8 {
     match error {
-        Error::Config(_) | Error::Refused(_) | Error::Key(_) => USAGE,
+        Error::Config(_) | Error::Edit(_) | Error::Refused(_) | Error::Key(_) => USAGE,
         _ => FAILED,
     }
 }
 
 fn run(cli: Cli) -> Result<(), Error> {
     let config = || Config::load(&cli.config);
+    // What `run` works by may have been changed since it was read from the file.
+    let in_force = || -> Result<Config, Error> {
+        let config = config()?;
+        Ok(block_on(async { Ok(api::in_force(&config).await) })?.unwrap_or(config))
+    };
     match cli.command {
         Command::Check => explain::check(&config()?),
         Command::Load(args) => chain::load(&args, &config()?),
         Command::Unload(args) => args.run(&config()?),
         Command::Apply(args) => args.run(&config()?),
+        Command::Diff => sidecar::diff(&config()?),
+        Command::Change(args) => args.run(&config()?),
         Command::Run => sidecar::run(config()?),
         Command::Balancer => sidecar::balancer(&config()?),
-        Command::Status(args) => args.run(&config()?),
-        Command::Clients(args) => args.run(&config()?),
-        Command::Flows(output) => tables::flows(&config()?, output),
+        Command::Status(args) => args.run(&in_force()?),
+        Command::Clients(args) => args.run(&in_force()?),
+        Command::Flows(output) => tables::flows(&in_force()?, output),
         Command::Routes(args) => {
-            args.run(&config()?);
+            args.run(&in_force()?);
             Ok(())
         }
         Command::Groups(output) => {
-            tables::groups(&config()?, output);
+            tables::groups(&in_force()?, output);
             Ok(())
         }
-        Command::Reals(output) => reals::reals(&config()?, output),
-        Command::Drain(args) => args.run(&config()?, true),
-        Command::Undrain(args) => args.run(&config()?, false),
-        Command::Counters(args) => args.run(&config()?),
-        Command::Trace(args) => args.run(&config()?),
+        Command::Reals(output) => reals::reals(&in_force()?, output),
+        Command::Drain(args) => args.run(&in_force()?, true),
+        Command::Undrain(args) => args.run(&in_force()?, false),
+        Command::Counters(args) => args.run(&in_force()?),
+        Command::Trace(args) => args.run(&in_force()?),
         Command::Katran(args) => args.run(config().map_err(Error::from)),
         Command::Keys(args) => args.run(),
         Command::Relay => crate::relay::run(&config()?).map_err(Error::from),

@@ -24,6 +24,32 @@ pub struct Apply {
     dry_run: bool,
 }
 
+/// What differs between the file, with reals that are out of use, and what is in force.
+pub fn diff(config: &Config) -> Result<(), Error> {
+    let datapath = Datapath::open(&config.pins())?;
+    let (plan, in_force) = block_on(async {
+        let mut client = Client::connect(&config.balancer_endpoint).await?;
+        let gateway = gateway::wanted_or_warn(config).await;
+        let in_effect = api::in_effect(config).await;
+        let plan = plan::plan(&in_effect, gateway, &datapath, &mut client).await?;
+        Ok((plan, api::in_force(config).await))
+    })?;
+    let lines = plan.lines();
+    for text in &lines {
+        line(text);
+    }
+    // Not all keys are of maps or the balancer: of checks, say, only `run` knows.
+    let read_again = in_force.is_some_and(|in_force| in_force.text != config.text);
+    if read_again && lines.is_empty() {
+        line(&format!("{} was changed since `run` read it", config.path.display()));
+    }
+    if read_again || !lines.is_empty() {
+        return Err(Error::Differs { path: config.path.clone() });
+    }
+    line("all is as configured");
+    Ok(())
+}
+
 impl Apply {
     pub fn run(&self, config: &Config) -> Result<(), Error> {
         let datapath = Datapath::open(&config.pins())?;
@@ -80,8 +106,11 @@ async fn hand_over(
         let _lock = instance::lock_apply(config).await?;
         plan::plan(config, gateway, datapath, client).await
     };
+    // Not all keys are of maps or the balancer: of checks, say, only `run` knows.
+    let is_read =
+        async || api::in_force(config).await.is_none_or(|there| there.text == config.text);
     let first = plan(client).await?;
-    if first.is_empty() {
+    if first.is_empty() && is_read().await {
         return Ok(first);
     }
     let pid = nix::unistd::Pid::from_raw(running.pid);
@@ -92,7 +121,7 @@ async fn hand_over(
     let deadline = Instant::now() + TAKE_OVER;
     while Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(100)).await;
-        if plan(client).await?.is_empty() {
+        if is_read().await && plan(client).await?.is_empty() {
             return Ok(first);
         }
     }

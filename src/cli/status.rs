@@ -22,6 +22,7 @@ use crate::kernel::xdp;
 const SCHEMA: u32 = 1;
 
 #[derive(Serialize)]
+#[allow(clippy::struct_excessive_bools)] // what is true of it, side by side
 struct Status {
     schema: u32,
     interface: String,
@@ -39,6 +40,8 @@ struct Status {
     counters: BTreeMap<&'static str, u64>,
     problems: Vec<Problem>,
     healthy: bool,
+    /// The file says what is in force.
+    file_in_force: bool,
 }
 
 #[derive(Serialize)]
@@ -125,6 +128,8 @@ fn read(config: &Config) -> Result<Status, Error> {
         relayed: config.services.iter().all(|service| service.relay.is_some()),
         counters: counters_json(&counters),
         problems,
+        file_in_force: std::fs::read_to_string(&config.path)
+            .is_ok_and(|text| *text == *config.text),
     })
 }
 
@@ -198,6 +203,12 @@ fn print(status: &Status) {
         "routes     generation {}",
         status.generation.map_or_else(|| "-".to_owned(), |n| n.to_string())
     ));
+    if !status.file_in_force {
+        line(
+            "note       the configuration file is not what is in force; `mqtt-fwd diff` shows the \
+             difference",
+        );
+    }
     if let Some(count @ 1..) = status.multi_group_clients {
         let clients = if count == 1 { "client publishes" } else { "clients publish" };
         line(&format!(

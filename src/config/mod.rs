@@ -1,10 +1,12 @@
 //! The configuration: one TOML file, read and checked as a whole before anything is touched.
 
+pub mod edit;
 mod error;
 mod read;
 mod reader;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 pub use error::{ConfigError, Problem};
 pub use read::{address, endpoint, mac, parse_mac};
@@ -22,6 +24,8 @@ pub use crate::kernel::sizes::{MapSizes, Rates};
 pub struct Config {
     /// Where it was read from.
     pub path: PathBuf,
+    /// What was read.
+    pub text: Arc<str>,
     /// The interface that clients' packets come in on.
     pub interface: String,
     /// Native or generic XDP.

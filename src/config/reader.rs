@@ -24,6 +24,11 @@ impl<'a> Source<'a> {
         Self { text, line_starts, problems: RefCell::default(), lines: RefCell::default() }
     }
 
+    /// All of it.
+    pub fn text(&self) -> &'a str {
+        self.text
+    }
+
     /// Counted from 1.
     fn line_of(&self, span: &Range<usize>) -> usize {
         self.line_starts.partition_point(|start| *start <= span.start) + 1

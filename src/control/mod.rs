@@ -2,7 +2,9 @@
 //! says what is wrong.
 
 pub mod api;
+pub mod changes;
 pub mod checks;
+pub mod events;
 pub mod gateway;
 pub mod handover;
 pub mod health;
@@ -21,6 +23,7 @@ pub mod view;
 
 use crate::balancer::client::BalancerError;
 use crate::config::ConfigError;
+use crate::config::edit::EditError;
 use crate::datapath::image::ImageError;
 use crate::kernel::BpfError;
 
@@ -29,6 +32,8 @@ use crate::kernel::BpfError;
 pub enum Error {
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[error(transparent)]
+    Edit(#[from] EditError),
     #[error(transparent)]
     Bpf(#[from] BpfError),
     #[error(transparent)]
@@ -45,6 +50,8 @@ pub enum Error {
     Embedded(String),
     #[error("{interface} is not healthy: {problems}")]
     Unhealthy { interface: String, problems: String },
+    #[error("{} is not what is in force; `mqtt-fwd apply` brings it into force", .path.display())]
+    Differs { path: std::path::PathBuf },
     /// Another process is at it.
     #[error("{0}")]
     Busy(String),

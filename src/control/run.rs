@@ -8,10 +8,12 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::Flock;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tonic::transport::Server as GrpcServer;
 use tracing::{debug, error, info, warn};
 
+use super::changes::{NotMade, Request};
 use super::checks::{self, Reals};
 use super::metrics::Metrics;
 use super::misrouting::Misrouting;
@@ -61,113 +63,210 @@ pub fn load(config: Config) -> Result<Loaded> {
 /// Runs until SIGTERM or SIGINT. SIGHUP reloads the configuration.
 pub async fn run(loaded: Loaded) -> Result<()> {
     let Loaded { config, listener, balancer, _only } = loaded;
-    let mut config = Arc::new(config);
     let mut term = on(SignalKind::terminate())?;
     let mut int = on(SignalKind::interrupt())?;
     let mut hup = on(SignalKind::hangup())?;
 
-    let mut datapath = Datapath::open(&config.pins())?;
     let mut server = listener
         .zip(balancer.as_ref())
         .map(|(listener, balancer)| tokio::spawn(serve(listener, balancer)));
-    let observed = Arc::new(Observed::default());
-    let reals = Arc::new(Reals::new(&config));
-    let shared = Arc::new(Mutex::new(Arc::clone(&config)));
-    let _api = Task::spawn(api::serve(
-        api::listen(&config)?,
-        Arc::clone(&shared),
-        Arc::clone(&reals),
-        Arc::clone(&observed),
-    ));
-    let _metrics =
-        config.metrics.map(|addr| serve_metrics(addr, &shared, &reals, &observed)).transpose()?;
-    let keeping = |config: &Config| {
-        let own_balancer = config.balancer == BalancerKind::Embedded;
-        Task::spawn(keeper::keep(config.load_spec(), own_balancer, Arc::clone(&observed)))
-    };
-    let checking =
-        |config: &Arc<Config>| Task::spawn(checks::run(Arc::clone(config), Arc::clone(&reals)));
-    let mut misrouting = Misrouting::default();
-    let mut ready = false;
-    // From when on the file's clients have been taken up.
-    let mut saving: Option<Task> = None;
-    let mut in_effect = reals.in_effect(&config);
-    let mut tasks = [keeping(&config), checking(&config)];
-    let mut reconciler = Reconciler::new(server.is_some(), Arc::clone(&observed));
-    let mut rescuer: Option<Rescuer> = None;
+    let mut sidecar = Sidecar::new(config, balancer)?;
+    let (asking, mut changes) = mpsc::channel(1);
+    let _served = sidecar.serve(asking)?;
     loop {
-        if let Some(new) = remade(&datapath, &config) {
-            datapath = new;
-            rescuer = None;
-            reconciler.configuration_changed();
-        }
-        rescuer = rescuer.filter(|rescuer| !rescuer.has_ended());
-        if rescuer.is_none() && config.services.iter().any(Service::rescues) {
-            rescuer = rescue(&shared, &reals, &observed);
-        }
-        let mut problems = reals.problems(&config);
-        let counters = datapath.counters().unwrap_or_default();
-        problems.extend(misrouting.look(&counters, Instant::now()));
-        let pause = Duration::from_secs(config.watch_interval_s);
+        sidecar.renew();
         // A balancer that hangs must not keep signals waiting. What is left half done by an end in
         // the middle is what a crash would leave, and the next reconciliation finds it.
-        let work = async {
-            reconciler.reconcile(&in_effect, &datapath, problems).await;
-            if !ready {
-                service::ready();
-            }
-            if saving.is_none() && known::take_up(&config, &datapath) {
-                saving = Some(Task::spawn(save_clients(Arc::clone(&shared))));
-            }
-            rest(pause, &reals, &observed).await
-        };
-        tokio::select! {
-            _ = term.recv() => break,
-            _ = int.recv() => break,
-            _ = hup.recv() => {
-                service::reloading();
-                ready = false;
-                if let Some(new) = reload(&config, balancer.as_ref()) {
-                    config = Arc::new(new);
-                    *shared.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&config);
-                    tasks = [keeping(&config), checking(&config)];
-                }
-                in_effect = reals.in_effect(&config);
-                reconciler.configuration_changed();
-            }
+        let next = tokio::select! {
+            _ = term.recv() => Next::End,
+            _ = int.recv() => Next::End,
+            _ = hup.recv() => Next::Reload,
+            Some(request) = changes.recv() => Next::Change(request),
             served = served(&mut server) => return served.map_err(|source| Error::Io {
-                what: format!("serving at {}", config.balancer_endpoint),
+                what: format!("serving at {}", sidecar.config.balancer_endpoint),
                 source,
             }),
-            changed = work => {
-                ready = true;
-                if changed {
-                    in_effect = reals.in_effect(&config);
-                    reconciler.configuration_changed();
-                }
-            }
+            next = sidecar.watch() => next,
+        };
+        match next {
+            Next::End => break,
+            Next::Look => {}
+            Next::OtherReals => sidecar.look_at_all(),
+            Next::Reload => sidecar.reload(),
+            Next::Change(request) => sidecar.change(request),
         }
     }
     service::stopping();
-    drop(tasks);
-    if let Some(rescuer) = rescuer {
-        rescuer.finish().await;
-    }
-    if saving.is_some() {
-        known::keep(&config, &datapath);
-    }
-    if let (Some(_), Some(path)) = (&server, config.balancer_endpoint.strip_prefix("unix:")) {
+    let endpoint = sidecar.config.balancer_endpoint.clone();
+    sidecar.end().await;
+    if let (Some(_), Some(path)) = (&server, endpoint.strip_prefix("unix:")) {
         let _ = std::fs::remove_file(path);
     }
-    instance::remove(&config);
     info!("ending; forwarding goes on with what is pinned (`mqtt-fwd unload` removes it)");
     Ok(())
 }
 
-/// The maps, if others are pinned by now.
-fn remade(datapath: &Datapath, config: &Config) -> Option<Datapath> {
-    let pins = config.pins();
-    if datapath.is_pinned(&pins) { None } else { Datapath::open(&pins).ok() }
+/// What comes after a look at everything.
+enum Next {
+    Look,
+    OtherReals,
+    Reload,
+    Change(Request),
+    End,
+}
+
+/// What watches a configuration.
+struct Sidecar {
+    config: Arc<Config>,
+    /// The same, for tasks.
+    shared: Arc<Mutex<Arc<Config>>>,
+    /// The same, with the reals that are in use.
+    in_effect: Config,
+    datapath: Datapath,
+    balancer: Option<Shared>,
+    observed: Arc<Observed>,
+    reals: Arc<Reals>,
+    reconciler: Reconciler,
+    misrouting: Misrouting,
+    rescuer: Option<Rescuer>,
+    /// Keeper and checks.
+    tasks: [Task; 2],
+    /// From when on the file's clients have been taken up.
+    saving: Option<Task>,
+    /// Who waits for the configuration to be in force.
+    waiting: Vec<oneshot::Sender<Result<(), NotMade>>>,
+    /// The service manager knows that the configuration was taken over.
+    ready: bool,
+}
+
+impl Sidecar {
+    fn new(config: Config, balancer: Option<Shared>) -> Result<Self> {
+        let config = Arc::new(config);
+        let observed = Arc::new(Observed::default());
+        let reals = Arc::new(Reals::new(&config));
+        Ok(Self {
+            shared: Arc::new(Mutex::new(Arc::clone(&config))),
+            in_effect: reals.in_effect(&config),
+            datapath: Datapath::open(&config.pins())?,
+            reconciler: Reconciler::new(balancer.is_some(), Arc::clone(&observed)),
+            misrouting: Misrouting::default(),
+            rescuer: None,
+            tasks: tasks(&config, &reals, &observed),
+            saving: None,
+            waiting: Vec::new(),
+            ready: false,
+            config,
+            balancer,
+            observed,
+            reals,
+        })
+    }
+
+    /// Serves the API and, if configured, metrics, as long as the tasks live.
+    fn serve(&self, changes: mpsc::Sender<Request>) -> Result<(Task, Option<Task>)> {
+        let shown = api::Shown {
+            config: Arc::clone(&self.shared),
+            reals: Arc::clone(&self.reals),
+            observed: Arc::clone(&self.observed),
+            changes,
+        };
+        let api = Task::spawn(api::serve(api::listen(&self.config)?, shown));
+        let metrics = |addr| serve_metrics(addr, &self.shared, &self.reals, &self.observed);
+        Ok((api, self.config.metrics.map(metrics).transpose()?))
+    }
+
+    /// Opens the maps anew if others are pinned by now, and starts what has ended.
+    fn renew(&mut self) {
+        let pins = self.config.pins();
+        if !self.datapath.is_pinned(&pins)
+            && let Ok(datapath) = Datapath::open(&pins)
+        {
+            self.datapath = datapath;
+            self.rescuer = None;
+            self.reconciler.configuration_changed();
+        }
+        if self.rescuer.as_ref().is_some_and(Rescuer::has_ended) {
+            self.rescuer = None;
+        }
+        if self.rescuer.is_none() && self.config.services.iter().any(Service::rescues) {
+            self.rescuer = rescue(&self.shared, &self.reals, &self.observed);
+        }
+    }
+
+    /// Looks at everything, puts back what was lost, and waits until it is time for the next look.
+    async fn watch(&mut self) -> Next {
+        let mut problems = self.reals.problems(&self.config);
+        let counters = self.datapath.counters().unwrap_or_default();
+        problems.extend(self.misrouting.look(&counters, Instant::now()));
+        self.reconciler.reconcile(&self.in_effect, &self.datapath, problems).await;
+        if !self.ready {
+            service::ready();
+            self.ready = true;
+        }
+        let outcome = self.reconciler.outcome();
+        for answer in self.waiting.drain(..) {
+            let _ = answer.send(outcome.clone().map_err(NotMade::NotYet));
+        }
+        if self.saving.is_none() && known::take_up(&self.config, &self.datapath) {
+            self.saving = Some(Task::spawn(save_clients(Arc::clone(&self.shared))));
+        }
+        let pause = Duration::from_secs(self.config.watch_interval_s);
+        rest(pause, &self.reals, &self.observed).await
+    }
+
+    /// The next look finds all that differs.
+    fn look_at_all(&mut self) {
+        self.in_effect = self.reals.in_effect(&self.config);
+        self.reconciler.configuration_changed();
+    }
+
+    fn reload(&mut self) {
+        service::reloading();
+        self.ready = false;
+        if let Some(new) = reload(&self.config, self.balancer.as_ref()) {
+            self.take(new);
+        }
+        self.look_at_all();
+    }
+
+    fn change(&mut self, request: Request) {
+        match request.carry_out(&self.config, &self.datapath) {
+            Ok(new) => {
+                self.waiting.push(request.answer);
+                self.take(new);
+                self.look_at_all();
+            }
+            Err(error) => {
+                let _ = request.answer.send(Err(NotMade::Refused(error.to_string())));
+            }
+        }
+    }
+
+    fn take(&mut self, new: Config) {
+        self.config = Arc::new(new);
+        *self.shared.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&self.config);
+        self.tasks = tasks(&self.config, &self.reals, &self.observed);
+    }
+
+    async fn end(self) {
+        drop(self.tasks);
+        if let Some(rescuer) = self.rescuer {
+            rescuer.finish().await;
+        }
+        if self.saving.is_some() {
+            known::keep(&self.config, &self.datapath);
+        }
+        instance::remove(&self.config);
+    }
+}
+
+/// What keeps the chain, and what checks the brokers.
+fn tasks(config: &Arc<Config>, reals: &Arc<Reals>, observed: &Arc<Observed>) -> [Task; 2] {
+    let own_balancer = config.balancer == BalancerKind::Embedded;
+    [
+        Task::spawn(keeper::keep(config.load_spec(), own_balancer, Arc::clone(observed))),
+        Task::spawn(checks::run(Arc::clone(config), Arc::clone(reals))),
+    ]
 }
 
 /// Writes down what is known of clients, now and then.
@@ -197,9 +296,8 @@ fn rescue(
 /// Longest time between two signs of life for the service manager.
 const ALIVE: Duration = Duration::from_secs(10);
 
-/// Waits until the next reconciliation is due. Returns whether other reals are to be used by then, which
-/// is waited for no longer.
-async fn rest(pause: Duration, reals: &Reals, observed: &Observed) -> bool {
+/// Waits until the next look is due, or other reals are to be used.
+async fn rest(pause: Duration, reals: &Reals, observed: &Observed) -> Next {
     let end = tokio::time::Instant::now() + pause;
     loop {
         service::alive(&match observed.problems().as_slice() {
@@ -208,11 +306,11 @@ async fn rest(pause: Duration, reals: &Reals, observed: &Observed) -> bool {
         });
         let next = end.min(tokio::time::Instant::now() + ALIVE);
         tokio::select! {
-            () = reals.changed() => return true,
+            () = reals.changed() => return Next::OtherReals,
             () = tokio::time::sleep_until(next) => {}
         }
         if next == end {
-            return false;
+            return Next::Look;
         }
     }
 }

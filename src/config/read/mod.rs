@@ -106,6 +106,7 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
 
     Some(Config {
         path: path.to_owned(),
+        text: source.text().into(),
         interface: interface?,
         xdp_mode,
         bpffs,

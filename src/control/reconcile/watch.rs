@@ -42,6 +42,8 @@ pub struct Reconciler {
     client: Option<Client>,
     problem: Option<String>,
     applied_once: bool,
+    /// What differs now is what somebody asked for.
+    changed: bool,
     /// The whole configuration was applied, and has not changed since.
     in_force: bool,
     /// Comparisons since it was.
@@ -62,15 +64,24 @@ pub struct Reconciler {
 impl Reconciler {
     /// With a balancer that this process serves itself, or another.
     pub fn new(own_balancer: bool, observed: Arc<Observed>) -> Self {
-        Self { own_changes: own_balancer.then_some(0), observed, ..Self::default() }
+        Self { changed: true, own_changes: own_balancer.then_some(0), observed, ..Self::default() }
     }
 
     /// The configuration was changed: the next reconciliation applies all of it.
     pub fn configuration_changed(&mut self) {
         self.in_force = false;
+        self.changed = true;
         self.backoff = None;
         // It may name another address.
         self.client = None;
+    }
+
+    /// Whether the configuration is in force after the last reconciliation; else why not.
+    pub fn outcome(&self) -> Result<(), String> {
+        if self.in_force {
+            return Ok(());
+        }
+        Err(self.problem.clone().unwrap_or_else(|| "not yet".to_owned()))
     }
 
     /// Once: compares, and puts back.
@@ -164,6 +175,7 @@ impl Reconciler {
         if self.mtu.replace(mtu).is_some_and(|before| before != mtu) {
             info!(mtu, "the interface's MTU changed");
             self.in_force = false;
+            self.changed = true;
         }
         if self.in_force && self.own_changes == Some(changes) && same_gateway {
             return Ok(());
@@ -193,14 +205,15 @@ impl Reconciler {
         self.rewrite_canonical(&mut client).await?;
         self.client = Some(client);
         if !plan.is_empty() {
-            if self.applied_once {
+            if self.changed {
+                info!(steps = plan.lines().len(), "applied the configuration");
+            } else {
                 self.observed.balancer_repairs.add(1);
                 warn!(steps = plan.lines().len(), "put back what was missing");
-            } else {
-                info!(steps = plan.lines().len(), "applied the configuration");
             }
         }
         self.applied_once = true;
+        self.changed = false;
         self.in_force = true;
         Ok(())
     }

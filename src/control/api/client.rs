@@ -1,0 +1,118 @@
+//! The client's side: what other commands ask `run` for, where there is one.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use tonic::Status;
+use tonic::transport::{Channel, Endpoint};
+
+use super::proto::{self, sidecar_client::SidecarClient};
+use super::socket;
+use crate::config::Config;
+use crate::config::edit::Change;
+use crate::control::problem::Problem;
+use crate::control::{Error, Result};
+
+/// For an answer from what `run` has at hand.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// For a change to come into force: 100,000 routes take some seconds.
+const CHANGE_PATIENCE: Duration = Duration::from_secs(60);
+
+/// A connection to the `run` of an interface; `None`: there is none.
+async fn connect(config: &Config, patience: Duration) -> Option<SidecarClient<Channel>> {
+    let endpoint = Endpoint::from_shared(format!("unix:{}", socket(config).display())).ok()?;
+    let channel = endpoint.timeout(patience).connect().await.ok()?;
+    // A configuration of 100,000 routes has several megabytes.
+    Some(SidecarClient::new(channel).max_decoding_message_size(usize::MAX))
+}
+
+async fn connected(
+    config: &Config,
+    patience: Duration,
+    what: &str,
+) -> Result<SidecarClient<Channel>> {
+    connect(config, patience).await.ok_or_else(|| {
+        Error::Busy(format!("no `run` is at work on {}; it is what {what}", config.interface))
+    })
+}
+
+/// All reals as `run` sees them; `None`: there is no `run`.
+pub async fn reals(config: &Config) -> Result<Option<Vec<proto::Real>>> {
+    let Some(mut client) = connect(config, PATIENCE).await else { return Ok(None) };
+    let reply = client.list_reals(proto::ListRealsRequest {}).await.map_err(failed)?;
+    Ok(Some(reply.into_inner().reals))
+}
+
+/// What only `run` knows to be wrong: what it has watched for a while.
+pub async fn problems(config: &Config) -> Vec<Problem> {
+    let Some(mut client) = connect(config, PATIENCE).await else { return Vec::new() };
+    let Ok(reply) = client.list_problems(proto::ListProblemsRequest {}).await else {
+        return Vec::new();
+    };
+    let all = reply.into_inner().problems.into_iter();
+    all.map(|p| Problem { code: p.code, text: p.text }).filter(Problem::is_elsewhere).collect()
+}
+
+/// Drains a real, or ends that. Returns in how many groups it is.
+pub async fn set_drain(config: &Config, addr: IpAddr, drained: bool) -> Result<u32> {
+    let mut client = connected(config, PATIENCE, "drains").await?;
+    let request = proto::SetDrainRequest { address: addr.to_string(), drained };
+    Ok(client.set_drain(request).await.map_err(failed)?.into_inner().groups)
+}
+
+/// Changes a service, or the only one, and waits until that is in force.
+pub async fn change(
+    config: &Config,
+    service: Option<&str>,
+    change: &Change,
+    persist: bool,
+) -> Result<()> {
+    let mut client = connected(config, CHANGE_PATIENCE, "changes services").await?;
+    let changes = vec![(service, change).into()];
+    let request = proto::ChangeServicesRequest { changes, persist };
+    client.change_services(request).await.map_err(failed)?;
+    Ok(())
+}
+
+/// The configuration that `run` works by, which may have been changed since it was read; `None`: there is no
+/// `run`, or it works by another file.
+pub async fn in_force(config: &Config) -> Option<Config> {
+    let mut client = connect(config, PATIENCE).await?;
+    let reply = client.get_configuration(proto::GetConfigurationRequest {}).await.ok()?;
+    let reply = reply.into_inner();
+    let same = |path: &std::path::Path| std::fs::canonicalize(path).ok();
+    if same(reply.path.as_ref()) != same(&config.path) {
+        return None;
+    }
+    if *reply.toml == *config.text {
+        return Some(config.clone());
+    }
+    Config::parse(&config.path, &reply.toml).ok()
+}
+
+/// The configuration as `run` has it in effect: without reals that are down or drained. Without
+/// `run`, as it is.
+pub async fn in_effect(config: &Config) -> Config {
+    let mut config = config.clone();
+    let reals = reals(&config).await.ok().flatten().unwrap_or_default();
+    let unused = [proto::State::Down, proto::State::Drained];
+    for real in reals.iter().filter(|real| unused.contains(&real.state())) {
+        let groups = config.services.iter_mut().filter(|s| s.name == real.service);
+        for group in groups.flat_map(|s| &mut s.groups).filter(|g| g.name == real.group) {
+            for r in group.reals.iter_mut().filter(|r| r.addr.to_string() == real.address) {
+                r.weight = 0;
+            }
+        }
+    }
+    config
+}
+
+#[allow(clippy::needless_pass_by_value)] // for map_err
+fn failed(status: Status) -> Error {
+    let text = status.message().to_owned();
+    match status.code() {
+        tonic::Code::FailedPrecondition | tonic::Code::InvalidArgument => Error::Refused(text),
+        tonic::Code::Unavailable if !text.is_empty() => Error::Busy(text),
+        _ => Error::Io { what: "asking `run`".to_owned(), source: std::io::Error::other(text) },
+    }
+}

@@ -1,0 +1,57 @@
+//! Changes of services at run time, on top of what was read from the file.
+
+use tokio::sync::oneshot;
+
+use super::reconcile::plan;
+use super::{Error, Result};
+use crate::config::Config;
+use crate::config::edit::{self, Change};
+use crate::datapath::Datapath;
+use crate::kernel::xdp;
+
+/// What somebody wants to be changed.
+#[derive(Debug)]
+pub struct Request {
+    /// One after the other; of a service, or of the only one.
+    pub edits: Vec<(Option<String>, Change)>,
+    /// Whether the file gets them, too.
+    pub persist: bool,
+    /// Hears once they are in force.
+    pub answer: oneshot::Sender<Result<(), NotMade>>,
+}
+
+/// Why a change is not in force.
+#[derive(Debug, Clone)]
+pub enum NotMade {
+    /// Nothing was changed.
+    Refused(String),
+    /// It will be, once what stands in its way is gone.
+    NotYet(String),
+}
+
+impl Request {
+    /// The configuration with the changes. It fits beside what is in force, and the file, if that is to have
+    /// them, is written; else nothing has happened.
+    pub fn carry_out(&self, config: &Config, datapath: &Datapath) -> Result<Config> {
+        let new = self.edited(config)?;
+        let mtu = xdp::interface_mtu(&config.interface)?;
+        plan::plan_maps(&new, datapath, mtu)?;
+        if self.persist {
+            // It may say something else than what is in force.
+            let file = self.edited(&Config::load(&config.path)?)?;
+            edit::replace_file(&config.path, &file.text).map_err(|source| Error::Io {
+                what: format!("writing {} (nothing was changed)", config.path.display()),
+                source,
+            })?;
+        }
+        Ok(new)
+    }
+
+    fn edited(&self, config: &Config) -> Result<Config> {
+        let mut text = config.text.to_string();
+        for (service, change) in &self.edits {
+            text = edit::edit(&text, service.as_deref(), change)?;
+        }
+        Ok(Config::parse(&config.path, &text)?)
+    }
+}
