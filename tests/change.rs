@@ -81,6 +81,24 @@ fn a_change_that_persists_is_in_the_file_with_all_else_as_it_was() {
 }
 
 #[test]
+fn top_shows_what_is_in_force_and_how_fast_that_goes() {
+    let net = Net::new();
+    let _run = running(&net);
+    let refused = net.fails(2, &["top"]);
+    assert!(refused.contains("--iterations N prints text"), "{refused}");
+    let top = net.spawn(&["top", "--iterations", "1", "--interval", "2"]);
+    std::thread::sleep(std::time::Duration::from_millis(800));
+    for port in 1..=20 {
+        net.through_root(&Net::syn("10.1.1.1", port));
+    }
+    wait_for("the look", || top.log().contains("TOPIC").then_some(()));
+    let shown = top.log();
+    assert!(shown.contains("mqtt-fwd on eth0: healthy"), "{shown}");
+    assert!(shown.contains("20 flows") && shown.contains(" new flows/s"), "{shown}");
+    assert!(!shown.contains(" 0 new flows/s"), "{shown}");
+}
+
+#[test]
 fn without_run_only_the_file_can_be_changed() {
     let net = Net::new();
     let refused = net.fails(1, &["change", "add-route", "x", "a"]);

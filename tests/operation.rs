@@ -407,6 +407,42 @@ fn more_groups_than_fit_beside_those_in_force_are_refused_before_anything_change
 }
 
 #[test]
+fn doctor_names_what_stands_in_the_way_with_its_mend() {
+    let net = Net::new();
+    let mut run = running(&net);
+    let said = net.ok(&["doctor"]);
+    for part in [
+        "ok        chain           root, mqtt_fwd and balancer are in their places",
+        "ok        configuration   ",
+        "warning   health checks   service mqtt: a broker that is dead",
+        "→ health_check = { type = \"mqtt\" } in the service",
+        "warning   brokers         10.1.3.201:1883 does not accept connections",
+        "warning   traffic         no packet for a service has come so far",
+    ] {
+        assert!(said.contains(part), "{part}\n{said}");
+    }
+    assert!(!said.contains("FAULT"), "{said}");
+
+    run.signal("KILL");
+    run.wait();
+    net.through_root(&Net::syn("10.1.1.1", 1));
+    net.sh("ip link set eth0 xdp off; ip addr add 10.1.50.200/32 dev lo");
+    let output = net.mqtt_fwd(&["doctor", "--json"]);
+    assert_eq!(output.status.code(), Some(1));
+    let found: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
+    let is = |severity: &str, text: &str| {
+        found.iter().any(|finding| {
+            finding["severity"] == severity && finding["text"].as_str().unwrap().contains(text)
+        })
+    };
+    assert!(is("fault", "no XDP program is on eth0"), "{found:?}");
+    assert!(is("fault", "not reachable"), "{found:?}");
+    assert!(is("warning", "no `run` is at work"), "{found:?}");
+    assert!(is("warning", "10.1.50.200, of service mqtt, is an address of this host"), "{found:?}");
+    assert!(!is("warning", "no packet for a service"), "{found:?}");
+}
+
+#[test]
 fn the_service_manager_is_told_what_happens() {
     let net = Net::new();
     let path = net.dir.join("notify.sock");

@@ -3,6 +3,7 @@
 mod chain;
 mod change;
 mod clients;
+mod doctor;
 mod explain;
 mod katran;
 mod keys;
@@ -12,6 +13,7 @@ mod sidecar;
 mod status;
 mod table;
 mod tables;
+mod top;
 mod trace;
 
 use std::path::PathBuf;
@@ -89,6 +91,8 @@ enum Command {
     Balancer,
     /// Show chain, services, balancer and counters
     Status(status::Show),
+    /// Look for what stands in packets' way: host, interface, chain, balancer, brokers, clients
+    Doctor(table::Output),
     /// Show clients with their predictions; export and import them
     Clients(clients::Clients),
     /// Show flows with their groups
@@ -105,6 +109,8 @@ enum Command {
     Undrain(reals::Drain),
     /// Show what packets met, by reason
     Counters(tables::Counters),
+    /// Show groups, reals, topics and clients of several groups on one screen, with rates
+    Top(top::Top),
     /// Print events as they happen: bound, learned, mispredicted, …
     Trace(trace::Trace),
     /// Show and change what the balancer holds: VIPs, reals, weights, flags, statistics
@@ -168,6 +174,7 @@ fn run(cli: Cli) -> Result<(), Error> {
         Command::Run => sidecar::run(config()?),
         Command::Balancer => sidecar::balancer(&config()?),
         Command::Status(args) => args.run(&in_force()?),
+        Command::Doctor(output) => doctor::doctor(&config()?, output),
         Command::Clients(args) => args.run(&in_force()?),
         Command::Flows(output) => tables::flows(&in_force()?, output),
         Command::Routes(args) => {
@@ -182,6 +189,7 @@ fn run(cli: Cli) -> Result<(), Error> {
         Command::Drain(args) => args.run(&in_force()?, true),
         Command::Undrain(args) => args.run(&in_force()?, false),
         Command::Counters(args) => args.run(&in_force()?),
+        Command::Top(args) => args.run(&in_force()?),
         Command::Trace(args) => args.run(&in_force()?),
         Command::Katran(args) => args.run(config().map_err(Error::from)),
         Command::Keys(args) => args.run(),

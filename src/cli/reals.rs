@@ -9,7 +9,7 @@ use super::block_on;
 use super::table::{self, Output, line};
 use crate::config::{Config, address};
 use crate::control::Error;
-use crate::control::api::{self, proto};
+use crate::control::api;
 
 #[derive(Serialize)]
 struct Row {
@@ -22,16 +22,6 @@ struct Row {
     error: String,
 }
 
-fn state_text(state: proto::State) -> &'static str {
-    match state {
-        proto::State::Unchecked => "unchecked",
-        proto::State::Up => "up",
-        proto::State::Down => "down",
-        proto::State::DownInUse => "down, in use",
-        proto::State::Drained => "drained",
-    }
-}
-
 pub fn reals(config: &Config, output: Output) -> Result<(), Error> {
     let reals = block_on(api::reals(config))?.ok_or_else(|| {
         Error::Busy(format!("no `run` is at work on {}; it is what checks", config.interface))
@@ -39,7 +29,7 @@ pub fn reals(config: &Config, output: Output) -> Result<(), Error> {
     let rows: Vec<Row> = reals
         .into_iter()
         .map(|real| Row {
-            state: state_text(real.state()),
+            state: real.state().text(),
             service: real.service,
             group: real.group,
             real: real.address,

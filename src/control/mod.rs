@@ -4,6 +4,7 @@
 pub mod api;
 pub mod changes;
 pub mod checks;
+pub mod doctor;
 pub mod events;
 pub mod gateway;
 pub mod handover;
@@ -15,6 +16,7 @@ pub mod metrics;
 pub mod misrouting;
 mod mqtt;
 pub mod observed;
+pub mod overview;
 pub mod problem;
 pub mod reconcile;
 mod rescue;

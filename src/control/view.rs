@@ -86,6 +86,11 @@ pub struct ClientRow {
     pub misjudged: bool,
 }
 
+/// What a client's record predicts; 0: nothing.
+pub fn best_binding(c: &client) -> u32 {
+    c.group[usize::from(c.best).min(c.group.len() - 1)]
+}
+
 /// How a flow came to its group, for people; and what stood in the way of a better one.
 pub fn way_text(way: u8, why: u8, predicted: bool) -> (&'static str, Option<&'static str>) {
     let text = match types::way(u32::from(way)) {
@@ -222,7 +227,7 @@ pub fn clients(datapath: &Datapath, names: &Names) -> Result<Vec<ClientRow>> {
                 client,
                 by,
                 topic: topics.text(c.topic)?,
-                group: match c.group[usize::from(c.best).min(c.group.len() - 1)] {
+                group: match best_binding(&c) {
                     0 => String::new(),
                     binding => names.bound(binding),
                 },

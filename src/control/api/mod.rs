@@ -35,6 +35,19 @@ pub mod proto {
         include_bytes!(concat!(env!("OUT_DIR"), "/mqtt_fwd.protoset"));
 }
 
+impl proto::State {
+    /// For people.
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::Unchecked => "unchecked",
+            Self::Up => "up",
+            Self::Down => "down",
+            Self::DownInUse => "down, in use",
+            Self::Drained => "drained",
+        }
+    }
+}
+
 /// Where the `run` of an interface listens.
 fn socket(config: &Config) -> PathBuf {
     run_files::path("run", &config.interface, "sock")

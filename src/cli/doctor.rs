@@ -1,0 +1,34 @@
+//! `doctor`: what stands in the way of packets.
+
+use super::block_on;
+use super::table::{self, Output, line};
+use crate::config::Config;
+use crate::control::Error;
+use crate::control::doctor::{Severity, examine};
+
+pub fn doctor(config: &Config, output: Output) -> Result<(), Error> {
+    let found = block_on(async { Ok(examine(config).await) })?;
+    if output.json {
+        table::json(&found);
+    } else {
+        for (i, finding) in found.iter().enumerate() {
+            let severity = match finding.severity {
+                Severity::Ok => "ok",
+                Severity::Warning => "warning",
+                Severity::Fault => "FAULT",
+            };
+            line(&format!("{severity:<8}  {:<14}  {}", finding.about, finding.text));
+            // Once for several that it is for.
+            let again = found.get(i + 1).is_some_and(|next| next.mend == finding.mend);
+            if let Some(mend) = finding.mend.as_ref().filter(|_| !again) {
+                line(&format!("{:<26}  → {mend}", ""));
+            }
+        }
+    }
+    let faults = found.iter().filter(|finding| finding.severity == Severity::Fault).count();
+    if faults == 0 {
+        return Ok(());
+    }
+    let problems = if faults == 1 { "1 fault".to_owned() } else { format!("{faults} faults") };
+    Err(Error::Unhealthy { interface: config.interface.clone(), problems })
+}
