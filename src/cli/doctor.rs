@@ -29,6 +29,8 @@ pub fn doctor(config: &Config, output: Output) -> Result<(), Error> {
     if faults == 0 {
         return Ok(());
     }
-    let problems = if faults == 1 { "1 fault".to_owned() } else { format!("{faults} faults") };
-    Err(Error::Unhealthy { interface: config.interface.clone(), problems })
+    Err(Error::Unhealthy {
+        interface: config.interface.clone(),
+        problems: table::counted(faults, "fault"),
+    })
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use clap::Args;
 use serde::Serialize;
 
-use super::table::{self, line};
+use super::table::{self, counted, line};
 use crate::config::{Binding, Config, Group, Service};
 use crate::control::Error;
 use crate::control::reconcile::plan;
@@ -40,10 +40,6 @@ pub fn check(config: &Config) -> Result<(), Error> {
         }
     }
     Ok(())
-}
-
-fn counted(n: usize, what: &str) -> String {
-    if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") }
 }
 
 /// What the relay needs that the configuration cannot give.

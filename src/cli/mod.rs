@@ -9,6 +9,7 @@ mod katran;
 mod keys;
 mod real;
 mod reals;
+mod replay;
 mod sidecar;
 mod status;
 mod table;
@@ -113,6 +114,8 @@ enum Command {
     Top(top::Top),
     /// Print events as they happen: bound, learned, mispredicted, …
     Trace(trace::Trace),
+    /// Say what would become of captured traffic: which group gets what, what is lost and why
+    Replay(replay::Replay),
     /// Show and change what the balancer holds: VIPs, reals, weights, flags, statistics
     Katran(katran::Katran),
     /// Make, change and show the key that delayed binding shares with the broker hosts
@@ -191,6 +194,7 @@ fn run(cli: Cli) -> Result<(), Error> {
         Command::Counters(args) => args.run(&in_force()?),
         Command::Top(args) => args.run(&in_force()?),
         Command::Trace(args) => args.run(&in_force()?),
+        Command::Replay(args) => args.run(&config()?),
         Command::Katran(args) => args.run(config().map_err(Error::from)),
         Command::Keys(args) => args.run(),
         Command::Relay => crate::relay::run(&config()?).map_err(Error::from),

@@ -72,6 +72,18 @@ pub fn mark(is: bool, text: &str) -> String {
     if is { text.to_owned() } else { "-".to_owned() }
 }
 
+/// So many of something.
+pub fn counted(n: usize, what: &str) -> String {
+    if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") }
+}
+
+/// The time of day (UTC) of seconds since 1970-01-01T00:00:00Z.
+pub fn time_of_day(seconds: f64) -> String {
+    let of_day = seconds % 86_400.0;
+    let (h, m) = ((of_day / 3600.0) as u32, (of_day % 3600.0 / 60.0) as u32);
+    format!("{h:02}:{m:02}:{:06.3}", of_day % 60.0)
+}
+
 /// Seconds as people say them.
 pub fn age(seconds: u64) -> String {
     match seconds {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
-use super::table::line;
+use super::table::{line, time_of_day};
 use crate::config::Config;
 use crate::control::Error;
 use crate::control::events::{Reader, Report};
@@ -53,9 +53,7 @@ impl Trace {
 }
 
 fn text(report: &Report) -> String {
-    let of_day = report.time % 86_400.0;
-    let (h, m) = ((of_day / 3600.0) as u32, (of_day % 3600.0 / 60.0) as u32);
-    let time = format!("{h:02}:{m:02}:{:06.3}", of_day % 60.0);
+    let time = time_of_day(report.time);
     let group = report.group.as_deref().unwrap_or("?");
     let topic = report.topic.as_deref().unwrap_or("?");
     let what = match report.event {

@@ -2,7 +2,7 @@
 //! nothing after CONNECT.
 
 use std::net::IpAddr;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::os::fd::AsFd as _;
 
 use etherparse::{PacketBuilder, TcpHeader, TcpOptionElement};
 use libbpf_rs::Program;
@@ -14,7 +14,7 @@ use crate::datapath::Datapath;
 use crate::handover::keys::{KeyFile, now};
 use crate::kernel::BpfError;
 use crate::kernel::abi::{Pod as _, flow6, handover, handover_state, words_addr};
-use crate::kernel::xdp;
+use crate::kernel::{test_run, xdp};
 
 /// A client that has said nothing for so long after its CONNECT was answered is given to a broker as
 /// it is: it may only listen to what its session or its will is for.
@@ -80,7 +80,12 @@ pub fn bind_silent(config: &Config, datapath: &Datapath) -> Result<usize> {
         let client = (words_addr(key.addr, v6), u16::from_be(key.port));
         let vip = (words_addr(service.addr, v6), u16::from_be(service.port));
         debug!(client = %client.0, port = client.1, "silent since CONNECT: bound without a message");
-        inject(program.as_fd(), interface, &connect_again(client, vip, &h))?;
+        test_run::inject(program.as_fd(), interface, &connect_again(client, vip, &h)).map_err(
+            |source| Error::Io {
+                what: "giving a silent client's connection to a broker".to_owned(),
+                source,
+            },
+        )?;
         bound += 1;
     }
     Ok(bound)
@@ -113,36 +118,6 @@ fn connect_again(client: (IpAddr, u16), vip: (IpAddr, u16), h: &handover) -> Vec
     let mut frame = Vec::with_capacity(segment.size(connect.len()));
     segment.write(&mut frame, connect).expect("CONNECT, of bounded length, fits into a packet");
     frame
-}
-
-/// Gives a frame to an XDP program as if it had come in on the interface (Linux 5.18).
-fn inject(program: BorrowedFd<'_>, interface: i32, frame: &[u8]) -> Result<()> {
-    let mut context = libbpf_sys::xdp_md {
-        data: 0,
-        data_end: frame.len() as u32,
-        ingress_ifindex: interface.cast_unsigned(),
-        ..Default::default()
-    };
-    let mut options = libbpf_sys::bpf_test_run_opts {
-        sz: size_of::<libbpf_sys::bpf_test_run_opts>() as u64,
-        data_in: frame.as_ptr().cast(),
-        data_size_in: frame.len() as u32,
-        ctx_in: (&raw mut context).cast(),
-        ctx_size_in: size_of::<libbpf_sys::xdp_md>() as u32,
-        repeat: 1,
-        flags: libbpf_sys::BPF_F_TEST_XDP_LIVE_FRAMES,
-        ..Default::default()
-    };
-    // SAFETY: frame, context and options live through the call, and have the sizes given.
-    let failed =
-        unsafe { libbpf_sys::bpf_prog_test_run_opts(program.as_raw_fd(), &raw mut options) };
-    if failed == 0 {
-        return Ok(());
-    }
-    Err(Error::Io {
-        what: "giving a silent client's connection to a broker".to_owned(),
-        source: std::io::Error::from_raw_os_error(-failed),
-    })
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ pub mod observed;
 pub mod overview;
 pub mod problem;
 pub mod reconcile;
+pub mod replay;
 mod rescue;
 pub mod run;
 pub mod view;

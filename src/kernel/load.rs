@@ -420,7 +420,7 @@ fn shares_our_maps(pins: &Pins, name: &str, program: &ProgramInfo) -> bool {
     program.uses_pinned_map(&map) == Some(true)
 }
 
-fn open_skeleton<'obj, B: SkelBuilder<'obj>>(
+pub(super) fn open_skeleton<'obj, B: SkelBuilder<'obj>>(
     builder: B,
     object: &'static str,
     storage: &'obj mut MaybeUninit<libbpf_rs::OpenObject>,

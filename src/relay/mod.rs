@@ -8,7 +8,7 @@
 //! ```
 
 pub mod broker;
-mod connect;
+pub(crate) mod connect;
 mod ids;
 pub mod proxy;
 pub mod scan;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::mem::MaybeUninit;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd as _, AsRawFd, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::path::Path;
 
 use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
@@ -17,6 +17,7 @@ use mqtt_fwd::kernel::chain;
 use mqtt_fwd::kernel::reasons::REASONS;
 use mqtt_fwd::kernel::skeletons::mqtt_fwd::types::rodata;
 use mqtt_fwd::kernel::skeletons::mqtt_fwd::{MqttFwdSkel, MqttFwdSkelBuilder};
+use mqtt_fwd::kernel::test_run;
 
 pub const XDP_DROP: u32 = 1;
 pub const XDP_PASS: u32 = 2;
@@ -74,53 +75,15 @@ pub fn config(text: &str) -> Config {
     Config::parse(Path::new("test.toml"), text).unwrap_or_else(|e| panic!("{e}"))
 }
 
-/// Loads `r0 = verdict; exit` as an XDP program.
+/// An XDP program that always says the same.
 pub fn sentinel(verdict: u32) -> OwnedFd {
-    // All programs of a prog array have to have the same attach type.
-    constant(verdict, libbpf_sys::BPF_PROG_TYPE_XDP, libbpf_sys::BPF_XDP)
+    test_run::constant(verdict, libbpf_sys::BPF_PROG_TYPE_XDP, libbpf_sys::BPF_XDP).unwrap()
 }
 
 /// A TC program that lets everything through.
 pub fn sentinel_tc() -> OwnedFd {
     const TC_ACT_OK: u32 = 0;
-    constant(TC_ACT_OK, libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, 0)
-}
-
-fn constant(
-    verdict: u32,
-    kind: libbpf_sys::bpf_prog_type,
-    attach: libbpf_sys::bpf_attach_type,
-) -> OwnedFd {
-    let instructions = [
-        libbpf_sys::bpf_insn {
-            code: (libbpf_sys::BPF_ALU64 | libbpf_sys::BPF_MOV | libbpf_sys::BPF_K) as u8,
-            imm: verdict.cast_signed(),
-            ..Default::default()
-        },
-        libbpf_sys::bpf_insn {
-            code: (libbpf_sys::BPF_JMP | libbpf_sys::BPF_EXIT) as u8,
-            ..Default::default()
-        },
-    ];
-    let mut options = libbpf_sys::bpf_prog_load_opts {
-        sz: size_of::<libbpf_sys::bpf_prog_load_opts>() as u64,
-        expected_attach_type: attach,
-        ..Default::default()
-    };
-    // SAFETY: pointers are valid for the lengths given, for the whole call.
-    let fd = unsafe {
-        libbpf_sys::bpf_prog_load(
-            kind,
-            c"sentinel".as_ptr(),
-            c"GPL".as_ptr(),
-            instructions.as_ptr(),
-            instructions.len() as u64,
-            &raw mut options,
-        )
-    };
-    assert!(fd >= 0, "loading the sentinel: {fd}");
-    // SAFETY: the kernel just gave us this descriptor.
-    unsafe { OwnedFd::from_raw_fd(fd) }
+    test_run::constant(TC_ACT_OK, libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, 0).unwrap()
 }
 
 /// What became of a packet.
@@ -131,23 +94,10 @@ pub struct Outcome {
 }
 
 /// Runs an XDP program on a packet; the outcome of the last run, and nanoseconds a run.
-pub fn test_run(program: &impl AsRawFd, packet: &[u8], repeat: u32) -> (Outcome, u32) {
-    let mut out = vec![0; packet.len() + 256];
-    let mut options = libbpf_sys::bpf_test_run_opts {
-        sz: size_of::<libbpf_sys::bpf_test_run_opts>() as u64,
-        data_in: packet.as_ptr().cast(),
-        data_size_in: packet.len() as u32,
-        data_out: out.as_mut_ptr().cast(),
-        data_size_out: out.len() as u32,
-        repeat: repeat.cast_signed(),
-        ..Default::default()
-    };
-    // SAFETY: pointers are valid for the lengths given, for the whole call.
-    let failed =
-        unsafe { libbpf_sys::bpf_prog_test_run_opts(program.as_raw_fd(), &raw mut options) };
-    assert_eq!(failed, 0, "BPF_PROG_TEST_RUN of {} B: {}", packet.len(), -failed);
-    out.truncate(options.data_size_out as usize);
-    (Outcome { verdict: options.retval, packet: out }, options.duration)
+pub fn test_run(program: &impl AsFd, packet: &[u8], repeat: u32) -> (Outcome, u32) {
+    let run = test_run::run(program.as_fd(), packet, repeat)
+        .unwrap_or_else(|e| panic!("BPF_PROG_TEST_RUN of {} B: {e}", packet.len()));
+    (Outcome { verdict: run.verdict, packet: run.frame }, run.ns)
 }
 
 /// Large enough for most tests.

@@ -1,0 +1,241 @@
+//! `replay`: captures through the shipped program, and what that says beside what brokers really got.
+
+mod support;
+
+use std::borrow::Cow;
+use std::fs::File;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use pcap_file::DataLink;
+use pcap_file::pcap::{PcapHeader, PcapPacket, PcapWriter};
+use pcap_file::pcapng::PcapNgWriter;
+use pcap_file::pcapng::blocks::enhanced_packet::EnhancedPacketBlock;
+use pcap_file::pcapng::blocks::interface_description::InterfaceDescriptionBlock;
+use serde_json::Value;
+use support::datapath::{CONFIG, SERVICE};
+use support::lab::{Lab, ONE_REAL_EACH, config};
+use support::net::wait_for;
+use support::{mqtt, packet};
+
+/// A directory with a configuration.
+struct Bench {
+    dir: tempfile::TempDir,
+}
+
+impl Bench {
+    fn new(config: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.toml"), config).unwrap();
+        Self { dir }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        Command::new(env!("CARGO_BIN_EXE_mqtt-fwd"))
+            .arg("--config")
+            .arg(self.path("config.toml"))
+            .arg("replay")
+            .args(args)
+            .current_dir(self.dir.path())
+            .output()
+            .unwrap()
+    }
+
+    fn ok(&self, args: &[&str]) -> String {
+        let output = self.run(args);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Messages, each as "topic outcome group".
+    fn messages(&self, args: &[&str]) -> Vec<String> {
+        let report: Value = serde_json::from_str(&self.ok(&[args, &["--json"]].concat())).unwrap();
+        let text = |m: &Value, key: &str| m[key].as_str().unwrap_or("-").to_owned();
+        report["messages"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|m| [text(m, "topic"), text(m, "outcome"), text(m, "went_to")].join(" "))
+            .collect()
+    }
+}
+
+/// A client's connection as it is captured: SYN, then its writes, each in one segment.
+fn connection(client: &str, server: &str, writes: &[Vec<u8>]) -> Vec<Vec<u8>> {
+    let (client, server): (SocketAddr, SocketAddr) =
+        (client.parse().unwrap(), server.parse().unwrap());
+    let isn = 7000;
+    let mut packets = vec![packet::tcp(client, server, isn, 0, |h| h.syn = true, &[])];
+    let mut seq = isn + 1;
+    for write in writes {
+        packets.push(packet::tcp(client, server, seq, 9001, |h| h.psh = true, write));
+        seq += write.len() as u32;
+    }
+    packets
+}
+
+fn write_pcap(path: &Path, link: DataLink, packets: &[Vec<u8>], cut_to: usize) {
+    let header = PcapHeader { datalink: link, ..PcapHeader::default() };
+    let mut writer = PcapWriter::with_header(File::create(path).unwrap(), header).unwrap();
+    for (i, packet) in packets.iter().enumerate() {
+        let data = &packet[..packet.len().min(cut_to)];
+        let time = Duration::from_millis(i as u64);
+        writer.write_packet(&PcapPacket::new(time, packet.len() as u32, data)).unwrap();
+    }
+}
+
+fn connect_and(messages: &[Vec<u8>]) -> Vec<Vec<u8>> {
+    [&[mqtt::connect(4)][..], messages].concat()
+}
+
+#[test]
+fn a_capture_shows_what_is_lost_once_and_right_from_then_on() {
+    let bench = Bench::new(CONFIG);
+    let publish = || mqtt::publish(b"sensor/a", 0, b"1");
+    let writes = connect_and(&[publish(), publish()]);
+    let first = connection("10.1.1.1:1000", SERVICE, &writes);
+    let second = connection("10.1.1.1:1001", SERVICE, &writes);
+    let writes = [mqtt::connect_as(4, 2, b"other", &[]), mqtt::publish(b"else", 0, b"1")];
+    let other = connection("10.1.1.2:1000", SERVICE, &writes);
+    write_pcap(&bench.path("c.pcap"), DataLink::ETHERNET, &[first, second, other].concat(), 9999);
+    assert_eq!(
+        bench.messages(&["c.pcap"]),
+        [
+            "sensor/a lost -",
+            "sensor/a lost -",
+            "sensor/a right a",
+            "sensor/a right a",
+            "else right default"
+        ]
+    );
+    let text = bench.ok(&["c.pcap"]);
+    assert!(text.contains("5 PUBLISHes of 3 connections: 3 right, 2 lost"), "{text}");
+    assert!(text.contains("; 1 connection would be ended"), "{text}");
+
+    // The same, bound when the message is known.
+    let delayed = CONFIG.replace("max_packet = 1480", "max_packet = 1480\nbinding = \"delayed\"");
+    std::fs::write(bench.path("delayed.toml"), delayed).unwrap();
+    let text = bench.ok(&["c.pcap", "--against", "delayed.toml"]);
+    assert!(text.contains("delayed.toml: 5 PUBLISHes of 3 connections: 5 right"), "{text}");
+    let row: Vec<_> = text.lines().last().unwrap().split_whitespace().collect();
+    assert_eq!(row, ["sensor/a", "lost", "right,", "a", "2"], "{text}");
+}
+
+#[test]
+fn pcapng_plain_ip_and_segments_larger_than_packets_are_read() {
+    let bench = Bench::new(CONFIG);
+    let big = mqtt::publish(b"wild/x/a", 0, &vec![b'x'; 20_000]);
+    let rest = mqtt::publish(b"else", 0, b"1");
+    let one_write = [mqtt::connect(4), mqtt::publish(b"else", 0, b"0"), big, rest].concat();
+    let packets = connection("10.1.1.1:1000", SERVICE, &[one_write]);
+
+    let mut writer = PcapNgWriter::new(File::create(bench.path("c.pcapng")).unwrap()).unwrap();
+    writer
+        .write_pcapng_block(InterfaceDescriptionBlock {
+            linktype: DataLink::RAW,
+            snaplen: 0,
+            options: Vec::new(),
+        })
+        .unwrap();
+    for packet in &packets {
+        writer
+            .write_pcapng_block(EnhancedPacketBlock {
+                interface_id: 0,
+                timestamp: Duration::from_secs(1),
+                original_len: packet.len() as u32 - 14,
+                data: Cow::Borrowed(&packet[14..]),
+                options: Vec::new(),
+            })
+            .unwrap();
+    }
+    drop(writer);
+    let expected = ["else right default", "wild/x/a lost -", "else lost -"];
+    assert_eq!(bench.messages(&["c.pcapng"]), expected);
+}
+
+#[test]
+fn a_capture_that_was_taken_at_a_broker_is_replayed_as_if_it_were_the_service() {
+    let bench = Bench::new(CONFIG);
+    let writes = connect_and(&[mqtt::publish(b"else", 0, b"1")]);
+    let packets = connection("10.1.1.1:1000", "192.0.2.7:1884", &writes);
+    write_pcap(&bench.path("c.pcap"), DataLink::ETHERNET, &packets, 9999);
+    let text = bench.ok(&["c.pcap"]);
+    assert!(text.contains("3 segments are for other addresses than services'"), "{text}");
+    let args = ["c.pcap", "--server", "192.0.2.7:1884"];
+    assert_eq!(bench.messages(&args), ["else right default"]);
+    // Its beginning is missing: what it sends cannot be read.
+    write_pcap(&bench.path("late.pcap"), DataLink::ETHERNET, &packets[1..], 9999);
+    let text = bench.ok(&["late.pcap", "--server", "192.0.2.7:1884"]);
+    assert!(text.contains("1 more began before the capture, and are not judged"), "{text}");
+}
+
+#[test]
+fn what_cannot_be_replayed_is_refused_by_name() {
+    let bench = Bench::new(CONFIG);
+    let writes = connect_and(&[mqtt::publish(b"else", 0, &[0; 500])]);
+    let packets = connection("10.1.1.1:1000", SERVICE, &writes);
+    write_pcap(&bench.path("cut.pcap"), DataLink::ETHERNET, &packets, 96);
+    write_pcap(&bench.path("wlan.pcap"), DataLink::IEEE802_11, &packets, 9999);
+    std::fs::write(bench.path("text"), "not a capture at all, though long enough").unwrap();
+    for (file, expected) in [
+        ("cut.pcap", "cut.pcap: packet 3 was cut when it was captured"),
+        ("wlan.pcap", "link type IEEE802_11 is not known here"),
+        ("text", "text: neither pcap nor pcapng, or damaged"),
+        ("none", "none: No such file"),
+    ] {
+        let output = bench.run(&[file]);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{error}");
+        assert!(error.contains(expected), "{error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+    }
+}
+
+#[test]
+fn replay_says_what_the_brokers_really_got() {
+    let routes = [("sensor/a", "a"), ("sensor/b", "b")];
+    for delayed in [false, true] {
+        let lab =
+            Lab::up(&config(ONE_REAL_EACH, &routes), if delayed { &["--delayed"] } else { &[] });
+        let file = std::env::temp_dir().join(format!("{}.pcap", lab.name));
+        let name = file.to_str().unwrap();
+        let dump = ["gw", "tcpdump", "-U", "--immediate-mode", "-i", "any", "-s0", "-w", name];
+        let mut capture = lab
+            .script("exec")
+            .args(dump)
+            .arg("tcp dst port 1883")
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let size = || file.metadata().map_or(0, |m| m.len());
+        wait_for("the capture", || (size() >= 24).then_some(()));
+        for (client, topic) in [("c1", "sensor/a"), ("c2", "sensor/b"), ("c1", "sensor/b")] {
+            let args = ["--topic", topic, "--count", "30", "--interval", "0.01"];
+            lab.publish(client, &args);
+        }
+        lab.publish("c3", &["--host", "fd01:50::200", "--topic", "sensor/a", "--count", "5"]);
+        // What is on its way arrives; tcpdump writes all that it has, and ends.
+        std::thread::sleep(Duration::from_millis(500));
+        Command::new("pkill").args(["-INT", "-f", &format!("tcpdump.*{name}")]).status().unwrap();
+        capture.wait().unwrap();
+        let text = std::fs::read_to_string(format!("/run/mqtt-fwd-lab/{}/config.toml", lab.name));
+        let replayed = Bench::new(&text.unwrap()).messages(&[name]);
+        std::fs::remove_file(&file).unwrap();
+        let received = lab.received();
+        for (group, real, topic) in [("a", 1, "sensor/a"), ("b", 2, "sensor/b")] {
+            let said = replayed.iter().filter(|m| **m == format!("{topic} right {group}")).count();
+            let of_topic = |m: &&String| m.starts_with(topic);
+            let got = received.get(&real).map_or(0, |all| all.iter().filter(of_topic).count());
+            assert_eq!(said, got, "{topic}, delayed: {delayed}: {replayed:#?}");
+            assert!(got > 20, "{received:?}");
+        }
+        // Its address, or its client id, told sensor/a.
+        assert!(replayed.iter().any(|m| m == "sensor/b lost -"), "{replayed:#?}");
+    }
+}
