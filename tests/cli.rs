@@ -222,8 +222,8 @@ fn completions_are_printed() {
 fn a_topic_s_route_can_be_asked_for() {
     let net = Net::new();
     assert_eq!(
-        net.ok(&["routes", "--topic", "sensor/a"]),
-        "SERVICE  TOPIC     GROUP  GROUP VIP\nmqtt     sensor/a  a      10.1.50.1\n"
+        net.ok(&["explain", "topic", "sensor/a"]),
+        "topic sensor/a, service mqtt\n  route       sensor/a\n  belongs to  a: 10.1.3.201, 10.1.3.202\n"
     );
-    assert!(net.ok(&["routes", "--topic", "sensor/x"]).contains("(all else)"));
+    assert!(net.ok(&["explain", "topic", "sensor/x"]).contains("none matches: the default group"));
 }

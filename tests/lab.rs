@@ -269,6 +269,44 @@ fn an_upgrade_to_a_build_of_another_layout_loses_nothing() {
 }
 
 #[test]
+fn explain_names_the_real_that_has_a_connection_and_what_the_next_one_comes_to() {
+    let groups = &[("a", 1, &[201, 202][..]), ("b", 2, &[203]), ("default", 250, &[204])];
+    let lab = Lab::up(&config(groups, &[("sensor/+", "a"), ("sensor/b", "b")]), &[]);
+    lab.publish_once("c1", "sensor/x", "learn");
+    for _ in 0..4 {
+        lab.publish("c1", &["--topic", "sensor/x", "--count", "3"]);
+    }
+    let of_c1 = || -> Vec<serde_json::Value> {
+        let flows = serde_json::from_str(&lab.mqtt_fwd(&["flows", "--json"])).unwrap();
+        let serde_json::Value::Array(flows) = flows else { panic!("{flows}") };
+        flows.into_iter().filter(|flow| flow["group"] == "a").collect()
+    };
+    // A flow each, at one of the group's reals each: as the balancer counts, so brokers have them.
+    wait_for("the messages", || {
+        (lab.received().values().map(Vec::len).sum::<usize>() >= 12).then_some(())
+    });
+    let mut said = std::collections::BTreeMap::<String, usize>::new();
+    for flow in of_c1() {
+        let client = flow["client"].as_str().unwrap();
+        let explained = lab.mqtt_fwd(&["explain", "--json", "flow", client]);
+        let explained: serde_json::Value = serde_json::from_str(&explained).unwrap();
+        *said.entry(explained[0]["real"].as_str().unwrap().to_owned()).or_default() += 3;
+        assert_eq!(explained[0]["topic"]["route"], "sensor/+");
+    }
+    let all = lab.received();
+    let got = all.iter().map(|(real, lines)| (format!("10.1.3.20{real}"), lines.len())).collect();
+    assert_eq!(said, got, "{all:?}");
+
+    let client = lab.mqtt_fwd(&["explain", "client", "10.1.1.1"]);
+    assert!(client.contains("next        SYN: to a, by prediction"), "{client}");
+    let topic = lab.mqtt_fwd(&["explain", "topic", "sensor/b"]);
+    assert!(topic.contains("before sensor/+ (a), less specific at level 2"), "{topic}");
+    assert!(topic.contains("belongs to  b: 10.1.3.203"), "{topic}");
+    let nobody = lab.exec("lb", &["mqtt-fwd", "explain", "client", "10.9.9.9"]);
+    assert_eq!(nobody.status.code(), Some(2));
+}
+
+#[test]
 fn qos_1_and_2_lose_nothing_while_learning() {
     // One of the prototype's limits: QoS 0 only, first PUBLISH lost. This client keeps what is not
     // acknowledged, and sends it again on its next connection; not every client does.

@@ -1,148 +1,139 @@
-//! `check` and `routes`: what the configuration means.
+//! `explain`: why something goes where it goes.
 
-use std::collections::BTreeSet;
+use std::net::SocketAddr;
 
-use clap::Args;
+use clap::{Args, Subcommand};
 use serde::Serialize;
 
-use super::table::{self, counted, line};
-use crate::config::{Binding, Config, Group, Service};
+use super::table::{self, Output, age, line};
+use crate::config::Config;
 use crate::control::Error;
-use crate::control::reconcile::plan;
-use crate::datapath::Datapath;
-use crate::domain::filter::{TopicFilter, most_specific};
-use crate::handover::keys::{KeyFile, now};
-use crate::kernel::xdp;
-
-pub fn check(config: &Config) -> Result<(), Error> {
-    // Where another configuration is in force, both have to fit for a moment.
-    if let Ok(datapath) = Datapath::open(&config.pins()) {
-        let mtu = xdp::interface_mtu(&config.interface)?;
-        plan::plan_maps(config, &datapath, mtu)?;
-    }
-    line(&format!("{}: valid", config.path.display()));
-    for service in &config.services {
-        let reals: usize = service.groups.iter().map(|g| g.reals.len()).sum();
-        line(&format!(
-            "service {} at {}: {} to {} with {}, default group {}",
-            service.name,
-            std::net::SocketAddr::new(service.addr, service.port),
-            counted(service.routes.len(), "route"),
-            counted(service.groups.len(), "group"),
-            counted(reals, "real"),
-            service.default_group
-        ));
-        if service.binding == Binding::Delayed {
-            handover(config, service);
-        }
-        if let Some(relay) = service.relay.as_ref().and_then(|name| service.group(name)) {
-            relayed(service, relay);
-        }
-    }
-    Ok(())
-}
-
-/// What the relay needs that the configuration cannot give.
-fn relayed(service: &Service, relay: &Group) {
-    let hosts: Vec<_> = relay.reals.iter().map(|r| r.addr.to_string()).collect();
-    let ports: Vec<_> = std::iter::once(service.port)
-        .chain(service.listeners.iter().map(|l| l.port))
-        .map(|port| port.to_string())
-        .collect();
-    line(&format!(
-        "  relay: `mqtt-fwd relay` on {}, with this file, listens on port {} of {}",
-        hosts.join(", "),
-        ports.join(", "),
-        service.addr
-    ));
-}
-
-/// What delayed binding needs that the configuration cannot give.
-fn handover(config: &Config, service: &Service) {
-    let hosts: BTreeSet<_> =
-        service.groups.iter().flat_map(|g| &g.reals).map(|r| r.addr.to_string()).collect();
-    let list: Vec<_> = hosts.into_iter().collect();
-    line(&format!(
-        "  binding = \"delayed\": each broker host ({}) needs Linux 6.9 or later and \
-         `mqtt-fwd real up --handover-key FILE`; `mqtt-fwd real status` there says what is missing",
-        list.join(", ")
-    ));
-    match KeyFile::read(&config.handover_key) {
-        Ok(file) => line(&format!(
-            "  handover key {}: fingerprint {} in use; the hosts' `mqtt-fwd keys show` must say the same",
-            config.handover_key.display(),
-            file.in_use(now()).fingerprint()
-        )),
-        Err(e) => line(&format!("  not ready: {e}")),
-    }
-}
+use crate::control::explain::{self, Beaten, Client, Flow, Topic, Trial};
+use crate::control::known::By;
 
 #[derive(Debug, Args)]
-pub struct Routes {
-    /// Say which route this topic takes, of each service
-    #[arg(long, value_name = "TOPIC")]
-    topic: Option<String>,
+pub struct Explain {
+    #[command(subcommand)]
+    what: What,
 
     #[command(flatten)]
-    output: table::Output,
+    output: Output,
 }
 
-#[derive(Serialize)]
-struct Row {
-    service: String,
-    topic: String,
-    group: String,
-    vip: String,
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Which route a topic takes, and which it beats
+    Topic { topic: String },
+    /// What is known of a client, and what its next connections would come to
+    Client {
+        /// Its address, or its client id where those are what clients are known by
+        client: String,
+    },
+    /// What a connection is bound to, by what, and which real has it
+    Flow {
+        #[arg(value_name = "ADDRESS:PORT")]
+        client: SocketAddr,
+    },
 }
 
-impl Routes {
-    pub fn run(&self, config: &Config) {
-        let rows: Vec<Row> = config
-            .services
-            .iter()
-            .flat_map(|service| match &self.topic {
-                Some(topic) => vec![taken(service, topic)],
-                None => all(service),
-            })
-            .collect();
+impl Explain {
+    pub fn run(&self, config: &Config) -> Result<(), Error> {
+        match &self.what {
+            What::Topic { topic } => self.print(&explain::topic(config, topic), show_topic),
+            What::Client { client } => self.print(&explain::client(config, client)?, show_client),
+            What::Flow { client } => self.print(&explain::flow(config, *client)?, show_flow),
+        }
+        Ok(())
+    }
+
+    fn print<T: Serialize>(&self, found: &[T], show: fn(&T)) {
         if self.output.json {
-            table::json(&rows);
+            table::json(&found);
         } else {
-            table::print(
-                &["service", "topic", "group", "group vip"],
-                rows.into_iter().map(|r| vec![r.service, r.topic, r.group, r.vip]),
-            );
+            found.iter().for_each(show);
         }
     }
 }
 
-fn row(service: &Service, topic: String, group: &str) -> Row {
-    Row {
-        service: service.name.clone(),
-        topic,
-        group: group.to_owned(),
-        vip: service.group(group).map(|g| g.vip.to_string()).unwrap_or_default(),
+fn item(name: &str, text: &str) {
+    line(&format!("  {name:<12}{text}"));
+}
+
+fn show_topic(t: &Topic) {
+    line(&format!("topic {}, service {}", t.topic, t.service));
+    show_route(t);
+}
+
+fn show_route(t: &Topic) {
+    item("route", t.route.as_deref().unwrap_or("none matches: the default group"));
+    for beaten in &t.beaten {
+        let Beaten { route, belongs_to, at_level } = beaten;
+        item("", &format!("before {route} ({belongs_to}), less specific at level {at_level}"));
+    }
+    if t.reals.is_empty() {
+        item("belongs to", &format!("{}: follows its connection", t.belongs_to));
+    } else {
+        let reals: Vec<_> = t.reals.iter().map(ToString::to_string).collect();
+        item("belongs to", &format!("{}: {}", t.belongs_to, reals.join(", ")));
     }
 }
 
-fn all(service: &Service) -> Vec<Row> {
-    let mut rows: Vec<Row> = service
-        .routes
-        .iter()
-        .map(|route| row(service, route.filter.to_string(), route.target.name()))
-        .collect();
-    rows.extend(service.client_routes.iter().map(|route| {
-        row(service, format!("{} {}", route.kind.key(), route.pattern()), &route.group)
-    }));
-    rows.push(row(service, "(all else)".to_owned(), &service.default_group));
-    rows
+fn show_client(c: &Client) {
+    let record = &c.record;
+    let by = match record.by {
+        By::Address => "address",
+        By::ClientId => "client id",
+    };
+    line(&format!("client {}, service {}, known by its {by}", record.client, record.service));
+    if !record.topic.is_empty() {
+        item("last topic", &format!("{}, {} ago", record.topic, age(record.age_s)));
+    }
+    let groups: Vec<_> =
+        record.groups.iter().map(|(group, weight)| format!("{group} {weight}")).collect();
+    item("messages", &format!("{} (of the recent ones)", groups.join(", ")));
+    for (is, text) in [
+        (record.multi_group, "it publishes to several groups in turn: no one group fits it"),
+        (record.misjudged, "its id alone decides no longer, since that was wrong once"),
+        (record.subscribes, "it subscribes: with a relay, it belongs there"),
+    ] {
+        if is {
+            item("note", text);
+        }
+    }
+    for Trial { opening, group, bound_by, why } in &c.trials {
+        let outcome = match group {
+            Some(group) => format!("to {group}, by {}", because(bound_by, *why)),
+            None => "answered; the first message decides".to_owned(),
+        };
+        item("next", &format!("{opening}: {outcome}"));
+    }
+    for flow in &c.flows {
+        let by = because(flow.bound_by, flow.why);
+        item("flow", &format!("{}: to {}, by {by}, {}", flow.client, flow.group, flow.state));
+    }
 }
 
-fn taken(service: &Service, topic: &str) -> Row {
-    let filters = service.routes.iter().map(|r| &r.filter);
-    let found: Option<&TopicFilter> = most_specific(filters, topic);
-    match found.and_then(|f| service.routes.iter().find(|r| r.filter == *f)) {
-        Some(route) => row(service, route.filter.to_string(), route.target.name()),
-        None => row(service, "(all else)".to_owned(), &service.default_group),
+fn because(by: &str, why: Option<&str>) -> String {
+    why.map_or_else(|| by.to_owned(), |why| format!("{by} (no better: {why})"))
+}
+
+fn show_flow(f: &Flow) {
+    let row = &f.row;
+    line(&format!("flow {}, service {}", row.client, row.service));
+    if !row.client_id.is_empty() {
+        item("client id", &row.client_id);
+    }
+    item("bound to", &format!("{}, by {}", row.group, because(row.bound_by, row.why)));
+    match f.real {
+        Some(real) => item("real", &format!("{real}, as the balancer says")),
+        None => item("real", "the balancer does not say"),
+    }
+    item("state", row.state);
+    if let Some(topic) = &f.topic {
+        item("last topic", &topic.topic);
+        show_route(topic);
+    }
+    if row.misrouted {
+        item("note", "its last topic belongs to another group than it is bound to");
     }
 }

@@ -2,6 +2,7 @@
 
 mod chain;
 mod change;
+mod check;
 mod clients;
 mod doctor;
 mod explain;
@@ -98,8 +99,10 @@ enum Command {
     Clients(clients::Clients),
     /// Show flows with their groups
     Flows(table::Output),
-    /// Show routes, or the one for a topic
-    Routes(explain::Routes),
+    /// Show routes
+    Routes(table::Output),
+    /// Say why a topic, client or flow goes where it goes
+    Explain(explain::Explain),
     /// Show groups with their reals and traffic
     Groups(table::Output),
     /// Show reals with the state of their checks
@@ -168,7 +171,7 @@ fn run(cli: Cli) -> Result<(), Error> {
         Ok(block_on(async { Ok(api::in_force(&config).await) })?.unwrap_or(config))
     };
     match cli.command {
-        Command::Check => explain::check(&config()?),
+        Command::Check => check::check(&config()?),
         Command::Load(args) => chain::load(&args, &config()?),
         Command::Unload(args) => args.run(&config()?),
         Command::Apply(args) => args.run(&config()?),
@@ -180,8 +183,8 @@ fn run(cli: Cli) -> Result<(), Error> {
         Command::Doctor(output) => doctor::doctor(&config()?, output),
         Command::Clients(args) => args.run(&in_force()?),
         Command::Flows(output) => tables::flows(&in_force()?, output),
-        Command::Routes(args) => {
-            args.run(&in_force()?);
+        Command::Routes(output) => {
+            check::routes(&in_force()?, output);
             Ok(())
         }
         Command::Groups(output) => {
@@ -194,6 +197,7 @@ fn run(cli: Cli) -> Result<(), Error> {
         Command::Counters(args) => args.run(&in_force()?),
         Command::Top(args) => args.run(&in_force()?),
         Command::Trace(args) => args.run(&in_force()?),
+        Command::Explain(args) => args.run(&in_force()?),
         Command::Replay(args) => args.run(&config()?),
         Command::Katran(args) => args.run(config().map_err(Error::from)),
         Command::Keys(args) => args.run(),

@@ -8,7 +8,7 @@ use serde::Serialize;
 #[derive(Debug, Args, Clone, Copy)]
 pub struct Output {
     /// Print JSON instead of a table
-    #[arg(long)]
+    #[arg(long, global = true)]
     pub json: bool,
 }
 

@@ -6,6 +6,7 @@ pub mod changes;
 pub mod checks;
 pub mod doctor;
 pub mod events;
+pub mod explain;
 pub mod gateway;
 pub mod handover;
 pub mod health;

@@ -116,7 +116,7 @@ pub fn way_text(way: u8, why: u8, predicted: bool) -> (&'static str, Option<&'st
 }
 
 /// A flow and its binding.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 pub struct FlowRow {
     pub service: String,
     pub client: SocketAddr,

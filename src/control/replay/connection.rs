@@ -159,6 +159,11 @@ impl Connection {
         }
     }
 
+    /// Where it was forwarded to, if it was.
+    pub fn vip(&self) -> Option<IpAddr> {
+        self.forwarded.last().map(|stretch| stretch.vip)
+    }
+
     /// What became of its PUBLISHes.
     pub fn fates(&mut self) -> Vec<Fate> {
         let publishes = std::mem::take(&mut self.publishes);

@@ -10,13 +10,15 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::time::Duration;
 
+use etherparse::TcpHeader;
 use serde::Serialize;
 
 use self::capture::Segment;
 use self::connection::{Connection, Fate, Flow};
+use super::known::{self, Known};
 use super::reconcile::{apply, plan};
 use super::{Error, Result, view};
-use crate::config::{Config, OnMisprediction, Service};
+use crate::config::{Config, Group, OnMisprediction, Real, Service};
 use crate::datapath::Datapath;
 use crate::domain::Target;
 use crate::domain::filter::most_specific;
@@ -186,6 +188,50 @@ impl<'a> Replay<'a> {
     }
 }
 
+/// Connections that are tried, with what is known of one client and of nobody else.
+pub struct Trials<'a> {
+    replay: Replay<'a>,
+    /// Of the next one.
+    port: u16,
+}
+
+impl<'a> Trials<'a> {
+    /// With this record.
+    pub fn new(config: &'a Config, record: &Known) -> Result<Self> {
+        let replay = Replay::new(config, None)?;
+        known::restore(config, &replay.datapath, vec![record.clone()])?;
+        Ok(Self { replay, port: 40_000 })
+    }
+
+    /// SYN, and a first segment with CONNECT. Returns the group that the connection is bound to by then, if any.
+    pub fn connect(
+        &mut self,
+        service: &Service,
+        client: IpAddr,
+        connect: Vec<u8>,
+    ) -> Result<(Option<String>, Flow)> {
+        let from = SocketAddr::new(client, self.port);
+        let to = SocketAddr::new(service.addr, service.port);
+        self.port += 1;
+        let segment = |seq, ack, payload| {
+            let mut tcp = TcpHeader::new(from.port(), to.port(), seq, 65_000);
+            (tcp.syn, tcp.ack, tcp.acknowledgment_number) = (ack == 0, ack != 0, ack);
+            Segment { time: Duration::ZERO, from, to, tcp, payload }
+        };
+        self.replay.take(&segment(1000, 0, Vec::new()))?;
+        self.replay.take(&segment(1001, 1, connect))?;
+        let connection = self.replay.connections.remove(&(from, to));
+        let group = connection.as_ref().and_then(|c| group_at(service, c.vip()?));
+        Ok((group.map(|g| g.name.clone()), connection.map_or_else(Flow::default, |c| c.flow)))
+    }
+}
+
+/// The group with a VIP: of its own, or of one of its reals.
+fn group_at(service: &Service, vip: IpAddr) -> Option<&Group> {
+    let is_vip = |real: &Real| real.vip == Some(vip);
+    service.groups.iter().find(|group| group.vip == vip || group.reals.iter().any(is_vip))
+}
+
 /// The services by their addresses, with their numbers in the datapath.
 fn targets<'a>(
     config: &'a Config,
@@ -241,10 +287,7 @@ fn judge(service: &Service, connection: &Connection, fate: Fate) -> Message {
         let route = filter.and_then(|f| service.routes.iter().find(|r| r.filter == *f));
         route.map_or(service.default_group.as_str(), |route| route.target.name())
     });
-    let group = vip.and_then(|vip| {
-        let is_vip = |r: &crate::config::Real| r.vip == Some(vip);
-        service.groups.iter().find(|g| g.vip == vip || g.reals.iter().any(is_vip))
-    });
+    let group = vip.and_then(|vip| group_at(service, vip));
     let is_relay = |name: &str| service.relay.as_deref() == Some(name);
     let outcome = match (&group, behind_end) {
         (_, Some(true)) => Outcome::Rescued,

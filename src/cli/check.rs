@@ -1,0 +1,118 @@
+//! `check` and `routes`: what the configuration means.
+
+use std::collections::BTreeSet;
+
+use serde::Serialize;
+
+use super::table::{self, Output, counted, line};
+use crate::config::{Binding, Config, Group, Service};
+use crate::control::Error;
+use crate::control::reconcile::plan;
+use crate::datapath::Datapath;
+use crate::handover::keys::{KeyFile, now};
+use crate::kernel::xdp;
+
+pub fn check(config: &Config) -> Result<(), Error> {
+    // Where another configuration is in force, both have to fit for a moment.
+    if let Ok(datapath) = Datapath::open(&config.pins()) {
+        let mtu = xdp::interface_mtu(&config.interface)?;
+        plan::plan_maps(config, &datapath, mtu)?;
+    }
+    line(&format!("{}: valid", config.path.display()));
+    for service in &config.services {
+        let reals: usize = service.groups.iter().map(|g| g.reals.len()).sum();
+        line(&format!(
+            "service {} at {}: {} to {} with {}, default group {}",
+            service.name,
+            std::net::SocketAddr::new(service.addr, service.port),
+            counted(service.routes.len(), "route"),
+            counted(service.groups.len(), "group"),
+            counted(reals, "real"),
+            service.default_group
+        ));
+        if service.binding == Binding::Delayed {
+            handover(config, service);
+        }
+        if let Some(relay) = service.relay.as_ref().and_then(|name| service.group(name)) {
+            relayed(service, relay);
+        }
+    }
+    Ok(())
+}
+
+/// What the relay needs that the configuration cannot give.
+fn relayed(service: &Service, relay: &Group) {
+    let hosts: Vec<_> = relay.reals.iter().map(|r| r.addr.to_string()).collect();
+    let ports: Vec<_> = std::iter::once(service.port)
+        .chain(service.listeners.iter().map(|l| l.port))
+        .map(|port| port.to_string())
+        .collect();
+    line(&format!(
+        "  relay: `mqtt-fwd relay` on {}, with this file, listens on port {} of {}",
+        hosts.join(", "),
+        ports.join(", "),
+        service.addr
+    ));
+}
+
+/// What delayed binding needs that the configuration cannot give.
+fn handover(config: &Config, service: &Service) {
+    let hosts: BTreeSet<_> =
+        service.groups.iter().flat_map(|g| &g.reals).map(|r| r.addr.to_string()).collect();
+    let list: Vec<_> = hosts.into_iter().collect();
+    line(&format!(
+        "  binding = \"delayed\": each broker host ({}) needs Linux 6.9 or later and \
+         `mqtt-fwd real up --handover-key FILE`; `mqtt-fwd real status` there says what is missing",
+        list.join(", ")
+    ));
+    match KeyFile::read(&config.handover_key) {
+        Ok(file) => line(&format!(
+            "  handover key {}: fingerprint {} in use; the hosts' `mqtt-fwd keys show` must say the same",
+            config.handover_key.display(),
+            file.in_use(now()).fingerprint()
+        )),
+        Err(e) => line(&format!("  not ready: {e}")),
+    }
+}
+
+#[derive(Serialize)]
+struct Row {
+    service: String,
+    topic: String,
+    group: String,
+    vip: String,
+}
+
+pub fn routes(config: &Config, output: Output) {
+    let rows: Vec<Row> = config.services.iter().flat_map(all).collect();
+    if output.json {
+        table::json(&rows);
+        return;
+    }
+    table::print(
+        &["service", "topic", "group", "group vip"],
+        rows.into_iter().map(|r| vec![r.service, r.topic, r.group, r.vip]),
+    );
+}
+
+fn row(service: &Service, topic: String, group: &str) -> Row {
+    Row {
+        service: service.name.clone(),
+        topic,
+        group: group.to_owned(),
+        vip: service.group(group).map(|g| g.vip.to_string()).unwrap_or_default(),
+    }
+}
+
+fn all(service: &Service) -> Vec<Row> {
+    let mut rows: Vec<Row> = service
+        .routes
+        .iter()
+        .map(|route| row(service, route.filter.to_string(), route.target.name()))
+        .collect();
+    rows.extend(service.client_routes.iter().map(|route| {
+        row(service, format!("{} {}", route.kind.key(), route.pattern()), &route.group)
+    }));
+    rows.push(row(service, "(all else)".to_owned(), &service.default_group));
+    rows
+}

@@ -1,0 +1,241 @@
+//! Why something goes where it goes: a topic, a client, a flow.
+
+use std::net::{IpAddr, SocketAddr};
+
+use etherparse::PacketBuilder;
+use libbpf_rs::Program;
+use serde::Serialize;
+
+use super::known::{self, Known};
+use super::replay::Trials;
+use super::view::{self, FlowRow, Names};
+use super::{Error, Result};
+use crate::config::{Binding, Config, Service};
+use crate::datapath::Datapath;
+use crate::domain::filter::{Level, TopicFilter};
+use crate::kernel::chain::{self, Chain};
+use crate::kernel::test_run;
+
+/// The route that a topic takes, and those that it does not.
+#[derive(Debug, Serialize)]
+pub struct Topic {
+    pub service: String,
+    pub topic: String,
+    /// `None`: no route matches.
+    pub route: Option<String>,
+    /// A group, or "any".
+    pub belongs_to: String,
+    /// Routes that match, too, the most specific first.
+    pub beaten: Vec<Beaten>,
+    /// Addresses of the group's reals that get connections.
+    pub reals: Vec<IpAddr>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Beaten {
+    pub route: String,
+    pub belongs_to: String,
+    /// The first level, counted from 1, where the other one is more specific.
+    pub at_level: usize,
+}
+
+/// What is known of a client, and what its next connections would come to.
+#[derive(Debug, Serialize)]
+pub struct Client {
+    pub record: Known,
+    pub trials: Vec<Trial>,
+    pub flows: Vec<FlowRow>,
+}
+
+/// A connection that was tried.
+#[derive(Debug, Serialize)]
+pub struct Trial {
+    /// What it begins with.
+    pub opening: &'static str,
+    /// `None`: it is answered, and what comes next decides.
+    pub group: Option<String>,
+    pub bound_by: &'static str,
+    pub why: Option<&'static str>,
+}
+
+/// A flow, and which of its group's reals has it.
+#[derive(Debug, Serialize)]
+pub struct Flow {
+    #[serde(flatten)]
+    pub row: FlowRow,
+    /// As the balancer says now; `None`: it does not.
+    pub real: Option<IpAddr>,
+    pub topic: Option<Topic>,
+}
+
+/// Of each service.
+pub fn topic(config: &Config, topic: &str) -> Vec<Topic> {
+    config.services.iter().map(|service| topic_of(service, topic)).collect()
+}
+
+fn topic_of(service: &Service, topic: &str) -> Topic {
+    let mut matching: Vec<_> =
+        service.routes.iter().filter(|route| route.filter.matches(topic)).collect();
+    matching.sort_by(|a, b| b.filter.specificity(&a.filter));
+    let belongs_to = matching.first().map_or(&*service.default_group, |r| r.target.name());
+    let group = service.group(belongs_to);
+    let beaten = matching.iter().skip(1).map(|route| Beaten {
+        route: route.filter.to_string(),
+        belongs_to: route.target.name().to_owned(),
+        at_level: first_difference(&matching[0].filter, &route.filter),
+    });
+    Topic {
+        service: service.name.clone(),
+        topic: topic.to_owned(),
+        route: matching.first().map(|route| route.filter.to_string()),
+        belongs_to: belongs_to.to_owned(),
+        beaten: beaten.collect(),
+        reals: group
+            .into_iter()
+            .flat_map(|g| g.reals.iter().filter(|r| r.weight > 0).map(|r| r.addr))
+            .collect(),
+    }
+}
+
+/// Both match the same topic, so levels differ in kind.
+fn first_difference(a: &TopicFilter, b: &TopicFilter) -> usize {
+    let kind = |level: Option<&Level>| match level {
+        Some(Level::Literal(_)) | None => 2,
+        Some(Level::One) => 1,
+        Some(Level::Rest) => 0,
+    };
+    let longest = a.levels().len().max(b.levels().len());
+    let differs = |i: &usize| kind(a.levels().get(*i)) != kind(b.levels().get(*i));
+    (0..longest).find(differs).map_or(longest, |i| i + 1)
+}
+
+/// By address or client id, of each service that knows it.
+pub fn client(config: &Config, client: &str) -> Result<Vec<Client>> {
+    let datapath = Datapath::open(&config.pins())?;
+    let names = Names::read(config, &datapath)?;
+    let flows = view::flows(&datapath, &names)?;
+    let known = known::collect(config, &datapath, usize::MAX)?;
+    let known: Vec<Known> = known.into_iter().filter(|record| record.client == client).collect();
+    if known.is_empty() {
+        return Err(Error::Refused(format!(
+            "nothing is known of a client {client}: it is bound as one that was never seen before \
+             (`mqtt-fwd clients` lists those that are known)"
+        )));
+    }
+    known
+        .into_iter()
+        .map(|record| {
+            let is_its = |flow: &FlowRow| {
+                flow.service == record.service
+                    && (flow.client_id == client || flow.client.ip().to_string() == client)
+            };
+            Ok(Client {
+                trials: trials(config, &record)?,
+                flows: flows.iter().filter(|flow| is_its(flow)).cloned().collect(),
+                record,
+            })
+        })
+        .collect()
+}
+
+/// An address that no client has (RFC 5737, RFC 3849), for those that are known by their id.
+fn nobody(v6: bool) -> IpAddr {
+    if v6 { [0x2001, 0xdb8, 0, 0, 0, 0, 0, 1].into() } else { [192, 0, 2, 1].into() }
+}
+
+/// What its connections come to: tried in the program itself, with its record and nobody else's.
+fn trials(config: &Config, record: &Known) -> Result<Vec<Trial>> {
+    let service = config.services.iter().find(|service| service.name == record.service);
+    let Some(service) = service else { return Ok(Vec::new()) };
+    let is_address = record.client.parse().ok();
+    let client = is_address.unwrap_or_else(|| nobody(service.addr.is_ipv6()));
+    let id = if is_address.is_some() { "" } else { record.client.as_str() };
+    let mut openings = vec![("CONNECT of MQTT 3.1.1, clean session, nothing else yet", 4)];
+    if service.binding == Binding::Delayed {
+        openings.push(("CONNECT of MQTT 5, nothing else yet", 5));
+    } else {
+        openings[0].0 = "SYN";
+    }
+    let mut trials = Trials::new(config, record)?;
+    openings
+        .into_iter()
+        .map(|(opening, level)| {
+            let (group, flow) = trials.connect(service, client, connect(level, id))?;
+            Ok(Trial { opening, group, bound_by: flow.bound_by, why: flow.why })
+        })
+        .collect()
+}
+
+/// CONNECT (MQTT 3.1.1 §3.1, MQTT 5 §3.1): clean, without will and credentials.
+fn connect(level: u8, id: &str) -> Vec<u8> {
+    let mut body = b"\x00\x04MQTT".to_vec();
+    body.extend([level, 2, 0, 60]);
+    if level == 5 {
+        body.push(0);
+    }
+    body.extend((id.len() as u16).to_be_bytes());
+    body.extend(id.as_bytes());
+    let mut packet = vec![0x10];
+    crate::relay::scan::put_varint(body.len(), &mut packet);
+    packet.extend(body);
+    packet
+}
+
+/// By the client's address and port.
+pub fn flow(config: &Config, client: SocketAddr) -> Result<Vec<Flow>> {
+    let datapath = Datapath::open(&config.pins())?;
+    let names = Names::read(config, &datapath)?;
+    let rows = view::flows(&datapath, &names)?;
+    let found: Vec<_> = rows.into_iter().filter(|row| row.client == client).collect();
+    if found.is_empty() {
+        return Err(Error::Refused(format!(
+            "no flow of {client} is known (`mqtt-fwd flows` lists those that are)"
+        )));
+    }
+    let explained = found.into_iter().map(|row| {
+        let service = config.services.iter().find(|service| service.name == row.service);
+        let group = service.and_then(|service| service.group(&row.group));
+        Flow {
+            real: service
+                .zip(group)
+                .and_then(|(s, g)| real_of(config, client, SocketAddr::new(g.vip, s.port))),
+            topic: service.filter(|_| !row.topic.is_empty()).map(|s| topic_of(s, &row.topic)),
+            row,
+        }
+    });
+    Ok(explained.collect())
+}
+
+/// Which real the balancer sends a client's packets to: asked with a segment without data, which goes nowhere, and
+/// which it counts as it counts any other.
+fn real_of(config: &Config, client: SocketAddr, vip: SocketAddr) -> Option<IpAddr> {
+    const HOPS: u8 = 64;
+    let pins = config.pins();
+    let program = match pins.pinned_program("balancer_ingress") {
+        Some((fd, _)) => fd,
+        None => {
+            let chain = Chain::open(&pins).ok()??;
+            Program::fd_from_id(chain.program_id(chain::BALANCER)?).ok()?
+        }
+    };
+    let ethernet = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
+    let ip = match (client.ip(), vip.ip()) {
+        (IpAddr::V4(a), IpAddr::V4(b)) => ethernet.ipv4(a.octets(), b.octets(), HOPS),
+        (IpAddr::V6(a), IpAddr::V6(b)) => ethernet.ipv6(a.octets(), b.octets(), HOPS),
+        _ => return None,
+    };
+    let segment = ip.tcp(client.port(), vip.port(), 1, 1024).ack(1);
+    let mut frame = Vec::new();
+    segment.write(&mut frame, &[]).ok()?;
+    let run = test_run::run(std::os::fd::AsFd::as_fd(&program), &frame, 1).ok()?;
+    if run.verdict != libbpf_sys::XDP_TX {
+        return None;
+    }
+    // The outer header's destination.
+    let outer = etherparse::LaxPacketHeaders::from_ethernet(&run.frame).ok()?;
+    Some(match outer.net? {
+        etherparse::NetHeaders::Ipv4(ip, _) => ip.destination.into(),
+        etherparse::NetHeaders::Ipv6(ip, _) => ip.destination.into(),
+        etherparse::NetHeaders::Arp(_) => return None,
+    })
+}
