@@ -116,6 +116,19 @@ fn every_metric_of_an_alert_is_one_that_there_is() {
 }
 
 #[test]
+fn the_threat_model_names_tests_that_there_are() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let page = std::fs::read_to_string(root.join("docs/security.md")).unwrap();
+    let named: Vec<_> =
+        page.split('`').skip(1).step_by(2).filter_map(|code| code.split_once(".rs: ")).collect();
+    assert!(named.len() > 20, "{named:?}");
+    for (file, test) in named {
+        let source = std::fs::read_to_string(root.join(format!("tests/{file}.rs"))).unwrap();
+        assert!(source.contains(&format!("\nfn {test}(")), "{file}.rs has no test {test}");
+    }
+}
+
+#[test]
 fn the_runbook_has_every_problem_and_every_alert() {
     let page = include_str!("../docs/runbook.md");
     for (code, _) in mqtt_fwd::control::problem::CODES {

@@ -9,13 +9,20 @@ use std::time::{Duration, Instant};
 use support::lab::{Lab, config};
 use support::net::wait_for;
 
+/// So many that they are at both of two brokers, but for once in 2,000 times.
+const PUBLISHERS: usize = 12;
+
 const CHECK: &str = "health_check = { type = \"mqtt\", interval_ms = 300, timeout_ms = 200, rise = 2, \
                      fall = 2 }";
 
 fn lab() -> Lab {
+    lab_with(CHECK)
+}
+
+fn lab_with(check: &str) -> Lab {
     let text = config(&[("a", 1, &[201, 202]), ("default", 250, &[203])], &[("sensor/a", "a")]);
     let text = text
-        .replace("default_group = \"default\"", &format!("default_group = \"default\"\n{CHECK}"));
+        .replace("default_group = \"default\"", &format!("default_group = \"default\"\n{check}"));
     let text = format!("metrics = \"127.0.0.1:9469\"\n{text}");
     let lab = Lab::up(&text, &[]);
     // So that the connections below are right from the start.
@@ -116,7 +123,7 @@ fn draining_loses_no_message_and_moves_no_established_connection() {
     let lab = lab();
     let enough = format!("/run/mqtt-fwd-lab/{}/enough", lab.name);
     let sent = std::thread::scope(|scope| {
-        let running: Vec<_> = (0..6)
+        let running: Vec<_> = (0..PUBLISHERS)
             .map(|i| {
                 let (lab, enough) = (&lab, enough.clone());
                 scope.spawn(move || {
@@ -167,6 +174,111 @@ fn draining_loses_no_message_and_moves_no_established_connection() {
             let reals = &arrivals[&format!("steady{i} {n}")];
             assert_eq!(reals.len(), 1, "steady{i} {n}: {reals:?}");
         }
+    }
+}
+
+/// Publishers, QoS 1, over what happens meanwhile. Returns messages and connections of each, once all arrived.
+fn publish_while(lab: &Lab, happens: impl FnOnce()) -> Vec<(usize, u64)> {
+    let enough = format!("/run/mqtt-fwd-lab/{}/enough", lab.name);
+    let published: Vec<_> = std::thread::scope(|scope| {
+        let running: Vec<_> = (0..PUBLISHERS)
+            .map(|i| {
+                let (lab, enough) = (&lab, enough.clone());
+                scope.spawn(move || {
+                    let id = format!("steady{i}");
+                    let qos = ["--qos", "1", "--timeout", "60"];
+                    let args = ["--id", &id, "--topic", "sensor/a", "--until", &enough];
+                    lab.publish_counted("c1", &[&args[..], &qos].concat())
+                })
+            })
+            .collect();
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            wait_for("both brokers", || {
+                let received = lab.received();
+                let of = |real| received.get(&real).map_or(0, Vec::len);
+                (of(1) > 20 && of(2) > 20).then_some(())
+            });
+            happens();
+        }));
+        std::fs::write(&enough, "").unwrap();
+        let published = running.into_iter().map(|p| p.join().unwrap()).collect();
+        result.unwrap();
+        published
+    });
+    let arrivals = lab.arrivals();
+    for (i, (_, count)) in published.iter().enumerate() {
+        for n in 0..*count {
+            assert!(arrivals.contains_key(&format!("steady{i} {n}")), "steady{i} {n} of {count}");
+        }
+    }
+    published
+}
+
+/// How many connections a real's broker has.
+fn established(lab: &Lab, real: u32) -> usize {
+    let sockets = ["ss", "-Htn", "state", "established", "sport = :1883"];
+    let of_clients = |line: &&str| line.contains("10.1.50.200");
+    lab.ok(&format!("r{real}"), &sockets).lines().filter(of_clients).count()
+}
+
+#[test]
+fn clients_of_a_dead_host_are_reset_and_come_to_another() {
+    let lab = lab_with(&CHECK.replace("fall = 2", "fall = 2, on_down = \"reset\""));
+    let mut at_2 = 0;
+    let published = publish_while(&lab, || {
+        // Not a word from it any more: without this, its clients would wait for as long as TCP repeats.
+        lab.ok("r1", &["ip", "link", "set", "eth0", "down"]);
+        at_2 = lab.received()[&2].len();
+        let died = Instant::now();
+        wait_for("all publishers at the other", || {
+            (established(&lab, 2) == PUBLISHERS).then_some(())
+        });
+        assert!(died.elapsed() < Duration::from_secs(8), "{:?}", died.elapsed());
+        wait_for("their messages", || (lab.received()[&2].len() > at_2 + 60).then_some(()));
+    });
+    // Those that were at the other one from the beginning were not touched.
+    let moved = published.iter().filter(|(connections, _)| *connections > 1).count();
+    assert!((1..PUBLISHERS).contains(&moved), "{published:?}");
+}
+
+#[test]
+fn a_drain_that_ends_connections_empties_a_broker_and_fires_no_will() {
+    let lab = lab();
+    // Those that only keep alive, and have wills.
+    lab.publish("c2", &["--topic", "sensor/a", "--qos", "1", "--count", "2"]);
+    let idle: Vec<_> = (0..4)
+        .map(|i| {
+            let id = format!("idle{i}");
+            lab.script("exec")
+                .args(["c2", "mosquitto_pub", "-h", "10.1.50.200", "-k", "5", "-i", &id, "-l"])
+                .args(["-t", "sensor/a", "--will-topic", "wills", "--will-payload", &id])
+                .stdin(std::process::Stdio::piped())
+                .stderr(std::process::Stdio::null())
+                .spawn()
+                .unwrap()
+        })
+        .collect();
+    wait_for("the idle ones", || (established(&lab, 1) + established(&lab, 2) == 4).then_some(()));
+    let published = publish_while(&lab, || {
+        let before = established(&lab, 1);
+        assert!(before > 0);
+        let said = lab.mqtt_fwd(&["drain", "10.1.3.201", "--end-per-second", "100"]);
+        assert!(said.contains(" end as their clients send, 100 a second"), "{said}");
+        wait_for("the broker to be empty", || (established(&lab, 1) == 0).then_some(()));
+        wait_for("all publishers at the other", || {
+            (established(&lab, 2) >= PUBLISHERS).then_some(())
+        });
+    });
+    let moved = published.iter().filter(|(connections, _)| *connections > 1).count();
+    assert!((1..PUBLISHERS).contains(&moved), "{published:?}");
+    wait_for("the idle ones at the other", || (established(&lab, 2) == 4).then_some(()));
+    let wills = |all: &BTreeMap<u32, Vec<String>>| {
+        all.values().flatten().filter(|line| line.starts_with("wills")).count()
+    };
+    assert_eq!(wills(&lab.received()), 0, "{:?}", lab.received());
+    for mut one in idle {
+        let _ = one.kill();
+        let _ = one.wait();
     }
 }
 

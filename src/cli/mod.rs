@@ -110,7 +110,7 @@ enum Command {
     /// Give a real no new connections; established ones stay
     Drain(reals::Drain),
     /// Give it new connections again
-    Undrain(reals::Drain),
+    Undrain(reals::Undrain),
     /// Show what packets met, by reason
     Counters(tables::Counters),
     /// Show groups, reals, topics and clients of several groups on one screen, with rates
@@ -192,8 +192,8 @@ fn run(cli: Cli) -> Result<(), Error> {
             Ok(())
         }
         Command::Reals(output) => reals::reals(&in_force()?, output),
-        Command::Drain(args) => args.run(&in_force()?, true),
-        Command::Undrain(args) => args.run(&in_force()?, false),
+        Command::Drain(args) => args.run(&in_force()?),
+        Command::Undrain(args) => args.run(&in_force()?),
         Command::Counters(args) => args.run(&in_force()?),
         Command::Top(args) => args.run(&in_force()?),
         Command::Trace(args) => args.run(&in_force()?),

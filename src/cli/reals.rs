@@ -6,10 +6,10 @@ use clap::Args;
 use serde::Serialize;
 
 use super::block_on;
-use super::table::{self, Output, line};
+use super::table::{self, Output, counted, line};
 use crate::config::{Config, address};
 use crate::control::Error;
-use crate::control::api;
+use crate::control::api::{self, proto};
 
 #[derive(Serialize)]
 struct Row {
@@ -58,21 +58,53 @@ pub struct Drain {
     /// Address of the real
     #[arg(value_parser = address)]
     real: IpAddr,
+
+    /// Also end its connections, so many a second, each with DISCONNECT when its client sends next
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    end_per_second: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub struct Undrain {
+    /// Address of the real
+    #[arg(value_parser = address)]
+    real: IpAddr,
 }
 
 impl Drain {
-    pub fn run(&self, config: &Config, drained: bool) -> Result<(), Error> {
-        let groups = block_on(api::set_drain(config, self.real, drained))?;
-        let of = if groups == 1 { "1 group".to_owned() } else { format!("{groups} groups") };
-        line(&if drained {
-            format!(
-                "{}: no new connections in {of}; established ones stay until they end \
-                 (`mqtt-fwd undrain {0}` takes it back)",
-                self.real
-            )
-        } else {
-            format!("{}: gets new connections in {of} again", self.real)
-        });
+    pub fn run(&self, config: &Config) -> Result<(), Error> {
+        let request = proto::SetDrainRequest {
+            address: self.real.to_string(),
+            drained: true,
+            end_per_second: self.end_per_second.unwrap_or_default(),
+        };
+        let done = block_on(api::set_drain(config, request))?;
+        let established = match self.end_per_second {
+            Some(n) => format!(
+                "{} of it end as their clients send, {n} a second",
+                counted(done.ending as usize, "connection")
+            ),
+            None => "established ones stay until they end".to_owned(),
+        };
+        line(&format!(
+            "{}: no new connections in {}; {established} (`mqtt-fwd undrain {0}` takes it back)",
+            self.real,
+            counted(done.groups as usize, "group")
+        ));
+        Ok(())
+    }
+}
+
+impl Undrain {
+    pub fn run(&self, config: &Config) -> Result<(), Error> {
+        let request =
+            proto::SetDrainRequest { address: self.real.to_string(), ..Default::default() };
+        let done = block_on(api::set_drain(config, request))?;
+        line(&format!(
+            "{}: gets new connections in {} again",
+            self.real,
+            counted(done.groups as usize, "group")
+        ));
         Ok(())
     }
 }

@@ -2,19 +2,16 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use etherparse::PacketBuilder;
-use libbpf_rs::Program;
 use serde::Serialize;
 
 use super::known::{self, Known};
+use super::reals_of_flows::Balancer;
 use super::replay::Trials;
 use super::view::{self, FlowRow, Names};
 use super::{Error, Result};
 use crate::config::{Binding, Config, Service};
 use crate::datapath::Datapath;
 use crate::domain::filter::{Level, TopicFilter};
-use crate::kernel::chain::{self, Chain};
-use crate::kernel::test_run;
 
 /// The route that a topic takes, and those that it does not.
 #[derive(Debug, Serialize)]
@@ -192,50 +189,17 @@ pub fn flow(config: &Config, client: SocketAddr) -> Result<Vec<Flow>> {
             "no flow of {client} is known (`mqtt-fwd flows` lists those that are)"
         )));
     }
+    let balancer = Balancer::open(config);
     let explained = found.into_iter().map(|row| {
         let service = config.services.iter().find(|service| service.name == row.service);
         let group = service.and_then(|service| service.group(&row.group));
         Flow {
-            real: service
-                .zip(group)
-                .and_then(|(s, g)| real_of(config, client, SocketAddr::new(g.vip, s.port))),
+            real: service.zip(group).and_then(|(s, g)| {
+                balancer.as_ref()?.real_of(client, SocketAddr::new(g.vip, s.port))
+            }),
             topic: service.filter(|_| !row.topic.is_empty()).map(|s| topic_of(s, &row.topic)),
             row,
         }
     });
     Ok(explained.collect())
-}
-
-/// Which real the balancer sends a client's packets to: asked with a segment without data, which goes nowhere, and
-/// which it counts as it counts any other.
-fn real_of(config: &Config, client: SocketAddr, vip: SocketAddr) -> Option<IpAddr> {
-    const HOPS: u8 = 64;
-    let pins = config.pins();
-    let program = match pins.pinned_program("balancer_ingress") {
-        Some((fd, _)) => fd,
-        None => {
-            let chain = Chain::open(&pins).ok()??;
-            Program::fd_from_id(chain.program_id(chain::BALANCER)?).ok()?
-        }
-    };
-    let ethernet = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
-    let ip = match (client.ip(), vip.ip()) {
-        (IpAddr::V4(a), IpAddr::V4(b)) => ethernet.ipv4(a.octets(), b.octets(), HOPS),
-        (IpAddr::V6(a), IpAddr::V6(b)) => ethernet.ipv6(a.octets(), b.octets(), HOPS),
-        _ => return None,
-    };
-    let segment = ip.tcp(client.port(), vip.port(), 1, 1024).ack(1);
-    let mut frame = Vec::new();
-    segment.write(&mut frame, &[]).ok()?;
-    let run = test_run::run(std::os::fd::AsFd::as_fd(&program), &frame, 1).ok()?;
-    if run.verdict != libbpf_sys::XDP_TX {
-        return None;
-    }
-    // The outer header's destination.
-    let outer = etherparse::LaxPacketHeaders::from_ethernet(&run.frame).ok()?;
-    Some(match outer.net? {
-        etherparse::NetHeaders::Ipv4(ip, _) => ip.destination.into(),
-        etherparse::NetHeaders::Ipv6(ip, _) => ip.destination.into(),
-        etherparse::NetHeaders::Arp(_) => return None,
-    })
 }

@@ -1,8 +1,9 @@
 //! The sidecar in the foreground: load, apply, watch, until it is told to end. Forwarding does
 //! not depend on it: programs and maps are pinned and stay.
 
+use std::collections::BTreeSet;
 use std::fs::File;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,7 @@ use super::metrics::Metrics;
 use super::misrouting::Misrouting;
 use super::observed::Observed;
 use super::reconcile::watch::Reconciler;
+use super::release::{self, How};
 use super::rescue::Rescuer;
 use super::{Error, Result, api, gateway, instance, keeper, known};
 use crate::balancer::embedded::Embedded;
@@ -91,7 +93,10 @@ pub async fn run(loaded: Loaded) -> Result<()> {
         match next {
             Next::End => break,
             Next::Look => {}
-            Next::OtherReals => sidecar.look_at_all(),
+            Next::OtherReals => {
+                sidecar.release_dead();
+                sidecar.look_at_all();
+            }
             Next::Reload => sidecar.reload(),
             Next::Change(request) => sidecar.change(request),
         }
@@ -129,6 +134,8 @@ struct Sidecar {
     reconciler: Reconciler,
     misrouting: Misrouting,
     rescuer: Option<Rescuer>,
+    /// Reals that are down, and whose connections were let go for that.
+    released: BTreeSet<(String, IpAddr)>,
     /// Keeper and checks.
     tasks: [Task; 2],
     /// From when on the file's clients have been taken up.
@@ -151,6 +158,7 @@ impl Sidecar {
             reconciler: Reconciler::new(balancer.is_some(), Arc::clone(&observed)),
             misrouting: Misrouting::default(),
             rescuer: None,
+            released: BTreeSet::new(),
             tasks: tasks(&config, &reals, &observed),
             saving: None,
             waiting: Vec::new(),
@@ -218,6 +226,26 @@ impl Sidecar {
     fn look_at_all(&mut self) {
         self.in_effect = self.reals.in_effect(&self.config);
         self.reconciler.configuration_changed();
+    }
+
+    /// Of reals that just went down. Their groups have them still, so the balancer's choice tells which flows are
+    /// theirs.
+    fn release_dead(&mut self) {
+        let dead = self.reals.to_reset(&self.config);
+        for (service, real) in dead.difference(&self.released) {
+            let released = tokio::task::block_in_place(|| {
+                let flows = release::flows_of(&self.config, &self.datapath, Some(service), *real)?;
+                release::end(&self.datapath, &flows, How::Reset)
+            });
+            match released {
+                Ok(0) => {}
+                Ok(connections) => {
+                    info!(service, %real, connections, "down: its clients are reset as they send");
+                }
+                Err(error) => warn!(service, %real, %error, "down, and its connections stay"),
+            }
+        }
+        self.released = dead;
     }
 
     fn reload(&mut self) {

@@ -17,6 +17,8 @@ pub struct HealthCheck {
     pub rise: u32,
     /// Failures in a row that make it down.
     pub fall: u32,
+    /// Whether its connections are reset then, so that clients come to another.
+    pub resets: bool,
 }
 
 /// What a check is.
@@ -44,6 +46,7 @@ impl HealthCheck {
             timeout: Duration::from_secs(1),
             rise: 2,
             fall: 3,
+            resets: false,
         }
     }
 }

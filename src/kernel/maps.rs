@@ -78,6 +78,15 @@ impl<K: Pod, V: Pod> Table<K, V> {
         self.map.update(key.bytes(), value.bytes(), MapFlags::ANY).map_err(self.failed("writing"))
     }
 
+    /// Sets the value at a key that is there; false: it is not.
+    pub fn replace(&self, key: &K, value: &V) -> Result<bool> {
+        match self.map.update(key.bytes(), value.bytes(), MapFlags::EXIST) {
+            Ok(()) => Ok(true),
+            Err(e) if e.kind() == libbpf_rs::ErrorKind::NotFound => Ok(false),
+            Err(e) => Err(self.failed("writing")(e)),
+        }
+    }
+
     /// Sets many values with few calls.
     pub fn put_all(&self, entries: &[(K, V)]) -> Result<()> {
         // Bounds the kernel's temporary copies.

@@ -271,6 +271,7 @@ fn health_check(r: Reader<'_>) -> Option<HealthCheck> {
         timeout,
         rise: r.number("rise", 1..=1000).unwrap_or(d.rise),
         fall: r.number("fall", 1..=1000).unwrap_or(d.fall),
+        resets: r.choice("on_down", &[("keep", false), ("reset", true)]).unwrap_or(d.resets),
     };
     r.finish();
     Some(check)

@@ -1,6 +1,5 @@
 //! The client's side: what other commands ask `run` for, where there is one.
 
-use std::net::IpAddr;
 use std::time::Duration;
 
 use tonic::Status;
@@ -53,11 +52,13 @@ pub async fn problems(config: &Config) -> Vec<Problem> {
     all.map(|p| Problem { code: p.code, text: p.text }).filter(Problem::is_elsewhere).collect()
 }
 
-/// Drains a real, or ends that. Returns in how many groups it is.
-pub async fn set_drain(config: &Config, addr: IpAddr, drained: bool) -> Result<u32> {
-    let mut client = connected(config, PATIENCE, "drains").await?;
-    let request = proto::SetDrainRequest { address: addr.to_string(), drained };
-    Ok(client.set_drain(request).await.map_err(failed)?.into_inner().groups)
+/// Drains a real, or ends that.
+pub async fn set_drain(
+    config: &Config,
+    request: proto::SetDrainRequest,
+) -> Result<proto::SetDrainResponse> {
+    let mut client = connected(config, CHANGE_PATIENCE, "drains").await?;
+    Ok(client.set_drain(request).await.map_err(failed)?.into_inner())
 }
 
 /// Changes a service, or the only one, and waits until that is in force.

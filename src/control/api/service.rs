@@ -15,6 +15,8 @@ use crate::control::changes::{self, NotMade};
 use crate::control::checks::{RealState, State};
 use crate::control::events::{self, Report};
 use crate::control::problem::Problem;
+use crate::control::release;
+use crate::datapath::Datapath;
 use crate::grpc::Peer;
 
 /// Events that wait for a reader of the stream; the ring buffer keeps those behind them.
@@ -56,14 +58,22 @@ impl Sidecar for Service {
         let peer = Peer::of(&request);
         let request = request.into_inner();
         let addr: IpAddr = change::parse(&request.address)?;
+        let config = self.config();
+        let ends = request.drained && request.end_per_second > 0;
+        // While its groups have it: the balancer's choice tells which flows are its.
+        let flows = if ends { flows_of(Arc::clone(&config), addr).await? } else { Vec::new() };
         let groups = self
             .0
             .reals
-            .set_drained(&self.config(), addr, request.drained)
+            .set_drained(&config, addr, request.drained)
             .map_err(|e| Status::failed_precondition(e.to_string()))?;
         let what = if request.drained { "drained" } else { "undrained" };
-        tracing::info!(%peer, real = %addr, "{what}");
-        Ok(Response::new(proto::SetDrainResponse { groups: groups as u32 }))
+        tracing::info!(%peer, real = %addr, ending = flows.len(), "{what}");
+        let ending = flows.len() as u32;
+        if !flows.is_empty() {
+            tokio::spawn(release::end_slowly(config, flows, request.end_per_second));
+        }
+        Ok(Response::new(proto::SetDrainResponse { groups: groups as u32, ending }))
     }
 
     async fn get_configuration(
@@ -122,6 +132,18 @@ impl Sidecar for Service {
         });
         Ok(Response::new(ReceiverStream::new(stream)))
     }
+}
+
+/// The live flows of a real.
+async fn flows_of(config: Arc<Config>, real: IpAddr) -> Result<Vec<release::Key>, Status> {
+    let list = move || {
+        let datapath = Datapath::open(&config.pins())?;
+        release::flows_of(&config, &datapath, None, real)
+    };
+    let listed = tokio::task::spawn_blocking(list).await;
+    listed
+        .map_err(|e| Status::internal(e.to_string()))?
+        .map_err(|e| Status::internal(e.to_string()))
 }
 
 impl From<RealState> for proto::Real {

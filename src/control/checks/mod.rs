@@ -132,6 +132,20 @@ impl Reals {
         inner.drained.contains(&addr) || checked.is_some_and(|c| matches!(c.state, State::Down(_)))
     }
 
+    /// Those that are down and not used, and whose connections are to be reset for that.
+    pub fn to_reset(&self, config: &Config) -> BTreeSet<(String, IpAddr)> {
+        let resets = |name: &str| {
+            let service = config.services.iter().find(|service| service.name == name);
+            service.and_then(|s| s.health_check.as_ref()).is_some_and(|check| check.resets)
+        };
+        self.list(config)
+            .into_iter()
+            .filter(|real| matches!(real.state, State::Down(_)) && !real.in_use)
+            .filter(|real| resets(&real.service))
+            .map(|real| (real.service, real.addr))
+            .collect()
+    }
+
     /// What is wrong with them, for `status`.
     pub fn problems(&self, config: &Config) -> Vec<Problem> {
         self.list(config)

@@ -167,7 +167,8 @@ fn read(
         Ok(ring) => ring,
         Err(error) => return warn!(path = %path.display(), %error, "no rescue: reading"),
     };
-    let instance = getrandom::u32().unwrap_or_default();
+    // 0: no sidecar's (release.rs).
+    let instance = getrandom::u32().unwrap_or_default().max(1);
     let until = |time: Duration| {
         let full = shared.held.get() > HELD_MAX / 2
             || shared.streams.load(Ordering::Relaxed) > STREAMS_MAX / 2;
