@@ -130,6 +130,37 @@ fn a_second_server_at_the_same_address_is_named_and_configured() {
 }
 
 #[test]
+fn a_server_that_ends_does_not_take_the_others_program_with_it() {
+    for kind in Kind::silent() {
+        // Whichever of the two is ended, as an operator would.
+        for second_ends in [true, false] {
+            let net = prepare(kind);
+            net.ok(&["load"]);
+            let mut first = kind.start(&net, ENDPOINT);
+            let sidecar = sidecar(&net);
+            wait_healthy(&net, &sidecar);
+            let mut second = kind.start(&net, ENDPOINT);
+            wait_for("the state on the second", || {
+                sidecar.log().contains("on a second server at the same address").then_some(())
+            });
+            let (ends, stays) =
+                if second_ends { (&mut second, &mut first) } else { (&mut first, &mut second) };
+            ends.signal("TERM");
+            ends.wait();
+            wait_healthy(&net, &sidecar);
+            assert!(!stays.ended());
+            let verdict = net.through_root(&Net::syn("10.1.1.1", 1)).verdict;
+            assert_eq!(verdict, support::datapath::XDP_TX, "{kind:?}: {}", sidecar.log());
+            assert!(
+                sidecar.log().contains("put back into the balancer's position"),
+                "{kind:?}: {}",
+                sidecar.log()
+            );
+        }
+    }
+}
+
+#[test]
 fn a_group_written_another_way_is_refused_with_the_command_that_removes_it() {
     let config = CONFIG
         .replace("unix:@DIR@/balancer.sock", ENDPOINT)

@@ -7,6 +7,8 @@ use std::time::Duration;
 use tracing::{debug, info, warn};
 
 use super::observed::Observed;
+use super::survivor::Survivor;
+use crate::config::{BalancerKind, Config};
 use crate::kernel::held::Held;
 use crate::kernel::load::{self, LoadSpec};
 use crate::kernel::{BpfError, Result};
@@ -14,12 +16,23 @@ use crate::kernel::{BpfError, Result};
 const INTERVAL: Duration = Duration::from_millis(500);
 
 /// Runs until it is dropped.
-pub async fn keep(spec: LoadSpec, own_balancer: bool, observed: Arc<Observed>) {
-    let mut held: Option<Held> = None;
+pub async fn keep(config: Arc<Config>, observed: Arc<Observed>) {
+    let spec = Arc::new(config.load_spec());
+    let own_balancer = config.balancer == BalancerKind::Embedded;
+    let (mut held, mut survivor) = (None, Survivor::default());
     loop {
-        let (spec, before, observed) = (spec.clone(), held.take(), Arc::clone(&observed));
-        let look = move || look(&spec, own_balancer, before, &observed);
-        held = tokio::task::spawn_blocking(look).await.ok().flatten();
+        let (config, spec) = (Arc::clone(&config), Arc::clone(&spec));
+        let observed = Arc::clone(&observed);
+        let look = move || {
+            let held = look(&spec, own_balancer, held, &observed);
+            if !own_balancer
+                && let Err(error) = survivor.look(&spec.pins, &config.balancer_endpoint, &observed)
+            {
+                debug!(%error, "looking after the balancer's position");
+            }
+            (held, survivor)
+        };
+        (held, survivor) = tokio::task::spawn_blocking(look).await.unwrap_or_default();
         tokio::time::sleep(INTERVAL).await;
     }
 }

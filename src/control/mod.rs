@@ -25,6 +25,7 @@ pub mod release;
 pub mod replay;
 mod rescue;
 pub mod run;
+mod survivor;
 pub mod view;
 
 use crate::balancer::client::BalancerError;

@@ -290,9 +290,8 @@ impl Sidecar {
 
 /// What keeps the chain, and what checks the brokers.
 fn tasks(config: &Arc<Config>, reals: &Arc<Reals>, observed: &Arc<Observed>) -> [Task; 2] {
-    let own_balancer = config.balancer == BalancerKind::Embedded;
     [
-        Task::spawn(keeper::keep(config.load_spec(), own_balancer, Arc::clone(observed))),
+        Task::spawn(keeper::keep(Arc::clone(config), Arc::clone(observed))),
         Task::spawn(checks::run(Arc::clone(config), Arc::clone(reals))),
     ]
 }
