@@ -7,6 +7,7 @@ mod relay;
 pub mod rendezvous;
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use filter::TopicFilter;
 pub use relay::{BrokerTls, Certificate, RelayLimits, RelayListener, RelayTls};
@@ -94,8 +95,8 @@ pub struct Service {
     pub on_misprediction: OnMisprediction,
     /// Its groups.
     pub groups: Vec<Group>,
-    /// Its routes by topic.
-    pub routes: Vec<Route>,
+    /// Its routes by topic: there may be 100,000.
+    pub routes: Arc<[Route]>,
     /// Its routes by CONNECT, which come before those.
     pub client_routes: Vec<ClientRoute>,
 }

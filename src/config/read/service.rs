@@ -142,7 +142,7 @@ pub(super) fn service(r: Reader<'_>) -> Option<Service> {
         binding,
         on_misprediction,
         groups,
-        routes,
+        routes: routes.into(),
         client_routes,
     })
 }

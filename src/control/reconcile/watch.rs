@@ -42,6 +42,8 @@ pub struct Reconciler {
     client: Option<Client>,
     problem: Option<String>,
     applied_once: bool,
+    /// By the last look.
+    just_applied: bool,
     /// What differs now is what somebody asked for.
     changed: bool,
     /// The whole configuration was applied, and has not changed since.
@@ -93,6 +95,10 @@ impl Reconciler {
         datapath: &Datapath,
         mut problems: Vec<Problem>,
     ) {
+        // 100,000 routes take some hundred megabytes to compile, once; by now all of that is free.
+        if std::mem::take(&mut self.just_applied) {
+            give_memory_back();
+        }
         let gateway = gateway::wanted(config).await;
         problems.extend(health::problems(config));
         let gateway = gateway.unwrap_or_else(|error| {
@@ -212,6 +218,7 @@ impl Reconciler {
                 warn!(steps = plan.lines().len(), "put back what was missing");
             }
         }
+        self.just_applied = true;
         self.applied_once = true;
         self.changed = false;
         self.in_force = true;
@@ -228,6 +235,15 @@ impl Reconciler {
             self.not_canonical = None;
         }
         Ok(())
+    }
+}
+
+/// What was freed goes back to the system: glibc keeps what lies between things that live.
+fn give_memory_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it has no preconditions.
+    unsafe {
+        libc::malloc_trim(0);
     }
 }
 
