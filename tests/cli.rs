@@ -104,14 +104,34 @@ fn the_lab_s_configuration_is_valid() {
 }
 
 #[test]
-fn every_metric_of_an_alert_is_one_that_there_is() {
-    let known: std::collections::BTreeSet<&str> =
-        include_str!("../src/control/metrics.rs").split('"').collect();
-    let names = include_str!("../scripts/alerts.yml")
-        .split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
+fn every_metric_of_alerts_and_dashboard_is_one_that_there_is() {
+    let known: std::collections::BTreeSet<&str> = [
+        include_str!("../src/control/metrics.rs"),
+        include_str!("../src/relay/stats.rs"),
+        include_str!("../src/metrics/mod.rs"),
+    ]
+    .into_iter()
+    .flat_map(|source| source.split('"'))
+    .collect();
+    let alerts = include_str!("../scripts/monitoring/alerts.yml");
+    let dashboard = include_str!("../scripts/monitoring/dashboard.json");
+    let names = [alerts, dashboard]
+        .into_iter()
+        .flat_map(|text| text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_'))
         .filter_map(|word| word.strip_prefix("mqtt_fwd_"));
     for name in names {
         assert!(known.contains(name.trim_end_matches("_total")), "{name}");
+    }
+    // Reasons are named, or all that begin so.
+    let reasons: Vec<&str> = mqtt_fwd::kernel::reasons::REASONS.iter().map(|r| r.name).collect();
+    let named = ["reason=~\\\"", "verdict=~\\\""].map(|label| dashboard.split(label).skip(1));
+    for list in named.into_iter().flatten() {
+        for name in list.split('\\').next().unwrap().split('|') {
+            let prefix = name.trim_end_matches(".*");
+            let is =
+                |reason: &&&str| **reason == name || (prefix != name && reason.starts_with(prefix));
+            assert!(reasons.iter().any(|reason| is(&reason)), "{name}");
+        }
     }
 }
 
@@ -134,7 +154,7 @@ fn the_runbook_has_every_problem_and_every_alert() {
     for (code, _) in mqtt_fwd::control::problem::CODES {
         assert!(page.contains(&format!("| `{code}` |")), "{code}");
     }
-    let alerts = include_str!("../scripts/alerts.yml").lines();
+    let alerts = include_str!("../scripts/monitoring/alerts.yml").lines();
     for alert in alerts.filter_map(|line| line.trim().strip_prefix("- alert: ")) {
         assert!(page.contains(&format!("| `{alert}` |")), "{alert}");
     }

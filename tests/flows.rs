@@ -245,7 +245,7 @@ fn a_topic_for_any_group_follows_its_flow_and_teaches_nothing() {
 fn a_route_changed_and_changed_back_moves_a_connected_publisher_each_time() {
     let mut f = Fixture::new();
     let set = |f: &mut Fixture, group: &str| {
-        for route in &mut f.config.services[0].routes {
+        for route in std::sync::Arc::make_mut(&mut f.config.services[0].routes) {
             if route.filter.to_string() == "sensor/a" {
                 route.target = Target::Group(group.to_owned());
             }
@@ -282,7 +282,7 @@ fn a_change_of_routes_moves_predictions_but_not_flows() {
     c.data(&mqtt::publish(b"sensor/c", 0, b"1"));
     let (isn, sent) = (c.isn, c.sent);
 
-    for route in &mut f.config.services[0].routes {
+    for route in std::sync::Arc::make_mut(&mut f.config.services[0].routes) {
         if route.filter.to_string() == "sensor/a" {
             route.filter = "sensor/c".parse().unwrap();
         }

@@ -38,6 +38,7 @@ struct Backoff {
 
 /// What was seen the last time, so that only changes are logged.
 #[derive(Default)]
+#[allow(clippy::struct_excessive_bools)] // what was seen, each by itself
 pub struct Reconciler {
     client: Option<Client>,
     problem: Option<String>,
