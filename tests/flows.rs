@@ -311,7 +311,7 @@ fn a_flow_whose_group_is_removed_gets_another() {
     assert_eq!(c.data(&mqtt::connect(4)).group, "a");
     let service = &mut f.config.services[0];
     service.groups.retain(|g| g.name != "a");
-    service.routes.retain(|r| r.target.name() != "a");
+    service.routes = service.routes.iter().filter(|r| r.target.name() != "a").cloned().collect();
     f.apply();
     let c = Conn { isn, sent, ..Conn::new(&f, "10.1.1.1:4001") };
     assert_eq!(c.flagged(|_| {}), seen("default", &["group_gone 1", "no_data 1"]));

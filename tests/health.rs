@@ -242,6 +242,30 @@ fn clients_of_a_dead_host_are_reset_and_come_to_another() {
 }
 
 #[test]
+fn a_broker_that_is_back_gets_its_share_step_by_step() {
+    let lab = lab_with(&CHECK.replace("fall = 2", "fall = 2, slow_start_s = 4"));
+    let groups = || lab.mqtt_fwd(&["groups"]);
+    assert!(!groups().contains("weight"), "{}", groups());
+    broker(&lab, 1, "-STOP");
+    wait_state(&lab, "10.1.3.201", "down");
+    broker(&lab, 1, "-CONT");
+    wait_state(&lab, "10.1.3.201", "up");
+    wait_for("a first step", || groups().contains("10.1.3.202 (weight 10)").then_some(()));
+    // Meanwhile the balancer is what it should be, and can be told something else.
+    lab.mqtt_fwd(&["status", "--check"]);
+    lab.mqtt_fwd(&["change", "add-route", "x", "a", "--service", "mqtt"]);
+    wait_for("a later one", || {
+        let now = groups();
+        ["3", "4", "5", "6", "7", "8", "9"]
+            .iter()
+            .any(|n| now.contains(&format!("10.1.3.201 (weight {n})")))
+            .then_some(())
+    });
+    wait_for("all of it", || (!groups().contains("weight")).then_some(()));
+    lab.mqtt_fwd(&["status", "--check"]);
+}
+
+#[test]
 fn a_drain_that_ends_connections_empties_a_broker_and_fires_no_will() {
     let lab = lab();
     // Those that only keep alive, and have wills.

@@ -114,7 +114,7 @@ fn a_change_of_routes_reaches_every_known_topic() {
         topics.iter().filter(|(_, t)| t.verdict[generation].binding & 0xffff == group).count()
     };
     assert_eq!(of(&f, 1, b), TOPICS as usize);
-    for route in &mut f.config.services[0].routes {
+    for route in std::sync::Arc::make_mut(&mut f.config.services[0].routes) {
         if route.filter.to_string() == "tree/#" {
             route.target = mqtt_fwd::domain::Target::Group("a".to_owned());
         }

@@ -57,15 +57,15 @@ impl Apply {
         let plan = block_on(async {
             let mut client = Client::connect(&config.balancer_endpoint).await?;
             let gateway = gateway::wanted_or_warn(config).await;
-            let config = &api::in_effect(config).await;
-            match running {
-                Some(running) => hand_over(&running, config, gateway, &datapath, &mut client).await,
-                None if self.dry_run => plan::plan(config, gateway, &datapath, &mut client).await,
-                None => {
-                    handover::put_keys(config, &datapath)?;
-                    apply::apply(config, gateway, &datapath, &mut client).await
-                }
+            if let Some(running) = running {
+                return hand_over(&running, config, gateway, &datapath, &mut client).await;
             }
+            let config = &api::in_effect(config).await;
+            if self.dry_run {
+                return plan::plan(config, gateway, &datapath, &mut client).await;
+            }
+            handover::put_keys(config, &datapath)?;
+            apply::apply(config, gateway, &datapath, &mut client).await
         })?;
         let lines = plan.lines();
         for text in &lines {
@@ -104,7 +104,7 @@ async fn hand_over(
     let plan = async |client: &mut Client| {
         // While `run` writes, what is read here may be half of this and half of that.
         let _lock = instance::lock_apply(config).await?;
-        plan::plan(config, gateway, datapath, client).await
+        plan::plan(&api::in_effect(config).await, gateway, datapath, client).await
     };
     // Not all keys are of maps or the balancer: of checks, say, only `run` knows.
     let is_read =

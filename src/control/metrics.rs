@@ -83,7 +83,7 @@ impl Metrics {
                 State::Up => up.push(&labels, 1),
                 State::Down(_) => up.push(&labels, 0),
             }
-            used.push(&labels, u32::from(real.in_use));
+            used.push(&labels, u32::from(real.effective_weight > 0));
         }
         vec![up, used]
     }

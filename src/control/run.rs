@@ -219,7 +219,16 @@ impl Sidecar {
             self.saving = Some(Task::spawn(save_clients(Arc::clone(&self.shared))));
         }
         let pause = Duration::from_secs(self.config.watch_interval_s);
-        rest(pause, &self.reals, &self.observed).await
+        match self.reals.next_step(&self.config) {
+            Some(step) if step < pause => {
+                rest(step, &self.reals, &self.observed).await;
+                Next::OtherReals
+            }
+            step => match rest(pause, &self.reals, &self.observed).await {
+                Next::Look if step.is_some() => Next::OtherReals,
+                next => next,
+            },
+        }
     }
 
     /// The next look finds all that differs.

@@ -19,6 +19,8 @@ pub struct HealthCheck {
     pub fall: u32,
     /// Whether its connections are reset then, so that clients come to another.
     pub resets: bool,
+    /// For how long a real that is back gets fewer new connections than its weight says.
+    pub slow_start: Duration,
 }
 
 /// What a check is.
@@ -47,6 +49,7 @@ impl HealthCheck {
             rise: 2,
             fall: 3,
             resets: false,
+            slow_start: Duration::ZERO,
         }
     }
 }

@@ -272,6 +272,9 @@ fn health_check(r: Reader<'_>) -> Option<HealthCheck> {
         rise: r.number("rise", 1..=1000).unwrap_or(d.rise),
         fall: r.number("fall", 1..=1000).unwrap_or(d.fall),
         resets: r.choice("on_down", &[("keep", false), ("reset", true)]).unwrap_or(d.resets),
+        slow_start: r
+            .number::<u32>("slow_start_s", 0..=3600)
+            .map_or(d.slow_start, |n| Duration::from_secs(n.into())),
     };
     r.finish();
     Some(check)

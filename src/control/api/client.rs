@@ -7,8 +7,8 @@ use tonic::transport::{Channel, Endpoint};
 
 use super::proto::{self, sidecar_client::SidecarClient};
 use super::socket;
-use crate::config::Config;
 use crate::config::edit::Change;
+use crate::config::{Config, Real};
 use crate::control::problem::Problem;
 use crate::control::{Error, Result};
 
@@ -91,17 +91,20 @@ pub async fn in_force(config: &Config) -> Option<Config> {
     Config::parse(&config.path, &reply.toml).ok()
 }
 
-/// The configuration as `run` has it in effect: without reals that are down or drained. Without
+/// The configuration as `run` has it in effect: with the weights that reals have by their checks and drains. Without
 /// `run`, as it is.
 pub async fn in_effect(config: &Config) -> Config {
     let mut config = config.clone();
-    let reals = reals(&config).await.ok().flatten().unwrap_or_default();
-    let unused = [proto::State::Down, proto::State::Drained];
-    for real in reals.iter().filter(|real| unused.contains(&real.state())) {
+    for real in reals(&config).await.ok().flatten().unwrap_or_default() {
         let groups = config.services.iter_mut().filter(|s| s.name == real.service);
         for group in groups.flat_map(|s| &mut s.groups).filter(|g| g.name == real.group) {
-            for r in group.reals.iter_mut().filter(|r| r.addr.to_string() == real.address) {
-                r.weight = 0;
+            // Another weight is one that `run` does not know yet.
+            let same = |r: &&mut Real| {
+                r.addr.to_string() == real.address
+                    && (r.weight == real.weight || real.effective_weight == 0)
+            };
+            for r in group.reals.iter_mut().filter(same) {
+                r.weight = real.effective_weight;
             }
         }
     }

@@ -149,10 +149,12 @@ async fn flows_of(config: Arc<Config>, real: IpAddr) -> Result<Vec<release::Key>
 impl From<RealState> for proto::Real {
     fn from(real: RealState) -> Self {
         let (state, error) = match real.state {
-            _ if real.drained && !real.in_use => (proto::State::Drained, String::new()),
+            _ if real.drained && real.effective_weight == 0 => {
+                (proto::State::Drained, String::new())
+            }
             State::Unchecked => (proto::State::Unchecked, String::new()),
             State::Up => (proto::State::Up, String::new()),
-            State::Down(error) if real.in_use => (proto::State::DownInUse, error),
+            State::Down(error) if real.effective_weight > 0 => (proto::State::DownInUse, error),
             State::Down(error) => (proto::State::Down, error),
         };
         Self {
@@ -160,6 +162,7 @@ impl From<RealState> for proto::Real {
             group: real.group,
             address: real.addr.to_string(),
             weight: real.weight,
+            effective_weight: real.effective_weight,
             state: state.into(),
             error,
             since_s: real.since.as_secs(),

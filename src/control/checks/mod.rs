@@ -32,10 +32,15 @@ pub enum State {
     Down(String),
 }
 
+/// Weights are so many times as large while a real of their group starts slowly, which gives room for its steps.
+const STEPS: u32 = 10;
+
 #[derive(Debug, Clone)]
 struct Checked {
     state: State,
     since: Instant,
+    /// It was down before.
+    is_back: bool,
     /// Results in a row that say otherwise.
     against: u32,
 }
@@ -63,8 +68,8 @@ pub struct RealState {
     pub weight: u32,
     pub drained: bool,
     pub state: State,
-    /// It gets new connections.
-    pub in_use: bool,
+    /// What it has at the balancer, in relation to the others of its group; 0: it gets no new connections.
+    pub effective_weight: u32,
     pub since: Duration,
 }
 
@@ -92,7 +97,7 @@ impl Reals {
         let mut config = config.clone();
         for service in &mut config.services {
             for group in &mut service.groups {
-                let weights = inner.weights(&service.name, group);
+                let weights = inner.weights(&service.name, service.health_check.as_ref(), group);
                 for (real, weight) in group.reals.iter_mut().zip(weights) {
                     real.weight = weight;
                 }
@@ -101,12 +106,22 @@ impl Reals {
         config
     }
 
+    /// How long until a real that starts slowly is to get more; `None`: there is none.
+    pub fn next_step(&self, config: &Config) -> Option<Duration> {
+        let inner = self.inner();
+        let all = config.services.iter().flat_map(|service| {
+            let reals = service.groups.iter().flat_map(|group| &group.reals);
+            reals.map(move |real| (service, real.addr))
+        });
+        all.filter_map(|(s, addr)| inner.step(&s.name, s.health_check.as_ref(), addr).1).min()
+    }
+
     /// All of a configuration, in its order.
     pub fn list(&self, config: &Config) -> Vec<RealState> {
         let inner = self.inner();
         let groups = config.services.iter().flat_map(|s| s.groups.iter().map(move |g| (s, g)));
         let reals = |(service, group): (&Service, &Group)| {
-            let weights = inner.weights(&service.name, group);
+            let weights = inner.weights(&service.name, service.health_check.as_ref(), group);
             let state = |(real, weight): (&Real, u32)| {
                 let checked = inner.checked.get(&(service.name.clone(), real.addr));
                 RealState {
@@ -116,7 +131,7 @@ impl Reals {
                     weight: real.weight,
                     drained: inner.drained.contains(&real.addr),
                     state: checked.map_or(State::Unchecked, |c| c.state.clone()),
-                    in_use: weight > 0,
+                    effective_weight: weight,
                     since: checked.map_or(Duration::ZERO, |c| c.since.elapsed()),
                 }
             };
@@ -140,7 +155,7 @@ impl Reals {
         };
         self.list(config)
             .into_iter()
-            .filter(|real| matches!(real.state, State::Down(_)) && !real.in_use)
+            .filter(|real| matches!(real.state, State::Down(_)) && real.effective_weight == 0)
             .filter(|real| resets(&real.service))
             .map(|real| (real.service, real.addr))
             .collect()
@@ -212,6 +227,7 @@ impl Reals {
         let checked = inner.checked.entry(key.clone()).or_insert_with(|| Checked {
             state: State::Unchecked,
             since: Instant::now(),
+            is_back: false,
             against: 0,
         });
         let (agrees, needed) = match (&checked.state, &result) {
@@ -229,6 +245,7 @@ impl Reals {
             return;
         }
         let first = checked.state == State::Unchecked;
+        checked.is_back = !first;
         checked.state = match result {
             Ok(()) => State::Up,
             Err(error) => State::Down(error),
@@ -252,7 +269,7 @@ impl Reals {
 impl Inner {
     /// The weights of a group's reals: 0 for those not to be used. A group that would be empty keeps those
     /// that are down: the checks may be wrong, and without a real nothing is forwarded.
-    fn weights(&self, service: &str, group: &Group) -> Vec<u32> {
+    fn weights(&self, service: &str, check: Option<&HealthCheck>, group: &Group) -> Vec<u32> {
         let down = |addr: IpAddr| {
             let checked = self.checked.get(&(service.to_owned(), addr));
             checked.is_some_and(|c| matches!(c.state, State::Down(_)))
@@ -264,7 +281,30 @@ impl Inner {
             let drained = any_left && self.drained.contains(&real.addr);
             if drained || (any_up && down(real.addr)) { 0 } else { real.weight }
         };
-        group.reals.iter().map(weight).collect()
+        let steps: Vec<u32> =
+            group.reals.iter().map(|real| self.step(service, check, real.addr).0).collect();
+        let scale = if steps.iter().all(|step| *step == STEPS) { STEPS } else { 1 };
+        group.reals.iter().zip(steps).map(|(real, step)| weight(real) * step / scale).collect()
+    }
+
+    /// At which of [`STEPS`] a real is, from 1 on, and how long until the next.
+    fn step(
+        &self,
+        service: &str,
+        check: Option<&HealthCheck>,
+        addr: IpAddr,
+    ) -> (u32, Option<Duration>) {
+        let slow = check.map_or(Duration::ZERO, |check| check.slow_start) / STEPS;
+        let checked = self.checked.get(&(service.to_owned(), addr));
+        let started =
+            checked.filter(|c| c.is_back && c.state == State::Up).map(|c| c.since.elapsed());
+        match started {
+            Some(elapsed) if elapsed < slow * (STEPS - 1) => {
+                let done = (elapsed.as_nanos() / slow.as_nanos()) as u32;
+                (1 + done, Some((slow * (done + 1)).saturating_sub(elapsed)))
+            }
+            _ => (STEPS, None),
+        }
     }
 }
 
@@ -313,6 +353,37 @@ mod tests {
 
     fn check(rise: u32, fall: u32) -> HealthCheck {
         HealthCheck { rise, fall, ..HealthCheck::tcp() }
+    }
+
+    #[test]
+    fn a_real_that_is_back_starts_slowly_and_the_others_keep_their_shares() {
+        let reals = Reals::default();
+        let check = HealthCheck { slow_start: Duration::from_secs(10), ..check(1, 1) };
+        let addrs = [1, 2].map(|n| IpAddr::from([10, 0, 0, n]));
+        let group = Group {
+            name: "g".to_owned(),
+            vip: IpAddr::from([10, 0, 1, 1]),
+            affinity: crate::domain::Affinity::None,
+            proxy_protocol: false,
+            tls: None,
+            reals: addrs.map(|addr| Real { addr, weight: 3, vip: None }).to_vec(),
+        };
+        let key = ("s".to_owned(), addrs[0]);
+        let weights = || reals.inner().weights("s", Some(&check), &group);
+        reals.seen(&key, &check, Ok(()));
+        assert_eq!(weights(), [3, 3], "at its first check it does not come back");
+        reals.seen(&key, &check, Err("refused".to_owned()));
+        assert_eq!(weights(), [0, 3]);
+        reals.seen(&key, &check, Ok(()));
+        assert_eq!(weights(), [3, 30]);
+        let age = |seconds| {
+            let earlier = Instant::now().checked_sub(Duration::from_secs(seconds)).unwrap();
+            reals.inner().checked.get_mut(&key).unwrap().since = earlier;
+        };
+        age(5);
+        assert_eq!(weights(), [18, 30]);
+        age(9);
+        assert_eq!(weights(), [3, 3]);
     }
 
     #[test]
