@@ -12,7 +12,9 @@ mod support;
 use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, BorrowedFd};
+use std::process::ExitCode;
 
+use common::baseline::Baseline;
 use common::rewind::RewindSkel;
 use common::{Bench, Case, ROUNDS, load_balancer, load_rewind, median};
 use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
@@ -185,11 +187,12 @@ fn established_by_binding(bench: &mut Bench, payload: &[u8]) -> (f64, f64) {
     (median(all.0), median(all.1))
 }
 
-fn main() {
+fn main() -> ExitCode {
     // `cargo test --benches` runs this, too; it is not a test.
     if !std::env::args().any(|a| a == "--bench") {
-        return;
+        return ExitCode::SUCCESS;
     }
+    let mut baseline = Baseline::open();
     // Twice what is used, as docs/configuration.md advises.
     let sizes = MapSizes { clients: 2 * MILLION, flows: 2 * MILLION, ..MapSizes::default() };
     let fixture = Fixture::sized(CONFIG, &sizes);
@@ -202,9 +205,12 @@ fn main() {
     let filter = std::env::args().skip(1).find(|a| !a.starts_with('-')).unwrap_or_default();
     println!("mqtt_fwd: {} instructions; embedded balancer: {instructions}", info.instructions);
     println!("{:52}{:>10}{:>10}{:>12}", "", "flows", "ns", "× balancer");
-    let line = |name: &str, clients: u32, ns: f64, v6: bool| {
+    baseline.instructions("mqtt_fwd", info.instructions);
+    baseline.instructions("embedded balancer", instructions);
+    let mut line = |name: &str, clients: u32, ns: f64, v6: bool| {
         let ratio = ns / if v6 { balancer6 } else { balancer4 };
         println!("{name:52}{clients:>10}{ns:>10.0}{ratio:>12.2}");
+        baseline.row(name, clients, ratio);
     };
     line("embedded balancer, established ACK", 1, balancer4, false);
     line("embedded balancer, established ACK, IPv6", 1, balancer6, true);
@@ -281,6 +287,7 @@ fn main() {
         });
         line(name, publish.clients, ns, v6);
     }
+    baseline.finish()
 }
 
 /// Opens a flow of each client and sends CONNECT; then `payload`, if any. The next sequence number.

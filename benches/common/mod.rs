@@ -1,6 +1,8 @@
 //! What the benches share: a packet that `rewind` (bpf/rewind.bpf.c) makes the next packet of a
 //! client, again and again, and what a program behind it costs.
 
+pub mod baseline;
+
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
