@@ -10,6 +10,7 @@
 #include "../lib/csum.h"
 #include "../lib/map.h"
 #include "../lib/parse.h"
+#include "../lib/predecessor.h"
 #include "../lib/siphash.h"
 
 #define DEFAULT_VIPS 64
@@ -31,17 +32,6 @@ struct exported_types {
 	enum balancer_stat balancer_stat;
 };
 EXPORT_TYPES(exported_types);
-
-/* During an upgrade: the program before this one, which knows connections not yet moved here. */
-struct {
-	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
-	__uint(key_size, sizeof(__u32));
-	__uint(value_size, sizeof(__u32));
-	__uint(max_entries, 1);
-} predecessor SEC(".maps");
-
-/* 0: there is none, and the verifier takes out what would ask it. */
-const volatile __u32 has_predecessor = 1;
 
 /* The ends of a connection, client first. */
 struct connection {

@@ -16,6 +16,7 @@
 #include "../abi/rescue.h"
 #include "../abi/state.h"
 #include "../lib/map.h"
+#include "../lib/predecessor.h"
 #include "../lib/ratelimit.h"
 #include "../lib/siphash.h"
 #include "../lib/tcp.h"
@@ -52,17 +53,6 @@ struct {
 		[STEP_RESCUE] = (void *)&mqtt_rescue,
 	},
 };
-
-/* During an upgrade: the program before this one, which knows the flows not yet moved here. */
-struct {
-	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
-	__uint(key_size, sizeof(__u32));
-	__uint(value_size, sizeof(__u32));
-	__uint(max_entries, 1);
-} predecessor SEC(".maps");
-
-/* 0: there is none, and the verifier takes out what would ask it. */
-const volatile __u32 has_predecessor = 1;
 
 /* ---- configuration: read here, written by user space ---- */
 
