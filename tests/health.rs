@@ -266,6 +266,21 @@ fn a_broker_that_is_back_gets_its_share_step_by_step() {
 }
 
 #[test]
+fn a_drain_that_is_taken_back_ends_no_more_connections() {
+    let lab = lab();
+    let published = publish_while(&lab, || {
+        assert!(established(&lab, 1) > 2 || established(&lab, 2) > 2);
+        let of = if established(&lab, 1) > 2 { "10.1.3.201" } else { "10.1.3.202" };
+        lab.mqtt_fwd(&["drain", of, "--end-per-second", "1"]);
+        std::thread::sleep(Duration::from_millis(1500));
+        lab.mqtt_fwd(&["undrain", of]);
+        std::thread::sleep(Duration::from_secs(4));
+    });
+    let moved = published.iter().filter(|(connections, _)| *connections > 1).count();
+    assert!((1..=2).contains(&moved), "{published:?}");
+}
+
+#[test]
 fn a_drain_that_ends_connections_empties_a_broker_and_fires_no_will() {
     let lab = lab();
     // Those that only keep alive, and have wills.
@@ -286,9 +301,12 @@ fn a_drain_that_ends_connections_empties_a_broker_and_fires_no_will() {
     let published = publish_while(&lab, || {
         let before = established(&lab, 1);
         assert!(before > 0);
+        let drained = Instant::now();
         let said = lab.mqtt_fwd(&["drain", "10.1.3.201", "--end-per-second", "100"]);
         assert!(said.contains(" end as their clients send, 100 a second"), "{said}");
         wait_for("the broker to be empty", || (established(&lab, 1) == 0).then_some(()));
+        // Those that only ping, too, and at their next one: they notice at once.
+        assert!(drained.elapsed() < Duration::from_secs(9), "{:?}", drained.elapsed());
         wait_for("all publishers at the other", || {
             (established(&lab, 2) >= PUBLISHERS).then_some(())
         });

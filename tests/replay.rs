@@ -176,6 +176,45 @@ fn a_capture_that_was_taken_at_a_broker_is_replayed_as_if_it_were_the_service() 
 }
 
 #[test]
+fn data_in_a_syn_repetitions_and_a_capture_that_was_killed_lose_no_message() {
+    let bench = Bench::new(CONFIG);
+    let writes = connect_and(&(0..4).map(|_| mqtt::publish(b"else", 0, b"1")).collect::<Vec<_>>());
+    let (client, server): (SocketAddr, SocketAddr) =
+        ("10.1.1.1:1000".parse().unwrap(), SERVICE.parse().unwrap());
+    let segment =
+        |seq: u32, payload: &[u8]| packet::tcp(client, server, seq, 9001, |_| {}, payload);
+
+    // CONNECT in the SYN (RFC 7413).
+    let with_data = packet::tcp(client, server, 7000, 0, |h| h.syn = true, &writes[0]);
+    let rest = segment(7001 + writes[0].len() as u32, &writes[1..].concat());
+    write_pcap(&bench.path("tfo.pcap"), DataLink::ETHERNET, &[with_data, rest], 9999);
+    let report: Value = serde_json::from_str(&bench.ok(&["tfo.pcap", "--json"])).unwrap();
+    assert_eq!(report["messages"].as_array().unwrap().len(), 4);
+
+    // One segment is missing; what comes behind it comes again, in one, before it.
+    let packets = connection("10.1.1.1:1000", SERVICE, &writes);
+    let behind = segment(7001 + (writes[0].len() + writes[1].len()) as u32, &writes[2..].concat());
+    let order = [&packets[0], &packets[1], &packets[3], &behind, &packets[2]];
+    let order: Vec<_> = order.into_iter().cloned().collect();
+    write_pcap(&bench.path("again.pcap"), DataLink::ETHERNET, &order, 9999);
+    assert_eq!(bench.messages(&["again.pcap"]), ["else right default"; 4]);
+    // It is missing for good.
+    write_pcap(&bench.path("gap.pcap"), DataLink::ETHERNET, &order[..4], 9999);
+    let text = bench.ok(&["gap.pcap"]);
+    assert!(text.contains("; 1 connection could not be read to the end"), "{text}");
+
+    let whole = std::fs::read(bench.path("again.pcap")).unwrap();
+    std::fs::write(bench.path("killed.pcap"), &whole[..whole.len() - 5]).unwrap();
+    let output = bench.run(&["killed.pcap"]);
+    assert!(output.status.success());
+    let warning = String::from_utf8(output.stderr).unwrap();
+    assert!(warning.contains("ends in the middle of a packet, behind packet 4"), "{warning}");
+    std::fs::write(bench.path("empty.pcap"), "").unwrap();
+    let output = bench.run(&["empty.pcap"]);
+    assert!(String::from_utf8(output.stderr).unwrap().contains("there is nothing in it"));
+}
+
+#[test]
 fn what_cannot_be_replayed_is_refused_by_name() {
     let bench = Bench::new(CONFIG);
     let writes = connect_and(&[mqtt::publish(b"else", 0, &[0; 500])]);

@@ -57,6 +57,11 @@ __noinline int cut_segment(struct xdp_md *ctx, struct conn *c, const struct flow
 	/* A repetition may show only a byte of the PUBLISH: no room for DISCONNECT, so no end yet. */
 	bool ends = removed >= 2;
 	__u32 added = ends && !(f->flags & FLOW_CUT_INSIDE) ? 2 : 0;
+	/*
+	 * FIN takes a sequence number, too: an acknowledgement of more than was sent would be ignored. In place
+	 * of a PINGREQ there is DISCONNECT alone, and the broker closes for that (MQTT 3.1.1 §3.14.4).
+	 */
+	bool fin = ends && removed > added;
 	__u32 was = frame_sum(ctx, w, cut, removed), is;
 	struct cursor cur = cursor_of(ctx);
 	struct ethhdr *eth = parse_eth(&cur);
@@ -95,7 +100,7 @@ __noinline int cut_segment(struct xdp_md *ctx, struct conn *c, const struct flow
 	__be16 flags = ((__be16 *)tcp)[6];
 	check += (__u16)~was + is;
 	check += (__u16)~bpf_htons(old_length) + bpf_htons(new_length);
-	if (ends)
+	if (fin)
 		tcp->fin = 1;
 	check += (__u16)~flags + ((__be16 *)tcp)[6];
 	tcp->check = ~csum_fold(check);

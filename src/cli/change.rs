@@ -106,7 +106,14 @@ impl Change {
     pub fn run(self, config: &Config) -> Result<(), Error> {
         let (service, file) = (self.service.as_deref(), config.path.display());
         let change = self.what.into();
-        if instance::find(config).is_some() {
+        if let Some(running) = instance::find(config) {
+            if !running.reads(config) {
+                return Err(Error::Refused(format!(
+                    "`run` (pid {}) works by {}, and not by {file}",
+                    running.pid,
+                    running.config.display()
+                )));
+            }
             block_on(api::change(config, service, &change, self.persist))?;
             line(&if self.persist {
                 format!("in force, and in {file}")

@@ -39,7 +39,7 @@ enum What {
 impl Explain {
     pub fn run(&self, config: &Config) -> Result<(), Error> {
         match &self.what {
-            What::Topic { topic } => self.print(&explain::topic(config, topic), show_topic),
+            What::Topic { topic } => self.print(&explain::topic(config, topic)?, show_topic),
             What::Client { client } => self.print(&explain::client(config, client)?, show_client),
             What::Flow { client } => self.print(&explain::flow(config, *client)?, show_flow),
         }

@@ -180,7 +180,7 @@ fn run(cli: Cli) -> Result<(), Error> {
         Command::Run => sidecar::run(config()?),
         Command::Balancer => sidecar::balancer(&config()?),
         Command::Status(args) => args.run(&in_force()?),
-        Command::Doctor(output) => doctor::doctor(&config()?, output),
+        Command::Doctor(output) => doctor::doctor(&in_force()?, output),
         Command::Clients(args) => args.run(&in_force()?),
         Command::Flows(output) => tables::flows(&in_force()?, output),
         Command::Routes(output) => {

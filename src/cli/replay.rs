@@ -179,6 +179,12 @@ fn summary(config: &Config, report: &Report) -> String {
             counted(report.ended_connections, "connection")
         ));
     }
+    if report.unread_connections > 0 {
+        summary.push_str(&format!(
+            "; {} could not be read to the end (packets are missing, or it is no MQTT)",
+            counted(report.unread_connections, "connection")
+        ));
+    }
     if report.unjudged_connections > 0 {
         let n = report.unjudged_connections;
         summary.push_str(&format!("; {n} more began before the capture, and are not judged"));

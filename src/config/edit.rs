@@ -6,7 +6,7 @@ use std::io::{self, Write as _};
 use std::net::IpAddr;
 use std::path::Path;
 
-use toml_edit::{Array, DocumentMut, Item, Table, TableLike, Value};
+use toml_edit::{Array, DocumentMut, Item, RawString, Table, TableLike, Value};
 
 /// One change of one service.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -79,11 +79,21 @@ pub enum EditError {
 
 /// The text with a change of a service, or of the only one.
 pub fn edit(text: &str, service: Option<&str>, change: &Change) -> Result<String, EditError> {
-    let mut document: DocumentMut = text.parse()?;
+    let mut document: DocumentMut = text.trim_start_matches(BOM).parse()?;
     let service = find_service(&mut document, service)?;
     change.make(service)?;
-    Ok(document.to_string())
+    let mut changed = document.to_string();
+    if text.contains("\r\n") {
+        changed = changed.replace("\r\n", "\n").replace('\n', "\r\n");
+    }
+    if text.starts_with(BOM) {
+        changed.insert(0, BOM);
+    }
+    Ok(changed)
 }
+
+/// Some editors put it in front.
+const BOM: char = '\u{feff}';
 
 /// Replaces a file, whole or not at all; owner and permissions stay.
 pub fn replace_file(path: &Path, text: &str) -> io::Result<()> {
@@ -197,7 +207,11 @@ impl Change {
                 let there = reals
                     .find(|there| is_real(*there, *real))
                     .ok_or_else(|| EditError::NoReal { group: group.clone(), real: *real })?;
-                there.insert("weight", Item::Value(i64::from(*weight).into()));
+                let mut value: Value = i64::from(*weight).into();
+                if let Some(before) = there.get("weight").and_then(Item::as_value) {
+                    *value.decor_mut() = before.decor().clone();
+                }
+                there.insert("weight", Item::Value(value));
                 Ok(())
             }
         }
@@ -241,20 +255,71 @@ fn push(
             tables.push(keys.iter().cloned().collect::<Table>());
         }
         Some(Item::Value(Value::Array(values))) => {
-            let mut value = inline(keys);
-            // On a line of its own, where the others are.
-            let before = values.iter().last().and_then(|last| last.decor().prefix()?.as_str());
-            let prefix = match before {
-                Some(before) if before.contains('\n') => before,
-                Some(_) => " ",
-                None => "",
-            };
-            value.decor_mut().set_prefix(prefix);
-            values.push_formatted(value);
+            let mut gaps = Gaps::of(values);
+            gaps.push();
+            values.push_formatted(inline(keys));
+            gaps.put_into(values);
         }
         _ => return Err(EditError::Shape { what: list }),
     }
     Ok(())
+}
+
+/// What stands between an array's brackets and values: spaces, line ends and comments. A comment behind a value on its
+/// line is that value's, comments on lines before it, too.
+struct Gaps(Vec<String>);
+
+impl Gaps {
+    fn of(values: &Array) -> Self {
+        let text = |raw: Option<&RawString>| {
+            raw.and_then(RawString::as_str).unwrap_or_default().to_owned()
+        };
+        let mut gaps = Vec::new();
+        let mut behind = String::new();
+        for value in values {
+            gaps.push(behind + &text(value.decor().prefix()));
+            behind = text(value.decor().suffix());
+        }
+        gaps.push(behind + &text(Some(values.trailing())));
+        Self(gaps)
+    }
+
+    /// For a value more at the end: on a line of its own, where the others are.
+    fn push(&mut self) {
+        let gaps = &mut self.0;
+        let end = gaps.pop().unwrap_or_default();
+        let indent =
+            gaps.iter().rev().find_map(|gap| gap.rsplit_once('\n')).map(|(_, indent)| indent);
+        let Some(indent) = indent.map(str::to_owned) else {
+            gaps.push(if gaps.is_empty() { "" } else { " " }.to_owned());
+            gaps.push(end);
+            return;
+        };
+        let (before, closing) = end.rsplit_once('\n').unwrap_or((&end, ""));
+        gaps.push(format!("{before}\n{indent}"));
+        gaps.push(if end.contains('\n') { format!("\n{closing}") } else { String::new() });
+    }
+
+    fn remove(&mut self, i: usize) {
+        let (own, next) = (self.0.remove(i), std::mem::take(&mut self.0[i]));
+        let is_last = i + 1 == self.0.len();
+        self.0[i] = match (own.split_once('\n'), next.split_once('\n')) {
+            // What is behind the value before it stays; what is behind it goes with it.
+            (Some((before, _)), Some((_, rest))) => format!("{before}\n{rest}"),
+            (None, Some((_, rest))) => format!("\n{rest}"),
+            (_, None) if is_last => next,
+            (_, None) => own,
+        };
+    }
+
+    fn put_into(self, values: &mut Array) {
+        let mut gaps = self.0.into_iter();
+        for (value, gap) in values.iter_mut().zip(&mut gaps) {
+            value.decor_mut().set_prefix(gap);
+            value.decor_mut().set_suffix("");
+        }
+        values.set_trailing(gaps.next().unwrap_or_default());
+    }
 }
 
 /// Takes the tables out of a list that `is_meant`; `None`: there was none.
@@ -272,7 +337,15 @@ fn remove(
     match parent.get_mut(list) {
         Some(Item::ArrayOfTables(tables)) => tables.retain(|table| stays(table)),
         Some(Item::Value(Value::Array(values))) => {
-            values.retain(|value| value.as_inline_table().is_none_or(|table| stays(table)));
+            let mut gaps = Gaps::of(values);
+            for i in (0..values.len()).rev() {
+                let table = values.get(i).and_then(Value::as_inline_table);
+                if table.is_some_and(|table| !stays(table)) {
+                    values.remove(i);
+                    gaps.remove(i);
+                }
+            }
+            gaps.put_into(values);
         }
         _ => {}
     }
@@ -340,6 +413,49 @@ group = "a"
             assert_eq!(lost.count(), 0, "{changed}");
             assert_eq!(edit(&changed, Some("mqtt"), &back).unwrap(), TEXT);
         }
+    }
+
+    /// With comments everywhere, and a comma behind the last value or not.
+    #[test]
+    fn comments_stay_with_what_they_are_about() {
+        const ROUTES: &str = "\
+route = [
+    # of the first
+    { topic = \"x\", group = \"a\" }, # x
+    { topic = \"y\", group = \"a\" }COMMA # y
+    # at the end
+]
+";
+        for comma in [",", ""] {
+            let routes = ROUTES.replace("COMMA", comma);
+            let (head, _) = TEXT.split_once("\n[[service.route]]").unwrap();
+            let text = format!("{head}{routes}");
+            let add = Change::AddRoute { route: route("z"), group: "a".into() };
+            let added = edit(&text, None, &add).unwrap();
+            let with_z = ROUTES.replace("COMMA # y", ", # y").replace(
+                "    # at the end\n",
+                &format!("    # at the end\n    {{ topic = \"z\", group = \"a\" }}{comma}\n"),
+            );
+            assert_eq!(added, format!("{head}{with_z}"));
+            let remove = |topic| Change::RemoveRoute { route: route(topic) };
+            let without_y = edit(&text, None, &remove("y")).unwrap();
+            assert!(without_y.contains("group = \"a\" }"), "{without_y}");
+            assert!(without_y.contains(" # x\n") && !without_y.contains("# y"), "{without_y}");
+            let without_x = edit(&text, None, &remove("x")).unwrap();
+            assert!(without_x.contains(" # y\n") && !without_x.contains("# x"), "{without_x}");
+            for text in [without_x, without_y] {
+                crate::config::Config::parse(Path::new("test.toml"), &text).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn line_ends_and_a_byte_order_mark_stay() {
+        let text = format!("{BOM}{}", TEXT.replace('\n', "\r\n"));
+        let add = Change::AddRoute { route: route("z"), group: "a".into() };
+        let changed = edit(&text, None, &add).unwrap();
+        assert!(changed.starts_with(BOM) && !changed.replace("\r\n", "").contains('\n'));
+        assert_eq!(edit(&changed, None, &Change::RemoveRoute { route: route("z") }).unwrap(), text);
     }
 
     #[test]

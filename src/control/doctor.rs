@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::time::Duration;
 
-use futures_util::TryStreamExt as _;
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use rtnetlink::packet_route::address::AddressAttribute;
 use serde::Serialize;
 use tokio::net::TcpStream;
@@ -25,6 +25,9 @@ use crate::kernel::{driver, privileges, xdp};
 const KERNEL: (u32, u32) = (6, 1);
 /// For a broker to accept a connection.
 const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Brokers that are asked at a time.
+const AT_ONCE: usize = 64;
 
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -256,12 +259,11 @@ async fn in_force(found: &mut Findings, config: &Config, datapath: Option<&Datap
         Err(e @ Error::Balancer(_)) => found.fault("balancer", e.to_string(), ""),
         Err(e) => found.fault("configuration", e.to_string(), ""),
     }
-    let file = api::in_force(config).await;
-    if file.is_some_and(|in_force| in_force.text != config.text) {
+    if std::fs::read_to_string(&config.path).is_ok_and(|file| *file != *config.text) {
         found.warning(
             "configuration",
-            "`run` works by another text of it: changed since, or at run time",
-            "`mqtt-fwd apply` brings the file into force",
+            format!("what is in force is not what {} says", config.path.display()),
+            "`mqtt-fwd diff` shows the difference, `mqtt-fwd apply` brings the file into force",
         );
     }
 }
@@ -304,10 +306,9 @@ async fn brokers(found: &mut Findings, config: &Config) {
         let connected = tokio::time::timeout(PATIENCE, TcpStream::connect(to)).await;
         (to, connected.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())))
     });
-    let (up, down): (Vec<_>, Vec<_>) = futures_util::future::join_all(asking)
-        .await
-        .into_iter()
-        .partition(|(_, connected)| connected.is_ok());
+    let answers: Vec<_> = stream::iter(asking).buffered(AT_ONCE).collect().await;
+    let (up, down): (Vec<_>, Vec<_>) =
+        answers.into_iter().partition(|(_, connected)| connected.is_ok());
     if !up.is_empty() {
         let addresses: Vec<_> = up.iter().map(|(to, _)| to.to_string()).collect();
         let text = format!("{} accept connections at their own addresses", addresses.join(", "));

@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::Serialize;
 
-use super::known::{self, Known};
+use super::known::{self, By, Known};
 use super::reals_of_flows::Balancer;
 use super::replay::Trials;
 use super::view::{self, FlowRow, Names};
@@ -66,8 +66,12 @@ pub struct Flow {
 }
 
 /// Of each service.
-pub fn topic(config: &Config, topic: &str) -> Vec<Topic> {
-    config.services.iter().map(|service| topic_of(service, topic)).collect()
+pub fn topic(config: &Config, topic: &str) -> Result<Vec<Topic>> {
+    // MQTT 3.1.1 §4.7.
+    if topic.is_empty() || topic.contains(['+', '#', '\0']) {
+        return Err(Error::Refused(format!("{topic:?} is no topic that can be published to")));
+    }
+    Ok(config.services.iter().map(|service| topic_of(service, topic)).collect())
 }
 
 fn topic_of(service: &Service, topic: &str) -> Topic {
@@ -144,9 +148,13 @@ fn nobody(v6: bool) -> IpAddr {
 fn trials(config: &Config, record: &Known) -> Result<Vec<Trial>> {
     let service = config.services.iter().find(|service| service.name == record.service);
     let Some(service) = service else { return Ok(Vec::new()) };
-    let is_address = record.client.parse().ok();
-    let client = is_address.unwrap_or_else(|| nobody(service.addr.is_ipv6()));
-    let id = if is_address.is_some() { "" } else { record.client.as_str() };
+    let (client, id) = match record.by {
+        By::Address => match record.client.parse() {
+            Ok(client) => (client, ""),
+            Err(_) => return Ok(Vec::new()),
+        },
+        By::ClientId => (nobody(service.addr.is_ipv6()), record.client.as_str()),
+    };
     let mut openings = vec![("CONNECT of MQTT 3.1.1, clean session, nothing else yet", 4)];
     if service.binding == Binding::Delayed {
         openings.push(("CONNECT of MQTT 5, nothing else yet", 5));
@@ -192,10 +200,9 @@ pub fn flow(config: &Config, client: SocketAddr) -> Result<Vec<Flow>> {
     let balancer = Balancer::open(config);
     let explained = found.into_iter().map(|row| {
         let service = config.services.iter().find(|service| service.name == row.service);
-        let group = service.and_then(|service| service.group(&row.group));
         Flow {
-            real: service.zip(group).and_then(|(s, g)| {
-                balancer.as_ref()?.real_of(client, SocketAddr::new(g.vip, s.port))
+            real: service.zip(row.vip).and_then(|(s, vip)| {
+                balancer.as_ref()?.real_of(client, SocketAddr::new(vip, s.port))
             }),
             topic: service.filter(|_| !row.topic.is_empty()).map(|s| topic_of(s, &row.topic)),
             row,

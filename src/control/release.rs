@@ -4,12 +4,14 @@
 //! A flow is marked in the datapath's own terms, and ended by the segment that its client sends next: only then are
 //! the numbers known that end a TCP connection for sure.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tracing::{info, warn};
 
+use super::checks::Reals;
 use super::reals_of_flows::Balancer;
 use super::{Result, view};
 use crate::config::{Config, Group, Service};
@@ -36,6 +38,55 @@ pub enum Key {
     V6(flow6),
 }
 
+/// What tells whose a flow is.
+struct Lookup<'a> {
+    config: &'a Config,
+    balancer: Option<Balancer>,
+    groups: BTreeMap<u16, group>,
+}
+
+impl<'a> Lookup<'a> {
+    fn open(config: &'a Config, datapath: &Datapath) -> Result<Self> {
+        let groups = datapath.groups()?.into_iter().collect();
+        Ok(Self { config, balancer: Balancer::open(config), groups })
+    }
+
+    /// Whether a live flow is a real's, of a service or of any.
+    fn is_of_real(
+        &self,
+        client: SocketAddr,
+        f: &flow,
+        service: Option<&str>,
+        real: IpAddr,
+    ) -> bool {
+        let (id, epoch) = binding_parts(flow_binding(f));
+        let bound = self.groups.get(&id).filter(|g| g.epoch == epoch && !is_over(f));
+        let (Some(bound), Some(balancer)) = (bound, &self.balancer) else { return false };
+        let vip = words_addr(bound.vip, client.is_ipv6());
+        let Some((of, _)) = group_of(self.config, vip, real) else { return false };
+        service.is_none_or(|wanted| wanted == of.name)
+            && balancer.real_of(client, SocketAddr::new(vip, of.port)) == Some(real)
+    }
+
+    fn is_of(&self, datapath: &Datapath, key: Key, service: Option<&str>, real: IpAddr) -> bool {
+        let found = match key {
+            Key::V4(key) => datapath.flows.get(&key),
+            Key::V6(key) => datapath.flows6.get(&key),
+        };
+        let found = found.ok().flatten();
+        found.is_some_and(|f| self.is_of_real(key.client(), &f, service, real))
+    }
+}
+
+impl Key {
+    fn client(self) -> SocketAddr {
+        match self {
+            Self::V4(key) => SocketAddr::new(key.addr.to_ne_bytes().into(), u16::from_be(key.port)),
+            Self::V6(key) => SocketAddr::new(words_addr(key.addr, true), u16::from_be(key.port)),
+        }
+    }
+}
+
 /// The live flows of a real, of a service or of all.
 pub fn flows_of(
     config: &Config,
@@ -43,34 +94,14 @@ pub fn flows_of(
     service: Option<&str>,
     real: IpAddr,
 ) -> Result<Vec<Key>> {
-    let Some(balancer) = Balancer::open(config) else { return Ok(Vec::new()) };
-    let groups: Vec<(u16, group)> = datapath.groups()?;
-    let is_of_real = |client: SocketAddr, f: &flow| {
-        if is_over(f) {
-            return false;
-        }
-        let (id, epoch) = binding_parts(flow_binding(f));
-        let bound = groups.iter().find(|(n, g)| *n == id && g.epoch == epoch);
-        let Some((_, bound)) = bound else { return false };
-        let vip = SocketAddr::new(words_addr(bound.vip, client.is_ipv6()), 0);
-        let Some((of, _)) = group_of(config, vip.ip(), real) else { return false };
-        service.is_none_or(|wanted| wanted == of.name)
-            && balancer.real_of(client, SocketAddr::new(vip.ip(), of.port)) == Some(real)
-    };
-    let mut found = Vec::new();
-    for (key, f) in datapath.flows.entries()? {
-        let client = SocketAddr::new(key.addr.to_ne_bytes().into(), u16::from_be(key.port));
-        if is_of_real(client, &f) {
-            found.push(Key::V4(key));
-        }
-    }
-    for (key, f) in datapath.flows6.entries()? {
-        let client = SocketAddr::new(words_addr(key.addr, true), u16::from_be(key.port));
-        if is_of_real(client, &f) {
-            found.push(Key::V6(key));
-        }
-    }
-    Ok(found)
+    let lookup = Lookup::open(config, datapath)?;
+    let v4 = datapath.flows.entries()?.into_iter().map(|(key, f)| (Key::V4(key), f));
+    let v6 = datapath.flows6.entries()?.into_iter().map(|(key, f)| (Key::V6(key), f));
+    Ok(v4
+        .chain(v6)
+        .filter(|(key, f)| lookup.is_of_real(key.client(), f, service, real))
+        .map(|(key, _)| key)
+        .collect())
 }
 
 /// The group with this VIP, of its own or of one of its reals, if the real is in it.
@@ -101,27 +132,69 @@ pub fn end(datapath: &Datapath, flows: &[Key], how: How) -> Result<usize> {
 
 /// How often [`end_slowly`] does something.
 const TICK: Duration = Duration::from_millis(100);
+/// Connections that were opened while the balancer did not know yet: until then.
+const SETTLED: Duration = Duration::from_secs(3);
 
-/// Ends connections, so many a second: not all clients are to connect again at once.
-pub async fn end_slowly(config: Arc<Config>, flows: Vec<Key>, per_second: u32) {
+/// Ends a drained real's connections, so many a second, as long as it is drained: not all clients are to connect again
+/// at once. `listed`: those that were its when it was drained.
+pub async fn end_slowly(
+    config: Arc<Config>,
+    reals: Arc<Reals>,
+    real: IpAddr,
+    listed: Vec<Key>,
+    per_second: u32,
+) {
+    let (mut listed, mut ended) = (listed, 0);
+    loop {
+        match end_listed(&config, &reals, real, &listed, per_second).await {
+            Ok(n) => ended += n,
+            Err(error) => {
+                warn!(%real, %error, "the drain's connections stay");
+                return;
+            }
+        }
+        tokio::time::sleep(SETTLED).await;
+        if !reals.is_drained(real) {
+            info!(%real, connections = ended, "undrained: its connections are ended no longer");
+            return;
+        }
+        let config = Arc::clone(&config);
+        let list = move || flows_of(&config, &Datapath::open(&config.pins())?, None, real);
+        match tokio::task::spawn_blocking(list).await {
+            Ok(Ok(more)) if !more.is_empty() => listed = more,
+            _ => break,
+        }
+    }
+    info!(%real, connections = ended, "drained: its connections end as their clients send");
+}
+
+async fn end_listed(
+    config: &Arc<Config>,
+    reals: &Reals,
+    real: IpAddr,
+    listed: &[Key],
+    per_second: u32,
+) -> Result<usize> {
     let mut clock = tokio::time::interval(TICK);
-    let mut allowed = 0.0;
-    let mut left = &flows[..];
-    while !left.is_empty() {
+    let (mut allowed, mut ended) = (0.0, 0);
+    let mut left = listed;
+    while !left.is_empty() && reals.is_drained(real) {
         clock.tick().await;
         allowed += f64::from(per_second) * TICK.as_secs_f64();
         let (now, later) = left.split_at((allowed as usize).min(left.len()));
         allowed -= now.len() as f64;
         left = later;
-        let ended = Datapath::open(&config.pins())
-            .map_err(Into::into)
-            .and_then(|datapath| end(&datapath, now, How::Disconnect));
-        if let Err(error) = ended {
-            warn!(%error, left = left.len(), "the drain's connections stay");
-            return;
+        if now.is_empty() {
+            continue;
         }
+        let datapath = Datapath::open(&config.pins())?;
+        // A client may have opened another connection from the same port since, which is at another real.
+        let still = Lookup::open(config, &datapath)?;
+        let now: Vec<Key> =
+            now.iter().copied().filter(|key| still.is_of(&datapath, *key, None, real)).collect();
+        ended += end(&datapath, &now, How::Disconnect)?;
     }
-    info!(connections = flows.len(), "all of the drain's connections end as their clients send");
+    Ok(ended)
 }
 
 /// A packet that comes at the same moment may be framed by what was there before; the flow is ended by the next one

@@ -261,7 +261,9 @@ impl Sidecar {
         service::reloading();
         self.ready = false;
         if let Some(new) = reload(&self.config, self.balancer.as_ref()) {
+            self.release_dead();
             self.take(new);
+            self.tasks = tasks(&self.config, &self.reals, &self.observed);
         }
         self.look_at_all();
     }
@@ -269,8 +271,14 @@ impl Sidecar {
     fn change(&mut self, request: Request) {
         match request.carry_out(&self.config, &self.datapath) {
             Ok(new) => {
+                self.release_dead();
                 self.waiting.push(request.answer);
+                // Checks go on that nothing is changed of: a site that changes something all the time has them, too.
+                let checks_differ = checks::wanted(&self.config) != checks::wanted(&new);
                 self.take(new);
+                if checks_differ {
+                    self.tasks[1] = checking(&self.config, &self.reals);
+                }
                 self.look_at_all();
             }
             Err(error) => {
@@ -282,7 +290,6 @@ impl Sidecar {
     fn take(&mut self, new: Config) {
         self.config = Arc::new(new);
         *self.shared.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&self.config);
-        self.tasks = tasks(&self.config, &self.reals, &self.observed);
     }
 
     async fn end(self) {
@@ -299,10 +306,11 @@ impl Sidecar {
 
 /// What keeps the chain, and what checks the brokers.
 fn tasks(config: &Arc<Config>, reals: &Arc<Reals>, observed: &Arc<Observed>) -> [Task; 2] {
-    [
-        Task::spawn(keeper::keep(Arc::clone(config), Arc::clone(observed))),
-        Task::spawn(checks::run(Arc::clone(config), Arc::clone(reals))),
-    ]
+    [Task::spawn(keeper::keep(Arc::clone(config), Arc::clone(observed))), checking(config, reals)]
+}
+
+fn checking(config: &Arc<Config>, reals: &Arc<Reals>) -> Task {
+    Task::spawn(checks::run(Arc::clone(config), Arc::clone(reals)))
 }
 
 /// Writes down what is known of clients, now and then.

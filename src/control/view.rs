@@ -61,6 +61,12 @@ impl Names {
         }
     }
 
+    /// The VIP that a binding's packets are forwarded to.
+    pub fn vip(&self, binding: u32) -> Option<IpAddr> {
+        let (id, epoch) = binding_parts(binding);
+        self.groups.get(&id).filter(|entry| entry.epoch == epoch).map(|entry| entry.vip)
+    }
+
     /// The name of whatever group has this number now.
     pub fn group_now(&self, id: u16) -> Option<&str> {
         self.groups.get(&id).map(|entry| entry.name.as_str())
@@ -121,6 +127,8 @@ pub struct FlowRow {
     pub service: String,
     pub client: SocketAddr,
     pub group: String,
+    /// Of the group, or of the one real that was chosen for it; `None`: the group is gone.
+    pub vip: Option<IpAddr>,
     pub topic: String,
     pub state: &'static str,
     /// What it was bound by.
@@ -263,6 +271,7 @@ pub fn flows(datapath: &Datapath, names: &Names) -> Result<Vec<FlowRow>> {
                 service: names.service(service),
                 client: SocketAddr::new(addr, u16::from_be(port)),
                 group: names.bound(flow_binding(&f)),
+                vip: names.vip(flow_binding(&f)),
                 topic: topics.text(f.topic)?,
                 state: if has(flow_flags::FLOW_CLOSING) {
                     "closing"

@@ -80,7 +80,7 @@ pub async fn serve(listener: Listener, shown: Shown) -> Result<(), ServeError> {
         .expect("this build's own descriptors are sound");
     let observed = Arc::clone(&shown.observed);
     let router = GrpcServer::builder()
-        .add_service(proto::sidecar_server::SidecarServer::new(Service(shown)))
+        .add_service(proto::sidecar_server::SidecarServer::new(Service::new(shown)))
         .add_service(health_service)
         .add_service(reflection);
     tokio::select! {

@@ -1,10 +1,12 @@
 //! The service's side.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::ops::ControlFlow;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::AbortHandle;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
@@ -22,11 +24,19 @@ use crate::grpc::Peer;
 /// Events that wait for a reader of the stream; the ring buffer keeps those behind them.
 const EVENTS_AHEAD: usize = 1024;
 
-pub struct Service(pub Shown);
+pub struct Service {
+    shown: Shown,
+    /// Drains that end connections, by real.
+    endings: Mutex<BTreeMap<IpAddr, AbortHandle>>,
+}
 
 impl Service {
+    pub fn new(shown: Shown) -> Self {
+        Self { shown, endings: Mutex::default() }
+    }
+
     fn config(&self) -> Arc<Config> {
-        Arc::clone(&self.0.config.lock().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&self.shown.config.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -38,7 +48,7 @@ impl Sidecar for Service {
         &self,
         _: Request<proto::ListRealsRequest>,
     ) -> Reply<proto::ListRealsResponse> {
-        let reals = self.0.reals.list(&self.config()).into_iter().map(Into::into).collect();
+        let reals = self.shown.reals.list(&self.config()).into_iter().map(Into::into).collect();
         Ok(Response::new(proto::ListRealsResponse { reals }))
     }
 
@@ -47,7 +57,7 @@ impl Sidecar for Service {
         _: Request<proto::ListProblemsRequest>,
     ) -> Reply<proto::ListProblemsResponse> {
         let problem = |p: Problem| proto::Problem { code: p.code, text: p.text };
-        let problems = self.0.observed.problems().into_iter().map(problem).collect();
+        let problems = self.shown.observed.problems().into_iter().map(problem).collect();
         Ok(Response::new(proto::ListProblemsResponse { problems }))
     }
 
@@ -63,16 +73,24 @@ impl Sidecar for Service {
         // While its groups have it: the balancer's choice tells which flows are its.
         let flows = if ends { flows_of(Arc::clone(&config), addr).await? } else { Vec::new() };
         let groups = self
-            .0
+            .shown
             .reals
             .set_drained(&config, addr, request.drained)
             .map_err(|e| Status::failed_precondition(e.to_string()))?;
         let what = if request.drained { "drained" } else { "undrained" };
         tracing::info!(%peer, real = %addr, ending = flows.len(), "{what}");
         let ending = flows.len() as u32;
-        if !flows.is_empty() {
-            tokio::spawn(release::end_slowly(config, flows, request.end_per_second));
+        let mut endings = self.endings.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(before) = endings.remove(&addr) {
+            before.abort();
         }
+        if ends {
+            let reals = Arc::clone(&self.shown.reals);
+            let per_second = request.end_per_second;
+            let ending = release::end_slowly(config, reals, addr, flows, per_second);
+            endings.insert(addr, tokio::spawn(ending).abort_handle());
+        }
+        drop(endings);
         Ok(Response::new(proto::SetDrainResponse { groups: groups as u32, ending }))
     }
 
@@ -101,7 +119,7 @@ impl Sidecar for Service {
         let (answer, answered) = oneshot::channel();
         let ending = || Status::unavailable("`run` is ending");
         let request = changes::Request { edits, persist: request.persist, answer };
-        self.0.changes.send(request).await.map_err(|_| ending())?;
+        self.shown.changes.send(request).await.map_err(|_| ending())?;
         answered.await.map_err(|_| ending())?.map_err(|not_made| match not_made {
             NotMade::Refused(why) => Status::failed_precondition(why),
             NotMade::NotYet(why) => Status::unavailable(why),

@@ -161,6 +161,11 @@ impl Reals {
             .collect()
     }
 
+    /// Whether a real is taken out of use by an operator.
+    pub fn is_drained(&self, addr: IpAddr) -> bool {
+        self.inner().drained.contains(&addr)
+    }
+
     /// What is wrong with them, for `status`.
     pub fn problems(&self, config: &Config) -> Vec<Problem> {
         self.list(config)
@@ -308,10 +313,18 @@ impl Inner {
     }
 }
 
-/// Checks all reals of a configuration until it is dropped.
-pub async fn run(config: Arc<Config>, reals: Arc<Reals>) {
-    let mut tasks = JoinSet::new();
-    let mut wanted = BTreeSet::new();
+/// One real's check.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wanted {
+    key: Key,
+    to: SocketAddr,
+    proxy: bool,
+    check: HealthCheck,
+}
+
+/// All checks of a configuration.
+pub fn wanted(config: &Config) -> Vec<Wanted> {
+    let mut all: Vec<Wanted> = Vec::new();
     for service in &config.services {
         let Some(check) = &service.health_check else { continue };
         for group in &service.groups {
@@ -321,17 +334,26 @@ pub async fn run(config: Arc<Config>, reals: Arc<Reals>) {
             }
             for real in &group.reals {
                 let key = (service.name.clone(), real.addr);
-                if !wanted.insert(key.clone()) {
-                    continue;
+                if all.iter().all(|other| other.key != key) {
+                    let to = SocketAddr::new(real.addr, check.port.unwrap_or(service.port));
+                    let proxy = group.proxy_protocol;
+                    all.push(Wanted { key, to, proxy, check: check.clone() });
                 }
-                let to = SocketAddr::new(real.addr, check.port.unwrap_or(service.port));
-                let (check, reals, proxy) =
-                    (check.clone(), Arc::clone(&reals), group.proxy_protocol);
-                tasks.spawn(async move { repeat(&key, to, proxy, &check, &reals).await });
             }
         }
     }
-    reals.inner().checked.retain(|key, _| wanted.contains(key));
+    all
+}
+
+/// Checks all reals of a configuration until it is dropped.
+pub async fn run(config: Arc<Config>, reals: Arc<Reals>) {
+    let mut tasks = JoinSet::new();
+    let wanted = wanted(&config);
+    reals.inner().checked.retain(|key, _| wanted.iter().any(|check| check.key == *key));
+    for Wanted { key, to, proxy, check } in wanted {
+        let reals = Arc::clone(&reals);
+        tasks.spawn(async move { repeat(&key, to, proxy, &check, &reals).await });
+    }
     while tasks.join_next().await.is_some() {}
 }
 

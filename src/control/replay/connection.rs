@@ -117,7 +117,9 @@ impl Connection {
             }
         }
         if self.is_whole && !segment.payload.is_empty() {
-            let at = self.offset(segment.tcp.sequence_number);
+            // A SYN may carry data (RFC 7413), behind its own sequence number.
+            let seq = segment.tcp.sequence_number.wrapping_add(u32::from(segment.tcp.syn));
+            let at = self.offset(seq);
             let found = self.stream.take(at, &segment.payload);
             self.publishes.extend(found.into_iter().map(|publish| (segment.time, publish)));
         }
@@ -154,7 +156,9 @@ impl Connection {
         let from = self.offset(there.sequence_number);
         let to = self.offset(tcp.sequence_number) + same;
         match self.forwarded.last_mut() {
-            Some(last) if last.vip == vip && from <= last.to => last.to = last.to.max(to),
+            Some(last) if last.vip == vip && from <= last.to && to >= last.from => {
+                (last.from, last.to) = (last.from.min(from), last.to.max(to));
+            }
             _ => self.forwarded.push(Stretch { from, to, vip }),
         }
     }

@@ -74,6 +74,8 @@ pub struct Report {
     /// Of these, those that were bound to another group than a message's, and ended for that. Their clients
     /// would have connected again, and lost fewer messages than the capture has behind that point.
     pub ended_connections: usize,
+    /// Of these, those of which not all could be read: something is missing in the capture, or it is no MQTT.
+    pub unread_connections: usize,
     /// Those that did not: nothing can be said of their messages.
     pub unjudged_connections: usize,
     /// TCP segments for other addresses than services'.
@@ -83,6 +85,12 @@ pub struct Report {
 /// Replays a capture. `server`: the address in the capture that stands for the first service of its IP version,
 /// if it was taken elsewhere than in front of the balancer.
 pub fn replay(config: &Config, path: &Path, server: Option<SocketAddr>) -> Result<Report> {
+    let fits = |server: SocketAddr| {
+        config.services.iter().any(|service| service.addr.is_ipv4() == server.is_ipv4())
+    };
+    if let Some(server) = server.filter(|server| !fits(*server)) {
+        return Err(Error::Refused(format!("no service is of the IP version of {server}")));
+    }
     let mut replay = Replay::new(config, server)?;
     let mut failed = None;
     let read = capture::read(path, |segment| {
@@ -169,6 +177,7 @@ impl<'a> Replay<'a> {
             return;
         }
         self.report.connections += 1;
+        self.report.unread_connections += usize::from(!connection.stream.is_read());
         self.report.ended_connections += usize::from(connection.flow.ended.is_some());
         let fates = connection.fates();
         let judged = fates.into_iter().map(|fate| judge(service, &connection, fate));

@@ -24,6 +24,7 @@ pub struct Stream {
     next: u64,
     /// What came behind a gap.
     ahead: BTreeMap<u64, Vec<u8>>,
+    ahead_bytes: usize,
     /// The control packet that is not whole, from its first byte on.
     rest: Vec<u8>,
     /// Bytes of the control packet in hand that need not be kept.
@@ -44,7 +45,12 @@ impl Stream {
     /// Takes a segment. Returns the PUBLISHes that begin in what is in order now.
     pub fn take(&mut self, at: u64, bytes: &[u8]) -> Vec<Publish> {
         if !self.opaque && at + bytes.len() as u64 > self.next {
-            self.ahead.entry(at).or_insert_with(|| bytes.to_vec());
+            // Of two that begin at one place, the longer has all of the other.
+            let there = self.ahead.entry(at).or_default();
+            if there.len() < bytes.len() {
+                self.ahead_bytes += bytes.len() - there.len();
+                *there = bytes.to_vec();
+            }
         }
         let mut found = Vec::new();
         while let Some((at, bytes)) = self.ahead.pop_first() {
@@ -52,22 +58,28 @@ impl Stream {
                 self.ahead.insert(at, bytes);
                 break;
             }
+            self.ahead_bytes -= bytes.len();
             let known = (self.next - at) as usize;
             if let Some(new) = bytes.get(known..) {
                 self.next += new.len() as u64;
                 self.parse(new, &mut found);
             }
         }
-        let kept: usize = self.ahead.values().map(Vec::len).sum();
-        if kept + self.rest.len() > BUFFER_MAX {
+        if self.ahead_bytes + self.rest.len() > BUFFER_MAX {
             self.give_up();
         }
         found
     }
 
+    /// Whether all that came of it was read.
+    pub fn is_read(&self) -> bool {
+        !self.opaque && self.ahead.is_empty()
+    }
+
     fn give_up(&mut self) {
         self.opaque = true;
         self.ahead.clear();
+        self.ahead_bytes = 0;
         self.rest = Vec::new();
     }
 

@@ -112,7 +112,8 @@ fn cut(flow: &Flow, seq: u32, forwarded: &mut Forwarded) {
     }
     let removed = forwarded.payload.split_off(kept as usize);
     if removed.len() >= 2 {
-        forwarded.fin = true;
+        // FIN takes a sequence number, of which there must not be more than the client sent.
+        forwarded.fin = inside || removed.len() > 2;
         if !inside {
             forwarded.payload.extend([0xe0, 0]);
         }
