@@ -541,6 +541,8 @@ fn captured_at_the_real_s_door_the_inner_destination_is_the_service() {
             "-n",
             "-U",
             "--immediate-mode",
+            "-s",
+            "2048",
             "-i",
             "r1",
             "-w",

@@ -244,7 +244,8 @@ fn replay_says_what_the_brokers_really_got() {
             Lab::up(&config(ONE_REAL_EACH, &routes), if delayed { &["--delayed"] } else { &[] });
         let file = std::env::temp_dir().join(format!("{}.pcap", lab.name));
         let name = file.to_str().unwrap();
-        let dump = ["gw", "tcpdump", "-U", "--immediate-mode", "-i", "any", "-s0", "-w", name];
+        // The buffer has room for so many packets of the largest size: with 256 KiB it would be eight.
+        let dump = ["gw", "tcpdump", "-U", "-i", "any", "-s", "2048", "-B", "16384", "-w", name];
         let mut capture = lab
             .script("exec")
             .args(dump)
@@ -264,14 +265,15 @@ fn replay_says_what_the_brokers_really_got() {
         Command::new("pkill").args(["-INT", "-f", &format!("tcpdump.*{name}")]).status().unwrap();
         capture.wait().unwrap();
         let text = std::fs::read_to_string(format!("/run/mqtt-fwd-lab/{}/config.toml", lab.name));
-        let replayed = Bench::new(&text.unwrap()).messages(&[name]);
+        let bench = Bench::new(&text.unwrap());
+        let (replayed, summary) = (bench.messages(&[name]), bench.ok(&[name]));
         std::fs::remove_file(&file).unwrap();
         let received = lab.received();
         for (group, real, topic) in [("a", 1, "sensor/a"), ("b", 2, "sensor/b")] {
             let said = replayed.iter().filter(|m| **m == format!("{topic} right {group}")).count();
             let of_topic = |m: &&String| m.starts_with(topic);
             let got = received.get(&real).map_or(0, |all| all.iter().filter(of_topic).count());
-            assert_eq!(said, got, "{topic}, delayed: {delayed}: {replayed:#?}");
+            assert_eq!(said, got, "{topic}, delayed: {delayed}: {summary}\n{replayed:#?}");
             assert!(got > 20, "{received:?}");
         }
         // Its address, or its client id, told sensor/a.
