@@ -244,8 +244,9 @@ fn replay_says_what_the_brokers_really_got() {
             Lab::up(&config(ONE_REAL_EACH, &routes), if delayed { &["--delayed"] } else { &[] });
         let file = std::env::temp_dir().join(format!("{}.pcap", lab.name));
         let name = file.to_str().unwrap();
-        // The buffer has room for so many packets of the largest size: with 256 KiB it would be eight.
-        let dump = ["gw", "tcpdump", "-U", "-i", "any", "-s", "2048", "-B", "16384", "-w", name];
+        // Its buffer has room for eight packets of the largest size, unless told that they are smaller.
+        let dump =
+            ["gw", "tcpdump", "-U", "--immediate-mode", "-i", "any", "-s", "2048", "-w", name];
         let mut capture = lab
             .script("exec")
             .args(dump)
