@@ -114,8 +114,7 @@ fn group_of(config: &Config, vip: IpAddr, real: IpAddr) -> Option<(&Service, &Gr
 }
 
 fn is_over(f: &flow) -> bool {
-    let over = flow_flags::FLOW_CLOSING.0 | flow_flags::FLOW_ENDED.0 | flow_flags::FLOW_OPAQUE.0;
-    u32::from(f.flags) & over != 0
+    u32::from(f.flags) & (flow_flags::FLOW_CLOSING.0 | flow_flags::FLOW_ENDED.0) != 0
 }
 
 /// Marks flows. Returns how many of them are still there.
@@ -201,6 +200,9 @@ async fn end_listed(
 /// then.
 fn mark<K: Pod>(flows: &Table<K, flow>, key: &K, how: How) -> Result<bool> {
     let Some(mut f) = flows.get(key)?.filter(|f| !is_over(f)) else { return Ok(false) };
+    // DISCONNECT means nothing in what is not MQTT.
+    let is_opaque = u32::from(f.flags) & flow_flags::FLOW_OPAQUE.0 != 0;
+    let how = if is_opaque { How::Reset } else { how };
     let mut flags = flow_flags::FLOW_ENDED.0;
     f.cut_seq = f.end;
     match how {

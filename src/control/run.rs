@@ -93,10 +93,6 @@ pub async fn run(loaded: Loaded) -> Result<()> {
         match next {
             Next::End => break,
             Next::Look => {}
-            Next::OtherReals => {
-                sidecar.release_dead();
-                sidecar.look_at_all();
-            }
             Next::Reload => sidecar.reload(),
             Next::Change(request) => sidecar.change(request),
         }
@@ -114,7 +110,6 @@ pub async fn run(loaded: Loaded) -> Result<()> {
 /// What comes after a look at everything.
 enum Next {
     Look,
-    OtherReals,
     Reload,
     Change(Request),
     End,
@@ -125,8 +120,9 @@ struct Sidecar {
     config: Arc<Config>,
     /// The same, for tasks.
     shared: Arc<Mutex<Arc<Config>>>,
-    /// The same, with the reals that are in use.
+    /// The same, with the reals that are in use, and these weights.
     in_effect: Config,
+    weights: Vec<u32>,
     datapath: Datapath,
     balancer: Option<Shared>,
     observed: Arc<Observed>,
@@ -153,6 +149,7 @@ impl Sidecar {
         let reals = Arc::new(Reals::new(&config));
         Ok(Self {
             shared: Arc::new(Mutex::new(Arc::clone(&config))),
+            weights: reals.weights(&config),
             in_effect: reals.in_effect(&config),
             datapath: Datapath::open(&config.pins())?,
             reconciler: Reconciler::new(balancer.is_some(), Arc::clone(&observed)),
@@ -183,8 +180,12 @@ impl Sidecar {
         Ok((api, self.config.metrics.map(metrics).transpose()?))
     }
 
-    /// Opens the maps anew if others are pinned by now, and starts what has ended.
+    /// Opens the maps anew if others are pinned by now, takes up other weights, and starts what has ended.
     fn renew(&mut self) {
+        if self.reals.weights(&self.config) != self.weights {
+            self.release_dead();
+            self.look_at_all();
+        }
         let pins = self.config.pins();
         if !self.datapath.is_pinned(&pins)
             && let Ok(datapath) = Datapath::open(&pins)
@@ -219,20 +220,14 @@ impl Sidecar {
             self.saving = Some(Task::spawn(save_clients(Arc::clone(&self.shared))));
         }
         let pause = Duration::from_secs(self.config.watch_interval_s);
-        match self.reals.next_step(&self.config) {
-            Some(step) if step < pause => {
-                rest(step, &self.reals, &self.observed).await;
-                Next::OtherReals
-            }
-            step => match rest(pause, &self.reals, &self.observed).await {
-                Next::Look if step.is_some() => Next::OtherReals,
-                next => next,
-            },
-        }
+        let step = self.reals.next_step(&self.config);
+        rest(pause.min(step.unwrap_or(pause)), &self.reals, &self.observed).await;
+        Next::Look
     }
 
     /// The next look finds all that differs.
     fn look_at_all(&mut self) {
+        self.weights = self.reals.weights(&self.config);
         self.in_effect = self.reals.in_effect(&self.config);
         self.reconciler.configuration_changed();
     }
@@ -341,7 +336,7 @@ fn rescue(
 const ALIVE: Duration = Duration::from_secs(10);
 
 /// Waits until the next look is due, or other reals are to be used.
-async fn rest(pause: Duration, reals: &Reals, observed: &Observed) -> Next {
+async fn rest(pause: Duration, reals: &Reals, observed: &Observed) {
     let end = tokio::time::Instant::now() + pause;
     loop {
         service::alive(&match observed.problems().as_slice() {
@@ -350,11 +345,11 @@ async fn rest(pause: Duration, reals: &Reals, observed: &Observed) -> Next {
         });
         let next = end.min(tokio::time::Instant::now() + ALIVE);
         tokio::select! {
-            () = reals.changed() => return Next::OtherReals,
+            () = reals.changed() => return,
             () = tokio::time::sleep_until(next) => {}
         }
         if next == end {
-            return Next::Look;
+            return;
         }
     }
 }

@@ -257,7 +257,7 @@ fn the_key_is_rotated_while_connections_open() {
     let results = std::thread::scope(|scope| {
         scope.spawn(|| {
             for _ in 0..2 {
-                lab.mqtt_fwd(&["keys", "rotate", "--file", &file, "--after", "2"]);
+                lab.mqtt_fwd(&["keys", "rotate", "--file", &file, "--after", "4"]);
                 for real in 1..=3 {
                     let (host, bpffs) = (format!("r{real}"), bpffs(&lab, real));
                     let up = [
@@ -279,7 +279,7 @@ fn the_key_is_rotated_while_connections_open() {
                     ];
                     lab.ok(&host, &up);
                 }
-                std::thread::sleep(Duration::from_millis(3500));
+                std::thread::sleep(Duration::from_millis(5500));
             }
         });
         let mut results = Vec::new();

@@ -116,6 +116,11 @@ impl Reals {
         all.filter_map(|(s, addr)| inner.step(&s.name, s.health_check.as_ref(), addr).1).min()
     }
 
+    /// What all reals of a configuration have at the balancer, in its order.
+    pub fn weights(&self, config: &Config) -> Vec<u32> {
+        self.list(config).into_iter().map(|real| real.effective_weight).collect()
+    }
+
     /// All of a configuration, in its order.
     pub fn list(&self, config: &Config) -> Vec<RealState> {
         let inner = self.inner();
