@@ -10,12 +10,13 @@ use libbpf_cargo::SkeletonBuilder;
 use prost::Message as _;
 
 /// Source of each program, without `.bpf.c`; the last one is for `benches/`.
-const PROGRAMS: [&str; 6] = [
+const PROGRAMS: [&str; 7] = [
     "bpf/root/xdp_root",
     "bpf/forward/mqtt_fwd",
     "bpf/balancer/balancer",
     "bpf/broker/decap",
     "bpf/broker/takeover",
+    "bpf/checks/wrap",
     "benches/bpf/rewind",
 ];
 

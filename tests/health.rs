@@ -382,3 +382,132 @@ fn misrouting_is_not_healthy() {
     let up = "mqtt_fwd_problem{code=\"misrouted\"}";
     wait_for("the metric", || (metric(&lab, up).as_deref() == Some("1.0")).then_some(()));
 }
+
+#[test]
+fn a_real_that_does_not_unwrap_is_down_though_its_port_is_open() {
+    let lab = lab_with(
+        "health_check = { type = \"mqtt\", path = \"encapsulated\", interval_ms = 300, timeout_ms = 200, \
+         rise = 2, fall = 2 }",
+    );
+    // Both families, whose checks differ in every header.
+    let both = |at: &str, state: &str| {
+        for real in [format!("10.1.3.{at}"), format!("fd01:3::{at}")] {
+            wait_state(&lab, &real, state);
+        }
+    };
+    for real in ["201", "202", "203"] {
+        both(real, "up");
+    }
+    lab.ok("r1", &["ip", "link", "set", "eth0", "xdp", "off"]);
+    let broken = Instant::now();
+    both("201", "down");
+    // interval × fall + 1 s, twice: two families are waited for one after the other.
+    assert!(broken.elapsed() < Duration::from_millis(3200), "{:?}", broken.elapsed());
+    lab.ok("lb", &["mosquitto_pub", "-h", "10.1.3.201", "-t", "direct", "-m", "is open"]);
+    let status = lab.exec("lb", &["mqtt-fwd", "status"]);
+    let status = String::from_utf8(status.stdout).unwrap();
+    assert!(status.contains("is down: wrapped, as clients' packets are: no answer"), "{status}");
+    assert_eq!(spread(&lab, "during", 12), BTreeMap::from([(2, 12)]));
+
+    let bpffs = format!("/run/mqtt-fwd-lab/{}/bpf/r1", lab.name);
+    let vips = ["--vip", "10.1.50.200", "--vip", "fd01:50::200"];
+    let up = ["mqtt-fwd", "real", "up", "--interface", "eth0", "--bpffs", &bpffs];
+    lab.ok("r1", &[&up[..], &vips].concat());
+    both("201", "up");
+
+    // An interface that is made again has no program that wraps.
+    assert!(lab.script("exec").args(["gw", "ip", "link", "del", "lb"]).status().unwrap().success());
+    let ns = |name| format!("{}-{name}", lab.name);
+    let ip = |args: &[&str]| {
+        assert!(Command::new("ip").args(args).status().unwrap().success(), "{args:?}")
+    };
+    let (gw, lb) = (ns("gw"), ns("lb"));
+    ip(&[
+        "-n",
+        &gw,
+        "link",
+        "add",
+        "lb",
+        "address",
+        "02:4d:51:54:54:01",
+        "type",
+        "veth",
+        "peer",
+        "name",
+        "eth0",
+        "netns",
+        &lb,
+    ]);
+    for address in ["10.1.2.101/24", "fd01:2::101/64"] {
+        ip(&["-n", &gw, "addr", "add", address, "dev", "lb"]);
+    }
+    for address in ["10.1.2.102/24", "fd01:2::102/64"] {
+        ip(&["-n", &lb, "addr", "add", address, "dev", "eth0"]);
+    }
+    ip(&["-n", &gw, "link", "set", "lb", "up"]);
+    ip(&["-n", &lb, "link", "set", "eth0", "up"]);
+    for (net, via) in [("10.1.50.0/24", "10.1.2.102"), ("fd01:50::/64", "fd01:2::102")] {
+        ip(&["-n", &gw, "route", "add", net, "via", via]);
+    }
+    for via in ["10.1.2.101", "fd01:2::101"] {
+        ip(&["-n", &lb, "route", "add", "default", "via", via]);
+    }
+    lab.ok("lb", &["ethtool", "-K", "eth0", "tx", "off"]);
+    lab.ok("gw", &["mqtt-fwd", "veth-peer", "--interface", "lb"]);
+    both("202", "up");
+    wait_for("all to be up", || states(&lab).values().all(|state| state == "up").then_some(()));
+}
+
+/// A `run` with this configuration in place of the lab's, which ends with the value.
+struct Run(std::process::Child);
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+/// Beside a balancer that is not its own, as beside a Katran, whose packets may be GUE.
+#[test]
+fn checks_are_wrapped_as_the_balancer_wraps() {
+    let groups = [("a", 1, &[201, 202][..]), ("default", 250, &[203])];
+    let lab = Lab::up(&config(&groups, &[("sensor/a", "a")]), &[]);
+    let dir = format!("/run/mqtt-fwd-lab/{}", lab.name);
+    assert!(lab.script("sidecar").arg("kill").status().unwrap().success());
+    let start = |args: &[&str]| Run(lab.script("exec").arg("lb").args(args).spawn().unwrap());
+    let socket = format!("{dir}/balancer.sock");
+    std::fs::remove_file(&socket).unwrap();
+    let _balancer = start(&["mqtt-fwd", "balancer"]);
+    wait_for("the balancer", || std::path::Path::new(&socket).exists().then_some(()));
+    let text = std::fs::read_to_string(format!("{dir}/config.toml")).unwrap();
+    let text = text
+        .replace("balancer = \"embedded\"", "balancer = \"katran\"\nencapsulation = \"gue\"")
+        .replace("default_group", "health_check = { type = \"tcp\", path = \"encapsulated\", interval_ms = 300, timeout_ms = 200 }\ndefault_group");
+    std::fs::write(format!("{dir}/config.toml"), text).unwrap();
+    let _run = start(&["mqtt-fwd", "run"]);
+    wait_for("`run`", || lab.exec("lb", &["mqtt-fwd", "reals"]).status.success().then_some(()));
+    for real in ["10.1.3.201", "10.1.3.203", "fd01:3::202"] {
+        wait_state(&lab, real, "up");
+    }
+    // On the wire, too: at the gateway, since the broker host's program comes before its tcpdump.
+    let seen =
+        lab.ok("gw", &["timeout", "5", "tcpdump", "-nc1", "-i", "lb", "udp", "port", "6080"]);
+    assert!(seen.contains(".6080: UDP"), "{seen}");
+}
+
+#[test]
+fn relays_are_checked_on_the_way_that_clients_take() {
+    let text = std::fs::read_to_string("scripts/lab.toml").unwrap();
+    let check = "health_check = { type = \"mqtt\", path = \"encapsulated\", interval_ms = 300, timeout_ms = 250 }";
+    let text = text.replace("[[service]]", &format!("[[service]]\n{check}"));
+    let lab = Lab::up(&text, &["--relay"]);
+    for relay in ["10.1.3.207", "10.1.3.208"] {
+        wait_state(&lab, relay, "up");
+    }
+    assert!(lab.script("relay").args(["kill", "r7"]).status().unwrap().success());
+    wait_state(&lab, "10.1.3.207", "down");
+    wait_state(&lab, "fd01:3::207", "down");
+    assert!(lab.script("relay").args(["start", "r7"]).status().unwrap().success());
+    wait_state(&lab, "10.1.3.207", "up");
+}

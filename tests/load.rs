@@ -21,8 +21,14 @@ use mqtt_fwd::kernel::skeletons::xdp_root::XdpRootSkelBuilder;
 /// By how much a figure may grow before somebody has to look.
 const GROWTH: f64 = 1.10;
 
-const SOURCES: [&str; 5] =
-    ["root/xdp_root", "forward/mqtt_fwd", "balancer/balancer", "broker/decap", "broker/takeover"];
+const SOURCES: [&str; 6] = [
+    "root/xdp_root",
+    "forward/mqtt_fwd",
+    "balancer/balancer",
+    "broker/decap",
+    "broker/takeover",
+    "checks/wrap",
+];
 
 #[test]
 fn every_program_loads() {

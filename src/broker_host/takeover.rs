@@ -3,8 +3,7 @@
 //! They are attached by links (tcx), whose pins are all there is of them: unpinned, they are gone.
 
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
-use std::path::Path;
+use std::os::fd::AsFd as _;
 
 use libbpf_rs::MapHandle;
 use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
@@ -13,12 +12,11 @@ use crate::kernel::abi::{handover_keys, takeover_counter};
 use crate::kernel::maps::Table;
 use crate::kernel::pins::{self, Object, Pins};
 use crate::kernel::skeletons::takeover::TakeoverSkelBuilder;
-use crate::kernel::{BpfError, Result, xdp};
+use crate::kernel::tcx::{self, Direction};
+use crate::kernel::{BpfError, Result};
 
-const LINKS: [(&str, libbpf_sys::bpf_attach_type); 2] = [
-    ("takeover_ingress", libbpf_sys::BPF_TCX_INGRESS),
-    ("takeover_egress", libbpf_sys::BPF_TCX_EGRESS),
-];
+const LINKS: [(&str, Direction); 2] =
+    [("takeover_ingress", Direction::Ingress), ("takeover_egress", Direction::Egress)];
 
 /// Whether this kernel can take connections over (Linux 6.9, if it was built with BPF's socket
 /// functions): asked of its BTF, not of its version.
@@ -73,35 +71,12 @@ pub fn attach(pins: &Pins, interface: &str, keys: &handover_keys) -> Result<bool
         .takeover_counters
         .pin(pins.map_of(Object::BrokerHost, "takeover_counters"))
         .map_err(pin)?;
-    let index = xdp::interface_index(interface)?;
     let programs = [skel.progs.takeover_ingress.as_fd(), skel.progs.takeover_egress.as_fd()];
     for ((name, place), program) in LINKS.into_iter().zip(programs) {
-        let io = |action, error: i32| BpfError::Io {
-            path: pins.program(name),
-            action,
-            source: std::io::Error::from_raw_os_error(-error),
-        };
-        // SAFETY: both descriptors are open; without options there is no pointer to follow.
-        let link = unsafe {
-            libbpf_sys::bpf_link_create(program.as_raw_fd(), index, place, std::ptr::null())
-        };
-        if link < 0 {
-            return Err(io("attaching (tcx)", link));
-        }
-        // SAFETY: the kernel just gave us this descriptor.
-        let link = unsafe { OwnedFd::from_raw_fd(link) };
-        let path = c_path(&pins.program(name));
-        // SAFETY: the path is a C string that lives through the call.
-        let error = unsafe { libbpf_sys::bpf_obj_pin(link.as_raw_fd(), path.as_ptr()) };
-        if error < 0 {
-            return Err(io("pinning its link", error));
-        }
+        let link = tcx::attach(program, interface, place)?;
+        pins::pin(link.as_fd(), &pins.program(name))?;
     }
     Ok(true)
-}
-
-fn c_path(path: &Path) -> std::ffi::CString {
-    std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).unwrap_or_default()
 }
 
 /// Takes the programs away; whether there were any.

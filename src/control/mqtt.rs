@@ -1,5 +1,6 @@
 //! Connections of the sidecar's own to brokers.
 
+use std::io;
 use std::net::SocketAddr;
 
 use futures_util::{SinkExt as _, StreamExt as _};
@@ -24,11 +25,14 @@ pub struct Hello<'a> {
     pub keep_alive: u16,
 }
 
-/// Opens a connection and writes a PROXY protocol header, if there is one. Closed, it leaves nothing in
+/// Completes a connection and writes a PROXY protocol header, if there is one. Closed, it leaves nothing in
 /// TIME-WAIT.
-pub async fn open(to: SocketAddr, header: Option<&[u8]>) -> Result<TcpStream, String> {
-    let mut stream =
-        TcpStream::connect(to).await.map_err(|e| format!("connecting to {to}: {e}"))?;
+pub async fn open(
+    to: SocketAddr,
+    connecting: impl Future<Output = io::Result<TcpStream>>,
+    header: Option<&[u8]>,
+) -> Result<TcpStream, String> {
+    let mut stream = connecting.await.map_err(|e| format!("connecting to {to}: {e}"))?;
     let _ = stream.set_zero_linger();
     let _ = stream.set_nodelay(true);
     if let Some(header) = header {

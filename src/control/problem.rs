@@ -34,10 +34,10 @@ impl fmt::Display for Problem {
 }
 
 /// Codes of what only `run` sees, for it takes a while, and what is not this host's fault.
-pub const ELSEWHERE: [&str; 2] = ["real_down", "misrouted"];
+pub const ELSEWHERE: [&str; 3] = ["real_down", "not_checked", "misrouted"];
 
 /// All codes, with what they mean.
-pub const CODES: [(&str, &str); 16] = [
+pub const CODES: [(&str, &str); 17] = [
     ("chain_missing", "the program array is not pinned"),
     ("chain_unreadable", "the program array cannot be read"),
     ("root_missing", "no XDP program is on the interface, or there is no interface"),
@@ -53,6 +53,7 @@ pub const CODES: [(&str, &str); 16] = [
     ("gateway_unknown", "the gateway towards the reals is not known"),
     ("apply_failed", "the configuration could not be applied"),
     ("real_down", "a real's checks fail"),
+    ("not_checked", "checks of reals cannot be made"),
     (
         "misrouted",
         "more than 1 % of the last minute's messages, and 10, were not at their group's brokers",

@@ -7,6 +7,8 @@ use std::time::Duration;
 pub struct HealthCheck {
     /// What is sent, and expected.
     pub kind: CheckKind,
+    /// The way that it goes.
+    pub path: CheckPath,
     /// The service's own, unless another is named.
     pub port: Option<u16>,
     /// From one check to the next.
@@ -21,6 +23,15 @@ pub struct HealthCheck {
     pub resets: bool,
     /// For how long a real that is back gets fewer new connections than its weight says.
     pub slow_start: Duration,
+}
+
+/// How a check gets to a real.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CheckPath {
+    /// To the host's own address.
+    Direct,
+    /// To the service's address, wrapped as clients' packets are.
+    Encapsulated,
 }
 
 /// What a check is.
@@ -43,6 +54,7 @@ impl HealthCheck {
     pub fn tcp() -> Self {
         Self {
             kind: CheckKind::Tcp,
+            path: CheckPath::Direct,
             port: None,
             interval: Duration::from_secs(2),
             timeout: Duration::from_secs(1),

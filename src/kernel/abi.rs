@@ -16,6 +16,7 @@ pub use super::skeletons::mqtt_fwd::types::{
     way, why,
 };
 pub use super::skeletons::takeover::types::takeover_counter;
+pub use super::skeletons::wrap::types::check_path;
 
 /// Plain data that goes into and comes out of maps as bytes.
 ///
@@ -52,7 +53,7 @@ macro_rules! pod {
 }
 
 pod! {
-    u8, u32, u64, address, client, client_id, client_route, client4, client6, event, flow, flow4,
+    u8, u32, u64, address, check_path, client, client_id, client_route, client4, client6, event, flow, flow4,
     flow6, gateway, group, handover, handover_keys, lb_stats, map_use, member, member_slot, real_definition, rescue, rescuer, route_edge, route_state, service,
     service_table, topic, topic_verdict, vip_definition, vip_meta, vip_real,
 }

@@ -16,6 +16,7 @@ pub mod reasons;
 pub mod sandbox;
 pub mod sizes;
 pub mod skeletons;
+pub mod tcx;
 pub mod test_run;
 pub mod unload;
 pub mod upgrade;
@@ -102,6 +103,8 @@ pub enum BpfError {
     Pin { path: PathBuf, action: &'static str, source: libbpf_rs::Error },
     #[error("{path}: {action}: {source}")]
     Io { path: PathBuf, action: &'static str, source: std::io::Error },
+    #[error("interface {interface}: attaching a TC program (tcx, Linux 6.6): {source}")]
+    Tcx { interface: String, source: std::io::Error },
     #[error("interface {interface}: {action}: {source}")]
     Xdp { interface: String, action: &'static str, source: libbpf_rs::Error },
 }

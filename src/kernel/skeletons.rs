@@ -27,6 +27,10 @@ pub mod takeover {
     include!(concat!(env!("OUT_DIR"), "/takeover.skel.rs"));
 }
 
+pub mod wrap {
+    include!(concat!(env!("OUT_DIR"), "/wrap.skel.rs"));
+}
+
 pub mod decap {
     include!(concat!(env!("OUT_DIR"), "/decap.skel.rs"));
 }

@@ -8,7 +8,7 @@ use super::super::{Binding, Group, OnMisprediction, Route, Service, Target};
 use super::group::group;
 use super::values::{absolute, address, certificate, name_text};
 use crate::domain::filter::TopicFilter;
-use crate::domain::health::{CheckKind, HealthCheck};
+use crate::domain::health::{CheckKind, CheckPath, HealthCheck};
 use crate::domain::{ANY, ClientRoute, ClientRouteKind, RelayListener, RelayTls};
 use crate::kernel::abi::limits;
 
@@ -264,8 +264,13 @@ fn health_check(r: Reader<'_>) -> Option<HealthCheck> {
     } else {
         CheckKind::Tcp
     };
+    let path = r.choice(
+        "path",
+        &[("direct", CheckPath::Direct), ("encapsulated", CheckPath::Encapsulated)],
+    );
     let check = HealthCheck {
         kind,
+        path: path.unwrap_or(d.path),
         port: r.number("port", 1..=65_535),
         interval,
         timeout,

@@ -1,6 +1,7 @@
 //! Health checks of brokers, and what an operator took out of use: together they say which reals get
 //! new connections.
 
+mod path;
 mod probe;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,10 +14,13 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
+use self::path::{Path, PathError};
+use self::probe::Target;
+
 use super::problem::Problem;
 use super::{Error, Result};
 use crate::config::{Config, Group, Real, Service};
-use crate::domain::health::HealthCheck;
+use crate::domain::health::{CheckPath, HealthCheck};
 use crate::run_files;
 
 /// A broker of a service: the same host may be one of several.
@@ -31,6 +35,9 @@ pub enum State {
     /// With the last failure.
     Down(String),
 }
+
+/// From one attempt to attach what wraps checks to the next.
+const ATTACH_AGAIN: Duration = Duration::from_secs(2);
 
 /// Weights are so many times as large while a real of their group starts slowly, which gives room for its steps.
 const STEPS: u32 = 10;
@@ -49,6 +56,8 @@ struct Checked {
 struct Inner {
     checked: BTreeMap<Key, Checked>,
     drained: BTreeSet<IpAddr>,
+    /// Why checks cannot be made.
+    not_made: Option<String>,
 }
 
 /// The states of all reals.
@@ -173,19 +182,31 @@ impl Reals {
 
     /// What is wrong with them, for `status`.
     pub fn problems(&self, config: &Config) -> Vec<Problem> {
-        self.list(config)
-            .into_iter()
-            .filter_map(|real| match real.state {
-                State::Down(error) => Some(Problem::new(
-                    "real_down",
-                    format!(
-                        "real {} of group {} ({}) is down: {error}",
-                        real.addr, real.group, real.service
-                    ),
-                )),
-                _ => None,
-            })
-            .collect()
+        let not_made = self.inner().not_made.clone();
+        let not_made = not_made.map(|error| {
+            let text = format!("brokers are not checked, and stay as they were: {error}");
+            Problem::new("not_checked", text)
+        });
+        let down = self.list(config).into_iter().filter_map(|real| match real.state {
+            State::Down(error) => Some(Problem::new(
+                "real_down",
+                format!(
+                    "real {} of group {} ({}) is down: {error}",
+                    real.addr, real.group, real.service
+                ),
+            )),
+            _ => None,
+        });
+        not_made.into_iter().chain(down).collect()
+    }
+
+    /// That checks cannot be made, and why; `None`: they can.
+    fn not_made(&self, error: Option<&PathError>) {
+        let now = error.map(ToString::to_string);
+        let before = std::mem::replace(&mut self.inner().not_made, now.clone());
+        if let Some(error) = now.filter(|now| before.as_ref() != Some(now)) {
+            warn!("brokers are not checked: {error}");
+        }
     }
 
     /// Takes a real out of use, or back. Returns in how many groups it is.
@@ -327,20 +348,28 @@ pub struct Wanted {
     check: HealthCheck,
 }
 
+impl Wanted {
+    fn is_encapsulated(&self) -> bool {
+        self.check.path == CheckPath::Encapsulated
+    }
+}
+
 /// All checks of a configuration.
 pub fn wanted(config: &Config) -> Vec<Wanted> {
     let mut all: Vec<Wanted> = Vec::new();
     for service in &config.services {
         let Some(check) = &service.health_check else { continue };
+        let direct = check.path == CheckPath::Direct;
         for group in &service.groups {
             // Relays listen at the service's address only.
-            if Some(&group.name) == service.relay.as_ref() {
+            if direct && Some(&group.name) == service.relay.as_ref() {
                 continue;
             }
             for real in &group.reals {
                 let key = (service.name.clone(), real.addr);
                 if all.iter().all(|other| other.key != key) {
-                    let to = SocketAddr::new(real.addr, check.port.unwrap_or(service.port));
+                    let addr = if direct { real.addr } else { service.addr };
+                    let to = SocketAddr::new(addr, check.port.unwrap_or(service.port));
                     let proxy = group.proxy_protocol;
                     all.push(Wanted { key, to, proxy, check: check.clone() });
                 }
@@ -352,17 +381,37 @@ pub fn wanted(config: &Config) -> Vec<Wanted> {
 
 /// Checks all reals of a configuration until it is dropped.
 pub async fn run(config: Arc<Config>, reals: Arc<Reals>) {
-    let mut tasks = JoinSet::new();
     let wanted = wanted(&config);
     reals.inner().checked.retain(|key, _| wanted.iter().any(|check| check.key == *key));
-    for Wanted { key, to, proxy, check } in wanted {
+    reals.not_made(None);
+    let path = if wanted.iter().any(Wanted::is_encapsulated) {
+        Some(Arc::new(attached(&config, &reals).await))
+    } else {
+        None
+    };
+    let mut tasks = JoinSet::new();
+    for wanted in wanted {
         let reals = Arc::clone(&reals);
-        tasks.spawn(async move { repeat(&key, to, proxy, &check, &reals).await });
+        let path = path.clone().filter(|_| wanted.is_encapsulated());
+        tasks.spawn(async move { repeat(&wanted, path.as_deref(), &reals).await });
     }
     while tasks.join_next().await.is_some() {}
 }
 
-async fn repeat(key: &Key, to: SocketAddr, proxy: bool, check: &HealthCheck, reals: &Reals) {
+/// The program that wraps checks. Without it there are none: connections to the service would be a client's.
+async fn attached(config: &Config, reals: &Reals) -> Path {
+    loop {
+        match Path::new(config) {
+            Ok(path) => return path,
+            Err(error) => reals.not_made(Some(&error)),
+        }
+        tokio::time::sleep(ATTACH_AGAIN).await;
+    }
+}
+
+async fn repeat(wanted: &Wanted, path: Option<&Path>, reals: &Reals) {
+    let Wanted { key, to, proxy, check } = wanted;
+    let target = Target { real: key.1, to: *to, proxy: *proxy, path };
     // Not all at the same moment.
     let spread = getrandom::u32().map_or(0.0, f64::from) / f64::from(u32::MAX);
     tokio::time::sleep(check.interval.mul_f64(spread)).await;
@@ -370,7 +419,15 @@ async fn repeat(key: &Key, to: SocketAddr, proxy: bool, check: &HealthCheck, rea
     clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         clock.tick().await;
-        reals.seen(key, check, probe::probe(to, proxy, check).await);
+        match probe::probe(target, check).await {
+            Ok(result) => {
+                reals.seen(key, check, result);
+                if path.is_some() {
+                    reals.not_made(None);
+                }
+            }
+            Err(error) => reals.not_made(Some(&error)),
+        }
     }
 }
 

@@ -1,9 +1,12 @@
 //! One check of one broker.
 
-use std::net::SocketAddr;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
 
 use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpStream;
 
+use super::path::{Path, PathError};
 use crate::control::mqtt::{self, Hello};
 use crate::domain::health::{CheckKind, HealthCheck};
 use crate::relay::proxy;
@@ -11,17 +14,48 @@ use crate::relay::proxy;
 /// Seconds; a check is over long before.
 const KEEPALIVE: u16 = 10;
 
-/// Checks once; `proxy`: with a PROXY header in front. The error says what was expected.
-pub async fn probe(to: SocketAddr, proxy: bool, check: &HealthCheck) -> Result<(), String> {
-    match tokio::time::timeout(check.timeout, connect(to, proxy, &check.kind)).await {
+/// What is checked, and on which way.
+#[derive(Debug, Clone, Copy)]
+pub struct Target<'a> {
+    pub real: IpAddr,
+    pub to: SocketAddr,
+    /// With a PROXY header in front.
+    pub proxy: bool,
+    /// Wrapped; `None`: `to` is the real's own address.
+    pub path: Option<&'a Path>,
+}
+
+/// Checks once. The inner error says what was expected; the outer one, why there was no check.
+pub async fn probe(
+    target: Target<'_>,
+    check: &HealthCheck,
+) -> Result<Result<(), String>, PathError> {
+    let Some(path) = target.path else {
+        return Ok(within(check, target, TcpStream::connect(target.to)).await);
+    };
+    let mut socket = path.socket(target.to, target.real)?;
+    let result = within(check, target, socket.connect(target.to)).await;
+    Ok(result.map_err(|error| format!("wrapped, as clients' packets are: {error}")))
+}
+
+async fn within(
+    check: &HealthCheck,
+    target: Target<'_>,
+    connecting: impl Future<Output = io::Result<TcpStream>>,
+) -> Result<(), String> {
+    match tokio::time::timeout(check.timeout, exchange(target, connecting, &check.kind)).await {
         Ok(result) => result,
-        Err(_) => Err(format!("no answer from {to} in {} ms", check.timeout.as_millis())),
+        Err(_) => Err(format!("no answer from {} in {} ms", target.to, check.timeout.as_millis())),
     }
 }
 
-async fn connect(to: SocketAddr, proxy: bool, kind: &CheckKind) -> Result<(), String> {
-    let header = proxy.then(proxy::local);
-    let mut stream = mqtt::open(to, header.as_deref()).await?;
+async fn exchange(
+    target: Target<'_>,
+    connecting: impl Future<Output = io::Result<TcpStream>>,
+    kind: &CheckKind,
+) -> Result<(), String> {
+    let header = target.proxy.then(proxy::local);
+    let mut stream = mqtt::open(target.to, connecting, header.as_deref()).await?;
     let CheckKind::Mqtt { v5, client_id, username, password } = kind else { return Ok(()) };
     let hello = Hello {
         v5: *v5,
@@ -30,7 +64,7 @@ async fn connect(to: SocketAddr, proxy: bool, kind: &CheckKind) -> Result<(), St
         password: password.as_deref(),
         keep_alive: KEEPALIVE,
     };
-    mqtt::connect(&mut stream, to, &hello).await?;
+    mqtt::connect(&mut stream, target.to, &hello).await?;
     let _ = stream.write_all(&mqtt::DISCONNECT).await;
     Ok(())
 }
@@ -63,7 +97,8 @@ mod tests {
         };
         let check = HealthCheck { kind, timeout: Duration::from_millis(500), ..HealthCheck::tcp() };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let result = runtime.block_on(probe(to, false, &check));
+        let target = Target { real: to.ip(), to, proxy: false, path: None };
+        let result = runtime.block_on(probe(target, &check)).unwrap();
         let sent = broker.join().unwrap();
         assert_eq!(sent[8], if v5 { 5 } else { 4 });
         assert_eq!(sent[9], 0xc2, "clean, with user name and password");

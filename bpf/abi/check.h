@@ -1,0 +1,20 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* What a health check that goes the way of clients' packets is wrapped in (bpf/checks/). */
+#ifndef MQTT_FWD_CHECK_H
+#define MQTT_FWD_CHECK_H
+
+#include "base.h"
+
+enum check_limits { CHECK_SOCKETS = 4096 };
+
+/* By socket cookie. */
+struct check_path {
+	__be32 src[4]; /* of the outer header; IPv4 in src[0] */
+	__be32 dst[4]; /* the real */
+	__u8 v6;       /* the outer header's version */
+	__u8 gue;      /* UDP between the headers */
+	__u8 pad[6];
+};
+SIZE_IS(struct check_path, 40);
+
+#endif /* MQTT_FWD_CHECK_H */
