@@ -8,8 +8,9 @@ use std::path::PathBuf;
 
 use mqtt_fwd::control::api::proto::sidecar_client::SidecarClient;
 use mqtt_fwd::control::api::proto::{self, change, route};
+use support::authority::Authority;
 use support::net::{Background, Net, wait_for};
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
@@ -257,4 +258,82 @@ async fn events_health_and_reflection_are_served() {
     let MessageResponse::ListServicesResponse(list) = answer else { panic!("{answer:?}") };
     let names: Vec<_> = list.service.into_iter().map(|service| service.name).collect();
     assert!(names.contains(&"mqtt_fwd.v1.Sidecar".to_owned()), "{names:?}");
+}
+
+/// The API over TCP, from the namespace of `net`. The connection's own error, or the call's.
+fn remote_reals(net: &Net, tls: ClientTlsConfig) -> Result<usize, String> {
+    let namespace = fs::File::open(format!("/run/netns/{}", net.name)).unwrap();
+    let call = async {
+        let endpoint = Endpoint::from_static("https://127.0.0.1:9470").tls_config(tls).unwrap();
+        let channel = endpoint.connect().await.map_err(|e| format!("{e:?}"))?;
+        let mut client = SidecarClient::new(channel);
+        let reals = client.list_reals(proto::ListRealsRequest {}).await;
+        let count = reals.map_err(|e| format!("{e:?}"))?.into_inner().reals.len();
+        let drain = proto::SetDrainRequest {
+            address: "10.1.3.201".to_owned(),
+            drained: true,
+            end_per_second: 0,
+        };
+        client.set_drain(drain).await.map_err(|e| format!("{e:?}"))?;
+        Ok(count)
+    };
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            runtime.unwrap().block_on(call)
+        });
+        thread.join().unwrap()
+    })
+}
+
+fn identity(dir: &std::path::Path, name: &str) -> Identity {
+    let read = |kind| fs::read(dir.join(format!("{name}.{kind}"))).unwrap();
+    Identity::from_pem(read("crt"), read("key"))
+}
+
+#[test]
+fn other_hosts_need_a_certificate_of_the_right_authority() {
+    let net = Net::new();
+    let authority = Authority::new(&net.dir);
+    authority.sign(&net.dir, "server", "the server");
+    authority.sign(&net.dir, "alice", "alice");
+    let trusted = fs::read(net.dir.join("ca.crt")).unwrap();
+    let api = "[api]\nlisten = \"127.0.0.1:9470\"\ncertificate = \"@DIR@/server.crt\"\n\
+               key = \"@DIR@/server.key\"\nclient_ca = \"@DIR@/ca.crt\"\n\n[maps]";
+    net.write_config(&support::net::CONFIG.replace("[maps]", api));
+    let run = running(&net);
+    let tls = || {
+        ClientTlsConfig::new()
+            .ca_certificate(Certificate::from_pem(&trusted))
+            .domain_name("relay.test")
+    };
+
+    // With TLS 1.3, a server says so behind the handshake, or closes before it is heard.
+    remote_reals(&net, tls()).unwrap_err();
+    // Another authority of the same name.
+    let elsewhere = net.dir.join("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    Authority::new(&elsewhere).sign(&elsewhere, "mallory", "alice");
+    remote_reals(&net, tls().identity(identity(&elsewhere, "mallory"))).unwrap_err();
+    assert!(!run.log().contains("drained"), "{}", run.log());
+
+    let alice = || tls().identity(identity(&net.dir, "alice"));
+    assert_eq!(remote_reals(&net, alice()), Ok(3));
+    assert!(run.log().contains("CN=alice (127.0.0.1:"), "{}", run.log());
+
+    // Bad certificates leave what is served; good ones are taken over.
+    let good = fs::read(net.dir.join("server.crt")).unwrap();
+    fs::write(net.dir.join("server.crt"), "no certificate").unwrap();
+    run.signal("HUP");
+    wait_for("the refusal", || {
+        run.log().contains("certificates of [api] not taken over").then_some(())
+    });
+    assert_eq!(remote_reals(&net, alice()), Ok(3));
+    fs::write(net.dir.join("server.crt"), good).unwrap();
+    let taken = || run.log().matches("serving the API to holders").count();
+    assert_eq!(taken(), 1);
+    run.signal("HUP");
+    wait_for("the new ones", || (taken() == 2).then_some(()));
+    assert_eq!(remote_reals(&net, alice()), Ok(3));
 }

@@ -419,7 +419,7 @@ fn a_real_that_does_not_unwrap_is_down_though_its_port_is_open() {
     assert!(lab.script("exec").args(["gw", "ip", "link", "del", "lb"]).status().unwrap().success());
     let ns = |name| format!("{}-{name}", lab.name);
     let ip = |args: &[&str]| {
-        assert!(Command::new("ip").args(args).status().unwrap().success(), "{args:?}")
+        assert!(Command::new("ip").args(args).status().unwrap().success(), "{args:?}");
     };
     let (gw, lb) = (ns("gw"), ns("lb"));
     ip(&[

@@ -12,7 +12,7 @@ pub use error::{ConfigError, Problem};
 pub use read::{address, endpoint, mac, parse_mac};
 
 pub use crate::domain::{
-    BalancerKind, Binding, Encapsulation, Group, OnMisprediction, Real, RelayLimits, Route,
+    Api, BalancerKind, Binding, Encapsulation, Group, OnMisprediction, Real, RelayLimits, Route,
     Service, Target, XdpMode,
 };
 use crate::kernel::load::LoadSpec;
@@ -44,6 +44,8 @@ pub struct Config {
     pub gateway_mac: Option<[u8; 6]>,
     /// Where metrics are served; `None`: nowhere.
     pub metrics: Option<std::net::SocketAddr>,
+    /// Where other hosts reach `run`; `None`: nowhere.
+    pub api: Option<Api>,
     /// The key that delayed binding shares with the broker hosts.
     pub handover_key: PathBuf,
     /// Where what is known of clients is kept over a reboot; `None`: nowhere.

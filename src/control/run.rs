@@ -74,7 +74,12 @@ pub async fn run(loaded: Loaded) -> Result<()> {
         .map(|(listener, balancer)| tokio::spawn(serve(listener, balancer)));
     let mut sidecar = Sidecar::new(config, balancer)?;
     let (asking, mut changes) = mpsc::channel(1);
-    let _served = sidecar.serve(asking)?;
+    let shown = sidecar.shown(asking);
+    let _served = sidecar.serve(shown.clone())?;
+    let mut remote = None;
+    if let Some(api) = &sidecar.config.api {
+        remote = Some(api::Remote::serve(api, shown.clone(), &mut None).await?);
+    }
     loop {
         sidecar.renew();
         // A balancer that hangs must not keep signals waiting. What is left half done by an end in
@@ -93,7 +98,10 @@ pub async fn run(loaded: Loaded) -> Result<()> {
         match next {
             Next::End => break,
             Next::Look => {}
-            Next::Reload => sidecar.reload(),
+            Next::Reload => {
+                sidecar.reload();
+                serve_remotely(&sidecar.config, &shown, &mut remote).await;
+            }
             Next::Change(request) => sidecar.change(request),
         }
     }
@@ -167,14 +175,18 @@ impl Sidecar {
         })
     }
 
-    /// Serves the API and, if configured, metrics, as long as the tasks live.
-    fn serve(&self, changes: mpsc::Sender<Request>) -> Result<(Task, Option<Task>)> {
-        let shown = api::Shown {
+    /// What the API shows, and where it puts changes.
+    fn shown(&self, changes: mpsc::Sender<Request>) -> api::Shown {
+        api::Shown {
             config: Arc::clone(&self.shared),
             reals: Arc::clone(&self.reals),
             observed: Arc::clone(&self.observed),
             changes,
-        };
+        }
+    }
+
+    /// Serves the API and, if configured, metrics, as long as the tasks live.
+    fn serve(&self, shown: api::Shown) -> Result<(Task, Option<Task>)> {
         let api = Task::spawn(api::serve(api::listen(&self.config)?, shown));
         let metrics = |addr| serve_metrics(addr, &self.shared, &self.reals, &self.observed);
         Ok((api, self.config.metrics.map(metrics).transpose()?))
@@ -296,6 +308,18 @@ impl Sidecar {
             known::keep(&self.config, &self.datapath);
         }
         instance::remove(&self.config);
+    }
+}
+
+/// Serves the API to other hosts as configured by now, with the certificates that are there by now.
+async fn serve_remotely(config: &Config, shown: &api::Shown, remote: &mut Option<api::Remote>) {
+    let Some(api) = &config.api else {
+        *remote = None;
+        return;
+    };
+    match api::Remote::serve(api, shown.clone(), remote).await {
+        Ok(new) => *remote = Some(new),
+        Err(error) => error!("certificates of [api] not taken over: {error}"),
     }
 }
 

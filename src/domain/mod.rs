@@ -1,6 +1,7 @@
 //! What the product is about, in plain types: services, groups, reals, routes. No I/O, and nothing
 //! of how they are configured or carried out.
 
+mod api;
 pub mod filter;
 pub mod health;
 mod relay;
@@ -9,6 +10,7 @@ pub mod rendezvous;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+pub use api::Api;
 use filter::TopicFilter;
 pub use relay::{BrokerTls, Certificate, RelayLimits, RelayListener, RelayTls};
 

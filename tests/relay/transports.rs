@@ -2,11 +2,9 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::{self, ClientConfig, ClientConnection, RootCertStore, StreamOwned};
@@ -15,6 +13,7 @@ use tokio_tungstenite::tungstenite::{self, Message, WebSocket};
 
 use crate::bed::Bed;
 use crate::client::{Client, Wire, connect};
+use crate::support::authority::Authority;
 
 const LISTENERS: &str = r#"
 listener = [
@@ -24,37 +23,6 @@ listener = [
     { port = 8084, websocket = true, tls = { certificate = "@DIR@/relay.crt", key = "@DIR@/relay.key" } },
 ]
 "#;
-
-/// An authority, and files for the relay (`relay`) and a client (`client`).
-struct Authority {
-    issuer: Issuer<'static, KeyPair>,
-}
-
-impl Authority {
-    fn new(dir: &Path) -> Self {
-        let mut params = CertificateParams::new(Vec::new()).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.distinguished_name.push(DnType::CommonName, "test authority");
-        let key = KeyPair::generate().unwrap();
-        let certificate = params.self_signed(&key).unwrap();
-        std::fs::write(dir.join("ca.crt"), certificate.pem()).unwrap();
-        Self { issuer: Issuer::new(params, key) }
-    }
-
-    fn sign(&self, dir: &Path, file: &str, name: &str) {
-        self.sign_for(dir, file, name, &["relay.test"]);
-    }
-
-    fn sign_for(&self, dir: &Path, file: &str, name: &str, names: &[&str]) {
-        let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
-        let mut params = CertificateParams::new(names).unwrap();
-        params.distinguished_name.push(DnType::CommonName, name);
-        let key = KeyPair::generate().unwrap();
-        let certificate = params.signed_by(&key, &self.issuer).unwrap();
-        std::fs::write(dir.join(format!("{file}.crt")), certificate.pem()).unwrap();
-        std::fs::write(dir.join(format!("{file}.key")), key.serialize_pem()).unwrap();
-    }
-}
 
 impl Wire for StreamOwned<ClientConnection, TcpStream> {
     fn patience(&mut self, patience: Duration) {

@@ -2,6 +2,7 @@
 
 #![allow(dead_code)] // every test binary uses its own part
 
+pub mod authority;
 pub mod conn;
 pub mod datapath;
 pub mod katran_object;

@@ -11,11 +11,12 @@ use std::path::{Path, PathBuf};
 
 use toml::de::DeTable;
 
-use self::values::{absolute, is_of_this_host};
+use self::values::{absolute, certificate, is_of_this_host};
 pub use self::values::{address, endpoint, mac, parse_mac};
 use super::reader::{Reader, Source};
 use super::{
-    BalancerKind, Binding, Config, ConfigError, Encapsulation, MapSizes, Rates, Service, XdpMode,
+    Api, BalancerKind, Binding, Config, ConfigError, Encapsulation, MapSizes, Rates, Service,
+    XdpMode,
 };
 use crate::domain::RelayLimits;
 use crate::kernel::abi::limits;
@@ -74,6 +75,7 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
              127.0.0.1, or set allow_remote_control = true",
         );
     }
+    let api = r.table("api").and_then(api);
     let encapsulation = r
         .choice("encapsulation", &[("ipip", Encapsulation::Ipip), ("gue", Encapsulation::Gue)])
         .unwrap_or(Encapsulation::Ipip);
@@ -116,6 +118,7 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
         encapsulation,
         gateway_mac,
         metrics,
+        api,
         handover_key,
         clients_file,
         clients_save_s,
@@ -125,6 +128,17 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
         relay,
         services,
     })
+}
+
+/// With certificates on both sides: whoever reaches it can change where clients' packets go.
+fn api(r: Reader<'_>) -> Option<Api> {
+    let listen = r.required("listen", "10.1.2.102:9470", |text| {
+        text.parse::<SocketAddr>().map_err(|_| "write it like \"10.1.2.102:9470\"".to_owned())
+    });
+    let certificate = certificate(&r);
+    let client_ca = r.required("client_ca", "/etc/mqtt-fwd/operators-ca.crt", absolute);
+    r.finish();
+    Some(Api { listen: listen?, certificate: certificate?, client_ca: client_ca? })
 }
 
 fn relay_limits(r: Option<Reader<'_>>) -> RelayLimits {

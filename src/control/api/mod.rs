@@ -1,7 +1,9 @@
-//! The sidecar's own gRPC service, at a Unix socket of root's: what other processes of this host ask `run` for.
+//! The sidecar's own gRPC service: what other processes ask `run` for. At a Unix socket of root's; if configured, over
+//! TCP, with certificates on both sides.
 
 mod change;
 mod client;
+mod remote;
 mod service;
 
 use std::path::PathBuf;
@@ -15,6 +17,7 @@ use tonic_health::server::HealthReporter;
 
 pub use self::client::{change, in_effect, in_force, problems, reals, set_drain};
 use self::proto::FILE_DESCRIPTOR_SET;
+pub use self::remote::Remote;
 use self::service::Service;
 use super::changes::Request;
 use super::checks::Reals;
@@ -72,6 +75,14 @@ pub struct Shown {
 
 /// Serves until the listener fails, with the standard services for health and reflection beside it.
 pub async fn serve(listener: Listener, shown: Shown) -> Result<(), ServeError> {
+    serve_by(GrpcServer::builder(), listener, shown).await
+}
+
+async fn serve_by(
+    mut server: GrpcServer,
+    listener: Listener,
+    shown: Shown,
+) -> Result<(), ServeError> {
     let (health, health_service) = tonic_health::server::health_reporter();
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
@@ -79,7 +90,7 @@ pub async fn serve(listener: Listener, shown: Shown) -> Result<(), ServeError> {
         .build_v1()
         .expect("this build's own descriptors are sound");
     let observed = Arc::clone(&shown.observed);
-    let router = GrpcServer::builder()
+    let router = server
         .add_service(proto::sidecar_server::SidecarServer::new(Service::new(shown)))
         .add_service(health_service)
         .add_service(reflection);
