@@ -260,3 +260,20 @@ fn a_topic_s_route_can_be_asked_for() {
     );
     assert!(net.ok(&["explain", "topic", "sensor/x"]).contains("none matches: the default group"));
 }
+
+#[test]
+fn every_configuration_that_the_documents_show_is_valid() {
+    let documents = [
+        ("README.md", include_str!("../README.md"), 1),
+        ("docs/guide.md", include_str!("../docs/guide.md"), 2),
+    ];
+    for (name, text, count) in documents {
+        let blocks: Vec<_> =
+            text.split("```toml\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
+        assert_eq!(blocks.len(), count, "{name}");
+        for block in blocks {
+            let (code, said) = check(block);
+            assert_eq!(code, Some(0), "{name}: {said}");
+        }
+    }
+}
