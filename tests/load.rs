@@ -16,6 +16,7 @@ use mqtt_fwd::kernel::skeletons::balancer::BalancerSkelBuilder;
 use mqtt_fwd::kernel::skeletons::decap::DecapSkelBuilder;
 use mqtt_fwd::kernel::skeletons::mqtt_fwd::MqttFwdSkelBuilder;
 use mqtt_fwd::kernel::skeletons::takeover::TakeoverSkelBuilder;
+use mqtt_fwd::kernel::skeletons::wrap::WrapSkelBuilder;
 use mqtt_fwd::kernel::skeletons::xdp_root::XdpRootSkelBuilder;
 
 /// By how much a figure may grow before somebody has to look.
@@ -43,6 +44,8 @@ fn every_program_loads() {
     load!(MqttFwdSkelBuilder);
     load!(BalancerSkelBuilder);
     load!(DecapSkelBuilder);
+    // Attaching it takes Linux 6.6; elsewhere, `status` says that there are no checks.
+    load!(WrapSkelBuilder);
     // Linux 6.9: elsewhere, `real up` says that delayed binding is not to be had.
     if takeover::supported() {
         load!(TakeoverSkelBuilder);
