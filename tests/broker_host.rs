@@ -3,7 +3,7 @@
 mod support;
 
 use mqtt_fwd::broker_host::takeover;
-use support::net::Net;
+use support::net::{Net, wait_for};
 
 /// All that `real up` may touch.
 fn state(net: &Net) -> String {
@@ -51,6 +51,16 @@ fn ip(net: &Net, args: &str) {
     assert!(output.status.success(), "ip {args}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
+/// The kernel gives link-local addresses some time after links are up, and to both.
+fn settle(net: &Net) {
+    wait_for("link-local addresses", || {
+        let args = ["-6", "-o", "addr", "show", "scope", "link", "-tentative"];
+        let output = net.command("ip").args(args).output().unwrap();
+        let settled = String::from_utf8_lossy(&output.stdout).lines().count();
+        (settled == 2).then_some(())
+    });
+}
+
 #[test]
 fn undone_everything_is_as_it_was() {
     let net = Net::new();
@@ -71,6 +81,7 @@ fn undone_everything_is_as_it_was() {
     net.ok(&["keys", "new", "--file", key]);
     let bpffs = net.bpf("");
     let bpffs = bpffs.to_str().unwrap().trim_end_matches('/');
+    settle(&net);
     let before = state(&net);
     let up = [
         "real",

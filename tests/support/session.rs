@@ -163,8 +163,24 @@ fn set_option<T>(stream: &impl AsRawFd, level: i32, name: i32, value: &T) -> std
     if failed == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
-/// Connects from a port, whatever was on it before.
+/// Connects from a port, whatever was on it before. On a busy machine, the last acknowledgement of the connection before
+/// may be on its way still, and this host has the port until then.
 fn connect_from(port: u16, to: SocketAddr) -> std::io::Result<TcpStream> {
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    loop {
+        match connect_once_from(port, to) {
+            Err(e)
+                if e.kind() == std::io::ErrorKind::AddrNotAvailable
+                    && std::time::Instant::now() < deadline =>
+            {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            result => return result,
+        }
+    }
+}
+
+fn connect_once_from(port: u16, to: SocketAddr) -> std::io::Result<TcpStream> {
     use nix::sys::socket::{
         AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, socket,
     };
