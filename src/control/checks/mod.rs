@@ -384,16 +384,21 @@ pub async fn run(config: Arc<Config>, reals: Arc<Reals>) {
     let wanted = wanted(&config);
     reals.inner().checked.retain(|key, _| wanted.iter().any(|check| check.key == *key));
     reals.not_made(None);
-    let path = if wanted.iter().any(Wanted::is_encapsulated) {
-        Some(Arc::new(attached(&config, &reals).await))
-    } else {
-        None
-    };
+    let (wrapped, direct): (Vec<_>, Vec<_>) = wanted.into_iter().partition(Wanted::is_encapsulated);
     let mut tasks = JoinSet::new();
-    for wanted in wanted {
+    let mut check = |wanted: Wanted, path: Option<Arc<Path>>| {
         let reals = Arc::clone(&reals);
-        let path = path.clone().filter(|_| wanted.is_encapsulated());
         tasks.spawn(async move { repeat(&wanted, path.as_deref(), &reals).await });
+    };
+    // First those that need nothing: what the others wait for may never come.
+    for wanted in direct {
+        check(wanted, None);
+    }
+    if !wrapped.is_empty() {
+        let path = Arc::new(attached(&config, &reals).await);
+        for wanted in wrapped {
+            check(wanted, Some(Arc::clone(&path)));
+        }
     }
     while tasks.join_next().await.is_some() {}
 }
