@@ -217,7 +217,7 @@ async fn events_health_and_reflection_are_served() {
     let channel = channel(&net).await;
 
     let mut sidecar = SidecarClient::new(channel.clone());
-    let watch = || proto::WatchEventsRequest {};
+    let watch = || proto::WatchEventsRequest { backlog: false };
     let mut events = sidecar.watch_events(watch()).await.unwrap().into_inner();
     let second = sidecar.watch_events(watch()).await.unwrap_err();
     assert_eq!(second.code(), tonic::Code::FailedPrecondition, "{second}");

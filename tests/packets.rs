@@ -208,3 +208,32 @@ fn an_icmp_error_that_is_not_the_service_s_passes_byte_for_byte() {
         }
     }
 }
+
+#[test]
+fn no_packet_of_a_client_s_looks_marked_to_its_broker() {
+    // abi/handover.h: a broker host answers no RST to what is marked.
+    let f = Fixture::new();
+    for client in ["10.1.1.1:4000", "[fd01:1::1]:4000"] {
+        let c = Conn::open(&f, client);
+        let word = if c.client.is_ipv4() { 18 } else { 16 };
+        for (id, is_marked) in [(0x4d00_u16, true), (0x4dff, true), (0x4c17, false), (0, false)] {
+            let mut sent = packet::tcp(c.client, c.service, 9, 9, |_| {}, b"x");
+            sent[word..word + 2].copy_from_slice(&id.to_be_bytes());
+            if c.client.is_ipv4() {
+                sent[24..26].fill(0);
+                let sum = packet::checksum(&[&sent[14..34]]);
+                sent[24..26].copy_from_slice(&sum.to_be_bytes());
+            }
+            let out = f.send(&sent).packet;
+            let left = u16::from_be_bytes([out[word], out[word + 1]]);
+            assert_eq!(left, if is_marked { id ^ 0x8000 } else { id }, "{client}");
+            assert!(packet::ip_checksum_right(&out));
+        }
+        // Without DF, the identification is what fragments on the way are put together by.
+        if c.client.is_ipv4() {
+            let mut sent = packet::tcp(c.client, c.service, 9, 9, |_| {}, b"x");
+            sent[18..22].copy_from_slice(&[0x4d, 0, 0, 0]);
+            assert_eq!(f.send(&sent).packet[18..20], [0x4d, 0]);
+        }
+    }
+}

@@ -201,6 +201,7 @@ static __always_inline int handle_ipv4(struct xdp_md *ctx, struct cursor *cur,
 			return answer_too_big(ctx, svc->max_packet, false);
 		count(REASON_TOO_BIG_NO_DF);
 	}
+	clear_mark4(ip);
 	return handle_segment(ctx, &c, t, svc, tcp, false);
 }
 
@@ -245,6 +246,7 @@ static __always_inline int handle_ipv6(struct xdp_md *ctx, struct cursor *cur,
 
 	if (length > svc->max_packet)
 		return answer_too_big(ctx, svc->max_packet, true);
+	clear_mark6(ip);
 	return handle_segment(ctx, &c, t, svc, tcp, true);
 }
 

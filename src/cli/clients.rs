@@ -7,10 +7,11 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 
 use super::table::{self, Output, age, mark};
+use super::{block_on, or_here};
 use crate::config::Config;
-use crate::control::Error;
-use crate::control::known::{self, Format};
+use crate::control::known::{self, Format, Known};
 use crate::control::view::{self, Names};
+use crate::control::{Error, api};
 use crate::datapath::Datapath;
 
 #[derive(Debug, Args)]
@@ -42,11 +43,18 @@ enum What {
 
 impl Clients {
     pub fn run(self, config: &Config) -> Result<(), Error> {
-        let datapath = Datapath::open(&config.pins())?;
+        let datapath = || Datapath::open(&config.pins());
         match self.what {
-            None => show(config, &datapath, self.output),
+            None => show(config, self.output),
             Some(What::Export { format }) => {
-                let records = known::collect(config, &datapath, usize::MAX)?;
+                let records = match block_on(api::export_clients(config))? {
+                    Some(records) => records
+                        .into_iter()
+                        .map(Known::try_from)
+                        .collect::<Result<_, _>>()
+                        .map_err(Error::Refused)?,
+                    None => known::collect(config, &datapath()?, usize::MAX)?,
+                };
                 let mut text = Vec::new();
                 known::export(&records, format, &mut text)
                     .map_err(|source| Error::Io { what: "the export".to_owned(), source })?;
@@ -64,7 +72,10 @@ impl Clients {
                 let records = known::import(config, format, reader).map_err(|why| {
                     Error::Refused(format!("{name}: {why}; nothing was imported"))
                 })?;
-                let done = known::restore(config, &datapath, records)?;
+                let done = match block_on(api::import_clients(config, &records))? {
+                    Some(done) => done,
+                    None => known::restore(config, &datapath()?, records)?,
+                };
                 let instead = match done.without_group {
                     0 => String::new(),
                     n => format!(", {n} whose groups are not in force (`mqtt-fwd apply`)"),
@@ -79,8 +90,11 @@ impl Clients {
     }
 }
 
-fn show(config: &Config, datapath: &Datapath, output: Output) -> Result<(), Error> {
-    let rows = view::clients(datapath, &Names::read(config, datapath)?)?;
+fn show(config: &Config, output: Output) -> Result<(), Error> {
+    let rows = or_here(api::clients(config), || {
+        let datapath = Datapath::open(&config.pins())?;
+        view::clients(&datapath, &Names::read(config, &datapath)?)?.collect()
+    })?;
     if output.json {
         table::json(&rows);
         return Ok(());
@@ -91,7 +105,7 @@ fn show(config: &Config, datapath: &Datapath, output: Output) -> Result<(), Erro
             vec![
                 r.service,
                 r.client,
-                r.by.to_owned(),
+                r.by,
                 r.topic,
                 r.group,
                 age(r.age_s),

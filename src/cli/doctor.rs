@@ -1,21 +1,27 @@
 //! `doctor`: what stands in the way of packets.
 
 use super::block_on;
-use super::table::{self, Output, line};
+use super::table::{self, Output, complain, line};
 use crate::config::Config;
-use crate::control::Error;
-use crate::control::doctor::{Severity, examine};
+use crate::control::doctor::examine;
+use crate::control::{Error, api};
 
 pub fn doctor(config: &Config, output: Output) -> Result<(), Error> {
-    let found = block_on(async { Ok(examine(config).await) })?;
+    let found = block_on(async {
+        match api::diagnose(config).await {
+            Ok(Some(found)) => return Ok(found),
+            Ok(None) => {}
+            Err(error) => complain(&format!("{error}; looking from here instead")),
+        }
+        Ok(examine(config).await)
+    })?;
     if output.json {
         table::json(&found);
     } else {
         for (i, finding) in found.iter().enumerate() {
-            let severity = match finding.severity {
-                Severity::Ok => "ok",
-                Severity::Warning => "warning",
-                Severity::Fault => "FAULT",
+            let severity = match finding.severity.as_str() {
+                "fault" => "FAULT",
+                other => other,
             };
             line(&format!("{severity:<8}  {:<14}  {}", finding.about, finding.text));
             // Once for several that it is for.
@@ -25,7 +31,7 @@ pub fn doctor(config: &Config, output: Output) -> Result<(), Error> {
             }
         }
     }
-    let faults = found.iter().filter(|finding| finding.severity == Severity::Fault).count();
+    let faults = found.iter().filter(|finding| finding.severity == "fault").count();
     if faults == 0 {
         return Ok(());
     }

@@ -5,11 +5,11 @@ use std::net::SocketAddr;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
+use super::or_here;
 use super::table::{self, Output, age, line};
 use crate::config::Config;
-use crate::control::Error;
-use crate::control::explain::{self, Beaten, Client, Flow, Topic, Trial};
-use crate::control::known::By;
+use crate::control::api::{self, proto};
+use crate::control::{Error, explain};
 
 #[derive(Debug, Args)]
 pub struct Explain {
@@ -39,9 +39,18 @@ enum What {
 impl Explain {
     pub fn run(&self, config: &Config) -> Result<(), Error> {
         match &self.what {
-            What::Topic { topic } => self.print(&explain::topic(config, topic)?, show_topic),
-            What::Client { client } => self.print(&explain::client(config, client)?, show_client),
-            What::Flow { client } => self.print(&explain::flow(config, *client)?, show_flow),
+            What::Topic { topic } => {
+                let from_run = api::explain_topic(config, topic);
+                self.print(&or_here(from_run, || explain::topic(config, topic))?, show_topic);
+            }
+            What::Client { client } => {
+                let from_run = api::explain_client(config, client);
+                self.print(&or_here(from_run, || explain::client(config, client))?, show_client);
+            }
+            What::Flow { client } => {
+                let from_run = api::explain_flow(config, *client);
+                self.print(&or_here(from_run, || explain::flow(config, *client))?, show_flow);
+            }
         }
         Ok(())
     }
@@ -59,31 +68,27 @@ fn item(name: &str, text: &str) {
     line(&format!("  {name:<12}{text}"));
 }
 
-fn show_topic(t: &Topic) {
+fn show_topic(t: &proto::TopicExplanation) {
     line(&format!("topic {}, service {}", t.topic, t.service));
     show_route(t);
 }
 
-fn show_route(t: &Topic) {
+fn show_route(t: &proto::TopicExplanation) {
     item("route", t.route.as_deref().unwrap_or("none matches: the default group"));
     for beaten in &t.beaten {
-        let Beaten { route, belongs_to, at_level } = beaten;
+        let proto::BeatenRoute { route, belongs_to, at_level } = beaten;
         item("", &format!("before {route} ({belongs_to}), less specific at level {at_level}"));
     }
     if t.reals.is_empty() {
         item("belongs to", &format!("{}: follows its connection", t.belongs_to));
     } else {
-        let reals: Vec<_> = t.reals.iter().map(ToString::to_string).collect();
-        item("belongs to", &format!("{}: {}", t.belongs_to, reals.join(", ")));
+        item("belongs to", &format!("{}: {}", t.belongs_to, t.reals.join(", ")));
     }
 }
 
-fn show_client(c: &Client) {
-    let record = &c.record;
-    let by = match record.by {
-        By::Address => "address",
-        By::ClientId => "client id",
-    };
+fn show_client(c: &proto::ClientExplanation) {
+    let Some(record) = &c.record else { return };
+    let by = record.by.replace('_', " ");
     line(&format!("client {}, service {}, known by its {by}", record.client, record.service));
     if !record.topic.is_empty() {
         item("last topic", &format!("{}, {} ago", record.topic, age(record.age_s)));
@@ -100,15 +105,15 @@ fn show_client(c: &Client) {
             item("note", text);
         }
     }
-    for Trial { opening, group, bound_by, why } in &c.trials {
+    for proto::Trial { opening, group, bound_by, why } in &c.trials {
         let outcome = match group {
-            Some(group) => format!("to {group}, by {}", because(bound_by, *why)),
+            Some(group) => format!("to {group}, by {}", because(bound_by, why.as_deref())),
             None => "answered; the first message decides".to_owned(),
         };
         item("next", &format!("{opening}: {outcome}"));
     }
     for flow in &c.flows {
-        let by = because(flow.bound_by, flow.why);
+        let by = because(&flow.bound_by, flow.why.as_deref());
         item("flow", &format!("{}: to {}, by {by}, {}", flow.client, flow.group, flow.state));
     }
 }
@@ -117,18 +122,18 @@ fn because(by: &str, why: Option<&str>) -> String {
     why.map_or_else(|| by.to_owned(), |why| format!("{by} (no better: {why})"))
 }
 
-fn show_flow(f: &Flow) {
-    let row = &f.row;
+fn show_flow(f: &proto::FlowExplanation) {
+    let Some(row) = &f.flow else { return };
     line(&format!("flow {}, service {}", row.client, row.service));
     if !row.client_id.is_empty() {
         item("client id", &row.client_id);
     }
-    item("bound to", &format!("{}, by {}", row.group, because(row.bound_by, row.why)));
-    match f.real {
+    item("bound to", &format!("{}, by {}", row.group, because(&row.bound_by, row.why.as_deref())));
+    match &f.real {
         Some(real) => item("real", &format!("{real}, as the balancer says")),
         None => item("real", "the balancer does not say"),
     }
-    item("state", row.state);
+    item("state", &row.state);
     if let Some(topic) = &f.topic {
         item("last topic", &topic.topic);
         show_route(topic);

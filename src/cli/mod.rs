@@ -187,10 +187,7 @@ fn run(cli: Cli) -> Result<(), Error> {
             check::routes(&in_force()?, output);
             Ok(())
         }
-        Command::Groups(output) => {
-            tables::groups(&in_force()?, output);
-            Ok(())
-        }
+        Command::Groups(output) => tables::groups(&in_force()?, output),
         Command::Reals(output) => reals::reals(&in_force()?, output),
         Command::Drain(args) => args.run(&in_force()?),
         Command::Undrain(args) => args.run(&in_force()?),
@@ -221,15 +218,26 @@ fn run(cli: Cli) -> Result<(), Error> {
     }
 }
 
-/// An executor for commands that talk to the balancer.
+/// What `run` says, and where there is none, what can be seen from here.
+fn or_here<T>(
+    from_run: impl Future<Output = Result<Option<T>, Error>>,
+    here: impl FnOnce() -> Result<T, Error>,
+) -> Result<T, Error> {
+    block_on(from_run)?.map_or_else(here, Ok)
+}
+
+/// Waits for what talks to `run` or the balancer.
 fn block_on<T>(future: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    executor()?.block_on(future)
+}
+
+fn executor() -> Result<tokio::runtime::Runtime, Error> {
     // There is little to do at a time, and machines may have many processors.
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
-        .map_err(|source| Error::Io { what: "starting the executor".to_owned(), source })?
-        .block_on(future)
+        .map_err(|source| Error::Io { what: "starting the executor".to_owned(), source })
 }
 
 #[cfg(test)]

@@ -4,18 +4,18 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
-use super::block_on;
 use super::table::line;
+use super::{block_on, or_here};
 use crate::balancer::Mac;
 use crate::balancer::client::Client;
 use crate::config::{BalancerKind, Config};
 use crate::control::instance::{self, Running};
 use crate::control::reconcile::{apply, plan};
-use crate::control::{self, Error, api, gateway, handover, health};
+use crate::control::{self, Error, api, diff, gateway, handover, health};
 use crate::datapath::Datapath;
 
-/// How long `apply` waits for a `run` to take a configuration over.
-const TAKE_OVER: Duration = Duration::from_secs(30);
+/// How long a `run` may take to start.
+const STARTING: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Args)]
 pub struct Apply {
@@ -26,24 +26,14 @@ pub struct Apply {
 
 /// What differs between the file, with reals that are out of use, and what is in force.
 pub fn diff(config: &Config) -> Result<(), Error> {
-    let datapath = Datapath::open(&config.pins())?;
-    let (plan, in_force) = block_on(async {
-        let mut client = Client::connect(&config.balancer_endpoint).await?;
-        let gateway = gateway::wanted_or_warn(config).await;
-        let in_effect = api::in_effect(config).await;
-        let plan = plan::plan(&in_effect, gateway, &datapath, &mut client).await?;
-        Ok((plan, api::in_force(config).await))
-    })?;
-    let lines = plan.lines();
-    for text in &lines {
+    let difference = or_here(api::difference(config), || block_on(diff::read(config)))?;
+    for text in &difference.steps {
         line(text);
     }
-    // Not all keys are of maps or the balancer: of checks, say, only `run` knows.
-    let read_again = in_force.is_some_and(|in_force| in_force.text != config.text);
-    if read_again && lines.is_empty() {
+    if difference.changed && difference.steps.is_empty() {
         line(&format!("{} was changed since `run` read it", config.path.display()));
     }
-    if read_again || !lines.is_empty() {
+    if difference.changed || !difference.steps.is_empty() {
         return Err(Error::Differs { path: config.path.clone() });
     }
     line("all is as configured");
@@ -101,35 +91,26 @@ async fn hand_over(
             running.config.display()
         )));
     }
-    let plan = async |client: &mut Client| {
+    let plan = {
         // While `run` writes, what is read here may be half of this and half of that.
         let _lock = instance::lock_apply(config).await?;
-        plan::plan(&api::in_effect(config).await, gateway, datapath, client).await
+        plan::plan(&api::in_effect(config).await, gateway, datapath, client).await?
     };
     // Not all keys are of maps or the balancer: of checks, say, only `run` knows.
-    let is_read =
-        async || api::in_force(config).await.is_none_or(|there| there.text == config.text);
-    let first = plan(client).await?;
-    if first.is_empty() && is_read().await {
-        return Ok(first);
+    let is_read = api::in_force(config).await.is_some_and(|there| there.text == config.text);
+    if plan.is_empty() && is_read {
+        return Ok(plan);
     }
-    let pid = nix::unistd::Pid::from_raw(running.pid);
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGHUP).map_err(|e| Error::Io {
-        what: format!("telling `run` (pid {pid}) to read the configuration again"),
-        source: e.into(),
-    })?;
-    let deadline = Instant::now() + TAKE_OVER;
-    while Instant::now() < deadline {
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        if is_read().await && plan(client).await?.is_empty() {
-            return Ok(first);
+    // One that is just starting does not listen yet.
+    let deadline = Instant::now() + STARTING;
+    while api::reload(config).await?.is_none() {
+        if Instant::now() > deadline {
+            let pid = running.pid;
+            return Err(Error::Busy(format!("`run` (pid {pid}) does not answer")));
         }
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    Err(Error::Busy(format!(
-        "`run` (pid {pid}) was told to read the configuration again, and has not taken it over in \
-         {} s; its log says why",
-        TAKE_OVER.as_secs()
-    )))
+    Ok(plan)
 }
 
 pub fn run(config: Config) -> Result<(), Error> {

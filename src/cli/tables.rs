@@ -1,21 +1,22 @@
 //! `flows`, `groups` and `counters`.
 
+use std::collections::BTreeMap;
+
 use clap::Args;
-use serde::Serialize;
 
 use super::table::{self, Output, mark};
-use super::{block_on, status};
-use crate::balancer::client::Client;
+use super::{block_on, or_here};
 use crate::config::Config;
-use crate::control::Error;
-use crate::control::reconcile::plan;
+use crate::control::api::{self, proto};
 use crate::control::view::{self, Names};
+use crate::control::{Error, status};
 use crate::datapath::Datapath;
-use crate::kernel::reasons::REASONS;
 
 pub fn flows(config: &Config, output: Output) -> Result<(), Error> {
-    let datapath = Datapath::open(&config.pins())?;
-    let rows = view::flows(&datapath, &Names::read(config, &datapath)?)?;
+    let rows = or_here(api::flows(config), || {
+        let datapath = Datapath::open(&config.pins())?;
+        view::flows(&datapath, &Names::read(config, &datapath)?)?.collect()
+    })?;
     if output.json {
         table::json(&rows);
         return Ok(());
@@ -34,12 +35,14 @@ pub fn flows(config: &Config, output: Output) -> Result<(), Error> {
         rows.into_iter().map(|r| {
             vec![
                 r.service,
-                r.client.to_string(),
+                r.client,
                 r.client_id,
                 r.group,
-                r.why
-                    .map_or_else(|| r.bound_by.to_owned(), |why| format!("{} ({why})", r.bound_by)),
-                r.state.to_owned(),
+                match r.why {
+                    Some(why) => format!("{} ({why})", r.bound_by),
+                    None => r.bound_by,
+                },
+                r.state,
                 r.topic,
                 mark(r.misrouted, "misrouted"),
             ]
@@ -48,52 +51,12 @@ pub fn flows(config: &Config, output: Output) -> Result<(), Error> {
     Ok(())
 }
 
-#[derive(Serialize)]
-struct GroupRow {
-    service: String,
-    group: String,
-    vip: String,
-    reals: Vec<String>,
-    packets: Option<u64>,
-    bytes: Option<u64>,
-}
-
-pub fn groups(config: &Config, output: Output) {
-    let mut rows = Vec::new();
-    let balancer = block_on(async {
-        let mut client = Client::connect(&config.balancer_endpoint).await?;
-        let mut there = std::collections::BTreeMap::new();
-        for vip in client.vips().await? {
-            if plan::wanted_vips(config).contains_key(&vip) {
-                there.insert(vip, (client.reals(vip).await?, client.vip_stats(vip).await?));
-            }
-        }
-        Ok(there)
-    });
-    if let Err(e) = &balancer {
-        tracing::warn!("{e}; showing the configuration only");
-    }
-    for service in &config.services {
-        for group in &service.groups {
-            let vip = crate::balancer::Vip::tcp(group.vip, service.port);
-            let there = balancer.as_ref().ok().and_then(|b| b.get(&vip));
-            let reals = match there {
-                Some((reals, _)) => reals.iter().map(|(a, w)| real_text(*a, *w)).collect(),
-                None => group.reals.iter().map(|r| real_text(r.addr, r.weight)).collect(),
-            };
-            rows.push(GroupRow {
-                service: service.name.clone(),
-                group: group.name.clone(),
-                vip: vip.to_string(),
-                reals,
-                packets: there.map(|(_, s)| s.v1),
-                bytes: there.map(|(_, s)| s.v2),
-            });
-        }
-    }
+pub fn groups(config: &Config, output: Output) -> Result<(), Error> {
+    let rows =
+        or_here(api::groups(config), || block_on(async { Ok(status::groups(config).await) }))?;
     if output.json {
         table::json(&rows);
-        return;
+        return Ok(());
     }
     let number = |n: Option<u64>| n.map_or_else(|| "?".to_owned(), |n| n.to_string());
     table::print(
@@ -102,10 +65,7 @@ pub fn groups(config: &Config, output: Output) {
             vec![r.service, r.group, r.vip, r.reals.join(", "), number(r.packets), number(r.bytes)]
         }),
     );
-}
-
-fn real_text(addr: std::net::IpAddr, weight: u32) -> String {
-    if weight == 1 { addr.to_string() } else { format!("{addr} (weight {weight})") }
+    Ok(())
 }
 
 #[derive(Debug, Args)]
@@ -120,22 +80,19 @@ pub struct Counters {
 
 impl Counters {
     pub fn run(&self, config: &Config) -> Result<(), Error> {
-        let datapath = Datapath::open(&config.pins())?;
-        let counters = datapath.counters()?;
+        let counters =
+            or_here(api::counters(config), || status::counters(&Datapath::open(&config.pins())?))?;
         if self.output.json {
-            table::json(&status::counters_json(&counters));
+            let by_name: BTreeMap<_, _> = counters.iter().map(|c| (&c.name, c.count)).collect();
+            table::json(&by_name);
             return Ok(());
         }
-        let rows = REASONS.iter().zip(counters).filter(|(_, n)| self.all || *n > 0);
+        let shown = counters.into_iter().filter(|c| self.all || c.count > 0);
         table::print(
             &["reason", "kind", ">count", "meaning"],
-            rows.map(|(reason, n)| {
-                vec![
-                    reason.name.to_owned(),
-                    if reason.is_verdict { "verdict" } else { "note" }.to_owned(),
-                    n.to_string(),
-                    reason.text.to_owned(),
-                ]
+            shown.map(|proto::Counter { name, is_verdict, count, meaning }| {
+                let kind = if is_verdict { "verdict" } else { "note" };
+                vec![name, kind.to_owned(), count.to_string(), meaning]
             }),
         );
         Ok(())

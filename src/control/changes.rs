@@ -1,4 +1,4 @@
-//! Changes of services at run time, on top of what was read from the file.
+//! What others ask `run` for: changes of services on top of what was read from the file, or to read that again.
 
 use tokio::sync::oneshot;
 
@@ -9,15 +9,25 @@ use crate::config::edit::{self, Change};
 use crate::datapath::Datapath;
 use crate::kernel::xdp;
 
+/// Who hears once what was asked for is in force.
+pub type Answer = oneshot::Sender<Result<(), NotMade>>;
+
+/// What others ask for.
+#[derive(Debug)]
+pub enum Request {
+    Change(Edits),
+    /// To read the file again.
+    Reload(Answer),
+}
+
 /// What somebody wants to be changed.
 #[derive(Debug)]
-pub struct Request {
+pub struct Edits {
     /// One after the other; of a service, or of the only one.
     pub edits: Vec<(Option<String>, Change)>,
     /// Whether the file gets them, too.
     pub persist: bool,
-    /// Hears once they are in force.
-    pub answer: oneshot::Sender<Result<(), NotMade>>,
+    pub answer: Answer,
 }
 
 /// Why a change is not in force.
@@ -29,7 +39,7 @@ pub enum NotMade {
     NotYet(String),
 }
 
-impl Request {
+impl Edits {
     /// The configuration with the changes. It fits beside what is in force, and the file, if that is to have
     /// them, is written; else nothing has happened.
     pub fn carry_out(&self, config: &Config, datapath: &Datapath) -> Result<Config> {

@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use rtnetlink::packet_route::address::AddressAttribute;
-use serde::Serialize;
 use tokio::net::TcpStream;
 
+use super::api::proto;
 use super::reconcile::plan;
 use super::{Error, api, gateway, health, instance, view};
 use crate::balancer::client::Client;
@@ -30,9 +30,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const AT_ONCE: usize = 64;
 
 /// How bad it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Severity {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Severity {
     Ok,
     /// Packets are forwarded, and something is lost or missing all the same.
     Warning,
@@ -40,24 +39,27 @@ pub enum Severity {
     Fault,
 }
 
-/// What one look found.
-#[derive(Debug, Clone, Serialize)]
-pub struct Finding {
-    /// What was looked at.
-    pub about: &'static str,
-    pub severity: Severity,
-    /// What is there, or what is wrong.
-    pub text: String,
-    /// What to do about it.
-    pub mend: Option<String>,
+impl Severity {
+    fn text(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Warning => "warning",
+            Self::Fault => "fault",
+        }
+    }
 }
 
 #[derive(Default)]
-struct Findings(Vec<Finding>);
+struct Findings(Vec<proto::Finding>);
 
 impl Findings {
     fn ok(&mut self, about: &'static str, text: impl Into<String>) {
-        self.0.push(Finding { about, severity: Severity::Ok, text: text.into(), mend: None });
+        self.add(Severity::Ok, about, text.into(), None);
+    }
+
+    fn add(&mut self, severity: Severity, about: &str, text: String, mend: Option<String>) {
+        let (about, severity) = (about.to_owned(), severity.text().to_owned());
+        self.0.push(proto::Finding { about, severity, text, mend });
     }
 
     fn bad(
@@ -68,7 +70,7 @@ impl Findings {
         mend: impl Into<String>,
     ) {
         let mend = Some(mend.into()).filter(|mend| !mend.is_empty());
-        self.0.push(Finding { about, severity, text: text.into(), mend });
+        self.add(severity, about, text.into(), mend);
     }
 
     fn warning(&mut self, about: &'static str, text: impl Into<String>, mend: impl Into<String>) {
@@ -81,7 +83,7 @@ impl Findings {
 }
 
 /// Looks at everything, in the order of the way.
-pub async fn examine(config: &Config) -> Vec<Finding> {
+pub async fn examine(config: &Config) -> Vec<proto::Finding> {
     let mut found = Findings::default();
     host(&mut found, config);
     interface(&mut found, config);

@@ -17,15 +17,15 @@ use crate::kernel::abi::{event, event_kind};
 pub struct Report {
     /// Seconds since 1970-01-01T00:00:00Z.
     pub time: f64,
-    pub event: &'static str,
+    pub event: String,
     pub service: String,
     pub client: String,
     pub from_group: Option<String>,
     pub group: Option<String>,
     pub topic: Option<String>,
     pub by_prediction: bool,
-    pub bound_by: Option<&'static str>,
-    pub why: Option<&'static str>,
+    pub bound_by: Option<String>,
+    pub why: Option<String>,
     pub ended: bool,
 }
 
@@ -103,15 +103,15 @@ impl Report {
         let (bound_by, why) = view::way_text(event.way, event.why, event.by_prediction != 0);
         Self {
             time: time.as_secs_f64(),
-            event: kind,
+            event: kind.to_owned(),
             service: names.service(event.service),
             client: view::event_client(event).to_string(),
             from_group: group(event.from_group),
             group: group(event.to_group),
             topic: (event.topic != 0).then(|| view::topic_text(&event.text, event.topic_length)),
             by_prediction: event.by_prediction != 0,
-            bound_by: (kind == "bound").then_some(bound_by),
-            why,
+            bound_by: (kind == "bound").then(|| bound_by.to_owned()),
+            why: why.map(str::to_owned),
             ended: event.ended != 0,
         }
     }

@@ -2,71 +2,18 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use serde::Serialize;
-
+use super::api::proto;
 use super::known::{self, By, Known};
 use super::reals_of_flows::Balancer;
 use super::replay::Trials;
-use super::view::{self, FlowRow, Names};
+use super::view::{self, Names};
 use super::{Error, Result};
 use crate::config::{Binding, Config, Service};
 use crate::datapath::Datapath;
 use crate::domain::filter::{Level, TopicFilter};
 
-/// The route that a topic takes, and those that it does not.
-#[derive(Debug, Serialize)]
-pub struct Topic {
-    pub service: String,
-    pub topic: String,
-    /// `None`: no route matches.
-    pub route: Option<String>,
-    /// A group, or "any".
-    pub belongs_to: String,
-    /// Routes that match, too, the most specific first.
-    pub beaten: Vec<Beaten>,
-    /// Addresses of the group's reals that get connections.
-    pub reals: Vec<IpAddr>,
-}
-
-#[derive(Debug, Serialize)]
-pub struct Beaten {
-    pub route: String,
-    pub belongs_to: String,
-    /// The first level, counted from 1, where the other one is more specific.
-    pub at_level: usize,
-}
-
-/// What is known of a client, and what its next connections would come to.
-#[derive(Debug, Serialize)]
-pub struct Client {
-    pub record: Known,
-    pub trials: Vec<Trial>,
-    pub flows: Vec<FlowRow>,
-}
-
-/// A connection that was tried.
-#[derive(Debug, Serialize)]
-pub struct Trial {
-    /// What it begins with.
-    pub opening: &'static str,
-    /// `None`: it is answered, and what comes next decides.
-    pub group: Option<String>,
-    pub bound_by: &'static str,
-    pub why: Option<&'static str>,
-}
-
-/// A flow, and which of its group's reals has it.
-#[derive(Debug, Serialize)]
-pub struct Flow {
-    #[serde(flatten)]
-    pub row: FlowRow,
-    /// As the balancer says now; `None`: it does not.
-    pub real: Option<IpAddr>,
-    pub topic: Option<Topic>,
-}
-
 /// Of each service.
-pub fn topic(config: &Config, topic: &str) -> Result<Vec<Topic>> {
+pub fn topic(config: &Config, topic: &str) -> Result<Vec<proto::TopicExplanation>> {
     // MQTT 3.1.1 §4.7.
     if topic.is_empty() || topic.contains(['+', '#', '\0']) {
         return Err(Error::Refused(format!("{topic:?} is no topic that can be published to")));
@@ -74,18 +21,18 @@ pub fn topic(config: &Config, topic: &str) -> Result<Vec<Topic>> {
     Ok(config.services.iter().map(|service| topic_of(service, topic)).collect())
 }
 
-fn topic_of(service: &Service, topic: &str) -> Topic {
+fn topic_of(service: &Service, topic: &str) -> proto::TopicExplanation {
     let mut matching: Vec<_> =
         service.routes.iter().filter(|route| route.filter.matches(topic)).collect();
     matching.sort_by(|a, b| b.filter.specificity(&a.filter));
     let belongs_to = matching.first().map_or(&*service.default_group, |r| r.target.name());
     let group = service.group(belongs_to);
-    let beaten = matching.iter().skip(1).map(|route| Beaten {
+    let beaten = matching.iter().skip(1).map(|route| proto::BeatenRoute {
         route: route.filter.to_string(),
         belongs_to: route.target.name().to_owned(),
-        at_level: first_difference(&matching[0].filter, &route.filter),
+        at_level: first_difference(&matching[0].filter, &route.filter) as u32,
     });
-    Topic {
+    proto::TopicExplanation {
         service: service.name.clone(),
         topic: topic.to_owned(),
         route: matching.first().map(|route| route.filter.to_string()),
@@ -93,7 +40,7 @@ fn topic_of(service: &Service, topic: &str) -> Topic {
         beaten: beaten.collect(),
         reals: group
             .into_iter()
-            .flat_map(|g| g.reals.iter().filter(|r| r.weight > 0).map(|r| r.addr))
+            .flat_map(|g| g.reals.iter().filter(|r| r.weight > 0).map(|r| r.addr.to_string()))
             .collect(),
     }
 }
@@ -111,10 +58,10 @@ fn first_difference(a: &TopicFilter, b: &TopicFilter) -> usize {
 }
 
 /// By address or client id, of each service that knows it.
-pub fn client(config: &Config, client: &str) -> Result<Vec<Client>> {
+pub fn client(config: &Config, client: &str) -> Result<Vec<proto::ClientExplanation>> {
     let datapath = Datapath::open(&config.pins())?;
     let names = Names::read(config, &datapath)?;
-    let flows = view::flows(&datapath, &names)?;
+    let flows: Vec<_> = view::flows(&datapath, &names)?.collect::<Result<_>>()?;
     let known = known::collect(config, &datapath, usize::MAX)?;
     let known: Vec<Known> = known.into_iter().filter(|record| record.client == client).collect();
     if known.is_empty() {
@@ -126,14 +73,16 @@ pub fn client(config: &Config, client: &str) -> Result<Vec<Client>> {
     known
         .into_iter()
         .map(|record| {
-            let is_its = |flow: &FlowRow| {
+            let address = |flow: &proto::Flow| flow.client.parse().map(|c: SocketAddr| c.ip());
+            let is_its = |flow: &proto::Flow| {
                 flow.service == record.service
-                    && (flow.client_id == client || flow.client.ip().to_string() == client)
+                    && (flow.client_id == client
+                        || address(flow).is_ok_and(|ip| ip.to_string() == client))
             };
-            Ok(Client {
+            Ok(proto::ClientExplanation {
                 trials: trials(config, &record)?,
                 flows: flows.iter().filter(|flow| is_its(flow)).cloned().collect(),
-                record,
+                record: Some(record.into()),
             })
         })
         .collect()
@@ -145,7 +94,7 @@ fn nobody(v6: bool) -> IpAddr {
 }
 
 /// What its connections come to: tried in the program itself, with its record and nobody else's.
-fn trials(config: &Config, record: &Known) -> Result<Vec<Trial>> {
+fn trials(config: &Config, record: &Known) -> Result<Vec<proto::Trial>> {
     let service = config.services.iter().find(|service| service.name == record.service);
     let Some(service) = service else { return Ok(Vec::new()) };
     let (client, id) = match record.by {
@@ -166,7 +115,12 @@ fn trials(config: &Config, record: &Known) -> Result<Vec<Trial>> {
         .into_iter()
         .map(|(opening, level)| {
             let (group, flow) = trials.connect(service, client, connect(level, id))?;
-            Ok(Trial { opening, group, bound_by: flow.bound_by, why: flow.why })
+            Ok(proto::Trial {
+                opening: opening.to_owned(),
+                group,
+                bound_by: flow.bound_by.to_owned(),
+                why: flow.why.map(str::to_owned),
+            })
         })
         .collect()
 }
@@ -187,11 +141,12 @@ fn connect(level: u8, id: &str) -> Vec<u8> {
 }
 
 /// By the client's address and port.
-pub fn flow(config: &Config, client: SocketAddr) -> Result<Vec<Flow>> {
+pub fn flow(config: &Config, client: SocketAddr) -> Result<Vec<proto::FlowExplanation>> {
     let datapath = Datapath::open(&config.pins())?;
     let names = Names::read(config, &datapath)?;
-    let rows = view::flows(&datapath, &names)?;
-    let found: Vec<_> = rows.into_iter().filter(|row| row.client == client).collect();
+    let text = client.to_string();
+    let is_it = |row: &Result<proto::Flow>| row.as_ref().map_or(true, |row| row.client == text);
+    let found: Vec<_> = view::flows(&datapath, &names)?.filter(is_it).collect::<Result<_>>()?;
     if found.is_empty() {
         return Err(Error::Refused(format!(
             "no flow of {client} is known (`mqtt-fwd flows` lists those that are)"
@@ -200,12 +155,14 @@ pub fn flow(config: &Config, client: SocketAddr) -> Result<Vec<Flow>> {
     let balancer = Balancer::open(config);
     let explained = found.into_iter().map(|row| {
         let service = config.services.iter().find(|service| service.name == row.service);
-        Flow {
-            real: service.zip(row.vip).and_then(|(s, vip)| {
-                balancer.as_ref()?.real_of(client, SocketAddr::new(vip, s.port))
-            }),
+        let vip = row.vip.as_ref().and_then(|vip| vip.parse::<IpAddr>().ok());
+        let real = service
+            .zip(vip)
+            .and_then(|(s, vip)| balancer.as_ref()?.real_of(client, SocketAddr::new(vip, s.port)));
+        proto::FlowExplanation {
+            real: real.map(|real| real.to_string()),
             topic: service.filter(|_| !row.topic.is_empty()).map(|s| topic_of(s, &row.topic)),
-            row,
+            flow: Some(row),
         }
     });
     Ok(explained.collect())

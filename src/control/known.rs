@@ -11,6 +11,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
+use super::api::proto;
 use super::view::{boot_time, topic_text};
 use super::{Error, Result};
 use crate::config::{Config, Service};
@@ -65,6 +66,52 @@ pub struct Known {
     /// Seconds since it was learned.
     #[serde(default)]
     pub age_s: u64,
+}
+
+impl From<Known> for proto::ClientRecord {
+    fn from(known: Known) -> Self {
+        let by = match known.by {
+            By::Address => "address",
+            By::ClientId => "client_id",
+        };
+        Self {
+            service: known.service,
+            by: by.to_owned(),
+            client: known.client,
+            topic: known.topic,
+            groups: known.groups.into_iter().map(|(name, n)| (name, u32::from(n))).collect(),
+            multi_group: known.multi_group,
+            subscribes: known.subscribes,
+            misjudged: known.misjudged,
+            age_s: known.age_s,
+        }
+    }
+}
+
+impl TryFrom<proto::ClientRecord> for Known {
+    type Error = String;
+
+    fn try_from(record: proto::ClientRecord) -> Result<Self, String> {
+        let groups = record.groups.into_iter().map(|(name, n)| {
+            let n = u8::try_from(n).map_err(|_| format!("{n} messages of group {name:?}"))?;
+            Ok((name, n))
+        });
+        Ok(Self {
+            by: match record.by.as_str() {
+                "address" => By::Address,
+                "client_id" => By::ClientId,
+                other => return Err(format!("by {other:?} is neither address nor client_id")),
+            },
+            groups: groups.collect::<Result<_, String>>()?,
+            service: record.service,
+            client: record.client,
+            topic: record.topic,
+            multi_group: record.multi_group,
+            subscribes: record.subscribes,
+            misjudged: record.misjudged,
+            age_s: record.age_s,
+        })
+    }
 }
 
 /// The first line of a file; the last one is [`End`].
@@ -422,11 +469,15 @@ pub fn import(config: &Config, format: Format, file: impl Read) -> Result<Vec<Kn
             .collect::<Result<_, String>>()?
         }
     };
-    for (i, record) in records.iter().enumerate() {
-        check(config, record)
-            .map_err(|why| format!("record {} ({}): {why}", i + 1, record.client))?;
-    }
+    check_all(config, &records)?;
     Ok(records)
+}
+
+/// Says what is wrong with records that somebody wrote.
+pub fn check_all(config: &Config, records: &[Known]) -> Result<(), String> {
+    records.iter().enumerate().try_for_each(|(i, record)| {
+        check(config, record).map_err(|why| format!("record {} ({}): {why}", i + 1, record.client))
+    })
 }
 
 /// What a person may get wrong.

@@ -104,7 +104,7 @@ fn datapath(config: &Config) -> Vec<Family> {
     let mut capacity = Family::gauge("map_capacity", "Entries that a map can have");
     let mut evicted = Family::counter("map_evictions", "Entries that gave way to others");
     for map in view::map_uses(&datapath).unwrap_or_default() {
-        let labels = [("map", map.map)];
+        let labels = [("map", map.map.as_str())];
         entries.push(&labels, number(map.used));
         capacity.push(&labels, map.capacity);
         evicted.push(&labels, number(map.evicted));

@@ -4,6 +4,7 @@
 pub mod api;
 pub mod changes;
 pub mod checks;
+pub mod diff;
 pub mod doctor;
 pub mod events;
 pub mod explain;
@@ -25,6 +26,7 @@ pub mod release;
 pub mod replay;
 mod rescue;
 pub mod run;
+pub mod status;
 mod survivor;
 pub mod view;
 

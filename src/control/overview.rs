@@ -16,9 +16,40 @@ use crate::kernel::reasons::REASONS;
 /// As many topics, and clients, as fit a large terminal.
 const ROWS: usize = 100;
 
+/// Reading is at most this part of the time: a million flows take a second.
+pub const PART: u32 = 4;
+
+/// One look after the other: rates are of two.
+#[derive(Debug)]
+pub struct Looks {
+    datapath: Datapath,
+    before: Option<Sample>,
+}
+
+impl Looks {
+    /// Begins.
+    pub fn new(config: &Config) -> Result<Self> {
+        Ok(Self { datapath: Datapath::open(&config.pins())?, before: None })
+    }
+
+    /// What is there now; of the first look, rates are 0.
+    pub async fn next(&mut self, config: &Config) -> Result<proto::Overview> {
+        let pins = config.pins();
+        if !self.datapath.is_pinned(&pins) {
+            self.datapath = Datapath::open(&pins)?;
+            self.before = None;
+        }
+        let now = Sample::read(config, &self.datapath).await?;
+        let before = self.before.as_ref().unwrap_or(&now);
+        let overview = read(config, &self.datapath, before, &now).await?;
+        self.before = Some(now);
+        Ok(overview)
+    }
+}
+
 /// What is counted, at one time.
 #[derive(Debug)]
-pub struct Sample {
+struct Sample {
     when: Instant,
     /// In the order of [`REASONS`].
     counters: Vec<u64>,
@@ -26,64 +57,9 @@ pub struct Sample {
     traffic: BTreeMap<(String, String), (u64, u64)>,
 }
 
-/// What is there, and by how much it grew a second.
-#[derive(Debug, Clone, Default)]
-pub struct Overview {
-    pub interface: String,
-    pub problems: Vec<String>,
-    pub packets_s: f64,
-    pub publishes_s: f64,
-    /// PUBLISHes that were not at their group's brokers.
-    pub misrouted_s: f64,
-    pub new_flows_s: f64,
-    pub flows: usize,
-    pub clients: usize,
-    pub groups: Vec<GroupRow>,
-    pub reals: Vec<RealRow>,
-    /// Those that most connections publish, first.
-    pub topics: Vec<TopicRow>,
-    /// Clients that no one group fits, those with most changes first.
-    pub multi_group: Vec<ClientRow>,
-}
-
-#[derive(Debug, Clone)]
-pub struct GroupRow {
-    pub service: String,
-    pub group: String,
-    /// `None`: the balancer does not answer.
-    pub packets_s: Option<f64>,
-    pub bytes_s: Option<f64>,
-    pub flows: usize,
-}
-
-#[derive(Debug, Clone)]
-pub struct RealRow {
-    pub group: String,
-    pub real: String,
-    pub weight: u32,
-    /// Empty: no `run` tells.
-    pub state: String,
-}
-
-#[derive(Debug, Clone)]
-pub struct TopicRow {
-    pub topic: String,
-    pub group: String,
-    pub flows: usize,
-    pub misrouted: usize,
-}
-
-#[derive(Debug, Clone)]
-pub struct ClientRow {
-    pub client: String,
-    pub topic: String,
-    pub group: String,
-    pub changes: u8,
-}
-
 impl Sample {
     /// Reads what is counted.
-    pub async fn read(config: &Config, datapath: &Datapath) -> Result<Self> {
+    async fn read(config: &Config, datapath: &Datapath) -> Result<Self> {
         let traffic = traffic(config).await.unwrap_or_default();
         Ok(Self { when: Instant::now(), counters: datapath.counters()?, traffic })
     }
@@ -109,63 +85,61 @@ async fn traffic(
     Ok(traffic)
 }
 
-impl Overview {
-    /// What is there at the time of `now`, and what came since `before`.
-    pub async fn read(
-        config: &Config,
-        datapath: &Datapath,
-        before: &Sample,
-        now: &Sample,
-    ) -> Result<Self> {
-        let seconds = now.when.duration_since(before.when).as_secs_f64().max(1e-3);
-        let rate = |before: u64, now: u64| now.saturating_sub(before) as f64 / seconds;
-        let grown =
-            |is_meant: &dyn Fn(&str, bool) -> bool| rate(before.sum(is_meant), now.sum(is_meant));
-        let misrouted = grown(&|name, _| name == "mispredicted" || name == "publish_lost");
-        let mut problems: Vec<String> =
-            health::problems(config).into_iter().map(|problem| problem.text).collect();
-        problems.extend(api::problems(config).await.into_iter().map(|problem| problem.text));
-        let flows = Flows::read(config, datapath)?;
-        let groups = config.services.iter().flat_map(|service| {
-            let traffic = |name: &String| {
-                let key = (service.name.clone(), name.clone());
-                let (before, now) = (before.traffic.get(&key)?, now.traffic.get(&key)?);
-                Some((rate(before.0, now.0), rate(before.1, now.1)))
-            };
-            let flows = &flows;
-            service.groups.iter().map(move |group| GroupRow {
-                service: service.name.clone(),
-                packets_s: traffic(&group.name).map(|(packets, _)| packets),
-                bytes_s: traffic(&group.name).map(|(_, bytes)| bytes),
-                flows: flows.of_group(&service.name, &group.name),
-                group: group.name.clone(),
-            })
-        });
-        let groups = groups.collect();
-        let (clients, multi_group) = clients(config, datapath)?;
-        Ok(Self {
-            interface: config.interface.clone(),
-            problems,
-            packets_s: grown(&|_, is_verdict| is_verdict),
-            publishes_s: grown(&|name, _| name == "publish") + misrouted,
-            misrouted_s: misrouted,
-            new_flows_s: grown(&|name, _| {
-                ["flow_new", "flow_predicted", "flow_adopted"].contains(&name)
-                    || name.starts_with("bound_")
-            }),
-            flows: flows.count,
-            clients,
-            groups,
-            reals: reals(config).await?,
-            topics: flows.topics,
-            multi_group,
+/// What is there at the time of `now`, and what came since `before`.
+async fn read(
+    config: &Config,
+    datapath: &Datapath,
+    before: &Sample,
+    now: &Sample,
+) -> Result<proto::Overview> {
+    let seconds = now.when.duration_since(before.when).as_secs_f64().max(1e-3);
+    let rate = |before: u64, now: u64| now.saturating_sub(before) as f64 / seconds;
+    let grown =
+        |is_meant: &dyn Fn(&str, bool) -> bool| rate(before.sum(is_meant), now.sum(is_meant));
+    let misrouted = grown(&|name, _| name == "mispredicted" || name == "publish_lost");
+    let mut problems: Vec<String> =
+        health::problems(config).into_iter().map(|problem| problem.text).collect();
+    problems.extend(api::problems(config).await.into_iter().map(|problem| problem.text));
+    let flows = Flows::read(config, datapath)?;
+    let groups = config.services.iter().flat_map(|service| {
+        let traffic = |name: &String| {
+            let key = (service.name.clone(), name.clone());
+            let (before, now) = (before.traffic.get(&key)?, now.traffic.get(&key)?);
+            Some((rate(before.0, now.0), rate(before.1, now.1)))
+        };
+        let flows = &flows;
+        service.groups.iter().map(move |group| proto::GroupOverview {
+            service: service.name.clone(),
+            packets_s: traffic(&group.name).map(|(packets, _)| packets),
+            bytes_s: traffic(&group.name).map(|(_, bytes)| bytes),
+            flows: flows.of_group(&service.name, &group.name) as u64,
+            group: group.name.clone(),
         })
-    }
+    });
+    let groups = groups.collect();
+    let (clients, multi_group) = clients(config, datapath)?;
+    Ok(proto::Overview {
+        interface: config.interface.clone(),
+        problems,
+        packets_s: grown(&|_, is_verdict| is_verdict),
+        publishes_s: grown(&|name, _| name == "publish") + misrouted,
+        misrouted_s: misrouted,
+        new_flows_s: grown(&|name, _| {
+            ["flow_new", "flow_predicted", "flow_adopted"].contains(&name)
+                || name.starts_with("bound_")
+        }),
+        flows: flows.count as u64,
+        clients: clients as u64,
+        groups,
+        reals: reals(config).await?,
+        topics: flows.topics,
+        multi_group,
+    })
 }
 
-async fn reals(config: &Config) -> Result<Vec<RealRow>> {
+async fn reals(config: &Config) -> Result<Vec<proto::RealOverview>> {
     if let Some(reals) = api::reals(config).await? {
-        let row = |real: proto::Real| RealRow {
+        let row = |real: proto::Real| proto::RealOverview {
             state: real.state().text().to_owned(),
             group: real.group,
             real: real.address,
@@ -176,7 +150,7 @@ async fn reals(config: &Config) -> Result<Vec<RealRow>> {
     let groups = config.services.iter().flat_map(|service| &service.groups);
     Ok(groups
         .flat_map(|group| {
-            group.reals.iter().map(|real| RealRow {
+            group.reals.iter().map(|real| proto::RealOverview {
                 group: group.name.clone(),
                 real: real.addr.to_string(),
                 weight: real.weight,
@@ -190,7 +164,7 @@ async fn reals(config: &Config) -> Result<Vec<RealRow>> {
 struct Flows {
     count: usize,
     by_group: HashMap<(String, String), usize>,
-    topics: Vec<TopicRow>,
+    topics: Vec<proto::TopicOverview>,
 }
 
 impl Flows {
@@ -232,7 +206,12 @@ impl Flows {
                 let topic = datapath.topics.get(&hash)?;
                 let topic = topic
                     .map_or_else(|| "(forgotten)".to_owned(), |t| topic_text(&t.text, t.length));
-                Ok(TopicRow { topic, group: names.bound(binding), flows, misrouted })
+                Ok(proto::TopicOverview {
+                    topic,
+                    group: names.bound(binding),
+                    flows: flows as u64,
+                    misrouted: misrouted as u64,
+                })
             })
             .collect::<Result<_>>()?;
         Ok(Self { count, by_group, topics })
@@ -245,7 +224,7 @@ impl Flows {
 }
 
 /// How many clients are known, and those that publish to several groups.
-fn clients(config: &Config, datapath: &Datapath) -> Result<(usize, Vec<ClientRow>)> {
+fn clients(config: &Config, datapath: &Datapath) -> Result<(usize, Vec<proto::ClientOverview>)> {
     let names = Names::read(config, datapath)?;
     let addresses = datapath.clients.entries()?;
     let addresses6 = datapath.clients6.entries()?;
@@ -267,11 +246,11 @@ fn clients(config: &Config, datapath: &Datapath) -> Result<(usize, Vec<ClientRow
         .into_iter()
         .map(|(client, c)| {
             let topic = datapath.topics.get(&c.topic)?;
-            Ok(ClientRow {
+            Ok(proto::ClientOverview {
                 client,
                 topic: topic.map_or_else(String::new, |t| topic_text(&t.text, t.length)),
                 group: names.bound(view::best_binding(c)),
-                changes: c.group_changes,
+                changes: u32::from(c.group_changes),
             })
         })
         .collect::<Result<_>>()?;

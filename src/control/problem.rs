@@ -2,10 +2,10 @@
 
 use std::fmt;
 
-use serde::Serialize;
+use super::api::proto;
 
 /// A problem: its code stays the same from release to release, its text need not.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
     /// One of [`CODES`].
     pub code: String,
@@ -24,6 +24,12 @@ impl Problem {
     pub fn new(code: &str, text: impl Into<String>) -> Self {
         debug_assert!(CODES.iter().any(|(known, _)| *known == code), "{code}");
         Self { code: code.to_owned(), text: text.into() }
+    }
+}
+
+impl From<Problem> for proto::Problem {
+    fn from(problem: Problem) -> Self {
+        Self { code: problem.code, text: problem.text }
     }
 }
 

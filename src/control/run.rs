@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::Flock;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tonic::transport::Server as GrpcServer;
 use tracing::{debug, error, info, warn};
 
-use super::changes::{NotMade, Request};
+use super::changes::{Answer, Edits, NotMade, Request};
 use super::checks::{self, Reals};
 use super::metrics::Metrics;
 use super::misrouting::Misrouting;
@@ -87,8 +87,11 @@ pub async fn run(loaded: Loaded) -> Result<()> {
         let next = tokio::select! {
             _ = term.recv() => Next::End,
             _ = int.recv() => Next::End,
-            _ = hup.recv() => Next::Reload,
-            Some(request) = changes.recv() => Next::Change(request),
+            _ = hup.recv() => Next::Reload(None),
+            Some(request) = changes.recv() => match request {
+                Request::Change(edits) => Next::Change(edits),
+                Request::Reload(answer) => Next::Reload(Some(answer)),
+            },
             served = served(&mut server) => return served.map_err(|source| Error::Io {
                 what: format!("serving at {}", sidecar.config.balancer_endpoint),
                 source,
@@ -98,11 +101,11 @@ pub async fn run(loaded: Loaded) -> Result<()> {
         match next {
             Next::End => break,
             Next::Look => {}
-            Next::Reload => {
-                sidecar.reload();
+            Next::Reload(answer) => {
+                sidecar.reload(answer);
                 serve_remotely(&sidecar.config, &shown, &mut remote).await;
             }
-            Next::Change(request) => sidecar.change(request),
+            Next::Change(edits) => sidecar.change(edits),
         }
     }
     service::stopping();
@@ -118,8 +121,8 @@ pub async fn run(loaded: Loaded) -> Result<()> {
 /// What comes after a look at everything.
 enum Next {
     Look,
-    Reload,
-    Change(Request),
+    Reload(Option<Answer>),
+    Change(Edits),
     End,
 }
 
@@ -145,7 +148,7 @@ struct Sidecar {
     /// From when on the file's clients have been taken up.
     saving: Option<Task>,
     /// Who waits for the configuration to be in force.
-    waiting: Vec<oneshot::Sender<Result<(), NotMade>>>,
+    waiting: Vec<Answer>,
     /// The service manager knows that the configuration was taken over.
     ready: bool,
 }
@@ -264,22 +267,32 @@ impl Sidecar {
         self.released = dead;
     }
 
-    fn reload(&mut self) {
+    fn reload(&mut self, answer: Option<Answer>) {
         service::reloading();
         self.ready = false;
-        if let Some(new) = reload(&self.config, self.balancer.as_ref()) {
-            self.release_dead();
-            self.take(new);
-            self.tasks = tasks(&self.config, &self.reals, &self.observed);
+        match reload(&self.config, self.balancer.as_ref()) {
+            Ok(new) => {
+                info!(path = %new.path.display(), "configuration reloaded");
+                self.release_dead();
+                self.take(new);
+                self.tasks = tasks(&self.config, &self.reals, &self.observed);
+                self.waiting.extend(answer);
+            }
+            Err(why) => {
+                error!("configuration not reloaded, the previous one stays in force: {why}");
+                if let Some(answer) = answer {
+                    let _ = answer.send(Err(NotMade::Refused(why)));
+                }
+            }
         }
         self.look_at_all();
     }
 
-    fn change(&mut self, request: Request) {
-        match request.carry_out(&self.config, &self.datapath) {
+    fn change(&mut self, edits: Edits) {
+        match edits.carry_out(&self.config, &self.datapath) {
             Ok(new) => {
                 self.release_dead();
-                self.waiting.push(request.answer);
+                self.waiting.push(edits.answer);
                 // Checks go on that nothing is changed of: a site that changes something all the time has them, too.
                 let checks_differ = checks::wanted(&self.config) != checks::wanted(&new);
                 self.take(new);
@@ -289,7 +302,7 @@ impl Sidecar {
                 self.look_at_all();
             }
             Err(error) => {
-                let _ = request.answer.send(Err(NotMade::Refused(error.to_string())));
+                let _ = edits.answer.send(Err(NotMade::Refused(error.to_string())));
             }
         }
     }
@@ -474,29 +487,18 @@ async fn served(server: &mut Option<JoinHandle<Result<(), ServeError>>>) -> std:
     }
 }
 
-/// A configuration that cannot be read, or changes what cannot change, leaves the one in force.
-fn reload(config: &Config, balancer: Option<&Shared>) -> Option<Config> {
-    let new = match Config::load(&config.path) {
-        Ok(new) => new,
-        Err(error) => {
-            error!("configuration not reloaded, the previous one stays in force: {error}");
-            return None;
-        }
-    };
+/// A configuration that cannot be read, or changes what cannot change, leaves the one in force: why.
+fn reload(config: &Config, balancer: Option<&Shared>) -> Result<Config, String> {
+    let new = Config::load(&config.path).map_err(|error| error.to_string())?;
     let fixed = fixed_keys(config, &new);
     if !fixed.is_empty() {
-        error!(
-            "configuration not reloaded: {} cannot change while `run` runs; restart it for that",
+        return Err(format!(
+            "{} cannot change while `run` runs; restart it for that",
             fixed.join(", ")
-        );
-        return None;
+        ));
     }
-    if let Err(error) = reload_datapath(config, &new, balancer) {
-        error!("configuration not reloaded, the previous one stays in force: {error}");
-        return None;
-    }
-    info!(path = %new.path.display(), "configuration reloaded");
-    Some(new)
+    reload_datapath(config, &new, balancer).map_err(|error| error.to_string())?;
+    Ok(new)
 }
 
 /// Keys whose change needs another process.

@@ -4,9 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use serde::Serialize;
-
 use super::Result;
+use super::api::proto;
 use crate::config::Config;
 use crate::datapath::Datapath;
 use crate::datapath::ids::Entry;
@@ -73,25 +72,6 @@ impl Names {
     }
 }
 
-/// A client and its prediction.
-#[derive(Debug, Serialize)]
-pub struct ClientRow {
-    pub service: String,
-    /// Address, or client id where those are what clients are known by.
-    pub client: String,
-    pub by: &'static str,
-    pub topic: String,
-    pub group: String,
-    /// Since it was learned.
-    pub age_s: u64,
-    pub hits: u16,
-    pub misses: u16,
-    pub group_changes: u8,
-    pub multi_group: bool,
-    /// Its client id alone decides no longer, since that was wrong once.
-    pub misjudged: bool,
-}
-
 /// What a client's record predicts; 0: nothing.
 pub fn best_binding(c: &client) -> u32 {
     c.group[usize::from(c.best).min(c.group.len() - 1)]
@@ -119,26 +99,6 @@ pub fn way_text(way: u8, why: u8, predicted: bool) -> (&'static str, Option<&'st
         _ => None,
     };
     (text, why)
-}
-
-/// A flow and its binding.
-#[derive(Debug, Clone, Serialize)]
-pub struct FlowRow {
-    pub service: String,
-    pub client: SocketAddr,
-    pub group: String,
-    /// Of the group, or of the one real that was chosen for it; `None`: the group is gone.
-    pub vip: Option<IpAddr>,
-    pub topic: String,
-    pub state: &'static str,
-    /// What it was bound by.
-    pub bound_by: &'static str,
-    /// Why not by its first message.
-    pub why: Option<&'static str>,
-    /// By its client id; empty where that is not known.
-    pub client_id: String,
-    pub predicted: bool,
-    pub misrouted: bool,
 }
 
 /// The clock that the datapath stamps with.
@@ -206,7 +166,10 @@ impl<'a> ClientIds<'a> {
 }
 
 /// All clients, by service, and address or client id.
-pub fn clients(datapath: &Datapath, names: &Names) -> Result<Vec<ClientRow>> {
+pub fn clients<'a>(
+    datapath: &'a Datapath,
+    names: &'a Names,
+) -> Result<impl Iterator<Item = Result<proto::Client>> + 'a> {
     let mut topics = Topics { datapath, seen: BTreeMap::new() };
     let now = boot_time().as_secs();
     let v4 =
@@ -227,31 +190,31 @@ pub fn clients(datapath: &Datapath, names: &Names) -> Result<Vec<ClientRow>> {
     let ids = ids
         .into_iter()
         .map(|(_, id)| (id.service, topic_text(&id.text, id.length), "client id", id.client));
-    addresses
-        .chain(ids)
-        .map(|(service, client, by, c)| {
-            Ok(ClientRow {
-                service: names.service(service),
-                client,
-                by,
-                topic: topics.text(c.topic)?,
-                group: match best_binding(&c) {
-                    0 => String::new(),
-                    binding => names.bound(binding),
-                },
-                age_s: now.saturating_sub(u64::from(c.learned_s)),
-                hits: c.hits,
-                misses: c.misses,
-                group_changes: c.group_changes,
-                multi_group: u32::from(c.flags) & client_flags::CLIENT_MULTI_GROUP.0 != 0,
-                misjudged: u32::from(c.flags) & client_flags::CLIENT_MISJUDGED.0 != 0,
-            })
+    Ok(addresses.chain(ids).map(move |(service, client, by, c)| {
+        Ok(proto::Client {
+            service: names.service(service),
+            client,
+            by: by.to_owned(),
+            topic: topics.text(c.topic)?,
+            group: match best_binding(&c) {
+                0 => String::new(),
+                binding => names.bound(binding),
+            },
+            age_s: now.saturating_sub(u64::from(c.learned_s)),
+            hits: u32::from(c.hits),
+            misses: u32::from(c.misses),
+            group_changes: u32::from(c.group_changes),
+            multi_group: u32::from(c.flags) & client_flags::CLIENT_MULTI_GROUP.0 != 0,
+            misjudged: u32::from(c.flags) & client_flags::CLIENT_MISJUDGED.0 != 0,
         })
-        .collect()
+    }))
 }
 
 /// All flows, by service and address.
-pub fn flows(datapath: &Datapath, names: &Names) -> Result<Vec<FlowRow>> {
+pub fn flows<'a>(
+    datapath: &'a Datapath,
+    names: &'a Names,
+) -> Result<impl Iterator<Item = Result<proto::Flow>> + 'a> {
     let mut topics = Topics { datapath, seen: BTreeMap::new() };
     let mut ids = ClientIds::read(datapath)?;
     let mut all = Vec::new();
@@ -264,51 +227,40 @@ pub fn flows(datapath: &Datapath, names: &Names) -> Result<Vec<FlowRow>> {
         all.push((key.service, words_addr(key.addr, true), key.port, f));
     }
     all.sort_by_key(|(service, addr, port, _)| (*service, *addr, u16::from_be(*port)));
-    all.into_iter()
-        .map(|(service, addr, port, f): (u16, IpAddr, u16, flow)| {
-            let has = |flag: flow_flags| u32::from(f.flags) & flag.0 != 0;
-            Ok(FlowRow {
-                service: names.service(service),
-                client: SocketAddr::new(addr, u16::from_be(port)),
-                group: names.bound(flow_binding(&f)),
-                vip: names.vip(flow_binding(&f)),
-                topic: topics.text(f.topic)?,
-                state: if has(flow_flags::FLOW_CLOSING) {
-                    "closing"
-                } else if has(flow_flags::FLOW_ENDED) {
-                    "ended"
-                } else if has(flow_flags::FLOW_OPAQUE) {
-                    "not MQTT"
-                } else if has(flow_flags::FLOW_UNSYNCED) {
-                    "unframed"
-                } else if has(flow_flags::FLOW_CONNECTED) || f.topic != 0 {
-                    "connected"
-                } else {
-                    "opening"
-                },
-                bound_by: way_text(f.way, f.why, has(flow_flags::FLOW_PREDICTED)).0,
-                why: way_text(f.way, f.why, false).1,
-                client_id: ids.text(service, &f)?,
-                predicted: has(flow_flags::FLOW_PREDICTED),
-                misrouted: has(flow_flags::FLOW_MISROUTED),
-            })
+    Ok(all.into_iter().map(move |(service, addr, port, f): (u16, IpAddr, u16, flow)| {
+        let has = |flag: flow_flags| u32::from(f.flags) & flag.0 != 0;
+        let (bound_by, why) = way_text(f.way, f.why, has(flow_flags::FLOW_PREDICTED));
+        let state = if has(flow_flags::FLOW_CLOSING) {
+            "closing"
+        } else if has(flow_flags::FLOW_ENDED) {
+            "ended"
+        } else if has(flow_flags::FLOW_OPAQUE) {
+            "not MQTT"
+        } else if has(flow_flags::FLOW_UNSYNCED) {
+            "unframed"
+        } else if has(flow_flags::FLOW_CONNECTED) || f.topic != 0 {
+            "connected"
+        } else {
+            "opening"
+        };
+        Ok(proto::Flow {
+            service: names.service(service),
+            client: SocketAddr::new(addr, u16::from_be(port)).to_string(),
+            group: names.bound(flow_binding(&f)),
+            vip: names.vip(flow_binding(&f)).map(|vip| vip.to_string()),
+            topic: topics.text(f.topic)?,
+            state: state.to_owned(),
+            bound_by: bound_by.to_owned(),
+            why: why.map(str::to_owned),
+            client_id: ids.text(service, &f)?,
+            predicted: has(flow_flags::FLOW_PREDICTED),
+            misrouted: has(flow_flags::FLOW_MISROUTED),
         })
-        .collect()
-}
-
-/// How full a map is.
-#[derive(Debug, Serialize)]
-pub struct MapUse {
-    pub map: &'static str,
-    pub capacity: u32,
-    pub used: u64,
-    /// Entries that the kernel took for others, since the map was made. 0 for maps that are never
-    /// too small for what is put in them.
-    pub evicted: u64,
+    }))
 }
 
 /// The maps that the datapath fills, fullest first as they matter: flows, clients, topics.
-pub fn map_uses(datapath: &Datapath) -> Result<Vec<MapUse>> {
+pub fn map_uses(datapath: &Datapath) -> Result<Vec<proto::MapUse>> {
     let d = datapath;
     let sizes = [
         ("flows", tracked_map::TRACKED_FLOWS, count(&d.flows)?, d.flows.max_entries()),
@@ -350,7 +302,7 @@ pub fn map_uses(datapath: &Datapath) -> Result<Vec<MapUse>> {
             let used = used as u64;
             // What user space removed, or packets meanwhile, was not evicted.
             let evicted = added.saturating_sub(removed).saturating_sub(used);
-            Ok(MapUse { map, capacity, used, evicted })
+            Ok(proto::MapUse { map: map.to_owned(), capacity, used, evicted })
         })
         .collect()
 }

@@ -9,6 +9,7 @@ use std::path::Path;
 use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
 use libbpf_rs::{MapCore as _, MapFlags, OpenObject};
 use mqtt_fwd::config::{Config, MapSizes};
+use mqtt_fwd::control::api::proto;
 use mqtt_fwd::control::reconcile::{apply, plan};
 use mqtt_fwd::control::view::{self, Names};
 use mqtt_fwd::datapath::Datapath;
@@ -208,13 +209,15 @@ impl Fixture {
         Names::read(&self.config, &self.datapath).unwrap()
     }
 
-    pub fn client(&self, addr: &str) -> Option<view::ClientRow> {
-        let rows = view::clients(&self.datapath, &self.names()).unwrap();
-        rows.into_iter().find(|row| row.client == addr)
+    pub fn client(&self, addr: &str) -> Option<proto::Client> {
+        let names = self.names();
+        let mut rows = view::clients(&self.datapath, &names).unwrap().map(Result::unwrap);
+        rows.find(|row| row.client == addr)
     }
 
-    pub fn flow(&self, client: SocketAddr) -> Option<view::FlowRow> {
-        let rows = view::flows(&self.datapath, &self.names()).unwrap();
-        rows.into_iter().find(|row| row.client == client)
+    pub fn flow(&self, client: SocketAddr) -> Option<proto::Flow> {
+        let (names, client) = (self.names(), client.to_string());
+        let mut rows = view::flows(&self.datapath, &names).unwrap().map(Result::unwrap);
+        rows.find(|row| row.client == client)
     }
 }

@@ -7,7 +7,7 @@ use ratatui::style::{Color, Modifier, Style};
 use ratatui::text::{Line, Span};
 use ratatui::widgets::{Cell, Paragraph, Row, Table};
 
-use crate::control::overview::Overview;
+use crate::control::api::proto::Overview;
 
 /// What [`plain`] draws on.
 const PLAIN: (u16, u16) = (100, 40);
@@ -178,23 +178,23 @@ fn number(n: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::overview::{ClientRow, GroupRow, RealRow, TopicRow};
+    use crate::control::api::proto::{ClientOverview, GroupOverview, RealOverview, TopicOverview};
 
     fn overview() -> Overview {
-        let group = |name: &str, packets_s, flows| GroupRow {
+        let group = |name: &str, packets_s, flows| GroupOverview {
             service: "mqtt".into(),
             group: name.into(),
             packets_s,
             bytes_s: packets_s.map(|n| n * 240.0),
             flows,
         };
-        let real = |group: &str, real: &str, state: &str| RealRow {
+        let real = |group: &str, real: &str, state: &str| RealOverview {
             group: group.into(),
             real: real.into(),
             weight: 1,
             state: state.into(),
         };
-        let topic = |topic: &str, group: &str, flows, misrouted| TopicRow {
+        let topic = |topic: &str, group: &str, flows, misrouted| TopicOverview {
             topic: topic.into(),
             group: group.into(),
             flows,
@@ -223,7 +223,7 @@ mod tests {
                 topic("measurements/temperature", "temperature", 1200, 0),
                 topic(&"long/".repeat(40), "humidity", 30, 7),
             ],
-            multi_group: vec![ClientRow {
+            multi_group: vec![ClientOverview {
                 client: "gateway-17".into(),
                 topic: "measurements/humidity".into(),
                 group: "temperature".into(),

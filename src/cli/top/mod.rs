@@ -8,14 +8,13 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
 
-use super::block_on;
 use crate::config::Config;
 use crate::control::Error;
-use crate::control::overview::{Overview, Sample};
-use crate::datapath::Datapath;
+use crate::control::api::{self, proto};
+use crate::control::overview::{self, Looks};
 
-/// Reading is at most this part of the time: a million flows take a second.
-const PART: u32 = 4;
+/// From one look for keys to the next.
+const KEYS: Duration = Duration::from_millis(20);
 
 #[derive(Debug, Args)]
 pub struct Top {
@@ -37,13 +36,14 @@ fn seconds(text: &str) -> Result<f64, String> {
 
 impl Top {
     pub fn run(&self, config: &Config) -> Result<(), Error> {
-        let datapath = Datapath::open(&config.pins())?;
-        let mut looks = Looks { config, datapath, before: None };
-        looks.next()?;
+        let executor = super::executor()?;
+        let interval = Duration::from_secs_f64(self.interval);
+        let mut source = executor.block_on(Source::of(config, interval))?;
+        // Rates are of two looks.
+        executor.block_on(source.next())?;
         if let Some(iterations) = self.iterations {
             for _ in 0..iterations {
-                std::thread::sleep(Duration::from_secs_f64(self.interval));
-                super::table::line(&draw::plain(&looks.next()?));
+                super::table::line(&draw::plain(&executor.block_on(source.next())?));
             }
             return Ok(());
         }
@@ -54,35 +54,49 @@ impl Top {
         }
         let failed = |source| Error::Io { what: "the terminal".to_owned(), source };
         let mut terminal = ratatui::try_init().map_err(failed)?;
-        let ended = self.show(&mut looks, &mut terminal);
+        let ended = executor.block_on(show(source, &mut terminal));
         ratatui::restore();
         ended
     }
+}
 
-    fn show(
-        &self,
-        looks: &mut Looks<'_>,
-        terminal: &mut ratatui::DefaultTerminal,
-    ) -> Result<(), Error> {
-        let failed = |source| Error::Io { what: "the terminal".to_owned(), source };
-        let mut overview = Overview::default();
-        let mut due = Instant::now() + Duration::from_millis(200);
+async fn show(
+    mut source: Source<'_>,
+    terminal: &mut ratatui::DefaultTerminal,
+) -> Result<(), Error> {
+    let failed = |source| Error::Io { what: "the terminal".to_owned(), source };
+    let (to_screen, mut looks) = tokio::sync::watch::channel(proto::Overview::default());
+    let reading = async {
         loop {
+            let overview = source.next().await?;
+            to_screen.send_replace(overview);
+        }
+    };
+    let showing = async {
+        loop {
+            let overview = looks.borrow_and_update().clone();
             terminal.draw(|frame| draw::draw(frame, &overview)).map_err(failed)?;
-            while event::poll(due.saturating_duration_since(Instant::now())).map_err(failed)? {
+            loop {
+                if looks.has_changed().unwrap_or(true) {
+                    break;
+                }
+                if !event::poll(Duration::ZERO).map_err(failed)? {
+                    tokio::time::sleep(KEYS).await;
+                    continue;
+                }
                 let event = event::read().map_err(failed)?;
                 if ends(&event) {
                     return Ok(());
                 }
                 if matches!(event, Event::Resize(..)) {
-                    terminal.draw(|frame| draw::draw(frame, &overview)).map_err(failed)?;
+                    break;
                 }
             }
-            let started = Instant::now();
-            overview = looks.next()?;
-            due = Instant::now()
-                + Duration::from_secs_f64(self.interval).max(started.elapsed() * PART);
         }
+    };
+    tokio::select! {
+        failed = reading => failed,
+        ended = showing => ended,
     }
 }
 
@@ -94,26 +108,38 @@ fn ends(event: &Event) -> bool {
             || (control && key.code == KeyCode::Char('c')))
 }
 
-/// One look after the other: rates are of two.
-struct Looks<'a> {
-    config: &'a Config,
-    datapath: Datapath,
-    before: Option<Sample>,
+/// Where looks come from: `run`, or the maps.
+enum Source<'a> {
+    Run(api::Overviews),
+    Here { config: &'a Config, looks: Box<Looks>, interval: Duration, due: Instant },
 }
 
-impl Looks<'_> {
-    fn next(&mut self) -> Result<Overview, Error> {
-        let pins = self.config.pins();
-        if !self.datapath.is_pinned(&pins) {
-            self.datapath = Datapath::open(&pins)?;
-            self.before = None;
-        }
-        block_on(async {
-            let now = Sample::read(self.config, &self.datapath).await?;
-            let before = self.before.as_ref().unwrap_or(&now);
-            let overview = Overview::read(self.config, &self.datapath, before, &now).await?;
-            self.before = Some(now);
-            Ok(overview)
+impl<'a> Source<'a> {
+    async fn of(config: &'a Config, interval: Duration) -> Result<Self, Error> {
+        Ok(match api::Overviews::of(config, interval).await? {
+            Some(overviews) => Self::Run(overviews),
+            None => Self::Here {
+                config,
+                looks: Box::new(Looks::new(config)?),
+                interval,
+                due: Instant::now(),
+            },
         })
+    }
+
+    /// The next one, once it is due.
+    async fn next(&mut self) -> Result<proto::Overview, Error> {
+        match self {
+            Self::Run(overviews) => {
+                overviews.next().await?.ok_or_else(|| Error::Busy("`run` has ended".to_owned()))
+            }
+            Self::Here { config, looks, interval, due } => {
+                tokio::time::sleep_until((*due).into()).await;
+                let started = Instant::now();
+                let overview = looks.next(config).await?;
+                *due = started + (*interval).max(started.elapsed() * overview::PART);
+                Ok(overview)
+            }
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! The client's side: what other commands ask `run` for, where there is one.
+//! The client's side of what only `run` has and does: what other commands ask it for.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const CHANGE_PATIENCE: Duration = Duration::from_secs(60);
 
 /// A connection to the `run` of an interface; `None`: there is none.
-async fn connect(config: &Config, patience: Duration) -> Option<SidecarClient<Channel>> {
+pub(super) async fn connect(config: &Config, patience: Duration) -> Option<SidecarClient<Channel>> {
     let endpoint = Endpoint::from_shared(format!("unix:{}", socket(config).display())).ok()?;
     let channel = endpoint.timeout(patience).connect().await.ok()?;
     // A configuration of 100,000 routes has several megabytes.
@@ -112,7 +112,7 @@ pub async fn in_effect(config: &Config) -> Config {
 }
 
 #[allow(clippy::needless_pass_by_value)] // for map_err
-fn failed(status: Status) -> Error {
+pub(super) fn failed(status: Status) -> Error {
     let text = status.message().to_owned();
     match status.code() {
         tonic::Code::FailedPrecondition | tonic::Code::InvalidArgument => Error::Refused(text),

@@ -1,10 +1,13 @@
 //! The sidecar's own gRPC service: what other processes ask `run` for. At a Unix socket of root's; if configured, over
 //! TCP, with certificates on both sides.
 
+mod aside;
 mod change;
 mod client;
+mod messages;
 mod remote;
 mod service;
+mod views;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -19,6 +22,10 @@ pub use self::client::{change, in_effect, in_force, problems, reals, set_drain};
 use self::proto::FILE_DESCRIPTOR_SET;
 pub use self::remote::Remote;
 use self::service::Service;
+pub use self::views::{
+    Overviews, Reports, clients, counters, diagnose, difference, explain_client, explain_flow,
+    explain_topic, export_clients, flows, groups, import_clients, reload, status,
+};
 use super::changes::Request;
 use super::checks::Reals;
 use super::observed::Observed;

@@ -5,24 +5,30 @@ use std::net::IpAddr;
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync::{mpsc, oneshot};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status};
 
+use tonic::{Request, Response, Status, Streaming};
+
+use super::aside::{Stream, aside, status, stream};
 use super::proto::{self, sidecar_server::Sidecar};
 use super::{Shown, change};
 use crate::config::Config;
 use crate::control::changes::{self, NotMade};
-use crate::control::checks::{RealState, State};
-use crate::control::events::{self, Report};
-use crate::control::problem::Problem;
-use crate::control::release;
+use crate::control::known::{self, Known};
+use crate::control::overview::{self, Looks};
+use crate::control::view::{self, Names};
+use crate::control::{diff, doctor, events, explain, release, status as overall};
 use crate::datapath::Datapath;
 use crate::grpc::Peer;
 
-/// Events that wait for a reader of the stream; the ring buffer keeps those behind them.
-const EVENTS_AHEAD: usize = 1024;
+/// Clients that are imported at once, at most: so many that memory does not matter.
+const IMPORT_MAX: usize = 1_000_000;
+/// From one overview to the next.
+const OVERVIEW_LEAST: Duration = Duration::from_millis(100);
+const OVERVIEW_USUAL: Duration = Duration::from_secs(1);
 
 pub struct Service {
     shown: Shown,
@@ -37,6 +43,22 @@ impl Service {
 
     fn config(&self) -> Arc<Config> {
         Arc::clone(&self.shown.config.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Service {
+    /// Hands something to what works by the configuration, and waits until it is in force.
+    async fn ask(
+        &self,
+        request: impl FnOnce(oneshot::Sender<Result<(), NotMade>>) -> changes::Request,
+    ) -> Result<(), Status> {
+        let (answer, answered) = oneshot::channel();
+        let ending = || Status::unavailable("`run` is ending");
+        self.shown.changes.send(request(answer)).await.map_err(|_| ending())?;
+        answered.await.map_err(|_| ending())?.map_err(|not_made| match not_made {
+            NotMade::Refused(why) => Status::failed_precondition(why),
+            NotMade::NotYet(why) => Status::unavailable(why),
+        })
     }
 }
 
@@ -56,8 +78,7 @@ impl Sidecar for Service {
         &self,
         _: Request<proto::ListProblemsRequest>,
     ) -> Reply<proto::ListProblemsResponse> {
-        let problem = |p: Problem| proto::Problem { code: p.code, text: p.text };
-        let problems = self.shown.observed.problems().into_iter().map(problem).collect();
+        let problems = self.shown.observed.problems().into_iter().map(Into::into).collect();
         Ok(Response::new(proto::ListProblemsResponse { problems }))
     }
 
@@ -116,91 +137,225 @@ impl Sidecar for Service {
             let service = service.as_deref().unwrap_or_default();
             tracing::info!(%peer, service, persist = request.persist, "asked to {change}");
         }
-        let (answer, answered) = oneshot::channel();
-        let ending = || Status::unavailable("`run` is ending");
-        let request = changes::Request { edits, persist: request.persist, answer };
-        self.shown.changes.send(request).await.map_err(|_| ending())?;
-        answered.await.map_err(|_| ending())?.map_err(|not_made| match not_made {
-            NotMade::Refused(why) => Status::failed_precondition(why),
-            NotMade::NotYet(why) => Status::unavailable(why),
-        })?;
+        let persist = request.persist;
+        self.ask(|answer| changes::Request::Change(changes::Edits { edits, persist, answer }))
+            .await?;
         Ok(Response::new(proto::ChangeServicesResponse {}))
     }
 
-    type WatchEventsStream = ReceiverStream<Result<proto::Event, Status>>;
+    async fn reload(&self, request: Request<proto::ReloadRequest>) -> Reply<proto::ReloadResponse> {
+        tracing::info!(peer = %Peer::of(&request), "asked to read the configuration again");
+        self.ask(changes::Request::Reload).await?;
+        Ok(Response::new(proto::ReloadResponse {}))
+    }
+
+    async fn get_difference(
+        &self,
+        _: Request<proto::GetDifferenceRequest>,
+    ) -> Reply<proto::GetDifferenceResponse> {
+        let path = self.config().path.clone();
+        let difference = aside(|| async move { diff::read(&Config::load(&path)?).await });
+        Ok(Response::new(difference.await?))
+    }
+
+    async fn get_status(
+        &self,
+        _: Request<proto::GetStatusRequest>,
+    ) -> Reply<proto::GetStatusResponse> {
+        let config = self.config();
+        Ok(Response::new(aside(|| async move { overall::read(&config).await }).await?))
+    }
+
+    async fn diagnose(&self, _: Request<proto::DiagnoseRequest>) -> Reply<proto::DiagnoseResponse> {
+        let config = self.config();
+        let findings = aside(|| async move { Ok(doctor::examine(&config).await) }).await?;
+        Ok(Response::new(proto::DiagnoseResponse { findings }))
+    }
+
+    async fn list_counters(
+        &self,
+        _: Request<proto::ListCountersRequest>,
+    ) -> Reply<proto::ListCountersResponse> {
+        let config = self.config();
+        let counters =
+            aside(|| async move { overall::counters(&Datapath::open(&config.pins())?) }).await?;
+        Ok(Response::new(proto::ListCountersResponse { counters }))
+    }
+
+    async fn list_groups(
+        &self,
+        _: Request<proto::ListGroupsRequest>,
+    ) -> Reply<proto::ListGroupsResponse> {
+        let groups = overall::groups(&self.config()).await;
+        Ok(Response::new(proto::ListGroupsResponse { groups }))
+    }
+
+    type ListFlowsStream = Stream<proto::ListFlowsResponse>;
+
+    async fn list_flows(
+        &self,
+        _: Request<proto::ListFlowsRequest>,
+    ) -> Reply<Self::ListFlowsStream> {
+        let config = self.config();
+        Ok(Response::new(stream(move |out| {
+            let datapath = Datapath::open(&config.pins())?;
+            let names = Names::read(&config, &datapath)?;
+            let flows = view::flows(&datapath, &names)?;
+            out.send_all(flows, |flows| proto::ListFlowsResponse { flows })
+        })))
+    }
+
+    type ListClientsStream = Stream<proto::ListClientsResponse>;
+
+    async fn list_clients(
+        &self,
+        _: Request<proto::ListClientsRequest>,
+    ) -> Reply<Self::ListClientsStream> {
+        let config = self.config();
+        Ok(Response::new(stream(move |out| {
+            let datapath = Datapath::open(&config.pins())?;
+            let names = Names::read(&config, &datapath)?;
+            let clients = view::clients(&datapath, &names)?;
+            out.send_all(clients, |clients| proto::ListClientsResponse { clients })
+        })))
+    }
+
+    type ExportClientsStream = Stream<proto::ClientRecords>;
+
+    async fn export_clients(
+        &self,
+        _: Request<proto::ExportClientsRequest>,
+    ) -> Reply<Self::ExportClientsStream> {
+        let config = self.config();
+        Ok(Response::new(stream(move |out| {
+            let known = known::collect(&config, &Datapath::open(&config.pins())?, usize::MAX)?;
+            let records = known.into_iter().map(|known| Ok(known.into()));
+            out.send_all(records, |records| proto::ClientRecords { records })
+        })))
+    }
+
+    async fn import_clients(
+        &self,
+        request: Request<Streaming<proto::ClientRecords>>,
+    ) -> Reply<proto::ImportClientsResponse> {
+        let peer = Peer::of(&request);
+        let mut batches = request.into_inner();
+        let mut all: Vec<Known> = Vec::new();
+        while let Some(batch) = batches.message().await? {
+            if all.len() + batch.records.len() > IMPORT_MAX {
+                let text = format!("more than {IMPORT_MAX} clients at once; nothing was imported");
+                return Err(Status::invalid_argument(text));
+            }
+            for record in batch.records {
+                let n = all.len() + 1;
+                all.push(
+                    record.try_into().map_err(|why| not_imported(&format!("record {n}: {why}")))?,
+                );
+            }
+        }
+        let config = self.config();
+        known::check_all(&config, &all).map_err(|why| not_imported(&why))?;
+        tracing::info!(%peer, clients = all.len(), "asked to make clients known");
+        let done =
+            aside(|| async move { known::restore(&config, &Datapath::open(&config.pins())?, all) });
+        Ok(Response::new(done.await?.into()))
+    }
+
+    async fn explain_topic(
+        &self,
+        request: Request<proto::ExplainTopicRequest>,
+    ) -> Reply<proto::ExplainTopicResponse> {
+        let topics = explain::topic(&self.config(), &request.into_inner().topic);
+        Ok(Response::new(proto::ExplainTopicResponse { topics: topics.map_err(|e| status(&e))? }))
+    }
+
+    async fn explain_client(
+        &self,
+        request: Request<proto::ExplainClientRequest>,
+    ) -> Reply<proto::ExplainClientResponse> {
+        let (config, client) = (self.config(), request.into_inner().client);
+        let clients = aside(|| async move { explain::client(&config, &client) }).await?;
+        Ok(Response::new(proto::ExplainClientResponse { clients }))
+    }
+
+    async fn explain_flow(
+        &self,
+        request: Request<proto::ExplainFlowRequest>,
+    ) -> Reply<proto::ExplainFlowResponse> {
+        let client: SocketAddr = change::parse(&request.into_inner().client)?;
+        let config = self.config();
+        let flows = aside(move || async move { explain::flow(&config, client) }).await?;
+        Ok(Response::new(proto::ExplainFlowResponse { flows }))
+    }
+
+    type WatchOverviewStream = Stream<proto::Overview>;
+
+    async fn watch_overview(
+        &self,
+        request: Request<proto::WatchOverviewRequest>,
+    ) -> Reply<Self::WatchOverviewStream> {
+        let interval = match request.into_inner().interval_ms {
+            0 => OVERVIEW_USUAL,
+            ms => Duration::from_millis(ms.into()).max(OVERVIEW_LEAST),
+        };
+        let config = Arc::clone(&self.shown.config);
+        let here = tokio::runtime::Handle::current();
+        Ok(Response::new(stream(move |out| {
+            let now = || Arc::clone(&config.lock().unwrap_or_else(PoisonError::into_inner));
+            let mut looks = Looks::new(&now())?;
+            loop {
+                let started = Instant::now();
+                if !out.send(here.block_on(looks.next(&now()))?) {
+                    return Ok(());
+                }
+                let due = started + interval.max(started.elapsed() * overview::PART);
+                while Instant::now() < due {
+                    if out.is_closed() {
+                        return Ok(());
+                    }
+                    std::thread::sleep(
+                        OVERVIEW_LEAST.min(due.saturating_duration_since(Instant::now())),
+                    );
+                }
+            }
+        })))
+    }
+
+    type WatchEventsStream = Stream<proto::Event>;
 
     async fn watch_events(
         &self,
-        _: Request<proto::WatchEventsRequest>,
+        request: Request<proto::WatchEventsRequest>,
     ) -> Reply<Self::WatchEventsStream> {
         let config = self.config();
-        let (sender, stream) = mpsc::channel(EVENTS_AHEAD);
-        let reader = events::Reader::open(&config)
-            .map_err(|error| Status::failed_precondition(error.to_string()))?;
-        tokio::task::spawn_blocking(move || {
+        let mut opened = events::Reader::open(&config);
+        // One that has hung up may not have noticed yet.
+        for _ in 0..10 {
+            if opened.is_ok() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            opened = events::Reader::open(&config);
+        }
+        let reader = opened.map_err(|error| Status::failed_precondition(error.to_string()))?;
+        let reader = if request.into_inner().backlog { reader.with_backlog() } else { reader };
+        Ok(Response::new(stream(move |out| {
             let gone =
                 |sent: bool| if sent { ControlFlow::Continue(()) } else { ControlFlow::Break(()) };
-            let ended = reader.each(
-                |report| gone(sender.blocking_send(Ok(report.into())).is_ok()),
-                || gone(!sender.is_closed()),
-            );
-            if let Err(error) = ended {
-                let _ = sender.blocking_send(Err(Status::internal(error.to_string())));
-            }
-        });
-        Ok(Response::new(ReceiverStream::new(stream)))
+            reader.each(|report| gone(out.send(report.into())), || gone(!out.is_closed()))
+        })))
     }
+}
+
+fn not_imported(why: &str) -> Status {
+    Status::invalid_argument(format!("{why}; nothing was imported"))
 }
 
 /// The live flows of a real.
 async fn flows_of(config: Arc<Config>, real: IpAddr) -> Result<Vec<release::Key>, Status> {
-    let list = move || {
+    let list = move || async move {
         let datapath = Datapath::open(&config.pins())?;
         release::flows_of(&config, &datapath, None, real)
     };
-    let listed = tokio::task::spawn_blocking(list).await;
-    listed
-        .map_err(|e| Status::internal(e.to_string()))?
-        .map_err(|e| Status::internal(e.to_string()))
-}
-
-impl From<RealState> for proto::Real {
-    fn from(real: RealState) -> Self {
-        let (state, error) = match real.state {
-            _ if real.drained && real.effective_weight == 0 => {
-                (proto::State::Drained, String::new())
-            }
-            State::Unchecked => (proto::State::Unchecked, String::new()),
-            State::Up => (proto::State::Up, String::new()),
-            State::Down(error) if real.effective_weight > 0 => (proto::State::DownInUse, error),
-            State::Down(error) => (proto::State::Down, error),
-        };
-        Self {
-            service: real.service,
-            group: real.group,
-            address: real.addr.to_string(),
-            weight: real.weight,
-            effective_weight: real.effective_weight,
-            state: state.into(),
-            error,
-            since_s: real.since.as_secs(),
-        }
-    }
-}
-
-impl From<Report> for proto::Event {
-    fn from(report: Report) -> Self {
-        Self {
-            time_us: (report.time * 1e6) as u64,
-            kind: report.event.to_owned(),
-            service: report.service,
-            client: report.client,
-            from_group: report.from_group.unwrap_or_default(),
-            group: report.group.unwrap_or_default(),
-            topic: report.topic.unwrap_or_default(),
-            bound_by: report.bound_by.unwrap_or_default().to_owned(),
-            why: report.why.unwrap_or_default().to_owned(),
-            ended: report.ended,
-        }
-    }
+    aside(list).await
 }
