@@ -40,10 +40,13 @@ install_missing() {
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 		"${missing[@]}" >/dev/null
-	# The package starts a broker of its own, which nothing here uses.
-	if [[ " ${missing[*]} " == *" mosquitto "* ]] && command -v systemctl >/dev/null; then
-		systemctl disable --now mosquitto >/dev/null 2>&1 || true
-	fi
+	# These packages start services of their own, which nothing here uses.
+	local service
+	for service in mosquitto prometheus prometheus-node-exporter; do
+		if [[ " ${missing[*]} " == *" $service "* ]] && command -v systemctl >/dev/null; then
+			systemctl disable --now "$service" >/dev/null 2>&1 || true
+		fi
+	done
 }
 
 # Packages for building, and for the lab.

@@ -19,7 +19,9 @@ fn state(net: &Net) -> String {
             .command("sh")
             .args(["-c", &format!("{} 2>/dev/null", command.replace('|', "\\|"))])
             .output();
-        all += &format!("== {command}\n{}", String::from_utf8_lossy(&output.unwrap().stdout));
+        let shown = String::from_utf8_lossy(&output.unwrap().stdout).into_owned();
+        assert!(!shown.is_empty(), "{command} shows nothing");
+        all += &format!("== {command}\n{shown}");
     }
     // What counts by itself, or is drawn by lot.
     let volatile = [

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 
 use mqtt_fwd::balancer::Vip;
 use mqtt_fwd::balancer::client::{BalancerError, Client};
-use mqtt_fwd::control::reconcile::plan::GROUP_FLAG;
+use mqtt_fwd::balancer::flags::GROUP_FLAG;
 use support::net::{Background, CONFIG, Net};
 use support::server::Kind;
 

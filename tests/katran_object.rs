@@ -9,7 +9,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::PathBuf;
 
 use libbpf_rs::{MapCore as _, MapFlags};
-use mqtt_fwd::control::reconcile::plan::GROUP_FLAG;
+use mqtt_fwd::balancer::flags::GROUP_FLAG;
 use mqtt_fwd::kernel::abi::Pod as _;
 use mqtt_fwd::kernel::chain;
 use support::conn::Conn;

@@ -23,7 +23,7 @@ const MANY: u32 = 100_000;
 /// Fills a map, and reads it while packets go on.
 fn check<K: Pod, V: Pod>(table: &Table<K, V>, key: impl Fn(u32) -> K, many: u32) {
     for i in 0..many {
-        table.put(&key(i), &V::zeroed()).unwrap();
+        table.put(&key(i), &bytemuck::Zeroable::zeroed()).unwrap();
     }
     let start = Instant::now();
     let entries = table.entries().unwrap();

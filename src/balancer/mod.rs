@@ -2,6 +2,7 @@
 
 pub mod client;
 pub mod embedded;
+pub mod flags;
 pub mod listeners;
 pub mod sock_diag;
 

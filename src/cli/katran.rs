@@ -1,5 +1,4 @@
 //! `katran`: the balancer's own view, whichever balancer it is.
-//! What it changes is checked before, and read back after: Katran is silent about failures.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -10,12 +9,12 @@ use serde::Serialize;
 
 use super::table::{self, Output, line};
 use super::{DEFAULT_CONFIG, block_on};
-use crate::balancer::client::{BalancerError, Client, Stats};
+use crate::balancer::client::{Client, Stats};
+use crate::balancer::flags::{flag, flag_names};
 use crate::balancer::listeners;
-use crate::balancer::{VerbatimVip, Vip, mac_text};
+use crate::balancer::{VerbatimVip, mac_text};
 use crate::config::{Config, ConfigError, address, endpoint, mac};
-use crate::control::Error;
-use crate::control::reconcile::plan;
+use crate::control::{Error, vips};
 
 #[derive(Debug, Args)]
 pub struct Katran {
@@ -77,48 +76,6 @@ enum Action {
     },
 }
 
-/// Katran's names, and ours.
-const FLAGS: [(&str, u32); 11] = [
-    ("NO_SRC_PORT", 1 << 0),
-    ("NO_LRU", 1 << 1),
-    ("QUIC_VIP", 1 << 2),
-    ("DPORT_HASH", 1 << 3),
-    ("SRC_ROUTING", 1 << 4),
-    ("LOCAL_VIP", 1 << 5),
-    ("GLOBAL_LRU", 1 << 6),
-    ("HASH_SRC_DST_PORT", 1 << 7),
-    ("UDP_STABLE_ROUTING", 1 << 8),
-    ("UDP_FLOW_MIGRATION", 1 << 9),
-    ("MQTT_GROUP", plan::GROUP_FLAG),
-];
-
-fn flag(text: &str) -> Result<u32, String> {
-    if let Some((_, bit)) = FLAGS.iter().find(|(name, _)| name.eq_ignore_ascii_case(text)) {
-        return Ok(*bit);
-    }
-    let number = match text.strip_prefix("0x") {
-        Some(hex) => u32::from_str_radix(hex, 16),
-        None => text.parse(),
-    };
-    number.map_err(|_| {
-        let names: Vec<_> = FLAGS.iter().map(|(name, _)| *name).collect();
-        format!("neither a number of 32 bits nor one of {}", names.join(", "))
-    })
-}
-
-fn flag_names(flags: u32) -> String {
-    let mut names: Vec<String> = FLAGS
-        .iter()
-        .filter(|(_, bit)| flags & bit != 0)
-        .map(|(name, _)| (*name).to_owned())
-        .collect();
-    let others = flags & !FLAGS.iter().fold(0, |all, (_, bit)| all | bit);
-    if others != 0 {
-        names.push(format!("{others:#x}"));
-    }
-    if names.is_empty() { "-".to_owned() } else { names.join(",") }
-}
-
 impl Katran {
     pub fn run(self, config: Result<Config, Error>) -> Result<(), Error> {
         let endpoint = match (&self.endpoint, &config) {
@@ -141,7 +98,7 @@ impl Katran {
             | Action::DelReal { vip, .. } => Some(vip),
         };
         if let (Some(verbatim), Ok(config)) = (changed, &config) {
-            refuse_groups(verbatim, config)?;
+            vips::refuse_groups(verbatim, config)?;
         }
         block_on(async {
             let mut client = Client::connect(&endpoint).await?;
@@ -157,19 +114,6 @@ impl Katran {
             )),
         })
     }
-}
-
-/// The sidecar would undo it, or worse: it is what the datapath sends packets to.
-fn refuse_groups(verbatim: &VerbatimVip, config: &Config) -> Result<(), Error> {
-    let ours = Vip::try_from(&verbatim.0)
-        .is_ok_and(|vip| plan::wanted_vips(config).contains_key(&vip) && verbatim.is_canonical());
-    if !ours {
-        return Ok(());
-    }
-    Err(Error::Refused(format!(
-        "{verbatim} is a group of {}; change it there, then `mqtt-fwd apply`",
-        config.path.display()
-    )))
 }
 
 #[derive(Serialize)]
@@ -193,21 +137,6 @@ struct Totals {
     vips: Vec<VipRow>,
 }
 
-/// The VIP of a call. Only a deletion may name one as somebody else has spelled it.
-fn canonical(verbatim: &VerbatimVip) -> Result<Vip, Error> {
-    let wrong = |problem: String| Error::Refused(format!("{verbatim}: {problem}"));
-    let vip = Vip::try_from(&verbatim.0).map_err(&wrong)?;
-    address(&vip.addr.to_string()).map_err(&wrong)?;
-    if verbatim.is_canonical() {
-        return Ok(vip);
-    }
-    Err(wrong(format!("Katran would take it for another VIP than {vip}; write {vip}")))
-}
-
-fn disagrees(client: &Client, difference: String) -> Error {
-    BalancerError::Disagrees { endpoint: client.endpoint().to_owned(), difference }.into()
-}
-
 impl Action {
     async fn run(self, client: &mut Client) -> Result<(), Error> {
         match self {
@@ -218,34 +147,51 @@ impl Action {
                 Ok(())
             }
             Self::Mac { set: Some(mac) } => {
-                client.change_mac(mac).await?;
-                let now = client.mac().await?;
-                if now != mac_text(mac) {
-                    return Err(disagrees(client, format!("the MAC address is {now}")));
-                }
-                line(&format!("gateway's MAC address is {now}"));
+                vips::set_mac(client, mac).await?;
+                line(&format!("gateway's MAC address is {}", mac_text(mac)));
                 Ok(())
             }
             Self::AddVip { vip, flags } => {
-                add_vip(client, canonical(&vip)?, flags.into_iter().fold(0, |all, f| all | f)).await
-            }
-            Self::ClearFlags { vip, flags } => {
-                let (vip, flags) = (canonical(&vip)?, flags.into_iter().fold(0, |all, f| all | f));
-                client.modify_vip(vip, flags, false).await?;
-                let now = client.vip_flags(vip).await?;
-                if now & flags != 0 {
-                    return Err(disagrees(client, format!("{vip} has flags {}", flag_names(now))));
-                }
+                let vip = vips::canonical(&vip)?;
+                let now = vips::add(client, vip, all_of(flags)).await?;
                 line(&format!("{vip} has flags {}", flag_names(now)));
                 Ok(())
             }
-            Self::DelVip { vip } => del_vip(client, vip).await,
-            Self::AddReal { vip, real, weight } => {
-                add_real(client, canonical(&vip)?, real, weight).await
+            Self::ClearFlags { vip, flags } => {
+                let vip = vips::canonical(&vip)?;
+                let now = vips::clear_flags(client, vip, all_of(flags)).await?;
+                line(&format!("{vip} has flags {}", flag_names(now)));
+                Ok(())
             }
-            Self::DelReal { vip, real } => del_real(client, canonical(&vip)?, real).await,
+            Self::DelVip { vip } => {
+                if let Some(other) = vips::delete(client, vip.clone()).await? {
+                    line(&format!(
+                        "{other} is written anew, as the two had one entry in the datapath"
+                    ));
+                }
+                line(&format!("{vip} is removed"));
+                Ok(())
+            }
+            Self::AddReal { vip, real, weight } => {
+                let vip = vips::canonical(&vip)?;
+                vips::add_real(client, vip, real, weight).await?;
+                line(&format!("{vip} has {real} with weight {weight}"));
+                Ok(())
+            }
+            Self::DelReal { vip, real } => {
+                let vip = vips::canonical(&vip)?;
+                vips::delete_real(client, vip, real).await?;
+                line(&format!(
+                    "{vip} has no {real} any more; its established connections stay there"
+                ));
+                Ok(())
+            }
         }
     }
+}
+
+fn all_of(flags: Vec<u32>) -> u32 {
+    flags.into_iter().fold(0, |all, flag| all | flag)
 }
 
 async fn rows(client: &mut Client) -> Result<Vec<VipRow>, Error> {
@@ -341,76 +287,5 @@ async fn stats(client: &mut Client, output: Output) -> Result<(), Error> {
             .into_iter()
             .map(|row| vec![row.vip, row.packets.to_string(), row.bytes.to_string()]),
     );
-    Ok(())
-}
-
-async fn add_vip(client: &mut Client, vip: Vip, flags: u32) -> Result<(), Error> {
-    if client.vips().await?.contains(&vip) {
-        client.modify_vip(vip, flags, true).await?;
-    } else {
-        client.add_vip(vip, flags).await?;
-    }
-    if !client.vips().await?.contains(&vip) {
-        return Err(disagrees(client, format!("there is no VIP {vip}")));
-    }
-    let now = client.vip_flags(vip).await?;
-    if now & flags != flags {
-        return Err(disagrees(client, format!("{vip} has flags {}", flag_names(now))));
-    }
-    line(&format!("{vip} has flags {}", flag_names(now)));
-    Ok(())
-}
-
-async fn del_vip(client: &mut Client, verbatim: VerbatimVip) -> Result<(), Error> {
-    client.del_vip(verbatim.clone()).await?;
-    // The datapath knows addresses, not texts: the entry that is gone was the other one's, too.
-    if !verbatim.is_canonical()
-        && let Ok(vip) = Vip::try_from(&verbatim.0)
-        && client.vips().await?.contains(&vip)
-    {
-        let flags = client.vip_flags(vip).await?;
-        client.modify_vip(vip, flags, true).await?;
-        line(&format!("{vip} is written anew, as the two had one entry in the datapath"));
-    }
-    if client.verbatim_vips().await?.iter().any(|(_, other)| *other == verbatim) {
-        return Err(disagrees(client, format!("VIP {verbatim} is still there")));
-    }
-    line(&format!("{verbatim} is removed"));
-    Ok(())
-}
-
-async fn add_real(client: &mut Client, vip: Vip, real: IpAddr, weight: u32) -> Result<(), Error> {
-    if vip.addr.is_ipv6() && real.is_ipv4() {
-        return Err(Error::Refused(format!(
-            "{vip}: IPv6 packets cannot go to the IPv4 real {real}, though Katran would take it"
-        )));
-    }
-    client.add_reals(vip, &[(real, weight)].into()).await?;
-    match client.reals(vip).await?.get(&real) {
-        Some(now) if *now == weight => {
-            line(&format!("{vip} has {real} with weight {weight}"));
-            Ok(())
-        }
-        now => Err(disagrees(client, format!("{vip} has {real} with weight {now:?}"))),
-    }
-}
-
-async fn del_real(client: &mut Client, vip: Vip, real: IpAddr) -> Result<(), Error> {
-    let reals = client.reals(vip).await?;
-    let refuse = |problem: String| Error::Refused(format!("{vip}: {problem}"));
-    if !reals.contains_key(&real) {
-        return Err(refuse(format!("it has no real {real}")));
-    }
-    if reals.len() == 1 {
-        return Err(refuse(format!(
-            "{real} is its only real, and would go on getting its packets; \
-             `mqtt-fwd katran del-vip {vip}` stops them"
-        )));
-    }
-    client.del_reals(vip, &[(real, 0)].into()).await?;
-    if client.reals(vip).await?.contains_key(&real) {
-        return Err(disagrees(client, format!("{vip} still has {real}")));
-    }
-    line(&format!("{vip} has no {real} any more; its established connections stay there"));
     Ok(())
 }

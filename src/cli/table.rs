@@ -79,9 +79,8 @@ pub fn counted(n: usize, what: &str) -> String {
 
 /// The time of day (UTC) of seconds since 1970-01-01T00:00:00Z.
 pub fn time_of_day(seconds: f64) -> String {
-    let of_day = seconds % 86_400.0;
-    let (h, m) = ((of_day / 3600.0) as u32, (of_day % 3600.0 / 60.0) as u32);
-    format!("{h:02}:{m:02}:{:06.3}", of_day % 60.0)
+    let time = jiff::Timestamp::from_microsecond((seconds * 1e6) as i64).unwrap_or_default();
+    time.strftime("%H:%M:%S%.3f").to_string()
 }
 
 /// Seconds as people say them.

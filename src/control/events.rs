@@ -1,8 +1,9 @@
 //! The datapath's events, with names for their numbers.
 
 use std::ops::ControlFlow;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
+use jiff::Timestamp;
 use serde::Serialize;
 
 use super::Result;
@@ -85,10 +86,7 @@ impl Reader {
 impl Report {
     fn of(event: &event, names: &Names) -> Self {
         let ago = view::boot_time().saturating_sub(Duration::from_nanos(event.time_ns));
-        let time = SystemTime::now()
-            .checked_sub(ago)
-            .and_then(|t| t.duration_since(SystemTime::UNIX_EPOCH).ok())
-            .unwrap_or_default();
+        let time = Timestamp::now().saturating_sub(ago).unwrap_or_default();
         let group = |id| {
             if view::no_group(id) { None } else { names.group_now(id).map(str::to_owned) }
         };
@@ -102,7 +100,7 @@ impl Report {
         };
         let (bound_by, why) = view::way_text(event.way, event.why, event.by_prediction != 0);
         Self {
-            time: time.as_secs_f64(),
+            time: time.as_microsecond() as f64 / 1e6,
             event: kind.to_owned(),
             service: names.service(event.service),
             client: view::event_client(event).to_string(),

@@ -29,8 +29,10 @@ impl Source for Metrics {
         all.extend(self.sidecar());
         all.extend(self.checks(&config));
         all.extend(balancer(&config).await);
+        let observed = Arc::clone(&self.observed);
         let datapath =
-            tokio::task::spawn_blocking(move || (datapath(&config), programs(&config))).await;
+            tokio::task::spawn_blocking(move || (datapath(&config, &observed), programs(&config)))
+                .await;
         if let Ok((datapath, programs)) = datapath {
             all.extend(datapath);
             all.extend(programs);
@@ -89,7 +91,7 @@ impl Metrics {
     }
 }
 
-fn datapath(config: &Config) -> Vec<Family> {
+fn datapath(config: &Config, observed: &Observed) -> Vec<Family> {
     let Ok(datapath) = Datapath::open(&config.pins()) else { return Vec::new() };
     let mut packets = Family::counter("packets", "Packets by what became of them");
     let mut notes = Family::counter("events", "What else the datapath met, by reason");
@@ -107,7 +109,7 @@ fn datapath(config: &Config) -> Vec<Family> {
         let labels = [("map", map.map.as_str())];
         entries.push(&labels, number(map.used));
         capacity.push(&labels, map.capacity);
-        evicted.push(&labels, number(map.evicted));
+        evicted.push(&labels, number(observed.evicted(&map.map, map.evicted)));
     }
     let mut all = vec![packets, notes, entries, capacity, evicted];
     if let Ok(count) = view::multi_group_clients(&datapath) {

@@ -29,6 +29,7 @@ pub mod run;
 pub mod status;
 mod survivor;
 pub mod view;
+pub mod vips;
 
 use crate::balancer::client::BalancerError;
 use crate::config::ConfigError;

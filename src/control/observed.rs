@@ -1,15 +1,17 @@
 //! What `run` has seen, for those who ask while it works.
 
+use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use super::problem::Problem;
 use crate::counter::Counter;
 
-/// Written by the reconciler and the keeper only.
 #[derive(Debug, Default)]
 pub struct Observed {
     problems: Mutex<Vec<Problem>>,
-    /// Reconciliations without a problem.
+    /// Of each map, the most evictions that were seen: what is read beside packets is a little less now and then.
+    evictions: Mutex<BTreeMap<String, u64>>,
+    /// Reconciliations without a problem of this host.
     pub reconciled: Counter,
     /// Reconciliations with one.
     pub failed: Counter,
@@ -31,9 +33,17 @@ impl Observed {
         self.problems.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Evictions of a map so far, as a counter has them.
+    pub fn evicted(&self, map: &str, seen: u64) -> u64 {
+        let mut most = self.evictions.lock().unwrap_or_else(PoisonError::into_inner);
+        let most = most.entry(map.to_owned()).or_default();
+        *most = seen.max(*most);
+        *most
+    }
+
     /// The last reconciliation's result.
     pub fn reconciled(&self, problems: Vec<Problem>) {
-        if problems.is_empty() {
+        if problems.iter().all(Problem::is_elsewhere) {
             self.reconciled.add(1);
         } else {
             self.failed.add(1);

@@ -96,7 +96,10 @@ async fn read(
     let rate = |before: u64, now: u64| now.saturating_sub(before) as f64 / seconds;
     let grown =
         |is_meant: &dyn Fn(&str, bool) -> bool| rate(before.sum(is_meant), now.sum(is_meant));
-    let misrouted = grown(&|name, _| name == "mispredicted" || name == "publish_lost");
+    // The message that ended its flow counts as mispredicted, too.
+    let misrouted = (grown(&|name, _| name == "mispredicted" || name == "publish_lost")
+        - grown(&|name, _| name == "flow_ended"))
+    .max(0.0);
     let mut problems: Vec<String> =
         health::problems(config).into_iter().map(|problem| problem.text).collect();
     problems.extend(api::problems(config).await.into_iter().map(|problem| problem.text));

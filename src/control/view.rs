@@ -13,6 +13,7 @@ use crate::kernel::abi::{
     self as types, Pod, binding_parts, client, client_flags, client4, client6, flow, flow_binding,
     flow_flags, flow4, flow6, limits, tracked_map, words_addr,
 };
+use crate::kernel::maps::Table;
 
 /// Names for the numbers in maps.
 #[derive(Debug)]
@@ -259,52 +260,40 @@ pub fn flows<'a>(
     }))
 }
 
-/// The maps that the datapath fills, fullest first as they matter: flows, clients, topics.
+/// The maps that the datapath fills, as they matter: flows, clients, topics.
 pub fn map_uses(datapath: &Datapath) -> Result<Vec<proto::MapUse>> {
     let d = datapath;
-    let sizes = [
-        ("flows", tracked_map::TRACKED_FLOWS, count(&d.flows)?, d.flows.max_entries()),
-        ("flows6", tracked_map::TRACKED_FLOWS6, count(&d.flows6)?, d.flows6.max_entries()),
-        (
-            "flows_weak",
-            tracked_map::TRACKED_FLOWS_WEAK,
-            count(&d.flows_weak)?,
-            d.flows_weak.max_entries(),
-        ),
-        (
-            "flows6_weak",
-            tracked_map::TRACKED_FLOWS6_WEAK,
-            count(&d.flows6_weak)?,
-            d.flows6_weak.max_entries(),
-        ),
-        ("clients", tracked_map::TRACKED_CLIENTS, count(&d.clients)?, d.clients.max_entries()),
-        ("clients6", tracked_map::TRACKED_CLIENTS6, count(&d.clients6)?, d.clients6.max_entries()),
-        ("topics", tracked_map::TRACKED_TOPICS, count(&d.topics)?, d.topics.max_entries()),
-        (
-            "client_ids",
-            tracked_map::TRACKED_CLIENT_IDS,
-            count(&d.client_ids)?,
-            d.client_ids.max_entries(),
-        ),
-        (
-            "handovers",
-            tracked_map::TRACKED_HANDOVERS,
-            count(&d.handovers)?,
-            d.handovers.max_entries(),
-        ),
-    ];
-    sizes
-        .into_iter()
-        .map(|(map, tracked, used, capacity)| {
-            let uses = d.map_uses.get_per_cpu(&tracked.0)?;
-            let added: u64 = uses.iter().map(|u| u.added).sum();
-            let removed: u64 = uses.iter().map(|u| u.removed).sum();
-            let used = used as u64;
-            // What user space removed, or packets meanwhile, was not evicted.
-            let evicted = added.saturating_sub(removed).saturating_sub(used);
-            Ok(proto::MapUse { map: map.to_owned(), capacity, used, evicted })
-        })
-        .collect()
+    Ok(vec![
+        map_use(d, "flows", tracked_map::TRACKED_FLOWS, &d.flows)?,
+        map_use(d, "flows6", tracked_map::TRACKED_FLOWS6, &d.flows6)?,
+        map_use(d, "flows_weak", tracked_map::TRACKED_FLOWS_WEAK, &d.flows_weak)?,
+        map_use(d, "flows6_weak", tracked_map::TRACKED_FLOWS6_WEAK, &d.flows6_weak)?,
+        map_use(d, "clients", tracked_map::TRACKED_CLIENTS, &d.clients)?,
+        map_use(d, "clients6", tracked_map::TRACKED_CLIENTS6, &d.clients6)?,
+        map_use(d, "topics", tracked_map::TRACKED_TOPICS, &d.topics)?,
+        map_use(d, "client_ids", tracked_map::TRACKED_CLIENT_IDS, &d.client_ids)?,
+        map_use(d, "handovers", tracked_map::TRACKED_HANDOVERS, &d.handovers)?,
+    ])
+}
+
+fn map_use<K: Pod, V: Pod>(
+    datapath: &Datapath,
+    name: &str,
+    tracked: tracked_map,
+    map: &Table<K, V>,
+) -> Result<proto::MapUse> {
+    // Packets go on adding and removing: what was added is read first and what was removed last, so that no entry
+    // seems evicted that was not.
+    let uses = || datapath.map_uses.get_per_cpu(&tracked.0);
+    let added: u64 = uses()?.iter().map(|u| u.added).sum();
+    let used = count(map)? as u64;
+    let removed: u64 = uses()?.iter().map(|u| u.removed).sum();
+    Ok(proto::MapUse {
+        map: name.to_owned(),
+        capacity: map.max_entries(),
+        used,
+        evicted: added.saturating_sub(removed).saturating_sub(used),
+    })
 }
 
 /// How many clients, by address or client id, publish to several groups in turn: devices behind one address, or a
@@ -318,7 +307,7 @@ pub fn multi_group_clients(datapath: &Datapath) -> Result<usize> {
 }
 
 /// How many entries a map has.
-pub fn count<K: Pod, V: Pod>(table: &crate::kernel::maps::Table<K, V>) -> Result<usize> {
+fn count<K: Pod, V: Pod>(table: &Table<K, V>) -> Result<usize> {
     Ok(table.keys()?.len())
 }
 

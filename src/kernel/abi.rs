@@ -1,6 +1,5 @@
 //! Types of `bpf/abi/`, as the skeletons' BTF has them.
 
-use std::mem::size_of;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 pub use super::skeletons::balancer::types::{
@@ -19,43 +18,38 @@ pub use super::skeletons::takeover::types::takeover_counter;
 pub use super::skeletons::wrap::types::check_path;
 
 /// Plain data that goes into and comes out of maps as bytes.
-///
-/// # Safety
-///
-/// The type is `repr(C)`, has no padding that is not a field, and any bytes are a value of it.
-/// `bpf/abi/` declares padding explicitly and asserts the sizes; BTF brings them here.
-pub unsafe trait Pod: Copy + 'static {
+pub trait Pod: bytemuck::Pod {
     /// The value's bytes.
     fn bytes(&self) -> &[u8] {
-        // SAFETY: a Pod has no uninitialised bytes, and the slice lives no longer than `self`.
-        unsafe { std::slice::from_raw_parts(std::ptr::from_ref(self).cast(), size_of::<Self>()) }
+        bytemuck::bytes_of(self)
     }
 
-    /// The value that `bytes` are. Panics on another length: callers check it with the map.
+    /// The value that `bytes` are, aligned or not. Panics on another length: callers check it with the map.
     fn from_bytes(bytes: &[u8]) -> Self {
-        assert_eq!(bytes.len(), size_of::<Self>(), "value of another size");
-        // SAFETY: the length is right and any bytes are a value; they need not be aligned.
-        unsafe { std::ptr::read_unaligned(bytes.as_ptr().cast()) }
+        bytemuck::pod_read_unaligned(bytes)
     }
 
     /// All bytes zero.
     fn zeroed() -> Self {
-        // SAFETY: any bytes are a value, zeroes too.
-        unsafe { std::mem::zeroed() }
+        bytemuck::Zeroable::zeroed()
     }
 }
 
+impl<T: bytemuck::Pod> Pod for T {}
+
 macro_rules! pod {
     ($($type:ty),+ $(,)?) => {$(
-        // SAFETY: bpf/abi/ declares explicit padding, and asserts it by the size.
-        unsafe impl Pod for $type {}
+        // SAFETY: integers, and arrays of them.
+        unsafe impl bytemuck::Zeroable for $type {}
+        // SAFETY: repr(C) by its BTF; bpf/abi/ declares all padding as fields, and asserts it by the size.
+        unsafe impl bytemuck::Pod for $type {}
     )+};
 }
 
 pod! {
-    u8, u32, u64, address, check_path, client, client_id, client_route, client4, client6, event, flow, flow4,
-    flow6, gateway, group, handover, handover_keys, lb_stats, map_use, member, member_slot, real_definition, rescue, rescuer, route_edge, route_state, service,
-    service_table, topic, topic_verdict, vip_definition, vip_meta, vip_real,
+    address, check_path, client, client_id, client_route, client4, client6, event, flow, flow4, flow6, gateway, group,
+    handover, handover_keys, lb_stats, map_use, member, member_slot, real_definition, rescue, rescuer, route_edge,
+    route_state, service, service_table, topic, topic_verdict, vip_definition, vip_meta, vip_real,
 }
 
 /// A group's number and epoch as the maps have them; 0: no binding.

@@ -6,6 +6,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status};
 
 use crate::control::{Error, Result};
+use crate::kernel::BpfError;
 
 /// Entries in a message of a stream.
 const BATCH: usize = 1000;
@@ -71,7 +72,9 @@ impl<T> Sender<T> {
 pub fn status(error: &Error) -> Status {
     let code = match error {
         Error::Refused(_) | Error::Config(_) | Error::Edit(_) => Code::FailedPrecondition,
-        Error::Busy(_) | Error::Balancer(_) => Code::Unavailable,
+        Error::Busy(_)
+        | Error::Balancer(_)
+        | Error::Bpf(BpfError::Locked { .. } | BpfError::EventsTaken { .. }) => Code::Unavailable,
         _ => Code::Internal,
     };
     Status::new(code, error.to_string())

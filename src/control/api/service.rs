@@ -337,7 +337,7 @@ impl Sidecar for Service {
             tokio::time::sleep(Duration::from_millis(100)).await;
             opened = events::Reader::open(&config);
         }
-        let reader = opened.map_err(|error| Status::failed_precondition(error.to_string()))?;
+        let reader = opened.map_err(|error| status(&error))?;
         let reader = if request.into_inner().backlog { reader.with_backlog() } else { reader };
         Ok(Response::new(stream(move |out| {
             let gone =

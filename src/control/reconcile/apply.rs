@@ -6,8 +6,9 @@
 
 use tracing::{info, warn};
 
-use super::plan::{self, Call, OUR_FLAGS, Plan, Wanted};
+use super::plan::{self, Call, Plan, Wanted};
 use crate::balancer::client::{BalancerError, Client};
+use crate::balancer::flags::OUR_FLAGS;
 use crate::balancer::{Mac, mac_text};
 use crate::config::Config;
 use crate::control::{Result, instance};

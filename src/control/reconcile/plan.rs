@@ -6,6 +6,7 @@ use std::fmt;
 use std::net::IpAddr;
 
 use crate::balancer::client::{BalancerError, Client};
+use crate::balancer::flags::{BY_ADDRESS_FLAG, GROUP_FLAG, OUR_FLAGS};
 use crate::balancer::{Mac, Vip, mac_text};
 use crate::config::{BalancerKind, Config, Group};
 use crate::control::{Error, Result};
@@ -14,7 +15,7 @@ use crate::datapath::ids::Identities;
 use crate::datapath::image::{self, Image};
 use crate::domain::Affinity;
 use crate::kernel::abi::{
-    client_route, limits, member, member_slot, route_edge, vip_definition, vip_key, words_addr,
+    client_route, member, member_slot, route_edge, vip_definition, vip_key, words_addr,
 };
 use crate::kernel::xdp;
 
@@ -126,15 +127,6 @@ impl Plan {
         lines
     }
 }
-
-/// The flag that group VIPs have.
-pub const GROUP_FLAG: u32 = limits::VIP_FLAG_MQTT_GROUP.0;
-
-/// Katran's flag for VIPs whose clients find the same real again.
-pub const BY_ADDRESS_FLAG: u32 = limits::VIP_FLAG_BY_ADDRESS.0;
-
-/// The flags that are this product's to set and clear.
-pub const OUR_FLAGS: u32 = GROUP_FLAG | BY_ADDRESS_FLAG;
 
 /// What a group's VIP has to have.
 #[derive(Debug, Clone, PartialEq, Eq)]

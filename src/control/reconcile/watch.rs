@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use tracing::{info, warn};
 
 use super::apply;
-use super::plan::GROUP_FLAG;
 use crate::balancer::client::{BalancerError, Client};
 use crate::balancer::embedded::service;
+use crate::balancer::flags::GROUP_FLAG;
 use crate::balancer::listeners;
 use crate::balancer::{Mac, Vip};
 use crate::config::{BalancerKind, Config};
