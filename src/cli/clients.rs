@@ -111,10 +111,10 @@ fn show(config: &Config, output: Output) -> Result<(), Error> {
                 age(r.age_s),
                 r.hits.to_string(),
                 r.misses.to_string(),
-                if r.multi_group {
-                    "multi-group".to_owned()
-                } else {
-                    mark(r.misjudged, "not by id alone")
+                match (r.multi_group, r.misjudged, r.group_changes) {
+                    (true, ..) => "multi-group".to_owned(),
+                    (_, true, _) => "not by id alone".to_owned(),
+                    (_, _, n) => mark(n > 0, "changed groups"),
                 },
             ]
         }),

@@ -98,6 +98,10 @@ fn show_client(c: &proto::ClientExplanation) {
     item("messages", &format!("{} (of the recent ones)", groups.join(", ")));
     for (is, text) in [
         (record.multi_group, "it publishes to several groups in turn: no one group fits it"),
+        (
+            record.group_changes > 0 && !record.multi_group,
+            "its group changed before: with a relay, it belongs there, unless it has an id",
+        ),
         (record.misjudged, "its id alone decides no longer, since that was wrong once"),
         (record.subscribes, "it subscribes: with a relay, it belongs there"),
     ] {

@@ -31,7 +31,11 @@ pub fn diff(config: &Config) -> Result<(), Error> {
         line(text);
     }
     if difference.changed && difference.steps.is_empty() {
-        line(&format!("{} was changed since `run` read it", config.path.display()));
+        line(&format!(
+            "{} is not what `run` works by: one of them was changed, in what is neither of the maps nor of \
+             the balancer, or back",
+            config.path.display()
+        ));
     }
     if difference.changed || !difference.steps.is_empty() {
         return Err(Error::Differs { path: config.path.clone() });

@@ -34,11 +34,8 @@ impl Show {
     pub fn run(&self, config: &Config) -> Result<(), Error> {
         let status = or_here(api::status(config), || block_on(status::read(config)))?;
         if self.check && !status.healthy {
-            let mut problems: Vec<_> =
+            let problems: Vec<_> =
                 status.problems.into_iter().map(|problem| problem.text).collect();
-            if !status.balancer_ok {
-                problems.push(status.balancer);
-            }
             let (interface, problems) = (config.interface.clone(), problems.join("; "));
             return Err(Error::Unhealthy { interface, problems });
         }
@@ -58,7 +55,8 @@ fn print(status: &proto::GetStatusResponse) {
         status.interface,
         if status.healthy { "healthy" } else { "NOT HEALTHY" }
     ));
-    for problem in &status.problems {
+    // The balancer has a line of its own.
+    for problem in status.problems.iter().filter(|problem| problem.text != status.balancer) {
         line(&format!("problem    {}", problem.text));
     }
     line(&format!(

@@ -18,6 +18,8 @@ pub enum Request {
     Change(Edits),
     /// To read the file again.
     Reload(Answer),
+    /// To hear once what was changed otherwise is in force: reals in use, say.
+    Settle(Answer),
 }
 
 /// What somebody wants to be changed.
@@ -48,7 +50,10 @@ impl Edits {
         plan::plan_maps(&new, datapath, mtu)?;
         if self.persist {
             // It may say something else than what is in force.
-            let file = self.edited(&Config::load(&config.path)?)?;
+            let file = self.edited(&Config::load(&config.path)?).map_err(|error| {
+                let path = config.path.display();
+                Error::Refused(format!("in {path}: {error} (nothing was changed)"))
+            })?;
             edit::replace_file(&config.path, &file.text).map_err(|source| Error::Io {
                 what: format!("writing {} (nothing was changed)", config.path.display()),
                 source,

@@ -15,7 +15,7 @@ use super::reconcile::plan;
 use super::{Error, api, gateway, health, instance, view};
 use crate::balancer::client::Client;
 use crate::balancer::mac_text;
-use crate::config::{BalancerKind, Binding, Config, XdpMode};
+use crate::config::{Binding, Config, XdpMode};
 use crate::datapath::Datapath;
 use crate::handover::keys::{KeyFile, now};
 use crate::kernel::reasons::REASONS;
@@ -93,6 +93,7 @@ pub async fn examine(config: &Config) -> Vec<proto::Finding> {
     in_force(&mut found, config, datapath.as_ref()).await;
     path_to_reals(&mut found, config).await;
     brokers(&mut found, config).await;
+    checks(&mut found, config).await;
     delayed(&mut found, config);
     if let Some(datapath) = &datapath {
         traffic(&mut found, config, datapath);
@@ -273,12 +274,46 @@ async fn in_force(found: &mut Findings, config: &Config, datapath: Option<&Datap
 async fn path_to_reals(found: &mut Findings, config: &Config) {
     match gateway::wanted(config).await {
         Ok(Some(mac)) => found.ok("gateway", format!("packets to brokers go to {}", mac_text(mac))),
-        Ok(None) => {
-            if config.balancer == BalancerKind::Katran {
-                found.ok("gateway", "Katran's own; `gateway_mac` would have it compared");
-            }
-        }
+        Ok(None) => katrans_gateway(found, config).await,
         Err(e) => found.fault("gateway", e.to_string(), ""),
+    }
+}
+
+/// It has a default that nobody else compares: a wrong one loses all packets behind it, unseen.
+async fn katrans_gateway(found: &mut Findings, config: &Config) {
+    let asked = async { Client::connect(&config.balancer_endpoint).await?.mac().await };
+    let Ok(has) = asked.await else { return };
+    match gateway::learned(config).await.map(mac_text) {
+        Some(mac) if mac == has => {
+            found.ok("gateway", format!("Katran sends to {has}, the next hop to the brokers"));
+        }
+        Some(mac) => found.warning(
+            "gateway",
+            format!("Katran sends to {has}, but the next hop to the brokers is {mac} from here"),
+            format!("`mqtt-fwd katran mac {mac}`, or gateway_mac in the configuration: `run` compares that"),
+        ),
+        None => found.ok("gateway", format!("Katran sends to {has}; no next hop is known here")),
+    }
+}
+
+/// Reals by their checks, relays too.
+async fn checks(found: &mut Findings, config: &Config) {
+    let Ok(Some(reals)) = api::reals(config).await else { return };
+    let is_down = |real: &&api::proto::Real| {
+        matches!(real.state(), api::proto::State::Down | api::proto::State::DownInUse)
+    };
+    for real in reals.iter().filter(is_down) {
+        found.warning(
+            "health checks",
+            format!(
+                "{} of group {} is {}: {}",
+                real.address,
+                real.group,
+                real.state().text(),
+                real.error
+            ),
+            "`mqtt-fwd reals` lists all; on that host, `mqtt-fwd real status`",
+        );
     }
 }
 
@@ -378,8 +413,8 @@ const TOLD: [(&str, &str, &str); 9] = [
     ),
     (
         "publish_lost",
-        "PUBLISHes were lost: their connections were bound to another group",
-        "binding = \"delayed\", or a relay: docs/delayed-binding.md, docs/relay.md",
+        "PUBLISHes were lost since the maps were made: their connections were bound to another group",
+        "binding = \"delayed\", a relay, or both: docs/delayed-binding.md, docs/relay.md",
     ),
 ];
 
@@ -399,7 +434,16 @@ fn traffic(found: &mut Findings, config: &Config, datapath: &Datapath) {
         );
     }
     for (name, text, mend) in TOLD {
-        if count(name) > 0 {
+        // What is over, or meant.
+        let is_over = match name {
+            "no_balancer" => {
+                !health::problems(config).iter().any(|p| p.code.starts_with("balancer_missing"))
+            }
+            // A drain ends connections, too.
+            "publish_lost" => count("flow_ended") == 0,
+            _ => false,
+        };
+        if count(name) > 0 && !is_over {
             found.warning("traffic", format!("{} {text} ({name})", count(name)), mend);
         }
     }

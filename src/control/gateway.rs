@@ -22,6 +22,11 @@ pub async fn wanted(config: &Config) -> Result<Option<Mac>> {
     }
 }
 
+/// What this host's neighbours say that the MAC address should be, whatever is configured.
+pub async fn learned(config: &Config) -> Option<Mac> {
+    learn(config).await.ok()
+}
+
 /// [`wanted`], with errors logged instead of returned.
 pub async fn wanted_or_warn(config: &Config) -> Option<Mac> {
     wanted(config).await.unwrap_or_else(|error| {

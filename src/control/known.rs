@@ -63,6 +63,9 @@ pub struct Known {
     /// Its id alone is not enough to bind it.
     #[serde(default)]
     pub misjudged: bool,
+    /// How often its group changed: beside a relay, one that changed is the relay's.
+    #[serde(default)]
+    pub group_changes: u8,
     /// Seconds since it was learned.
     #[serde(default)]
     pub age_s: u64,
@@ -83,6 +86,7 @@ impl From<Known> for proto::ClientRecord {
             multi_group: known.multi_group,
             subscribes: known.subscribes,
             misjudged: known.misjudged,
+            group_changes: u32::from(known.group_changes),
             age_s: known.age_s,
         }
     }
@@ -109,6 +113,7 @@ impl TryFrom<proto::ClientRecord> for Known {
             multi_group: record.multi_group,
             subscribes: record.subscribes,
             misjudged: record.misjudged,
+            group_changes: u8::try_from(record.group_changes).unwrap_or(u8::MAX),
             age_s: record.age_s,
         })
     }
@@ -184,6 +189,7 @@ pub fn collect(config: &Config, datapath: &Datapath, most: usize) -> Result<Vec<
             multi_group: has(client_flags::CLIENT_MULTI_GROUP),
             subscribes: has(client_flags::CLIENT_SUBSCRIBES),
             misjudged: has(client_flags::CLIENT_MISJUDGED),
+            group_changes: c.group_changes,
             age_s: now.saturating_sub(u64::from(c.learned_s)),
         };
         (!known.groups.is_empty() || known.subscribes).then_some(known)
@@ -335,6 +341,7 @@ fn record_of(
         (record.subscribes, client_flags::CLIENT_SUBSCRIBES),
         (record.misjudged, client_flags::CLIENT_MISJUDGED),
     ];
+    c.group_changes = record.group_changes;
     c.flags = flags.iter().filter(|(set, _)| *set).fold(0, |all, (_, flag)| all | flag.0 as u8);
     (!bindings.is_empty() || record.subscribes).then_some(c)
 }
@@ -463,6 +470,7 @@ pub fn import(config: &Config, format: Format, file: impl Read) -> Result<Vec<Kn
                     multi_group: false,
                     subscribes: false,
                     misjudged: false,
+                    group_changes: 0,
                     age_s: 0,
                 })
             })

@@ -100,9 +100,8 @@ async fn read(
     let misrouted = (grown(&|name, _| name == "mispredicted" || name == "publish_lost")
         - grown(&|name, _| name == "flow_ended"))
     .max(0.0);
-    let mut problems: Vec<String> =
-        health::problems(config).into_iter().map(|problem| problem.text).collect();
-    problems.extend(api::problems(config).await.into_iter().map(|problem| problem.text));
+    let problems = api::all_problems(config).await.unwrap_or_else(|| health::problems(config));
+    let problems = problems.into_iter().map(|problem| problem.text).collect();
     let flows = Flows::read(config, datapath)?;
     let groups = config.services.iter().flat_map(|service| {
         let traffic = |name: &String| {

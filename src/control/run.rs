@@ -91,6 +91,7 @@ pub async fn run(loaded: Loaded) -> Result<()> {
             Some(request) = changes.recv() => match request {
                 Request::Change(edits) => Next::Change(edits),
                 Request::Reload(answer) => Next::Reload(Some(answer)),
+                Request::Settle(answer) => Next::Settle(answer),
             },
             served = served(&mut server) => return served.map_err(|source| Error::Io {
                 what: format!("serving at {}", sidecar.config.balancer_endpoint),
@@ -106,6 +107,8 @@ pub async fn run(loaded: Loaded) -> Result<()> {
                 serve_remotely(&sidecar.config, &shown, &mut remote).await;
             }
             Next::Change(edits) => sidecar.change(edits),
+            // By the next look, which finds what was changed.
+            Next::Settle(answer) => sidecar.waiting.push(answer),
         }
     }
     service::stopping();
@@ -123,6 +126,7 @@ enum Next {
     Look,
     Reload(Option<Answer>),
     Change(Edits),
+    Settle(Answer),
     End,
 }
 

@@ -25,11 +25,13 @@ pub async fn read(config: &Config) -> Result<proto::GetStatusResponse> {
     let at = |i| chain.as_ref()?.program(i).map(|there| program(&pins.identify(there)));
     let positions = (0..chain::POSITIONS).map(|i| proto::Position { program: at(i) }).collect();
     let datapath = Datapath::open(&pins).ok();
-    let (balancer_ok, balancer) = balancer(config).await;
+    let (trouble, balancer) = balancer(config).await;
     let services = services(config, datapath.as_ref())?;
     let maps = datapath.as_ref().map(view::map_uses).transpose()?.unwrap_or_default();
     let multi_group_clients = datapath.as_ref().map(view::multi_group_clients).transpose()?;
     let mut problems = health::problems(config);
+    let balancer_ok = trouble.is_none();
+    problems.extend(trouble.map(|code| Problem::new(code, balancer.clone())));
     problems.extend(api::problems(config).await);
     for service in services.iter().filter(|s| !s.in_force) {
         problems.push(Problem::new(
@@ -39,7 +41,7 @@ pub async fn read(config: &Config) -> Result<proto::GetStatusResponse> {
     }
     Ok(proto::GetStatusResponse {
         interface: config.interface.clone(),
-        healthy: balancer_ok && problems.is_empty(),
+        healthy: problems.is_empty(),
         mode: attached.as_ref().and(xdp::attached_mode(&config.interface)).map(|m| {
             match m {
                 XdpMode::Native => "native",
@@ -66,7 +68,8 @@ pub async fn read(config: &Config) -> Result<proto::GetStatusResponse> {
     })
 }
 
-async fn balancer(config: &Config) -> (bool, String) {
+/// The problem with it, if there is one, and how it is.
+async fn balancer(config: &Config) -> (Option<&'static str>, String) {
     let kind = format!("{:?}", config.balancer).to_lowercase();
     let at = format!("{kind} at {}", config.balancer_endpoint);
     let difference = async {
@@ -75,12 +78,19 @@ async fn balancer(config: &Config) -> (bool, String) {
         apply::difference(config, gateway::wanted_or_warn(config).await, &mut client).await
     };
     match difference.await {
-        Ok(None) => (true, format!("{at}: as configured")),
+        Ok(None) => (None, format!("{at}: as configured")),
         Ok(Some(difference)) => {
-            (false, format!("{at}: {difference}; `mqtt-fwd apply` puts it back"))
+            let text = format!("{at}: {difference}; `mqtt-fwd apply` puts it back");
+            (Some("balancer_differs"), text)
         }
         // The line says already whose words these are.
-        Err(e) => (false, e.to_string().trim_start_matches("balancer ").to_owned()),
+        Err(e) => {
+            let code = match e {
+                BalancerError::Unreachable { .. } => "balancer_unreachable",
+                _ => "balancer_differs",
+            };
+            (Some(code), e.to_string().trim_start_matches("balancer ").to_owned())
+        }
     }
 }
 

@@ -255,7 +255,14 @@ fn health_check(r: Reader<'_>) -> Option<HealthCheck> {
     let interval = milliseconds("interval_ms", d.interval, 100..=3_600_000);
     let timeout = milliseconds("timeout_ms", d.timeout, 10..=60_000);
     if timeout > interval {
-        r.problem("timeout_ms", "is longer than interval_ms");
+        r.problem(
+            "timeout_ms",
+            format!(
+                "{} is longer than interval_ms {}; shorten it, too",
+                timeout.as_millis(),
+                interval.as_millis()
+            ),
+        );
     }
     let kind = if mqtt? {
         let [client_id, username, password] = texts.map(|text| text.map(str::to_owned));

@@ -42,14 +42,17 @@ pub async fn reals(config: &Config) -> Result<Option<Vec<proto::Real>>> {
     Ok(Some(reply.into_inner().reals))
 }
 
+/// All that `run` found wrong at its last look; `None`: there is no `run`.
+pub async fn all_problems(config: &Config) -> Option<Vec<Problem>> {
+    let mut client = connect(config, PATIENCE).await?;
+    let reply = client.list_problems(proto::ListProblemsRequest {}).await.ok()?.into_inner();
+    Some(reply.problems.into_iter().map(|p| Problem { code: p.code, text: p.text }).collect())
+}
+
 /// What only `run` knows to be wrong: what it has watched for a while.
 pub async fn problems(config: &Config) -> Vec<Problem> {
-    let Some(mut client) = connect(config, PATIENCE).await else { return Vec::new() };
-    let Ok(reply) = client.list_problems(proto::ListProblemsRequest {}).await else {
-        return Vec::new();
-    };
-    let all = reply.into_inner().problems.into_iter();
-    all.map(|p| Problem { code: p.code, text: p.text }).filter(Problem::is_elsewhere).collect()
+    let all = all_problems(config).await.unwrap_or_default();
+    all.into_iter().filter(Problem::is_elsewhere).collect()
 }
 
 /// Drains a real, or ends that.

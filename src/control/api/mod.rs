@@ -18,7 +18,7 @@ use tonic::transport::Server as GrpcServer;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
-pub use self::client::{change, in_effect, in_force, problems, reals, set_drain};
+pub use self::client::{all_problems, change, in_effect, in_force, problems, reals, set_drain};
 use self::proto::FILE_DESCRIPTOR_SET;
 pub use self::remote::Remote;
 use self::service::Service;

@@ -57,8 +57,29 @@ impl Service {
         self.shown.changes.send(request(answer)).await.map_err(|_| ending())?;
         answered.await.map_err(|_| ending())?.map_err(|not_made| match not_made {
             NotMade::Refused(why) => Status::failed_precondition(why),
-            NotMade::NotYet(why) => Status::unavailable(why),
+            NotMade::NotYet(why) => {
+                Status::unavailable(format!("taken over, and not in force yet: {why}"))
+            }
         })
+    }
+
+    /// Ends connections of a real, so many a second, in place of what went on for it before.
+    fn end_slowly(
+        &self,
+        config: Arc<Config>,
+        real: IpAddr,
+        flows: Vec<release::Key>,
+        per_second: u32,
+    ) {
+        let mut endings = self.endings.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(before) = endings.remove(&real) {
+            before.abort();
+        }
+        if per_second > 0 && self.shown.reals.is_drained(real) {
+            let reals = Arc::clone(&self.shown.reals);
+            let ending = release::end_slowly(config, reals, real, flows, per_second);
+            endings.insert(real, tokio::spawn(ending).abort_handle());
+        }
     }
 }
 
@@ -101,17 +122,8 @@ impl Sidecar for Service {
         let what = if request.drained { "drained" } else { "undrained" };
         tracing::info!(%peer, real = %addr, ending = flows.len(), "{what}");
         let ending = flows.len() as u32;
-        let mut endings = self.endings.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(before) = endings.remove(&addr) {
-            before.abort();
-        }
-        if ends {
-            let reals = Arc::clone(&self.shown.reals);
-            let per_second = request.end_per_second;
-            let ending = release::end_slowly(config, reals, addr, flows, per_second);
-            endings.insert(addr, tokio::spawn(ending).abort_handle());
-        }
-        drop(endings);
+        self.end_slowly(config, addr, flows, request.end_per_second);
+        self.ask(changes::Request::Settle).await?;
         Ok(Response::new(proto::SetDrainResponse { groups: groups as u32, ending }))
     }
 

@@ -109,7 +109,8 @@ impl Reconciler {
         if let Err(error) = handover::bind_silent(config, datapath) {
             problems.push(Problem::new("apply_failed", error.to_string()));
         }
-        if let Err(problem) = self.try_apply(config, gateway, datapath, problems.is_empty()).await {
+        let alone = problems.iter().all(Problem::is_elsewhere);
+        if let Err(problem) = self.try_apply(config, gateway, datapath, alone).await {
             problems.insert(0, problem);
         }
         let texts: Vec<&str> = problems.iter().map(|problem| problem.text.as_str()).collect();
@@ -124,7 +125,7 @@ impl Reconciler {
         }
     }
 
-    /// Applies, unless that was refused a moment ago. `alone`: there is no other problem.
+    /// Applies, unless that was refused a moment ago. `alone`: there is no other problem of this host.
     async fn try_apply(
         &mut self,
         config: &Config,
