@@ -70,7 +70,7 @@ pub fn load_balancer(v6: bool) -> (BalancerSkel<'static>, IpAddr) {
         (SERVICE.parse().unwrap(), "10.1.50.250".parse().unwrap(), "10.1.3.203".parse().unwrap())
     };
     let vips: Table<vip_definition, vip_meta> = Table::of(&skel.maps.vip_map).unwrap();
-    let flags = mqtt_fwd::control::reconcile::plan::GROUP_FLAG;
+    let flags = mqtt_fwd::balancer::flags::GROUP_FLAG;
     vips.put(&vip_key(vip, 1883), &vip_meta { flags, vip_num: 0, epoch: 1 }).unwrap();
     let services: Table<vip_definition, vip_definition> =
         Table::of(&skel.maps.mqtt_service_vips).unwrap();
