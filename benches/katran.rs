@@ -13,7 +13,7 @@ use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 
 use common::{Bench, Case, ROUNDS, load_rewind, median};
-use mqtt_fwd::control::reconcile::plan::GROUP_FLAG;
+use mqtt_fwd::balancer::flags::GROUP_FLAG;
 use support::datapath::{CONFIG, Fixture, XDP_TX, sentinel};
 use support::katran_object::KatranObject;
 use support::packet;
