@@ -1,7 +1,7 @@
 //! What the worst segment costs: its sender chooses what is in it, so there must be a bound.
 //!
-//! The target is 5 µs on a quiet machine of today: `COST_BOUND_NS=5000`. By default twice that fails,
-//! since tests run on machines that are neither. `COST_ROUNDS` sets how long the search goes on
+//! The target is 5 µs on a quiet machine of today: `COST_BOUND_NS=5000`. By default four times that fails,
+//! since tests run on machines that are neither: what took 4.5 µs has taken 10.4 on one. `COST_ROUNDS` sets how long the search goes on
 //! (default 60), `COST_SEED` where it begins.
 
 mod support;
@@ -17,7 +17,7 @@ use mqtt_fwd::kernel::sizes::MapSizes;
 
 /// A segment's payload: 1,460 B with headers of 40 and an MTU of 1,500.
 const SEGMENT: usize = 1460;
-const BOUND_NS: u32 = 10_000;
+const BOUND_NS: u32 = 20_000;
 
 /// Routes that make matching as dear as a configuration can: deep, wild, with long levels.
 fn config() -> String {
