@@ -16,7 +16,10 @@ use std::process::ExitCode;
 
 use common::baseline::Baseline;
 use common::rewind::RewindSkel;
-use common::{Bench, Case, ROUNDS, load_balancer, load_rewind, median};
+use common::{
+    Bench, Case, ROUNDS, case, client_addr, load_balancer, load_rewind, median, open_and_publish,
+    rewind_to,
+};
 use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
 use libbpf_rs::{MapCore as _, MapFlags, OpenObject};
 use mqtt_fwd::broker_host::takeover;
@@ -52,23 +55,6 @@ default_group = "default"
 max_packet = 1460
 group = [{ name = "default", vip = "fd01:50::250", reals = [{ address = "fd01:3::203" }] }]
 "#;
-
-fn client_addr(v6: bool) -> SocketAddr {
-    if v6 { "[fd01:1::]:4000" } else { "11.0.0.0:4000" }.parse().unwrap()
-}
-
-fn case(v6: bool, clients: u32, payload: &[u8]) -> Case {
-    let service: SocketAddr = if v6 { SERVICE6 } else { SERVICE }.parse().unwrap();
-    let client = client_addr(v6);
-    Case {
-        packet: packet::tcp(client, service, 0, 7, |_| {}, payload),
-        dst: service.ip(),
-        src: client.ip(),
-        clients,
-        seq_step: payload.len() as u32,
-        topic_offset: 0,
-    }
-}
 
 /// The embedded balancer alone, one established flow.
 fn balancer_cost(bench: &Bench, v6: bool) -> (f64, u32) {
@@ -288,36 +274,4 @@ fn main() -> ExitCode {
         line(name, publish.clients, ns, v6);
     }
     baseline.finish()
-}
-
-/// Opens a flow of each client and sends CONNECT; then `payload`, if any. The next sequence number.
-fn open_and_publish(bench: &Bench, v6: bool, clients: u32, payload: &[u8]) -> u32 {
-    let service: SocketAddr = if v6 { SERVICE6 } else { SERVICE }.parse().unwrap();
-    let client = client_addr(v6);
-    let mut seq = 0u32;
-    let connect = mqtt::connect(4);
-    for (syn, payload) in [(true, &[][..]), (false, &connect), (false, payload)] {
-        if !syn && payload.is_empty() {
-            continue;
-        }
-        let step = Case {
-            packet: packet::tcp(client, service, 0, 7, |h| h.syn = syn, payload),
-            seq_step: 0,
-            ..case(v6, clients, &[])
-        };
-        let rewind = load_rewind(&step, 0, &bench.fixture);
-        rewind_to(&rewind, seq);
-        bench.round(&rewind, &step.packet, clients);
-        seq += if syn { 1 } else { payload.len() as u32 };
-    }
-    seq
-}
-
-/// The first packet of `rewind` has this sequence number.
-fn rewind_to(rewind: &RewindSkel<'_>, seq: u32) {
-    let rodata = rewind.maps.rodata_data.as_ref().unwrap();
-    // Rounds begin with client 0, and with it the step: client, seq, rounds.
-    let before = seq.wrapping_sub(rodata.seq_step);
-    let value = [0u32, before, 0].map(u32::to_ne_bytes).concat();
-    rewind.maps.bss.update(0u32.bytes(), &value, MapFlags::ANY).unwrap();
 }

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0 OR MIT
 """What scripts/experiment measured, as Markdown and as a page with charts."""
 
+import math
 import os
 import statistics
 
@@ -57,6 +58,77 @@ def bars(title, unit, values):
     return "\n".join(out + ["</svg>"])
 
 
+# How cost grows: plot, title, what x is, whether x is logarithmic.
+GROWTH = [
+    ("flows", "A PUBLISH of its flow's topic, by flows that take turns", "flows", True),
+    ("clients", "A SYN with a prediction, by clients that take turns", "clients", True),
+    ("routes", "A PUBLISH of a new topic, by routes", "routes", True),
+    ("groups", "A PUBLISH of its flow's topic, by groups", "groups", True),
+    ("segment", "A segment full of topics that nobody has published (cold caches)", "bytes of payload", False),
+    ("connections", "A connection with one message: datapath, balancer and sidecar", "connections a second", True),
+    ("relay", "A message: datapath, balancer and relays", "per cent through relays", False),
+]
+COLOURS = ["#7b93ad", "#d9822b", "#3f8f5f", "#8a5fb0"]
+
+
+def short(n):
+    for least, unit in ((1e6, " M"), (1e3, " k")):
+        if n >= least:
+            return f"{n / least:.3g}{unit}"
+    return f"{n:.3g}"
+
+
+def lines(title, x_title, logarithmic, series):
+    """A line chart as SVG; series: [(name, [(x, nanoseconds)])]."""
+    left, top, width, height = 64, 48, 520, 190
+    xs = sorted({x for _, points in series for x, _ in points})
+    most = max(y for _, points in series for _, y in points) or 1
+    place = (lambda x: math.log10(max(x, 1))) if logarithmic else (lambda x: x)
+    first, span = place(xs[0]), (place(xs[-1]) - place(xs[0])) or 1
+    at = lambda x, y: (left + width * (place(x) - first) / span, top + height * (1 - y / (1.08 * most)))
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="780" height="{top + height + 52}" '
+           f'font-family="sans-serif" font-size="13">', f'<text x="0" y="16" font-weight="bold">{title}</text>',
+           f'<text x="0" y="38" fill="#555">nanoseconds</text>']
+    for i in range(5):
+        value = 1.08 * most * i / 4
+        y = at(xs[0], value)[1]
+        out.append(f'<line x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
+                   f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>')
+    for x in xs:
+        out.append(f'<text x="{at(x, 0)[0]:.1f}" y="{top + height + 18}" text-anchor="middle">{short(x)}</text>')
+    out.append(f'<text x="{left + width / 2}" y="{top + height + 40}" text-anchor="middle" fill="#555">{x_title}</text>')
+    for i, (name, points) in enumerate(series):
+        colour = COLOURS[i % len(COLOURS)]
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (at(x, y) for x, y in points))
+        out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        out += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in (at(x, y) for x, y in points)]
+        out.append(f'<rect x="{left + width + 20}" y="{top + 22 * i}" width="14" height="4" fill="{colour}"/>'
+                   f'<text x="{left + width + 40}" y="{top + 22 * i + 8}">{name}</text>')
+    return "\n".join(out + ["</svg>"])
+
+
+def growth(points):
+    """(Markdown, page) of how cost grows."""
+    md, body = ["## How cost grows", ""], ["<h2>How cost grows</h2>"]
+    for plot, title, x_title, logarithmic in GROWTH:
+        here = [p for p in points if p["plot"] == plot]
+        if not here:
+            continue
+        ways = dict.fromkeys(p.get("way", "with mqtt_fwd") for p in here)
+        series = [(way, [(p["x"], p["ns"]) for p in here if p.get("way", "with mqtt_fwd") == way]) for way in ways]
+        if "bare_ns" in here[0]:
+            series.insert(0, ("bare chain", [(p["x"], p["bare_ns"]) for p in here]))
+        elif plot == "relay":
+            series[0] = ("mqtt-fwd", series[0][1])
+        xs = [x for x, _ in series[0][1]]
+        md += [f"### {title}", "", f"| {x_title} | " + " | ".join(short(x) for x in xs) + " |",
+               "|---" * (len(xs) + 1) + "|"]
+        md += [f"| {name}, ns | " + " | ".join(f"{dict(values).get(x, float('nan')):.0f}" for x in xs) + " |"
+               for name, values in series] + [""]
+        body.append(lines(title, x_title, logarithmic, series))
+    return md, body
+
+
 HEAD = ["alternative", "delivered", "right group", "own CPU, µs a message", "machine above direct, µs",
         "p50, µs", "p99, µs", "memory, MB"]
 
@@ -77,7 +149,7 @@ def rows(table, scenario, alternatives, no_groups):
                f"{r['p50_us']:.0f}", f"{r['p99_us']:.0f}", memory]
 
 
-def report(results, out, scenarios, alternatives, no_groups):
+def report(results, points, out, scenarios, alternatives, no_groups):
     kernel, cpus = os.uname().release, os.cpu_count()
     md = ["# mqtt-fwd beside what one would use instead", ""]
     body = []
@@ -99,14 +171,14 @@ def report(results, out, scenarios, alternatives, no_groups):
         md += [f"## {'Quick runs (seconds)' if quick else 'Full runs'}", ""]
         body.append(f"<h2>{'Quick runs (seconds)' if quick else 'Full runs'}</h2>")
         for scenario in scenarios:
-            lines = list(rows(table, scenario, alternatives, no_groups))
-            if not lines:
+            table_rows = list(rows(table, scenario, alternatives, no_groups))
+            if not table_rows:
                 continue
             said = f" Published: {scenario.published}." if scenario.published else ""
             md += [f"### {scenario.name}: {scenario.about}", "", f"Expected: {scenario.expect}.{said}", "",
                    "| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
-            md += ["| " + " | ".join(line) + " |" for line in lines] + [""]
-            cells = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in line) + "</tr>" for line in lines)
+            md += ["| " + " | ".join(line) + " |" for line in table_rows] + [""]
+            cells = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in line) + "</tr>" for line in table_rows)
             body += [f"<h3>{scenario.name}: {scenario.about}</h3><p>Expected: {scenario.expect}.{said}</p>",
                      "<table><tr>" + "".join(f"<th>{h}</th>" for h in HEAD) + f"</tr>{cells}</table>"]
             good = [(n, table[scenario.name, n]) for n in alternatives
@@ -114,6 +186,10 @@ def report(results, out, scenarios, alternatives, no_groups):
             body.append(bars("Own CPU a message", "µs", [(n, r["own_us"]) for n, r in good if n != "direct"]))
             body.append(bars("99th percentile from when a message was due", "µs",
                              [(n, r["p99_us"]) for n, r in good]))
+    if points:
+        more, plots = growth(points)
+        md += more
+        body += plots
     md += ["## Alternatives", ""] + [f"- **{n}**: {about}" for n, (_, about) in alternatives.items()]
     md += ["", "## How to read it", ""] + [f"- {line}" for line in reading]
     with open(f"{out}/report.md", "w") as file:

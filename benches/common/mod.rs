@@ -18,6 +18,7 @@ use mqtt_fwd::kernel::skeletons::balancer::{BalancerSkel, BalancerSkelBuilder};
 use rewind::{RewindSkel, RewindSkelBuilder};
 
 use crate::support::datapath::{Fixture, SERVICE, SERVICE6, XDP_TX, test_run};
+use crate::support::{mqtt, packet};
 
 #[allow(warnings, clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks)]
 pub mod rewind {
@@ -112,18 +113,79 @@ impl Bench {
 
     /// Nanoseconds that mqtt_fwd adds.
     pub fn measure(&self, case: &Case, prepare: impl Fn(&RewindSkel<'_>)) -> f64 {
+        let pairs = self.pairs(case, ROUNDS, prepare);
+        median(pairs.into_iter().map(|(bare, whole)| whole - bare).collect())
+    }
+
+    /// Nanoseconds of the bare chain and of the one with mqtt_fwd in it, turn by turn.
+    pub fn pairs(
+        &self,
+        case: &Case,
+        rounds: usize,
+        prepare: impl Fn(&RewindSkel<'_>),
+    ) -> Vec<(f64, f64)> {
         let rewind = load_rewind(case, 0, &self.fixture);
         // The bare chain has one of its own: mqtt_fwd must see every sequence number.
         let bare = load_rewind(case, 0, &self.fixture);
         prepare(&rewind);
         let mqtt_fwd = self.fixture.skel.progs.mqtt_fwd.as_fd();
         self.run(&rewind, mqtt_fwd, &case.packet);
-        let differences = (0..ROUNDS)
+        (0..rounds)
             .map(|_| {
                 let bare = self.run(&bare, self.end.as_fd(), &case.packet);
-                self.run(&rewind, mqtt_fwd, &case.packet) - bare
+                (bare, self.run(&rewind, mqtt_fwd, &case.packet))
             })
-            .collect();
-        median(differences)
+            .collect()
     }
+}
+
+/// The first of a case's clients; the others have the addresses behind it.
+pub fn client_addr(v6: bool) -> SocketAddr {
+    if v6 { "[fd01:1::]:4000" } else { "11.0.0.0:4000" }.parse().unwrap()
+}
+
+/// Packets of so many clients to the service, one after the other.
+pub fn case(v6: bool, clients: u32, payload: &[u8]) -> Case {
+    let service: SocketAddr = if v6 { SERVICE6 } else { SERVICE }.parse().unwrap();
+    let client = client_addr(v6);
+    Case {
+        packet: packet::tcp(client, service, 0, 7, |_| {}, payload),
+        dst: service.ip(),
+        src: client.ip(),
+        clients,
+        seq_step: payload.len() as u32,
+        topic_offset: 0,
+    }
+}
+
+/// Opens a flow of each client and sends CONNECT; then `payload`, if any. The next sequence number.
+pub fn open_and_publish(bench: &Bench, v6: bool, clients: u32, payload: &[u8]) -> u32 {
+    let service: SocketAddr = if v6 { SERVICE6 } else { SERVICE }.parse().unwrap();
+    let client = client_addr(v6);
+    let mut seq = 0u32;
+    let connect = mqtt::connect(4);
+    for (syn, payload) in [(true, &[][..]), (false, &connect), (false, payload)] {
+        if !syn && payload.is_empty() {
+            continue;
+        }
+        let step = Case {
+            packet: packet::tcp(client, service, 0, 7, |h| h.syn = syn, payload),
+            seq_step: 0,
+            ..case(v6, clients, &[])
+        };
+        let rewind = load_rewind(&step, 0, &bench.fixture);
+        rewind_to(&rewind, seq);
+        bench.round(&rewind, &step.packet, clients);
+        seq += if syn { 1 } else { payload.len() as u32 };
+    }
+    seq
+}
+
+/// The first packet of `rewind` has this sequence number.
+pub fn rewind_to(rewind: &RewindSkel<'_>, seq: u32) {
+    let rodata = rewind.maps.rodata_data.as_ref().unwrap();
+    // Rounds begin with client 0, and with it the step: client, seq, rounds.
+    let before = seq.wrapping_sub(rodata.seq_step);
+    let value = [0u32, before, 0].map(u32::to_ne_bytes).concat();
+    rewind.maps.bss.update(0u32.bytes(), &value, MapFlags::ANY).unwrap();
 }

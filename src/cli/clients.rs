@@ -1,7 +1,7 @@
 //! `clients`: what is known of them, as a table, out of the maps and into them.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, BufRead as _, BufReader, Read};
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
@@ -36,8 +36,9 @@ enum What {
         /// Columns service, by (address or client_id), client, topic; or lines as "export --format json"
         /// prints them; -: standard input
         file: PathBuf,
-        #[arg(long, value_enum, default_value = "csv")]
-        format: Format,
+        /// Default: as the file begins
+        #[arg(long, value_enum)]
+        format: Option<Format>,
     },
 }
 
@@ -68,7 +69,11 @@ impl Clients {
                 } else {
                     File::open(&file).map(|file| Box::new(file) as Box<dyn Read>)
                 };
-                let reader = opened.map_err(|source| Error::Io { what: name.clone(), source })?;
+                let of_file = |source| Error::Io { what: name.clone(), source };
+                let mut reader = BufReader::new(opened.map_err(of_file)?);
+                let begin = reader.fill_buf().map_err(of_file)?.first();
+                let found = if begin == Some(&b'{') { Format::Json } else { Format::Csv };
+                let format = format.unwrap_or(found);
                 let records = known::import(config, format, reader).map_err(|why| {
                     Error::Refused(format!("{name}: {why}; nothing was imported"))
                 })?;
