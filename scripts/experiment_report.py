@@ -149,7 +149,7 @@ def rows(table, scenario, alternatives, no_groups):
                f"{r['p50_us']:.0f}", f"{r['p99_us']:.0f}", memory]
 
 
-def report(results, points, out, scenarios, alternatives, no_groups):
+def report(results, points, functional, out, scenarios, alternatives, no_groups):
     kernel, cpus = os.uname().release, os.cpu_count()
     md = ["# mqtt-fwd beside what one would use instead", ""]
     body = []
@@ -186,6 +186,14 @@ def report(results, points, out, scenarios, alternatives, no_groups):
             body.append(bars("Own CPU a message", "µs", [(n, r["own_us"]) for n, r in good if n != "direct"]))
             body.append(bars("99th percentile from when a message was due", "µs",
                              [(n, r["p99_us"]) for n, r in good]))
+    if functional[1]:
+        headings, lines_ = functional
+        md += ["## The prototype's tests: messages at their group's brokers, once", "",
+               "| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+        md += ["| " + " | ".join(line) + " |" for line in lines_] + [""]
+        cells = "".join("<tr>" + "".join(f"<td>{c.replace('`', '')}</td>" for c in line) + "</tr>" for line in lines_)
+        body += ["<h2>The prototype's tests: messages at their group's brokers, once</h2>",
+                 "<table><tr>" + "".join(f"<th>{h}</th>" for h in headings) + f"</tr>{cells}</table>"]
     if points:
         more, plots = growth(points)
         md += more
