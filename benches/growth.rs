@@ -33,7 +33,7 @@ gateway_mac = "02:00:00:00:00:09"
 events_per_second = 0
 
 [maps]
-vips = 1024
+vips = 512
 
 [[service]]
 name = "mqtt"
@@ -161,7 +161,8 @@ fn main() {
     for routes in [1, 10, 100, 1000, 10_000, 100_000] {
         let mut text = String::from("{ topic = \"site/+/#\", group = \"default\" },");
         for i in 1..routes {
-            write!(text, "{{ topic = \"site/{}/dev{i}\", group = \"default\" }},", i % 100).unwrap();
+            write!(text, "{{ topic = \"site/{}/dev{i}\", group = \"default\" }},", i % 100)
+                .unwrap();
         }
         points.add("routes", routes, new_topic(&bench(&config("", &text))));
     }

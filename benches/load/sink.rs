@@ -122,7 +122,7 @@ async fn connection(
         }
         length += n;
         let mut at = 0;
-        let mut answers = Vec::new();
+        let (mut answers, mut ended) = (Vec::new(), false);
         {
             let now = now_ns();
             let mut counts = counts.lock().expect("no thread panics");
@@ -130,7 +130,7 @@ async fn connection(
                 let Some(packet) = buffer[..length].get(at..at + h.total()) else { break };
                 match h.kind() {
                     scan::kind::CONNECT => answers.extend([0x20, 2, 0, 0]),
-                    scan::kind::DISCONNECT => return Ok(()),
+                    scan::kind::DISCONNECT => ended = true,
                     scan::kind::PINGREQ => answers.extend([0xd0, 0]),
                     scan::kind::PUBLISH => {
                         let Ok(Some(p)) = scan::publish(packet, h, false) else { return Ok(()) };
@@ -162,6 +162,9 @@ async fn connection(
         length -= at;
         if !answers.is_empty() {
             stream.write_all(&answers).await?;
+        }
+        if ended {
+            return Ok(());
         }
     }
 }

@@ -15,6 +15,7 @@
  *
  * egress:
  *   the first CONNACK  not what the balancer answered: RST
+ *   FIN or RST         before any CONNACK, while the client has one: RST where the client is
  *   RST                to a segment that was not to have one: dropped
  */
 #include "../abi/config.h"
@@ -101,6 +102,7 @@ enum takeover_counter {
 	TAKEOVER_RESET_HELD, /* RSTs not sent */
 	TAKEOVER_CONNACK_SAME,
 	TAKEOVER_CONNACK_DIFFERENT, /* connections ended for it */
+	TAKEOVER_CONNACK_NONE, /* connections that their broker ended without one */
 	TAKEOVER_REPLAYED, /* first segments that came once more, after their connection had ended */
 	TAKEOVER_COUNTERS,
 };
@@ -191,11 +193,19 @@ static __always_inline __u32 read_mark(struct __sk_buff *skb)
 	return 0;
 }
 
+enum glimpse {
+	GLIMPSE_NOTHING,
+	GLIMPSE_CONNACK, /* its payload begins as one */
+	GLIMPSE_END, /* FIN or RST, without payload */
+};
+
+#define MQTT_CONNACK_TYPE 0x20
+
 /*
- * Whether a packet's TCP payload begins with a byte. As little as says so: every packet of the
+ * Whether a packet is one to look at more closely. As little as says so: every packet of the
  * broker's is asked, and its payload need not be where its headers are.
  */
-static __always_inline bool payload_begins_with(struct __sk_buff *skb, __u8 byte)
+static __always_inline enum glimpse glimpse(struct __sk_buff *skb)
 {
 	struct cursor cur = { .pos = skb_start(skb), .end = skb_end(skb) };
 	const struct ethhdr *eth = parse_eth(&cur);
@@ -204,23 +214,28 @@ static __always_inline bool payload_begins_with(struct __sk_buff *skb, __u8 byte
 	__u8 first;
 
 	if (!eth)
-		return false;
+		return GLIMPSE_NOTHING;
 	if (eth->h_proto == bpf_htons(ETH_P_IP)) {
 		const struct iphdr *ip = parse_ipv4(&cur);
 		if (!ip || ip->protocol != IPPROTO_TCP)
-			return false;
+			return GLIMPSE_NOTHING;
 		offset = sizeof(*eth) + sizeof(*ip);
 	} else {
 		const struct ipv6hdr *ip = parse_ipv6(&cur);
 		if (eth->h_proto != bpf_htons(ETH_P_IPV6) || !ip || ip->nexthdr != IPPROTO_TCP)
-			return false;
+			return GLIMPSE_NOTHING;
 		offset = sizeof(*eth) + sizeof(*ip);
 	}
 	tcp = parse_tcp(&cur);
 	if (!tcp)
-		return false;
+		return GLIMPSE_NOTHING;
+	bool ends = tcp->fin || tcp->rst;
 	offset += tcp->doff * 4;
-	return skb->len > offset && !bpf_skb_load_bytes(skb, offset, &first, 1) && first == byte;
+	if (skb->len <= offset)
+		return ends ? GLIMPSE_END : GLIMPSE_NOTHING;
+	if (bpf_skb_load_bytes(skb, offset, &first, 1) || first != MQTT_CONNACK_TYPE)
+		return GLIMPSE_NOTHING;
+	return GLIMPSE_CONNACK;
 }
 
 static __always_inline bool read_segment(struct __sk_buff *skb, struct segment *s)
@@ -496,7 +511,6 @@ int takeover_ingress(struct __sk_buff *skb)
 	return TC_ACT_OK;
 }
 
-#define MQTT_CONNACK_TYPE 0x20
 #define PAYLOAD_MAX 2048 /* of a segment that is turned into RST */
 
 /* Turns the segment into RST, where the client takes the connection to be. */
@@ -560,7 +574,9 @@ int takeover_egress(struct __sk_buff *skb)
 		count(TAKEOVER_RESET_HELD);
 		return TC_ACT_SHOT;
 	}
-	if (!payload_begins_with(skb, MQTT_CONNACK_TYPE) || !read_segment(skb, &s) || !s.payload)
+	enum glimpse seen = glimpse(skb);
+
+	if (seen == GLIMPSE_NOTHING || !read_segment(skb, &s) || !s.payload != (seen == GLIMPSE_END))
 		return TC_ACT_OK;
 	struct guard_key key = guard_key_of(s.tuple.dst, s.tuple.dport, s.tuple.sport);
 	struct guard *guard = bpf_map_lookup_elem(&guards, &key);
@@ -571,6 +587,10 @@ int takeover_egress(struct __sk_buff *skb)
 	guard->state = GUARD_DONE;
 	if (state == GUARD_OPEN)
 		return TC_ACT_OK;
+	if (!s.payload) {
+		count(TAKEOVER_CONNACK_NONE);
+		return reset(skb, &s, at + HANDOVER_CONNACK);
+	}
 	if (s.payload >= HANDOVER_CONNACK &&
 	    !bpf_skb_load_bytes(skb, s.tcp + s.header, connack, sizeof(connack)) &&
 	    connack[1] == 2 && !connack[2] && !connack[3]) {

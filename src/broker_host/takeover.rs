@@ -121,6 +121,10 @@ pub fn counters(pins: &Pins) -> Result<Vec<(&'static str, u64)>> {
         (takeover_counter::TAKEOVER_CONNACK_SAME, "CONNACKs as the balancer answered"),
         (takeover_counter::TAKEOVER_CONNACK_DIFFERENT, "CONNACKs that differed: connection reset"),
         (
+            takeover_counter::TAKEOVER_CONNACK_NONE,
+            "connections that their broker ended without CONNACK: reset",
+        ),
+        (
             takeover_counter::TAKEOVER_REPLAYED,
             "first segments repeated after their connection's end",
         ),

@@ -165,17 +165,35 @@ impl Connect {
 }
 
 fn decode_v3(packet: &[u8]) -> Option<v3::Connect> {
-    match v3::Codec::default().decode(&mut BytesMut::from(packet)) {
+    let decode = |packet: &[u8]| match v3::Codec::default().decode(&mut BytesMut::from(packet)) {
         Ok(Some((v3::Packet::Connect(c), _))) => Some(*c),
         _ => None,
-    }
+    };
+    decode(packet).or_else(|| {
+        let c = decode(&cleaned(packet)?).filter(|c| c.client_id.is_empty())?;
+        Some(v3::Connect { clean_session: false, ..c })
+    })
 }
 
 fn decode_v5(packet: &[u8]) -> Option<v5::Connect> {
-    match v5::Codec::default().decode(&mut BytesMut::from(packet)) {
+    let decode = |packet: &[u8]| match v5::Codec::default().decode(&mut BytesMut::from(packet)) {
         Ok(Some((v5::Packet::Connect(c), _))) => Some(*c),
         _ => None,
-    }
+    };
+    decode(packet).or_else(|| {
+        let c = decode(&cleaned(packet)?).filter(|c| c.client_id.is_empty())?;
+        Some(v5::Connect { clean_start: false, ..c })
+    })
+}
+
+/// The packet with clean start. The library takes an empty client identifier for malformed without it; but MQTT 5
+/// allows it (§3.1.3.1), and before 5, refusing it is the broker's to do (MQTT 3.1.1 §3.1.3.1).
+fn cleaned(packet: &[u8]) -> Option<Vec<u8>> {
+    const CLEAN_START: u8 = 1 << 1;
+    let name = packet.windows(6).take(6).position(|w| w == b"\x00\x04MQTT")?;
+    let mut packet = packet.to_vec();
+    *packet.get_mut(name + 7)? |= CLEAN_START;
+    Some(packet)
 }
 
 /// What a broker answers CONNECT.
@@ -273,6 +291,16 @@ mod tests {
         let clean = Connect::read(&original.for_broker(Kind::CleanStart, None)).unwrap();
         assert!(!clean.persistent);
         let v6 = b"\x10\x0e\x00\x04MQTT\x06\x02\x00\x0a\x00\x02id";
+        // An empty id without clean start: what comes of it is for a broker to say.
+        for (v5, level, rest) in [(false, 4, &b"\x00\x00"[..]), (true, 5, &b"\x00\x00\x00"[..])] {
+            let body = [&b"\x00\x04MQTT"[..], &[level, 0, 0, 60], rest].concat();
+            let packet = [&[0x10, body.len() as u8][..], &body].concat();
+            let read = Connect::read(&packet).unwrap();
+            assert_eq!((read.v5, read.clean, &read.client_id[..]), (v5, false, ""));
+            assert_eq!(*read.for_broker(Kind::Original, None), packet);
+            let other = Connect::read(&read.for_broker(Kind::Secondary, Some("given"))).unwrap();
+            assert_eq!(other.client_id, if v5 { "given" } else { "" });
+        }
         assert_eq!(Connect::read(v6).unwrap_err().code, 0x84);
         assert_eq!(Connect::read(b"\x10\x02\x00\x00").unwrap_err().code, 0x81);
     }

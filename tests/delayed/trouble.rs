@@ -60,6 +60,57 @@ fn a_refusal_is_not_hidden() {
     assert!(status.contains("1  CONNACKs that differed"), "{status}");
 }
 
+#[test]
+fn a_broker_that_hangs_up_without_a_word_is_not_tried_again_and_again() {
+    let Some(lab) = delayed(ROUTES) else { return };
+    let pid =
+        lab.ok("r1", &["sh", "-c", "ss -Hltnp | grep -o 'pid=[0-9]*' | head -n1 | cut -d= -f2"]);
+    lab.ok("r1", &["kill", pid.trim()]);
+    wait_for("the broker's end", || {
+        let there = lab.exec("r1", &["sh", "-c", "ss -Hltn | grep -q :1883"]);
+        (!there.status.success()).then_some(())
+    });
+    // What it has not read makes its end RST, what it has, FIN.
+    for reads in [true, false] {
+        let (lab, up) = (&lab, &std::sync::Barrier::new(2));
+        let seen = std::thread::scope(|scope| {
+            let broker = scope.spawn(move || {
+                use std::io::Read as _;
+                enter(lab, "r1");
+                let listener = std::net::TcpListener::bind("0.0.0.0:1883").unwrap();
+                up.wait();
+                listener.set_nonblocking(true).unwrap();
+                let (mut connections, end) = (0, Instant::now() + Duration::from_secs(4));
+                while Instant::now() < end {
+                    let Ok((mut stream, client)) = listener.accept() else {
+                        std::thread::sleep(Duration::from_millis(5));
+                        continue;
+                    };
+                    // The lab's own subscriber comes from here.
+                    connections += usize::from(!client.ip().is_loopback());
+                    if reads {
+                        stream.set_nonblocking(false).unwrap();
+                        let _ = stream.read(&mut [0; 1500]);
+                    }
+                }
+                connections
+            });
+            up.wait();
+            let session = Session {
+                topic: "m/temp".to_owned(),
+                messages: vec!["hung-up".to_owned()],
+                ..Session::new("c1", SERVICE, "")
+            };
+            let started = Instant::now();
+            let error = run_all(lab, std::slice::from_ref(&session), 1).remove(0).unwrap_err();
+            assert!(error.to_string().contains("reset"), "{error}");
+            assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+            broker.join().unwrap()
+        });
+        assert_eq!(seen, 1, "reads: {reads}");
+    }
+}
+
 /// A session from a port of its own; `n` makes its message another's.
 fn from_port(n: usize, service: &str, port: u16, style: Style) -> Session {
     Session {

@@ -119,6 +119,20 @@ fn a_client_without_an_id_has_one_session_at_all_brokers() {
 }
 
 #[test]
+fn an_empty_id_without_clean_start_is_what_a_broker_says_it_is() {
+    let bed = Bed::new();
+    // MQTT 3.1.1 §3.1.3.1: refused. MQTT 5 §3.1.3.1: the broker assigns one, which other brokers get, too.
+    let mut old = bed.inside(|| Client::new(bed.stream(crate::bed::RELAY), 4));
+    old.send(&Connect { clean: false, ..connect(4, "") }.packet());
+    old.expect(&[0x20, 2, 0, 2]);
+    let (mut client, connack) = come(&bed, &Connect { clean: false, ..connect(5, "") });
+    assert!(connack[3] == 0 && connack.contains(&0x12), "{connack:02x?}");
+    for topic in TOPICS {
+        client.publish_and_wait(topic, 1, b"x");
+    }
+}
+
+#[test]
 fn the_newer_of_two_connections_of_one_id_stays() {
     let bed = Bed::new();
     let will = Some(("temp/will".to_owned(), "gone".to_owned()));
