@@ -82,15 +82,18 @@ def lines(title, x_title, logarithmic, series):
     """A line chart as SVG; series: [(name, [(x, nanoseconds)])]."""
     left, top, width, height = 64, 48, 520, 190
     xs = sorted({x for _, points in series for x, _ in points})
-    most = max(y for _, points in series for _, y in points) or 1
+    # Four steps of a round number.
+    quarter = (max(y for _, points in series for _, y in points) or 1) / 4
+    power = 10 ** math.floor(math.log10(quarter))
+    most = 4 * next(power * n for n in (1, 1.5, 2, 2.5, 3, 4, 5, 7.5, 10) if power * n >= quarter)
     place = (lambda x: math.log10(max(x, 1))) if logarithmic else (lambda x: x)
     first, span = place(xs[0]), (place(xs[-1]) - place(xs[0])) or 1
-    at = lambda x, y: (left + width * (place(x) - first) / span, top + height * (1 - y / (1.08 * most)))
+    at = lambda x, y: (left + width * (place(x) - first) / span, top + height * (1 - y / most))
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="780" height="{top + height + 52}" '
            f'font-family="sans-serif" font-size="13">', f'<text x="0" y="16" font-weight="bold">{title}</text>',
            f'<text x="0" y="38" fill="#555">nanoseconds</text>']
     for i in range(5):
-        value = 1.08 * most * i / 4
+        value = most * i / 4
         y = at(xs[0], value)[1]
         out.append(f'<line x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
                    f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>')
