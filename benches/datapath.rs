@@ -20,15 +20,15 @@ use common::{
     Bench, Case, ROUNDS, case, client_addr, load_balancer, load_rewind, median, open_and_publish,
     rewind_to,
 };
+use libbpf_rs::OpenObject;
 use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
-use libbpf_rs::{MapCore as _, MapFlags, OpenObject};
 use mqtt_fwd::broker_host::takeover;
 use mqtt_fwd::config::MapSizes;
-use mqtt_fwd::kernel::abi::{Pod as _, handover_keys};
+use mqtt_fwd::kernel::abi::handover_keys;
 use mqtt_fwd::kernel::chain;
 use mqtt_fwd::kernel::skeletons::takeover::TakeoverSkelBuilder;
 use mqtt_fwd::kernel::xdp::ProgramInfo;
-use support::datapath::{Fixture, SERVICE, SERVICE6, XDP_TX, sentinel, sentinel_tc, test_run};
+use support::datapath::{Fixture, SERVICE, XDP_TX, sentinel, sentinel_tc, test_run};
 use support::{mqtt, packet};
 
 const MILLION: u32 = 1_000_000;
