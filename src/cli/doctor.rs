@@ -25,9 +25,9 @@ pub fn doctor(config: &Config, output: Output) -> Result<(), Error> {
             };
             line(&format!("{severity:<8}  {:<14}  {}", finding.about, finding.text));
             // Once for several that it is for.
-            let again = found.get(i + 1).is_some_and(|next| next.mend == finding.mend);
-            if let Some(mend) = finding.mend.as_ref().filter(|_| !again) {
-                line(&format!("{:<26}  → {mend}", ""));
+            let again = found.get(i + 1).is_some_and(|next| next.remedy == finding.remedy);
+            if let Some(remedy) = finding.remedy.as_ref().filter(|_| !again) {
+                line(&format!("{:<26}  → {remedy}", ""));
             }
         }
     }

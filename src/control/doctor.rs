@@ -57,9 +57,9 @@ impl Findings {
         self.add(Severity::Ok, about, text.into(), None);
     }
 
-    fn add(&mut self, severity: Severity, about: &str, text: String, mend: Option<String>) {
+    fn add(&mut self, severity: Severity, about: &str, text: String, remedy: Option<String>) {
         let (about, severity) = (about.to_owned(), severity.text().to_owned());
-        self.0.push(proto::Finding { about, severity, text, mend });
+        self.0.push(proto::Finding { about, severity, text, remedy });
     }
 
     fn bad(
@@ -67,18 +67,18 @@ impl Findings {
         severity: Severity,
         about: &'static str,
         text: impl Into<String>,
-        mend: impl Into<String>,
+        remedy: impl Into<String>,
     ) {
-        let mend = Some(mend.into()).filter(|mend| !mend.is_empty());
-        self.add(severity, about, text.into(), mend);
+        let remedy = Some(remedy.into()).filter(|remedy| !remedy.is_empty());
+        self.add(severity, about, text.into(), remedy);
     }
 
-    fn warning(&mut self, about: &'static str, text: impl Into<String>, mend: impl Into<String>) {
-        self.bad(Severity::Warning, about, text, mend);
+    fn warning(&mut self, about: &'static str, text: impl Into<String>, remedy: impl Into<String>) {
+        self.bad(Severity::Warning, about, text, remedy);
     }
 
-    fn fault(&mut self, about: &'static str, text: impl Into<String>, mend: impl Into<String>) {
-        self.bad(Severity::Fault, about, text, mend);
+    fn fault(&mut self, about: &'static str, text: impl Into<String>, remedy: impl Into<String>) {
+        self.bad(Severity::Fault, about, text, remedy);
     }
 }
 
@@ -108,11 +108,11 @@ fn host(found: &mut Findings, config: &Config) {
             let mut numbers = release.split(['.', '-']).map_while(|part| part.parse().ok());
             let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
             if version < KERNEL {
-                let mend = format!("boot Linux {}.{} or later", KERNEL.0, KERNEL.1);
-                found.fault("kernel", format!("Linux {release} is too old"), mend);
+                let remedy = format!("boot Linux {}.{} or later", KERNEL.0, KERNEL.1);
+                found.fault("kernel", format!("Linux {release} is too old"), remedy);
             } else if !Path::new("/sys/kernel/btf/vmlinux").exists() {
-                let mend = "boot one that was built with CONFIG_DEBUG_INFO_BTF";
-                found.fault("kernel", format!("Linux {release} has no BTF"), mend);
+                let remedy = "boot one that was built with CONFIG_DEBUG_INFO_BTF";
+                found.fault("kernel", format!("Linux {release} has no BTF"), remedy);
             } else {
                 found.ok("kernel", format!("Linux {release}, with BTF"));
             }
@@ -256,7 +256,7 @@ async fn in_force(found: &mut Findings, config: &Config, datapath: Option<&Datap
             found.fault(
                 "configuration",
                 text,
-                "`mqtt-fwd diff` lists it, `mqtt-fwd apply` mends it",
+                "`mqtt-fwd diff` lists it, `mqtt-fwd apply` repairs it",
             );
         }
         Err(e @ Error::Balancer(_)) => found.fault("balancer", e.to_string(), ""),
@@ -433,7 +433,7 @@ fn traffic(found: &mut Findings, config: &Config, datapath: &Datapath) {
             format!("do routers send {} to this host?", addresses.join(", ")),
         );
     }
-    for (name, text, mend) in TOLD {
+    for (name, text, remedy) in TOLD {
         // What is over, or meant.
         let is_over = match name {
             "no_balancer" => {
@@ -444,7 +444,7 @@ fn traffic(found: &mut Findings, config: &Config, datapath: &Datapath) {
             _ => false,
         };
         if count(name) > 0 && !is_over {
-            found.warning("traffic", format!("{} {text} ({name})", count(name)), mend);
+            found.warning("traffic", format!("{} {text} ({name})", count(name)), remedy);
         }
     }
     for map in view::map_uses(datapath).unwrap_or_default().iter().filter(|map| map.evicted > 0) {
