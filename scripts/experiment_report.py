@@ -26,6 +26,7 @@ def summary(results, quick, scenarios, alternatives):
             own = lambda r: 1e6 * (r["process_cpu_s"] + r["bpf_s"]) / max(r["received"], 1)
             if name in ("vip-per-topic", "predicted", "delayed", "katran"):
                 own = lambda r: 1e6 * r["bpf_s"] / max(r["received"], 1)
+            core = lambda r: 1e6 * (r["process_cpu_s"] + r["receive_cpu_s"]) / max(r["received"], 1)
             table[scenario.name, name] = {
                 "runs": len(good),
                 "delivered": min(r["received"] / r["sent"] for r in good),
@@ -34,6 +35,7 @@ def summary(results, quick, scenarios, alternatives):
                 "own_spread": max(map(own, good)) - min(map(own, good)),
                 "machine_us": None if whole is None else
                 median(lambda r: 1e6 * r["machine_cpu_s"] / r["sent"]) - 1e6 * whole,
+                "core_us": median(core) if scenario.pinned else None,
                 "p50_us": median(lambda r: r["p50_us"]),
                 "p99_us": median(lambda r: r["p99_us"]),
                 "rss_mb": median(lambda r: r["rss_kb"]) / 1024,
@@ -132,8 +134,11 @@ def growth(points):
     return md, body
 
 
-HEAD = ["alternative", "delivered", "right group", "own CPU, µs a message", "machine above direct, µs",
-        "p50, µs", "p99, µs", "memory, MB"]
+def head(pinned):
+    shared = ["machine above direct, µs"]
+    alone = ["with its network stack, µs", "messages a second a core"]
+    return ["alternative", "delivered", "right group", "own CPU, µs a message", *(alone if pinned else shared),
+            "p50, µs", "p99, µs", "memory, MB"]
 
 
 def rows(table, scenario, alternatives, no_groups):
@@ -142,13 +147,16 @@ def rows(table, scenario, alternatives, no_groups):
         if not r:
             continue
         if "failed" in r:
-            yield [name, "failed: " + r["failed"]] + [""] * 6
+            yield [name, "failed: " + r["failed"]] + [""] * (len(head(scenario.pinned)) - 2)
             continue
         right = "none is chosen" if name in no_groups else f"{100 * r['right']:.2f} %"
-        own = "–" if name == "direct" else f"{r['own_us']:.2f} ± {r['own_spread'] / 2:.2f}"
-        above = "–" if name == "direct" or r["machine_us"] is None else f"{r['machine_us']:.1f}"
+        own = "–" if name in ("direct", "nftables") else f"{r['own_us']:.2f} ± {r['own_spread'] / 2:.2f}"
+        if scenario.pinned:
+            more = ["–", "–"] if not r["core_us"] else [f"{r['core_us']:.2f}", f"{1e6 / r['core_us']:,.0f}"]
+        else:
+            more = ["–" if name == "direct" or r["machine_us"] is None else f"{r['machine_us']:.1f}"]
         memory = "–" if not r["rss_mb"] else f"{r['rss_mb']:.0f}"
-        yield [name, f"{100 * r['delivered']:.2f} %", right, own, above,
+        yield [name, f"{100 * r['delivered']:.2f} %", right, own, *more,
                f"{r['p50_us']:.0f}", f"{r['p99_us']:.0f}", memory]
 
 
@@ -161,6 +169,9 @@ def report(results, points, functional, out, scenarios, alternatives, no_groups)
         "Own CPU is what the balancer itself used: of BPF programs the kernel's run time (with the clock that "
         "measures it), of processes user and system time. What the kernel's TCP costs a proxy in soft interrupts "
         "is only in *machine above direct*, which is noisy: generator, sink and balancer share the CPUs.",
+        "Where the balancer has a CPU alone, proxies have one thread, and what the interfaces of the balancer's host receive is done "
+        "there by kernel threads (threaded NAPI): *with its network stack* is all that this CPU did for a message, and "
+        "*messages a second a core* its reciprocal, an extrapolation wherever that CPU was not full.",
         "Quick runs are some seconds of each load, at its rate. At low rates a message costs more than at high ones: "
         "each finds cold caches and a sleeping process.",
         "HAProxy and NGINX choose no group: they carry the same bytes with less to decide. The hub's brokers are "
@@ -177,16 +188,17 @@ def report(results, points, functional, out, scenarios, alternatives, no_groups)
             table_rows = list(rows(table, scenario, alternatives, no_groups))
             if not table_rows:
                 continue
+            heading = head(scenario.pinned)
             said = f" Published: {scenario.published}." if scenario.published else ""
             md += [f"### {scenario.name}: {scenario.about}", "", f"Expected: {scenario.expect}.{said}", "",
-                   "| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+                   "| " + " | ".join(heading) + " |", "|---" * len(heading) + "|"]
             md += ["| " + " | ".join(line) + " |" for line in table_rows] + [""]
             cells = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in line) + "</tr>" for line in table_rows)
             body += [f"<h3>{scenario.name}: {scenario.about}</h3><p>Expected: {scenario.expect}.{said}</p>",
-                     "<table><tr>" + "".join(f"<th>{h}</th>" for h in HEAD) + f"</tr>{cells}</table>"]
+                     "<table><tr>" + "".join(f"<th>{h}</th>" for h in heading) + f"</tr>{cells}</table>"]
             good = [(n, table[scenario.name, n]) for n in alternatives
                     if "own_us" in table.get((scenario.name, n), {})]
-            body.append(bars("Own CPU a message", "µs", [(n, r["own_us"]) for n, r in good if n != "direct"]))
+            body.append(bars("Own CPU a message", "µs", [(n, r["own_us"]) for n, r in good if n not in ("direct", "nftables")]))
             body.append(bars("99th percentile from when a message was due", "µs",
                              [(n, r["p99_us"]) for n, r in good]))
     if functional[1]:

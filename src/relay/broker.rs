@@ -3,8 +3,9 @@
 use std::io;
 use std::net::SocketAddr;
 
+use socket2::SockRef;
 use tokio::io::AsyncWriteExt as _;
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio_rustls::client::TlsStream;
 use tokio_util::either::Either;
 
@@ -31,7 +32,7 @@ impl BrokerInfo {
     ) -> impl Future<Output = io::Result<BrokerStream>> + Send + use<> {
         let (addr, tls) = (self.addr, self.tls.clone());
         async move {
-            let mut stream = TcpStream::connect(addr).await?;
+            let mut stream = connect(addr).await?;
             stream.set_nodelay(true)?;
             if let Some(header) = header {
                 stream.write_all(&header).await?;
@@ -42,6 +43,13 @@ impl BrokerInfo {
             })
         }
     }
+}
+
+/// TCP's handshake. Its last ACK waits for what is written first, so that both are one packet.
+async fn connect(addr: SocketAddr) -> io::Result<TcpStream> {
+    let socket = if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    SockRef::from(&socket).set_tcp_quickack(false)?;
+    socket.connect(addr).await
 }
 
 /// A connection to a broker: TCP, or TLS.

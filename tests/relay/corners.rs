@@ -218,3 +218,57 @@ fn a_client_that_pings_without_reading_is_not_silent() {
         got += u32::from(packet[0] == 0x30);
     }
 }
+
+/// Sockets in TIME_WAIT by who closed first: the relay, or a broker.
+fn time_wait(bed: &Bed) -> (usize, usize) {
+    const MQTT: &str = ":075B";
+    const TIME_WAIT: &str = "06";
+    let table = bed.inside(|| std::fs::read_to_string("/proc/thread-self/net/tcp").unwrap());
+    let rows = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let waiting: Vec<_> = rows.filter(|f| f[3] == TIME_WAIT).collect();
+    // 10.9.0.x, in the byte order of the machine.
+    let of_broker = |end: &str| end.ends_with(MQTT) && end[..8].ends_with("00090A");
+    let relays = waiting.iter().filter(|f| of_broker(f[2])).count();
+    (relays, waiting.iter().filter(|f| of_broker(f[1])).count())
+}
+
+#[test]
+fn ports_to_brokers_are_free_again_at_once() {
+    let bed = Bed::new();
+    let before = time_wait(&bed);
+    for n in 0..50 {
+        let mut client = bed.client(&format!("short{n}"));
+        client.publish_and_wait(TOPICS[n % 3], 1, b"x");
+        client.disconnect();
+    }
+    // A broker for each client, and home's where that is another.
+    wait_for("brokers to close", || (time_wait(&bed).1 >= before.1 + 50).then_some(()));
+    assert_eq!(time_wait(&bed).0, before.0, "the relay closed first");
+}
+
+#[test]
+fn a_broker_that_does_not_close_after_disconnect_is_left_after_a_second() {
+    let mut bed = Bed::empty("", "");
+    let listeners: Vec<_> = bed
+        .inside(|| (5..=6).map(|n| std::net::TcpListener::bind(Bed::broker(n)).unwrap()).collect());
+    let (told, left) = std::sync::mpsc::channel();
+    for listener in listeners {
+        let told = told.clone();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut broker = Client::new(stream.unwrap(), 4);
+                if broker.try_packet().is_ok_and(|p| p.is_some_and(|p| p[0] == 0x10)) {
+                    broker.send(&[0x20, 2, 0, 0]);
+                    assert_eq!(broker.packet().unwrap(), [0xe0, 0]);
+                    let begun = std::time::Instant::now();
+                    assert_eq!(broker.packet(), None);
+                    let _ = told.send(begun.elapsed());
+                }
+            }
+        });
+    }
+    bed.start_relay();
+    bed.client("short").disconnect();
+    let waited = left.recv_timeout(Duration::from_secs(10)).unwrap();
+    assert!((900..2500).contains(&waited.as_millis()), "{waited:?}");
+}

@@ -47,7 +47,11 @@ impl Session {
             let mut at = 0;
             let waited = std::mem::take(&mut self.stalled);
             let end = self.parse_client(&mut buffer[..length], &mut at, &mut pieces);
-            self.write_to_brokers(cx, buffer, &pieces);
+            if matches!(end, Some(End::Disconnected(_))) {
+                self.leave_for_disconnect(buffer, &pieces);
+            } else {
+                self.write_to_brokers(cx, buffer, &pieces);
+            }
             self.rest = buffer[at..length].to_vec();
             end.map_or(Ok(!(waited && self.stalled && at == 0)), Err)
         })
@@ -349,6 +353,13 @@ impl Session {
             if up.out.write(&mut &mut *stream, cx, &mut slices).is_err() {
                 up.broken = true;
             }
+        }
+    }
+
+    /// What came with DISCONNECT is written with it.
+    fn leave_for_disconnect(&mut self, buffer: &[u8], pieces: &[(Slot, Piece)]) {
+        for (slot, piece) in pieces {
+            self.upstreams[usize::from(*slot)].out.push(piece.slice(buffer));
         }
     }
 

@@ -13,8 +13,7 @@ use super::super::scan::kind;
 use super::super::table::Broker;
 use super::super::upstream::{State, Upstream};
 use super::{
-    CONNACK_TIMEOUT, End, HIGH, ROUTES_INTERVAL, SESSIONS_TIMEOUT, Session, UNUSED,
-    close_gracefully,
+    CONNACK_TIMEOUT, End, HIGH, ROUTES_INTERVAL, SESSIONS_TIMEOUT, Session, UNUSED, disconnect,
 };
 
 impl Session {
@@ -151,7 +150,7 @@ impl Session {
         }
         let up = &mut self.upstreams[usize::from(slot)];
         if let State::Ready(stream) = std::mem::replace(&mut up.state, State::Closed) {
-            tokio::task::spawn_local(close_gracefully(stream, vec![kind::DISCONNECT << 4, 0]));
+            tokio::task::spawn_local(disconnect(stream, vec![kind::DISCONNECT << 4, 0]));
         }
         up.close(State::Closed);
     }
