@@ -43,16 +43,29 @@ def start(name, *command):
     return subprocess.Popen(inside, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def lab(*options, config=f"{TOP}/scripts/lab.toml"):
-    down()
-    env = dict(os.environ, LAB=LAB, MQTT_FWD=MQTT_FWD)
-    done = subprocess.run([f"{TOP}/scripts/lab", "up", *options, "--config", config], env=env,
-                          capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"scripts/lab up: {done.stderr}")
-    # Sinks take the brokers' places.
-    run("pkill", "-f", f"mosquitto.*{RUN}/", check=False)
-    time.sleep(0.3)
+class Setup:
+    """How an alternative is set up: threads of a proxy, and whether mosquitto stays where sinks take its place."""
+
+    def __init__(self, threads, brokers=False):
+        self.threads, self.brokers = threads, brokers
+
+    def lab(self, *options, more=""):
+        down()
+        # Whatever is below a topic is its group's, too.
+        routes = re.sub(r'topic = "(.*?)"', r'topic = "\1/#"', open(f"{TOP}/scripts/lab.toml").read())
+        with tempfile.NamedTemporaryFile("w", suffix=".toml") as config:
+            config.write(routes + more)
+            config.flush()
+            env = dict(os.environ, LAB=LAB, MQTT_FWD=MQTT_FWD)
+            done = subprocess.run([f"{TOP}/scripts/lab", "up", *options, "--config", config.name], env=env,
+                                  capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"scripts/lab up: {done.stderr}")
+        # The lab's subscribers write down every message: not here.
+        run("pkill", "-f", "mosquitto_sub -h 127.0.0.1 -t #", check=False)
+        if not self.brokers:
+            run("pkill", "-f", f"mosquitto.*{RUN}/", check=False)
+        time.sleep(0.3)
 
 
 def down():
@@ -114,13 +127,14 @@ class Up:
                 entry.terminate()
 
 
-def direct(threads):
-    lab()
-    return Up(REALS, hosts=())
+def direct(setup):
+    setup.lab()
+    # Subscribers have to be where publishers are.
+    return Up(REALS[:1] if setup.brokers else REALS, hosts=())
 
 
-def haproxy(threads, sticky=False):
-    lab()
+def haproxy(setup, sticky=False):
+    setup.lab()
     # A client that comes back gets the server that its identifier got before.
     stick = ("  tcp-request inspect-delay 5s\n"
              "  tcp-request content reject unless { req.payload(0,0),mqtt_is_valid }\n"
@@ -128,27 +142,27 @@ def haproxy(threads, sticky=False):
              "  stick on req.payload(0,0),mqtt_field_value(connect,client_identifier)\n") if sticky else ""
     servers = "".join(f"  server r{i} 10.1.3.20{i}:1883\n" for i in range(1, 7))
     with open(f"{RUN}/haproxy.cfg", "w") as out:
-        out.write(f"global\n  maxconn 8000\n  nbthread {threads}\ndefaults\n  mode tcp\n  timeout connect 5s\n"
+        out.write(f"global\n  maxconn 8000\n  nbthread {setup.threads}\ndefaults\n  mode tcp\n  timeout connect 5s\n"
                   f"  timeout client 1h\n  timeout server 1h\nlisten mqtt\n  bind {PROXY}\n"
                   f"  balance roundrobin\n{stick}{servers}")
     return Up([PROXY], [start("lb", "haproxy", "-db", "-f", f"{RUN}/haproxy.cfg")])
 
 
-def nginx(threads):
-    lab()
+def nginx(setup):
+    setup.lab()
     servers = "".join(f"    server 10.1.3.20{i}:1883;\n" for i in range(1, 7))
     with open(f"{RUN}/nginx.conf", "w") as out:
         out.write("load_module /usr/lib/nginx/modules/ngx_stream_module.so;\ndaemon off;\n"
-                  f"worker_processes {threads};\npid {RUN}/nginx.pid;\nerror_log {RUN}/nginx.log;\n"
+                  f"worker_processes {setup.threads};\npid {RUN}/nginx.pid;\nerror_log {RUN}/nginx.log;\n"
                   "worker_rlimit_nofile 10000;\nevents { worker_connections 8000; }\n"
                   f"stream {{\n  upstream mqtt {{\n{servers}  }}\n"
                   f"  server {{ listen {PROXY} backlog=4096; tcp_nodelay on; proxy_pass mqtt; }}\n}}\n")
     return Up([PROXY], [start("lb", "nginx", "-c", f"{RUN}/nginx.conf")])
 
 
-def nftables(threads):
+def nftables(setup):
     """The kernel's own NAT, both ways, as cluster networks do it."""
-    lab()
+    setup.lab()
     in_ns("lb", "sysctl", "-qw", "net.ipv4.ip_forward=1")
     addresses = ", ".join(f"{n} : 10.1.3.20{n + 1} . 1883" for n in range(6))
     host, port = PROXY.split(":")
@@ -159,18 +173,18 @@ def nftables(threads):
     return Up([PROXY])
 
 
-def hub(threads):
+def hub(setup):
     """All publish to one mosquitto; what would be brokers are shared subscribers of it."""
-    lab()
+    setup.lab()
     with open(f"{RUN}/hub.conf", "w") as out:
         out.write("listener 1890 10.1.2.102\nallow_anonymous true\nmax_queued_messages 0\n"
                   "set_tcp_nodelay true\n")
     return Up([PROXY], [start("lb", "mosquitto", "-c", f"{RUN}/hub.conf")], hub=True)
 
 
-def vip_per_topic(threads):
+def vip_per_topic(setup):
     """The bare balancer: devices know an address for each topic."""
-    lab()
+    setup.lab()
     env = dict(os.environ, LAB=LAB, MQTT_FWD=MQTT_FWD)
     run(f"{TOP}/scripts/lab", "sidecar", "stop", env=env)
     def command(*args):
@@ -192,20 +206,21 @@ def vip_per_topic(threads):
 
 
 def ours(*options):
-    def up(threads):
-        lab(*options)
-        return Up([MQTT_VIP], root=ROOT)
+    def up(setup):
+        # Subscribers need relays: what they want is at brokers of several groups.
+        setup.lab(*options, *(["--relay"] if setup.brokers else []))
+        return Up([MQTT_VIP], relays() if setup.brokers else [], ROOT)
     return up
 
 
-def relayed(threads):
+def relayed(setup):
     """All clients alternate between the three topics, so all of them are the relays'."""
-    with tempfile.NamedTemporaryFile("w", suffix=".toml") as config:
-        config.write(open(f"{TOP}/scripts/lab.toml").read() + f"\n[relay]\nthreads = {threads}\n")
-        config.flush()
-        lab("--relay", config=config.name)
-    pids = [int(open(f"{RUN}/relay-{name}.pid").read()) for name in ("r7", "r8")]
-    return Up([MQTT_VIP], pids, ROOT, hosts=("lb", "r7", "r8"))
+    setup.lab("--relay", more=f"\n[relay]\nthreads = {setup.threads}\n")
+    return Up([MQTT_VIP], relays(), ROOT, hosts=("lb", "r7", "r8"))
+
+
+def relays():
+    return [int(open(f"{RUN}/relay-{name}.pid").read()) for name in ("r7", "r8")]
 
 
 def pin(up):
@@ -233,7 +248,7 @@ def pin(up):
 ALTERNATIVES = {
     "direct": (direct, "clients know their brokers"),
     "haproxy": (haproxy, "HAProxy, TCP mode; no group is chosen"),
-    "haproxy-id": (lambda threads: haproxy(threads, sticky=True),
+    "haproxy-id": (lambda setup: haproxy(setup, sticky=True),
                    "HAProxy, TCP mode, a client identifier keeps its broker; no group is chosen"),
     "nginx": (nginx, "NGINX stream; no group is chosen"),
     "nftables": (nftables, "the kernel's NAT in both directions, brokers in turn; no group is chosen"),

@@ -24,13 +24,13 @@ def summary(results, quick, scenarios, alternatives):
                     (scenario.name, "direct", quick) and "failed" not in r]
             whole = statistics.median(r["machine_cpu_s"] / r["sent"] for r in base) if base else None
             own = lambda r: 1e6 * (r["process_cpu_s"] + r["bpf_s"]) / max(r["received"], 1)
-            if name in ("vip-per-topic", "predicted", "delayed", "katran"):
+            if name in ("vip-per-topic", "predicted", "delayed", "katran") and not scenario.subscribers:
                 own = lambda r: 1e6 * r["bpf_s"] / max(r["received"], 1)
             core = lambda r: 1e6 * (r["process_cpu_s"] + r["receive_cpu_s"]) / max(r["received"], 1)
             table[scenario.name, name] = {
                 "runs": len(good),
                 "delivered": min(r["received"] / r["sent"] for r in good),
-                "right": min(r["right"] / r["sent"] for r in good),
+                "right": None if scenario.subscribers else min(r["right"] / r["sent"] for r in good),
                 "own_us": median(own),
                 "own_spread": max(map(own, good)) - min(map(own, good)),
                 "machine_us": None if whole is None else
@@ -149,7 +149,10 @@ def rows(table, scenario, alternatives, no_groups):
         if "failed" in r:
             yield [name, "failed: " + r["failed"]] + [""] * (len(head(scenario.pinned)) - 2)
             continue
-        right = "none is chosen" if name in no_groups else f"{100 * r['right']:.2f} %"
+        if r["right"] is None:
+            right = "–"
+        else:
+            right = "none is chosen" if name in no_groups else f"{100 * r['right']:.2f} %"
         own = "–" if name in ("direct", "nftables") else f"{r['own_us']:.2f} ± {r['own_spread'] / 2:.2f}"
         if scenario.pinned:
             more = ["–", "–"] if not r["core_us"] else [f"{r['core_us']:.2f}", f"{1e6 / r['core_us']:,.0f}"]
@@ -172,6 +175,8 @@ def report(results, points, functional, out, scenarios, alternatives, no_groups)
         "Where the balancer has a CPU alone, proxies have one thread, and what the interfaces of the balancer's host receive is done "
         "there by kernel threads (threaded NAPI): *with its network stack* is all that this CPU did for a message, and "
         "*messages a second a core* its reciprocal, an extrapolation wherever that CPU was not full.",
+        "With subscribers, mosquitto is where the sinks are otherwise. `direct` is then one broker for all, HAProxy six "
+        "that know nothing of each other, and of ours publishers of one topic go straight and subscribers through relays.",
         "Quick runs are some seconds of each load, at its rate. At low rates a message costs more than at high ones: "
         "each finds cold caches and a sleeping process.",
         "HAProxy and NGINX choose no group: they carry the same bytes with less to decide. The hub's brokers are "

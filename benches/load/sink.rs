@@ -1,14 +1,15 @@
 //! The sink.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::io::Result;
+use std::io::{ErrorKind, Result};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
 use clap::Args;
 use hdrhistogram::Histogram;
 use mqtt_fwd::relay::scan;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -25,9 +26,12 @@ pub struct Sink {
     /// Broker to subscribe at, instead of listening
     #[arg(long, requires = "filters")]
     subscribe: Option<SocketAddr>,
-    /// Filters, assigned to namespaces round-robin
+    /// Filters, assigned to subscribers round-robin
     #[arg(long, value_delimiter = ',')]
     filters: Vec<String>,
+    /// Subscribers, assigned to namespaces round-robin; one in each if not given
+    #[arg(long, requires = "subscribe")]
+    connections: Option<usize>,
 }
 
 struct Counts {
@@ -50,9 +54,10 @@ impl Sink {
             Arc::new(Mutex::new(Counts { messages: 0, connections: 0, latency, arrivals }));
         let here = [String::new()];
         let namespaces = if self.namespaces.is_empty() { &here[..] } else { &self.namespaces };
-        for (n, namespace) in namespaces.iter().enumerate() {
-            enter(namespace)?;
-            if let Some(broker) = self.subscribe {
+        if let Some(broker) = self.subscribe {
+            for n in 0..self.connections.unwrap_or(namespaces.len()) {
+                let namespace = &namespaces[n % namespaces.len()];
+                enter(namespace)?;
                 let mut stream = TcpStream::connect(broker).await?;
                 let id = format!("sink-{n}");
                 let filter = self.filters[n % self.filters.len()].as_bytes();
@@ -60,6 +65,9 @@ impl Sink {
                 stream.write_all(&mqtt::subscribe(filter)).await?;
                 tokio::spawn(connection(stream, namespace.clone(), Arc::clone(&counts)));
             }
+        }
+        for namespace in namespaces {
+            enter(namespace)?;
             for addr in &self.listen {
                 let listener = TcpListener::bind(addr).await?;
                 let (counts, namespace) = (Arc::clone(&counts), namespace.clone());
@@ -106,6 +114,13 @@ impl Counts {
     }
 }
 
+/// Bytes to read at a time.
+const READ: usize = 64 << 10;
+
+thread_local! {
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
 async fn connection(
     mut stream: TcpStream,
     namespace: String,
@@ -113,17 +128,24 @@ async fn connection(
 ) -> Result<()> {
     counts.lock().expect("no thread panics").connections += 1;
     stream.set_nodelay(true)?;
-    let mut buffer = vec![0; 64 << 10];
-    let mut length = 0;
+    let mut rest = Vec::new();
     loop {
-        let n = stream.read(&mut buffer[length..]).await?;
-        if n == 0 {
-            return Ok(());
-        }
-        length += n;
-        let mut at = 0;
+        stream.readable().await?;
         let (mut answers, mut ended) = (Vec::new(), false);
-        {
+        // One buffer for all connections, of which most are short or idle.
+        let end = BUFFER.with_borrow_mut(|buffer| {
+            let mut length = rest.len();
+            if buffer.len() < length + READ {
+                buffer.resize(length + READ, 0);
+            }
+            buffer[..length].copy_from_slice(&rest);
+            match stream.try_read(&mut buffer[length..]) {
+                Ok(0) => return Ok(true),
+                Ok(n) => length += n,
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(false),
+                Err(e) => return Err(e),
+            }
+            let mut at = 0;
             let now = now_ns();
             let mut counts = counts.lock().expect("no thread panics");
             while let Ok(Some(h)) = scan::header(&buffer[at..length]) {
@@ -133,7 +155,7 @@ async fn connection(
                     scan::kind::DISCONNECT => ended = true,
                     scan::kind::PINGREQ => answers.extend([0xd0, 0]),
                     scan::kind::PUBLISH => {
-                        let Ok(Some(p)) = scan::publish(packet, h, false) else { return Ok(()) };
+                        let Ok(Some(p)) = scan::publish(packet, h, false) else { return Ok(true) };
                         let due = packet.get(p.payload_at..p.payload_at + 8);
                         let due =
                             due.map_or(0, |b| u64::from_be_bytes(b.try_into().expect("8 bytes")));
@@ -157,13 +179,14 @@ async fn connection(
                 }
                 at += h.total();
             }
-        }
-        buffer.copy_within(at..length, 0);
-        length -= at;
+            rest.clear();
+            rest.extend_from_slice(&buffer[at..length]);
+            Ok(false)
+        })?;
         if !answers.is_empty() {
             stream.write_all(&answers).await?;
         }
-        if ended {
+        if end || ended {
             return Ok(());
         }
     }

@@ -298,6 +298,8 @@ fn listen(addr: SocketAddr) -> Result<std::net::TcpListener, RelayError> {
         let socket = if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
         socket.set_reuseaddr(true)?;
         socket.set_reuseport(true)?;
+        // Accepted connections inherit it.
+        socket.set_nodelay(true)?;
         socket.bind(addr)?;
         socket.listen(BACKLOG)?.into_std()
     };
@@ -385,7 +387,6 @@ impl Drop for Admitted {
 
 /// Serves one connection.
 async fn serve(stream: TcpStream, from: SocketAddr, worker: &Rc<Worker>, port: &Port) {
-    let _ = stream.set_nodelay(true);
     let timeout = Duration::from_secs(worker.limits.connect_timeout_s.into());
     let (mut stream, connect, rest) =
         // Boxed, so that the connection's task does not keep the handshakes' memory.
