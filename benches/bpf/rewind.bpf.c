@@ -8,6 +8,7 @@
  * and all have the same sequence number in a round, without a map that would warm the caches.
  */
 #include "abi/config.h"
+#include "lib/map.h"
 #include "lib/parse.h"
 
 struct {
@@ -22,23 +23,23 @@ const volatile __u32 clients_mask; /* the next power of two, less one */
 const volatile __u32 seq_step; /* bytes of payload, or how far ISNs lie apart */
 const volatile __u32 topic_offset; /* in the frame: a byte that changes each round; 0: none */
 const volatile __u16 wrapped; /* bytes that a balancer put in front; 0: none */
+const volatile __u32 burst;
+const volatile __u32 wire; /* index of the interface that packets are put on */
 const volatile __be32 dst[4];
 const volatile __be32 src[4]; /* the last word counts clients */
 
 __u32 client; /* state of the generator */
 __u32 seq; /* host order */
 __u32 rounds;
+__u32 sent;
+__u32 received;
 
-SEC("xdp")
-int rewind(struct xdp_md *ctx)
+static __always_inline bool next_packet(struct xdp_md *ctx)
 {
-	if (wrapped && bpf_xdp_adjust_head(ctx, wrapped))
-		return XDP_ABORTED;
-
 	struct cursor c = cursor_of(ctx);
 	struct ethhdr *eth = parse_eth(&c);
 	if (!eth)
-		return XDP_ABORTED;
+		return false;
 
 	if (client == 0) {
 		seq += seq_step;
@@ -50,7 +51,7 @@ int rewind(struct xdp_md *ctx)
 		eth->h_proto = bpf_htons(ETH_P_IPV6);
 		struct ipv6hdr *ip = parse_ipv6(&c);
 		if (!ip)
-			return XDP_ABORTED;
+			return false;
 		ip->daddr.s6_addr32[0] = dst[0];
 		ip->daddr.s6_addr32[1] = dst[1];
 		ip->daddr.s6_addr32[2] = dst[2];
@@ -61,18 +62,18 @@ int rewind(struct xdp_md *ctx)
 		eth->h_proto = bpf_htons(ETH_P_IP);
 		struct iphdr *ip = parse_ipv4(&c);
 		if (!ip)
-			return XDP_ABORTED;
+			return false;
 		ip->daddr = dst[0];
 		ip->saddr = src[0] ^ bpf_htonl(client);
 		tcp = parse_tcp(&c);
 	}
 	if (!tcp)
-		return XDP_ABORTED;
+		return false;
 	tcp->seq = bpf_htonl(seq);
 	if (topic_offset) {
 		__u8 *p = frame_start(ctx) + (topic_offset & 0xfff);
 		if ((void *)(p + 1) > frame_end(ctx))
-			return XDP_ABORTED;
+			return false;
 		*p = 'a' + (rounds & 7);
 	}
 	/* Hull and Dobell: full period for a power of two, of which what is too much is left out. */
@@ -83,8 +84,37 @@ int rewind(struct xdp_md *ctx)
 			break;
 	}
 	client = next;
-	bpf_tail_call(ctx, &root_array, POSITION_MQTT_FWD);
+	return true;
+}
+
+SEC("xdp")
+int rewind(struct xdp_md *ctx)
+{
+	if (wrapped && bpf_xdp_adjust_head(ctx, wrapped))
+		return XDP_ABORTED;
+	if (next_packet(ctx))
+		bpf_tail_call(ctx, &root_array, POSITION_MQTT_FWD);
 	return XDP_ABORTED;
+}
+
+/* Puts it on a wire instead, where less than a ring has room for is under way. */
+SEC("xdp")
+int send(struct xdp_md *ctx)
+{
+	if (sent - READ_ONCE(received) >= burst)
+		return XDP_DROP;
+	if (!next_packet(ctx))
+		return XDP_ABORTED;
+	sent++;
+	return bpf_redirect(wire, 0);
+}
+
+/* The end of that wire, on one CPU. */
+SEC("xdp")
+int receive(struct xdp_md *ctx __attribute__((unused)))
+{
+	received++;
+	return XDP_DROP;
 }
 
 /* Stands for a balancer that only makes room. */

@@ -3,7 +3,7 @@
 
 pub mod baseline;
 
-use std::mem::MaybeUninit;
+use std::mem::{MaybeUninit, offset_of};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 
@@ -15,6 +15,7 @@ use mqtt_fwd::kernel::abi::{
 use mqtt_fwd::kernel::chain;
 use mqtt_fwd::kernel::maps::Table;
 use mqtt_fwd::kernel::skeletons::balancer::{BalancerSkel, BalancerSkelBuilder};
+use rewind::types::bss;
 use rewind::{RewindSkel, RewindSkelBuilder};
 
 use crate::support::datapath::{Fixture, SERVICE, SERVICE6, XDP_TX, test_run};
@@ -44,6 +45,11 @@ pub struct Bench {
 }
 
 pub fn load_rewind(case: &Case, wrapped: u16, fixture: &Fixture) -> RewindSkel<'static> {
+    load_sender(case, wrapped, 0, fixture)
+}
+
+/// The same, for packets that are put on a wire: the interface's index.
+pub fn load_sender(case: &Case, wrapped: u16, wire: u32, fixture: &Fixture) -> RewindSkel<'static> {
     let storage: &'static mut MaybeUninit<OpenObject> = Box::leak(Box::new(MaybeUninit::uninit()));
     let mut open = RewindSkelBuilder::default().open(storage).unwrap();
     let rodata = open.maps.rodata_data.as_deref_mut().unwrap();
@@ -52,6 +58,8 @@ pub fn load_rewind(case: &Case, wrapped: u16, fixture: &Fixture) -> RewindSkel<'
     rodata.seq_step = case.seq_step;
     rodata.topic_offset = case.topic_offset;
     rodata.wrapped = wrapped;
+    rodata.wire = wire;
+    rodata.burst = 192;
     rodata.dst = addr_words(case.dst);
     rodata.src = addr_words(case.src);
     open.maps.root_array.reuse_fd(fixture.skel.maps.root_array.as_fd()).unwrap();
@@ -184,8 +192,8 @@ pub fn open_and_publish(bench: &Bench, v6: bool, clients: u32, payload: &[u8]) -
 /// The first packet of `rewind` has this sequence number.
 pub fn rewind_to(rewind: &RewindSkel<'_>, seq: u32) {
     let rodata = rewind.maps.rodata_data.as_ref().unwrap();
-    // Rounds begin with client 0, and with it the step: client, seq, rounds.
-    let before = seq.wrapping_sub(rodata.seq_step);
-    let value = [0u32, before, 0].map(u32::to_ne_bytes).concat();
+    // Rounds begin with client 0, and with it the step.
+    let (mut value, at) = ([0; size_of::<bss>()], offset_of!(bss, seq));
+    value[at..at + 4].copy_from_slice(&seq.wrapping_sub(rodata.seq_step).to_ne_bytes());
     rewind.maps.bss.update(0u32.bytes(), &value, MapFlags::ANY).unwrap();
 }

@@ -41,6 +41,16 @@ pub fn run(program: BorrowedFd<'_>, frame: &[u8], repeat: u32) -> io::Result<Run
 
 /// Gives a frame to an XDP program as if it had come in on the interface (Linux 5.18): what it says is done.
 pub fn inject(program: BorrowedFd<'_>, interface: i32, frame: &[u8]) -> io::Result<()> {
+    inject_copies(program, interface, frame, 1)
+}
+
+/// Several copies of a frame.
+pub fn inject_copies(
+    program: BorrowedFd<'_>,
+    interface: i32,
+    frame: &[u8],
+    copies: u32,
+) -> io::Result<()> {
     let mut context = libbpf_sys::xdp_md {
         data: 0,
         data_end: frame.len() as u32,
@@ -53,7 +63,7 @@ pub fn inject(program: BorrowedFd<'_>, interface: i32, frame: &[u8]) -> io::Resu
         data_size_in: frame.len() as u32,
         ctx_in: (&raw mut context).cast(),
         ctx_size_in: size_of::<libbpf_sys::xdp_md>() as u32,
-        repeat: 1,
+        repeat: copies.cast_signed(),
         flags: libbpf_sys::BPF_F_TEST_XDP_LIVE_FRAMES,
         ..Default::default()
     };
