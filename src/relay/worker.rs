@@ -160,6 +160,12 @@ impl Worker {
         self.down.borrow().get(&broker).is_some_and(|until| Instant::now() < *until)
     }
 
+    /// Whether it was not down lately, so that its being down is worth a line in the log.
+    pub fn is_news(&self, broker: SocketAddr) -> bool {
+        const QUIET: Duration = Duration::from_secs(60);
+        self.down.borrow().get(&broker).is_none_or(|until| *until + QUIET < Instant::now())
+    }
+
     /// Marks a broker as down, the longer the longer the attempt took.
     pub fn down(&self, broker: SocketAddr, took: Duration) {
         self.down.borrow_mut().insert(broker, Instant::now() + DOWN + 2 * took);

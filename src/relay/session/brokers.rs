@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::super::connect::{Connack, Kind};
 use super::super::ids::Slot;
@@ -26,7 +26,11 @@ impl Session {
             State::Connecting(connecting) => match connecting.as_mut().poll(cx) {
                 Poll::Pending => Ok(false),
                 Poll::Ready(Err(error)) => {
-                    debug!(broker = %up.addr, %error, "cannot connect");
+                    if self.worker.is_news(up.addr) {
+                        warn!(broker = %up.addr, %error, "cannot connect to a broker{}", hint(&error));
+                    } else {
+                        debug!(broker = %up.addr, %error, "cannot connect");
+                    }
                     self.broker_lost(slot, now).map(|()| true)
                 }
                 Poll::Ready(Ok(stream)) => {
@@ -434,6 +438,16 @@ impl Session {
             self.will = Some(self.open_as(broker, Kind::WithWill, now));
         }
         Ok(())
+    }
+}
+
+fn hint(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        std::io::ErrorKind::AddrNotAvailable => {
+            ": no port is free for it, so many connections that ended without DISCONNECT are in TIME_WAIT \
+             (`ss -s`): net.ipv4.tcp_tw_reuse = 1, or a wider net.ipv4.ip_local_port_range"
+        }
+        _ => "",
     }
 }
 
