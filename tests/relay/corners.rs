@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use socket2::{Domain, Socket, Type};
+
 use crate::bed::{Bed, RELAY, TOPICS};
 use crate::client::{self, Client, Connect, connect};
 use crate::support::net::wait_for;
@@ -271,4 +273,27 @@ fn a_broker_that_does_not_close_after_disconnect_is_left_after_a_second() {
     bed.client("short").disconnect();
     let waited = left.recv_timeout(Duration::from_secs(10)).unwrap();
     assert!((900..2500).contains(&waited.as_millis()), "{waited:?}");
+}
+
+#[test]
+fn the_log_says_when_ports_to_a_broker_have_run_out() {
+    let bed = Bed::new();
+    let two_ports = "40000 40001";
+    bed.inside(|| std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", two_ports).unwrap());
+    let to: std::net::SocketAddr = RELAY.parse().unwrap();
+    let clients: Vec<_> = (50_000..50_008)
+        .map(|port| {
+            let stream = bed.inside(|| {
+                let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+                socket.bind(&std::net::SocketAddr::from(([10, 9, 1, 200], port)).into()).unwrap();
+                socket.connect(&to.into()).unwrap();
+                std::net::TcpStream::from(socket)
+            });
+            let mut client = Client::new(stream, 4);
+            client.send(&connect(4, &format!("client{port}")).packet());
+            client
+        })
+        .collect();
+    wait_for("the log", || bed.relay_log().contains("net.ipv4.ip_local_port_range").then_some(()));
+    drop(clients);
 }
