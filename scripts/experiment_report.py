@@ -3,6 +3,7 @@
 
 import math
 import os
+import re
 import statistics
 
 def summary(results, quick, scenarios, alternatives):
@@ -77,7 +78,7 @@ def bars(title, unit, values):
         width = max(1, 420 * value / most)
         out.append(f'<text x="120" y="{y + 14}" text-anchor="end">{name}</text>'
                    f'<rect x="128" y="{y}" width="{width:.1f}" height="19" fill="{colour}"/>'
-                   f'<text x="{134 + width:.1f}" y="{y + 14}">{value:.2f} {unit}</text>')
+                   f'<text x="{134 + width:.1f}" y="{y + 14}">{value:,.{0 if value >= 100 else 2}f} {unit}</text>')
     return "\n".join(out + ["</svg>"])
 
 
@@ -174,7 +175,8 @@ def rows(table, scenario, alternatives, no_groups):
             right = "–"
         else:
             right = "none is chosen" if name in no_groups else f"{100 * r['right']:.2f} %"
-        own = "–" if name in ("direct", "nftables") else f"{r['own_us']:.2f} ± {r['own_spread'] / 2:.2f}"
+        spread = f" ± {r['own_spread'] / 2:.2f}" if r["runs"] > 1 else ""
+        own = "–" if name in ("direct", "nftables") else f"{r['own_us']:.2f}{spread}"
         if scenario.pinned:
             more = ["–", "–"] if not r["core_us"] else [f"{r['core_us']:.2f}", f"{1e6 / r['core_us']:,.0f}"]
         else:
@@ -241,6 +243,7 @@ def report(results, frames, points, functional, out, scenarios, alternatives, no
     md += ["", "## How to read it", ""] + [f"- {line}" for line in reading]
     with open(f"{out}/report.md", "w") as file:
         file.write("\n".join(md) + "\n")
+    emphasised = [re.sub(r"[*](.+?)[*]", r"<i>\1</i>", line) for line in reading]
     items = "".join(f"<li><b>{n}</b>: {about}</li>" for n, (_, about) in alternatives.items())
     with open(f"{out}/report.html", "w") as file:
         file.write("<!doctype html><meta charset=utf-8><title>mqtt-fwd measured</title><style>"
@@ -249,4 +252,4 @@ def report(results, frames, points, functional, out, scenarios, alternatives, no
                    "text-align:right}td:first-child{text-align:left}th{background:#f0f2f5}svg{display:block}"
                    "</style><h1>mqtt-fwd beside what one would use instead</h1>" + "\n".join(body)
                    + f"<h2>Alternatives</h2><ul>{items}</ul><h2>How to read it</h2><ul>"
-                   + "".join(f"<li>{line}</li>" for line in reading) + "</ul>")
+                   + "".join(f"<li>{line}</li>" for line in emphasised) + "</ul>")
