@@ -402,8 +402,8 @@ impl Session {
         let all: Vec<_> = streams.into_iter().map(tokio::task::spawn_local).collect();
         match end {
             End::ClientGone(_) => drop(self.client),
-            // It sends nothing more that could be answered with RST.
-            End::Disconnected(_) => {
+            // It sends nothing more that could be answered with RST, unless TLS or WebSocket has an end of its own.
+            End::Disconnected(_) if matches!(self.client, Stream::Tcp(_)) => {
                 let _ = tokio::time::timeout(PATIENCE, close(&mut self.client, &last)).await;
                 drop(self.client);
             }
