@@ -199,7 +199,7 @@ def report(results, frames, points, functional, out, scenarios, alternatives, no
         "there by kernel threads (threaded NAPI): *with its network stack* is all that this CPU did for a message, and "
         "*messages a second a core* its reciprocal, an extrapolation wherever that CPU was not full.",
         "With subscribers, mosquitto is where the sinks are otherwise. `direct` is then one broker for all, HAProxy six "
-        "that know nothing of each other, and of ours publishers of one topic go straight and subscribers through relays.",
+        "that know nothing of each other, and with mqtt-fwd, publishers of one topic go straight, subscribers through relays.",
         "Quick runs are some seconds of each load, at its rate. At low rates a message costs more than at high ones: "
         "each finds cold caches and a sleeping process.",
         "HAProxy and NGINX choose no group: they carry the same bytes with less to decide. The hub's brokers are "
