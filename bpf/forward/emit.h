@@ -8,6 +8,25 @@
 #include "../lib/parse.h"
 #include "maps.h"
 
+/*
+ * A verdict is an XDP action, or says that the packet goes on unchanged, and why: pass_on() then stands
+ * in one place, behind everything else, and not between what each packet executes.
+ */
+static __always_inline int unchanged(enum reason why)
+{
+	return -1 - (int)why;
+}
+
+static __always_inline bool is_unchanged(int verdict)
+{
+	return verdict < 0;
+}
+
+static __always_inline enum reason unchanged_because(int verdict)
+{
+	return -1 - verdict;
+}
+
 /* On to the balancer; what follows the tail call runs only if there is none. */
 static __always_inline int pass_on(struct xdp_md *ctx, enum reason reason)
 {

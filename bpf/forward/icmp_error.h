@@ -17,20 +17,20 @@ static __always_inline int handle_icmp4(struct xdp_md *ctx, struct cursor *c, co
 {
 	struct icmphdr *icmp = parse_icmp(c);
 	if (!icmp || icmp->type != ICMP_DEST_UNREACH)
-		return pass_on(ctx, REASON_NOT_SERVICE);
+		return unchanged(REASON_NOT_SERVICE);
 
 	struct iphdr *quoted = parse_ipv4(c);
 	if (!quoted || quoted->protocol != IPPROTO_TCP || quoted->ihl != 5 ||
 	    quoted->saddr != ip->daddr || quoted->frag_off & bpf_htons(IP_FRAGMENT_MASK))
-		return pass_on(ctx, REASON_NOT_SERVICE);
+		return unchanged(REASON_NOT_SERVICE);
 
 	__be16 *ports = c->pos;
 	if ((void *)(ports + 2) > c->end)
-		return pass_on(ctx, REASON_NOT_SERVICE);
+		return unchanged(REASON_NOT_SERVICE);
 
 	const struct service *svc = service_find4(t, quoted->saddr, ports[0]);
 	if (!svc)
-		return pass_on(ctx, REASON_NOT_SERVICE);
+		return unchanged(REASON_NOT_SERVICE);
 
 	struct conn conn = {
 		.key = { .addr[0] = quoted->daddr, .port = ports[1], .service = svc->id }
@@ -39,7 +39,7 @@ static __always_inline int handle_icmp4(struct xdp_md *ctx, struct cursor *c, co
 	const struct flow *f = flow_find(&conn);
 	const struct group *g = f ? group_of(flow_binding(f, &conn)) : NULL;
 	if (!g)
-		return pass_on(ctx, REASON_NO_GROUP_VIP);
+		return unchanged(REASON_NO_GROUP_VIP);
 
 	quoted->saddr = g->vip[0];
 	set_dst4(ctx, g->vip[0]);
@@ -64,23 +64,23 @@ static __always_inline int handle_icmp6(struct xdp_md *ctx, struct cursor *c,
 	__be32 outer[4];
 	if (!icmp ||
 	    (icmp->icmp6_type != ICMPV6_PKT_TOOBIG && icmp->icmp6_type != ICMPV6_DEST_UNREACH))
-		return pass_on(ctx, REASON_NOT_SERVICE);
+		return unchanged(REASON_NOT_SERVICE);
 
 	struct ipv6hdr *quoted = parse_ipv6(c);
 	if (!quoted || quoted->nexthdr != IPPROTO_TCP)
-		return pass_on(ctx, REASON_NOT_SERVICE);
+		return unchanged(REASON_NOT_SERVICE);
 
 	__be16 *ports = c->pos;
 	if ((void *)(ports + 2) > c->end)
-		return pass_on(ctx, REASON_NOT_SERVICE);
+		return unchanged(REASON_NOT_SERVICE);
 
 	copy_addr6(outer, &ip->daddr);
 	copy_addr6(conn.key.addr, &quoted->saddr);
 	if (!addr6_equal(outer, conn.key.addr))
-		return pass_on(ctx, REASON_NOT_SERVICE);
+		return unchanged(REASON_NOT_SERVICE);
 	const struct service *svc = service_find6(t, conn.key.addr, ports[0]);
 	if (!svc)
-		return pass_on(ctx, REASON_NOT_SERVICE);
+		return unchanged(REASON_NOT_SERVICE);
 
 	copy_addr6(conn.key.addr, &quoted->daddr);
 	conn.key.port = ports[1];
@@ -89,7 +89,7 @@ static __always_inline int handle_icmp6(struct xdp_md *ctx, struct cursor *c,
 	const struct flow *f = flow_find(&conn);
 	const struct group *g = f ? group_of(flow_binding(f, &conn)) : NULL;
 	if (!g)
-		return pass_on(ctx, REASON_NO_GROUP_VIP);
+		return unchanged(REASON_NO_GROUP_VIP);
 
 	__builtin_memcpy(&quoted->saddr, g->vip, sizeof(quoted->saddr));
 	set_dst6(ctx, g->vip);

@@ -86,77 +86,102 @@ static __always_inline bool is_bare(const struct conn *c, __be16 flags)
 	return !c->payload_length && !(flags & bpf_htons(TCP_SYN | TCP_FIN | TCP_RST));
 }
 
+/* A segment with a flow's last bytes, FIN or RST behind them: the flow closes. */
+static __always_inline void close_flow(const struct conn *c, struct flow *f,
+				       const struct service_table *t)
+{
+	publish_teach_rest(c, f, t);
+	count(REASON_FLOW_CLOSED);
+	cache_correct(c, t, 0);
+	if (f->flags & FLOW_WEAK)
+		f->flags |= FLOW_CLOSING;
+	else
+		flow_move(c, f, true);
+}
+
+/*
+ * Binds a segment, frames it, and keeps its flow. Returns its group; NULL: there is none. What it counts
+ * as is in b; REASON_RESCUED: the sidecar has it, and it goes nowhere.
+ */
+static __always_inline const struct group *follow(struct xdp_md *ctx, struct bound *b, struct conn *c,
+						  const struct service_table *t,
+						  const struct service *svc, __be16 flags)
+{
+	const struct group *g;
+	struct flow *f;
+
+	c->tag = conn_tag(&c->key);
+	f = flow_find(c);
+	if (svc->binding == BINDING_DELAYED)
+		bind_delayed(ctx, b, c, t, svc, f, is_syn(flags));
+	else
+		bind_predicted(ctx, b, c, t, svc, f, is_syn(flags), is_end(flags));
+	g = group_of(b->binding);
+	f = b->flow;
+	if (!f || is_syn(flags))
+		return g;
+	if (f->flags & FLOW_RESCUED && !(flags & bpf_htons(TCP_RST)))
+		hand_to(ctx, c, svc, b->binding, STEP_RESCUE);
+	if (c->payload_length) {
+		frame(ctx, f, c, t, svc);
+		if (f->flags & (FLOW_RESCUED | FLOW_ENDED) &&
+		    !end_segment(ctx, c, f, t, flags & bpf_htons(TCP_FIN))) {
+			b->reason = REASON_RESCUED;
+			return g;
+		}
+	} else if (is_bare(c, flags) && bypasses_flows(f, svc)) {
+		cache_keep(c, t, b->binding);
+	}
+	if (f->flags & FLOW_UNCONFIRMED)
+		b->reason |= UNCONFIRMED;
+	/* Only with the number that is next: anybody can send one with another. */
+	if (is_end(flags) && !(f->flags & FLOW_CLOSING) && c->seq + c->payload_length == f->end)
+		close_flow(c, f, t);
+	else if (f->flags & FLOW_WEAK && !(f->flags & (FLOW_UNSYNCED | FLOW_CLOSING)))
+		flow_move(c, f, false); /* last: the entry is another's from here on */
+	return g;
+}
+
 static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 					  const struct service_table *t,
-					  const struct service *svc, const struct tcphdr *tcp,
-					  const bool v6)
+					  const struct service *svc, const struct tcphdr *tcp)
 {
 	__be16 flags = ((__be16 *)tcp)[6];
 	struct bound b = { .reason = c->payload_length ? REASON_DATA : REASON_NO_DATA };
-	const struct group *g;
+	const struct group *g = NULL;
 
-	if (is_bare(c, flags) && !looks_into_flows(tcp, c)) {
+	if (is_bare(c, flags) && !looks_into_flows(tcp, c))
 		g = group_of_slot(cache_find(c, t));
-		if (g)
-			return to_group(ctx, g, svc, v6, REASON_NO_DATA);
-	}
-	c->tag = conn_tag(&c->key);
-
-	struct flow *f = flow_find(c);
-	if (svc->binding == BINDING_DELAYED)
-		bind_delayed(ctx, &b, c, t, svc, f, is_syn(flags));
-	else
-		bind_predicted(ctx, &b, c, t, svc, f, is_syn(flags), is_end(flags));
-	g = group_of(b.binding);
-	f = b.flow;
-	if (f && f->flags & FLOW_RESCUED && !(flags & bpf_htons(TCP_SYN | TCP_RST)))
-		hand_to(ctx, c, svc, b.binding, STEP_RESCUE);
-	if (f && !is_syn(flags)) {
-		if (c->payload_length) {
-			frame(ctx, f, c, t, svc);
-			if (f->flags & FLOW_RESCUED) {
-				cache_correct(c, t, 0);
-				if (!rescue_begin(ctx, c, f, flags & bpf_htons(TCP_FIN))) {
-					count(REASON_RESCUED);
-					return XDP_DROP;
-				}
-			}
-			if (f->flags & FLOW_ENDED)
-				cut_segment(ctx, c, f);
-		} else if (is_bare(c, flags) && bypasses_flows(f, svc)) {
-			cache_keep(c, t, b.binding);
-		}
-		if (f->flags & FLOW_UNCONFIRMED)
-			b.reason |= UNCONFIRMED;
-		/* Only with the number that is next: anybody can send one with another. */
-		if (is_end(flags) && !(f->flags & FLOW_CLOSING) && c->seq + c->payload_length == f->end) {
-			publish_teach_rest(c, f, t);
-			count(REASON_FLOW_CLOSED);
-			cache_correct(c, t, 0);
-			if (f->flags & FLOW_WEAK)
-				f->flags |= FLOW_CLOSING;
-			else
-				flow_move(c, f, true);
-		} else if (f->flags & FLOW_WEAK && !(f->flags & (FLOW_UNSYNCED | FLOW_CLOSING))) {
-			flow_move(c, f, false); /* last: the entry is another's from here on */
-		}
+	if (!g)
+		g = follow(ctx, &b, c, t, svc, flags);
+	if (b.reason == REASON_RESCUED) {
+		count(REASON_RESCUED);
+		return XDP_DROP;
 	}
 	if (!g)
-		return pass_on(ctx, REASON_NO_GROUP_VIP);
+		return unchanged(REASON_NO_GROUP_VIP);
 	if (b.reason & UNCONFIRMED)
 		hand_to(ctx, c, svc, b.binding, STEP_HANDOVER);
-	return to_group(ctx, g, svc, v6, b.reason & ~UNCONFIRMED);
+	return to_group(ctx, g, svc, c->v6, b.reason & ~UNCONFIRMED);
 }
 
+/* A TCP segment for a service. */
+struct segment {
+	const struct service *svc;
+	const struct tcphdr *tcp;
+};
+
 /* TCP header and payload of a packet whose IP header says that they end at `end` (offset). */
-static __always_inline bool conn_of(struct conn *c, const struct tcphdr *tcp, __u32 tcp_offset,
+static __always_inline bool conn_of(struct conn *c, const struct segment *s, __u32 tcp_offset,
 				    __u32 end)
 {
+	const struct tcphdr *tcp = s->tcp;
 	__u32 header = tcp->doff * 4;
 
 	if (header < sizeof(*tcp) || tcp_offset + header > end)
 		return false;
 	c->key.port = tcp->source;
+	c->key.service = s->svc->id;
 	c->seq = bpf_ntohl(tcp->seq);
 	c->ack = bpf_ntohl(tcp->ack_seq);
 	c->payload = tcp_offset + header;
@@ -164,55 +189,58 @@ static __always_inline bool conn_of(struct conn *c, const struct tcphdr *tcp, __
 	return true;
 }
 
-static __always_inline int handle_ipv4(struct xdp_md *ctx, struct cursor *cur,
-				       const struct service_table *t)
+/* What classify4() and classify6() return of a segment for a service; else a verdict. */
+#define IS_SEGMENT XDP_ABORTED
+
+static __always_inline int classify4(struct xdp_md *ctx, struct cursor *cur,
+				     const struct service_table *t, struct conn *c,
+				     struct segment *s)
 {
 	struct iphdr *ip = parse_ipv4(cur);
 
 	if (!ip)
-		return pass_on(ctx, REASON_TRUNCATED);
+		return unchanged(REASON_TRUNCATED);
 	if (ip->protocol != IPPROTO_TCP) {
 		if (ip->protocol == IPPROTO_ICMP && ip->ihl == 5 &&
 		    !(ip->frag_off & bpf_htons(IP_FRAGMENT_MASK)))
 			return handle_icmp4(ctx, cur, ip, t);
-		return pass_on(ctx, REASON_NOT_SERVICE);
+		return unchanged(REASON_NOT_SERVICE);
 	}
 	if (ip->frag_off & bpf_htons(IP_FRAGMENT_MASK))
-		return pass_on(ctx, REASON_IP_FRAGMENT);
+		return unchanged(REASON_IP_FRAGMENT);
 	if (ip->ihl != 5)
-		return pass_on(ctx, REASON_IP_OPTIONS);
+		return unchanged(REASON_IP_OPTIONS);
 
-	struct tcphdr *tcp = parse_tcp(cur);
-	if (!tcp)
-		return pass_on(ctx, REASON_TRUNCATED);
-
-	const struct service *svc = service_find4(t, ip->daddr, tcp->dest);
-	if (!svc)
-		return pass_on(ctx, REASON_NOT_SERVICE);
+	s->tcp = parse_tcp(cur);
+	if (!s->tcp)
+		return unchanged(REASON_TRUNCATED);
+	s->svc = service_find4(t, ip->daddr, s->tcp->dest);
+	if (!s->svc)
+		return unchanged(REASON_NOT_SERVICE);
 
 	__u32 length = bpf_ntohs(ip->tot_len);
-	struct conn c = { .key.addr[0] = ip->saddr, .key.service = svc->id };
+	c->key.addr[0] = ip->saddr;
 	if (sizeof(struct ethhdr) + length > ctx->data_end - ctx->data ||
-	    !conn_of(&c, tcp, sizeof(struct ethhdr) + sizeof(*ip), sizeof(struct ethhdr) + length))
-		return pass_on(ctx, REASON_TRUNCATED);
+	    !conn_of(c, s, sizeof(struct ethhdr) + sizeof(*ip), sizeof(struct ethhdr) + length))
+		return unchanged(REASON_TRUNCATED);
 
-	if (length > svc->max_packet) {
+	if (length > s->svc->max_packet) {
 		if (ip->frag_off & bpf_htons(IP_DF))
-			return answer_too_big(ctx, svc->max_packet, false);
+			return answer_too_big(ctx, s->svc->max_packet, false);
 		count(REASON_TOO_BIG_NO_DF);
 	}
 	clear_mark4(ip);
-	return handle_segment(ctx, &c, t, svc, tcp, false);
+	return IS_SEGMENT;
 }
 
-static __always_inline int handle_ipv6(struct xdp_md *ctx, struct cursor *cur,
-				       const struct service_table *t)
+static __always_inline int classify6(struct xdp_md *ctx, struct cursor *cur,
+				     const struct service_table *t, struct conn *c,
+				     struct segment *s)
 {
 	struct ipv6hdr *ip = parse_ipv6(cur);
-	struct conn c = { .v6 = true };
 
 	if (!ip)
-		return pass_on(ctx, REASON_TRUNCATED);
+		return unchanged(REASON_TRUNCATED);
 	switch (ip->nexthdr) {
 	case IPPROTO_TCP:
 		break;
@@ -223,47 +251,58 @@ static __always_inline int handle_ipv6(struct xdp_md *ctx, struct cursor *cur,
 	case IPPROTO_FRAGMENT:
 	case IPPROTO_AH:
 	case IPPROTO_DSTOPTS:
-		return pass_on(ctx, REASON_IPV6_EXTENSION);
+		return unchanged(REASON_IPV6_EXTENSION);
 	default:
-		return pass_on(ctx, REASON_NOT_SERVICE);
+		return unchanged(REASON_NOT_SERVICE);
 	}
 
-	struct tcphdr *tcp = parse_tcp(cur);
-	if (!tcp)
-		return pass_on(ctx, REASON_TRUNCATED);
-
-	copy_addr6(c.key.addr, &ip->daddr);
-	const struct service *svc = service_find6(t, c.key.addr, tcp->dest);
-	if (!svc)
-		return pass_on(ctx, REASON_NOT_SERVICE);
+	s->tcp = parse_tcp(cur);
+	if (!s->tcp)
+		return unchanged(REASON_TRUNCATED);
+	copy_addr6(c->key.addr, &ip->daddr);
+	s->svc = service_find6(t, c->key.addr, s->tcp->dest);
+	if (!s->svc)
+		return unchanged(REASON_NOT_SERVICE);
 
 	__u32 length = sizeof(*ip) + bpf_ntohs(ip->payload_len);
-	copy_addr6(c.key.addr, &ip->saddr);
-	c.key.service = svc->id;
+	copy_addr6(c->key.addr, &ip->saddr);
+	c->v6 = true;
 	if (sizeof(struct ethhdr) + length > ctx->data_end - ctx->data ||
-	    !conn_of(&c, tcp, sizeof(struct ethhdr) + sizeof(*ip), sizeof(struct ethhdr) + length))
-		return pass_on(ctx, REASON_TRUNCATED);
+	    !conn_of(c, s, sizeof(struct ethhdr) + sizeof(*ip), sizeof(struct ethhdr) + length))
+		return unchanged(REASON_TRUNCATED);
 
-	if (length > svc->max_packet)
-		return answer_too_big(ctx, svc->max_packet, true);
+	if (length > s->svc->max_packet)
+		return answer_too_big(ctx, s->svc->max_packet, true);
 	clear_mark6(ip);
-	return handle_segment(ctx, &c, t, svc, tcp, true);
+	return IS_SEGMENT;
+}
+
+static __always_inline int verdict_of(struct xdp_md *ctx)
+{
+	struct cursor cur = cursor_of(ctx);
+	struct ethhdr *eth = parse_eth(&cur);
+	const struct service_table *t = table_in_force();
+	struct segment s = {};
+	struct conn c = {};
+	int verdict;
+
+	if (!eth || !t)
+		return unchanged(REASON_TRUNCATED);
+	if (eth->h_proto == bpf_htons(ETH_P_IP))
+		verdict = classify4(ctx, &cur, t, &c, &s);
+	else if (eth->h_proto == bpf_htons(ETH_P_IPV6))
+		verdict = classify6(ctx, &cur, t, &c, &s);
+	else
+		return unchanged(REASON_NOT_IP);
+	return verdict == IS_SEGMENT ? handle_segment(ctx, &c, t, s.svc, s.tcp) : verdict;
 }
 
 SEC("xdp")
 int mqtt_fwd(struct xdp_md *ctx)
 {
-	struct cursor c = cursor_of(ctx);
-	struct ethhdr *eth = parse_eth(&c);
-	const struct service_table *t = table_in_force();
+	int verdict = verdict_of(ctx);
 
-	if (!eth || !t)
-		return pass_on(ctx, REASON_TRUNCATED);
-	if (eth->h_proto == bpf_htons(ETH_P_IP))
-		return handle_ipv4(ctx, &c, t);
-	if (eth->h_proto == bpf_htons(ETH_P_IPV6))
-		return handle_ipv6(ctx, &c, t);
-	return pass_on(ctx, REASON_NOT_IP);
+	return is_unchanged(verdict) ? pass_on(ctx, unchanged_because(verdict)) : verdict;
 }
 
 char _license[] SEC("license") = "GPL";

@@ -10,6 +10,7 @@
 #define MQTT_FWD_RESCUE_H
 
 #include "../lib/clock.h"
+#include "cache.h"
 #include "cut.h"
 #include "flow.h"
 #include "segment.h"
@@ -137,6 +138,25 @@ static __always_inline bool rescue_begin(struct xdp_md *ctx, const struct conn *
 	}
 	f->flags &= ~FLOW_RESCUED;
 	count(REASON_PUBLISH_LOST);
+	return true;
+}
+
+/*
+ * The segment that ended its flow, or a later one: what its broker is not to see is taken off. False: the
+ * sidecar's, and damaged; nothing is left of it. Global (see event.h).
+ */
+__noinline int end_segment(struct xdp_md *ctx, struct conn *c, struct flow *f,
+			   const struct service_table *t, __u32 fin)
+{
+	if (!c || !f || !t)
+		return true;
+	if (f->flags & FLOW_RESCUED) {
+		cache_correct(c, t, 0);
+		if (!rescue_begin(ctx, c, f, fin))
+			return false;
+	}
+	if (f->flags & FLOW_ENDED)
+		cut_segment(ctx, c, f);
 	return true;
 }
 

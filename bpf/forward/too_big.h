@@ -140,7 +140,7 @@ static __always_inline int answer_too_big(struct xdp_md *ctx, __u32 mtu, const b
 		return XDP_TX;
 	}
 	count(REASON_TOO_BIG_UNANSWERED);
-	return pass_on(ctx, REASON_NO_GROUP_VIP);
+	return unchanged(REASON_NO_GROUP_VIP);
 }
 
 #endif /* MQTT_FWD_TOO_BIG_H */

@@ -1,0 +1,142 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* From the broker: its first CONNACK, its end, and the RSTs that were not to be sent. */
+#ifndef MQTT_FWD_TAKEOVER_EGRESS_H
+#define MQTT_FWD_TAKEOVER_EGRESS_H
+
+#include "segment.h"
+
+enum glimpse {
+	GLIMPSE_NOTHING,
+	GLIMPSE_CONNACK, /* its payload begins as one */
+	GLIMPSE_END, /* FIN or RST, without payload */
+};
+
+#define MQTT_CONNACK_TYPE 0x20
+
+/*
+ * Whether a packet is one to look at more closely. As little as says so: every packet of the
+ * broker's is asked, and its payload need not be where its headers are.
+ */
+static __always_inline enum glimpse glimpse(struct __sk_buff *skb)
+{
+	struct cursor cur = { .pos = skb_start(skb), .end = skb_end(skb) };
+	const struct ethhdr *eth = parse_eth(&cur);
+	const struct tcphdr *tcp;
+	__u32 offset;
+	__u8 first;
+
+	if (!eth)
+		return GLIMPSE_NOTHING;
+	if (eth->h_proto == bpf_htons(ETH_P_IP)) {
+		const struct iphdr *ip = parse_ipv4(&cur);
+		if (!ip || ip->protocol != IPPROTO_TCP)
+			return GLIMPSE_NOTHING;
+		offset = sizeof(*eth) + sizeof(*ip);
+	} else {
+		const struct ipv6hdr *ip = parse_ipv6(&cur);
+		if (eth->h_proto != bpf_htons(ETH_P_IPV6) || !ip || ip->nexthdr != IPPROTO_TCP)
+			return GLIMPSE_NOTHING;
+		offset = sizeof(*eth) + sizeof(*ip);
+	}
+	tcp = parse_tcp(&cur);
+	if (!tcp)
+		return GLIMPSE_NOTHING;
+	bool ends = tcp->fin || tcp->rst;
+	offset += tcp->doff * 4;
+	if (skb->len <= offset)
+		return ends ? GLIMPSE_END : GLIMPSE_NOTHING;
+	if (bpf_skb_load_bytes(skb, offset, &first, 1) || first != MQTT_CONNACK_TYPE)
+		return GLIMPSE_NOTHING;
+	return GLIMPSE_CONNACK;
+}
+
+#define PAYLOAD_MAX 2048 /* of a segment that is turned into RST */
+
+/* Turns the segment into RST, where the client takes the connection to be. */
+static __always_inline int reset(struct __sk_buff *skb, const struct segment *s, __u32 seq)
+{
+	__u32 offset = s->tcp + s->header, sum = 0, left = s->payload;
+	__be32 word;
+
+	if (left > PAYLOAD_MAX)
+		return TC_ACT_SHOT;
+	for (__u32 i = 0; i < PAYLOAD_MAX / 4; i++) {
+		if (left < 4)
+			break;
+		if (bpf_skb_load_bytes(skb, offset, &word, 4))
+			return TC_ACT_SHOT;
+		sum = csum_fold((__u64)sum + word);
+		offset += 4;
+		left -= 4;
+	}
+	word = 0;
+	left &= 3;
+	if (left && bpf_skb_load_bytes(skb, offset, &word, left))
+		return TC_ACT_SHOT;
+	sum = csum_fold((__u64)sum + word);
+
+	/* The payload goes out of the sum, and its length out of the pseudo header's. */
+	bpf_l4_csum_replace(skb, s->tcp + CHECK_OFFSET, 0, (__u16)~sum, 0);
+	bpf_l4_csum_replace(skb, s->tcp + CHECK_OFFSET, bpf_htons(s->header + s->payload),
+			    bpf_htons(s->header), BPF_F_PSEUDO_HDR | 2);
+	set_word(skb, s, SEQ_OFFSET, s->seq, seq);
+	set_flags(skb, s, (s->flags & ~bpf_htons(TCP_FLAGS_ALL)) | bpf_htons(TCP_RST | TCP_ACK));
+
+	__be16 length;
+	if (s->v6) {
+		length = bpf_htons(s->header);
+		bpf_skb_store_bytes(skb, sizeof(struct ethhdr) + 4, &length, 2, 0);
+	} else {
+		__be16 was = bpf_htons(sizeof(struct iphdr) + s->header + s->payload);
+
+		length = bpf_htons(sizeof(struct iphdr) + s->header);
+		bpf_l3_csum_replace(skb, sizeof(struct ethhdr) + 10, was, length, 2);
+		bpf_skb_store_bytes(skb, sizeof(struct ethhdr) + 2, &length, 2, 0);
+	}
+	return bpf_skb_change_tail(skb, s->tcp + s->header, 0) ? TC_ACT_SHOT : TC_ACT_OK;
+}
+
+static __always_inline int from_broker(struct __sk_buff *skb)
+{
+	struct segment s;
+	__u8 connack[HANDOVER_CONNACK] = {};
+
+	if (skb->mark == MARK_RESET_AHEAD) {
+		if (read_segment(skb, &s) && s.flags & bpf_htons(TCP_RST))
+			set_word(skb, &s, SEQ_OFFSET, s.seq, s.seq + HANDOVER_CONNACK);
+		return TC_ACT_OK;
+	}
+	if (skb->mark == MARK_NO_RESET) {
+		if (!read_segment(skb, &s) || !(s.flags & bpf_htons(TCP_RST)))
+			return TC_ACT_OK;
+		count(TAKEOVER_RESET_HELD);
+		return TC_ACT_SHOT;
+	}
+	enum glimpse seen = glimpse(skb);
+
+	if (seen == GLIMPSE_NOTHING || !read_segment(skb, &s) || !s.payload != (seen == GLIMPSE_END))
+		return TC_ACT_OK;
+	struct guard_key key = guard_key_of(s.tuple.dst, s.tuple.dport, s.tuple.sport);
+	struct guard *guard = bpf_map_lookup_elem(&guards, &key);
+	if (!guard || guard->seq != s.seq || guard->state == GUARD_DONE)
+		return TC_ACT_OK;
+	__u32 at = guard->seq, state = guard->state;
+	guard->done_s = now_s();
+	guard->state = GUARD_DONE;
+	if (state == GUARD_OPEN)
+		return TC_ACT_OK;
+	if (!s.payload) {
+		count(TAKEOVER_CONNACK_NONE);
+		return reset(skb, &s, at + HANDOVER_CONNACK);
+	}
+	if (s.payload >= HANDOVER_CONNACK &&
+	    !bpf_skb_load_bytes(skb, s.tcp + s.header, connack, sizeof(connack)) &&
+	    connack[1] == 2 && !connack[2] && !connack[3]) {
+		count(TAKEOVER_CONNACK_SAME);
+		return TC_ACT_OK;
+	}
+	count(TAKEOVER_CONNACK_DIFFERENT);
+	return reset(skb, &s, at + HANDOVER_CONNACK);
+}
+
+#endif /* MQTT_FWD_TAKEOVER_EGRESS_H */

@@ -1,0 +1,76 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* What ingress and egress share: keys, counters, and the connections that were taken over. */
+#ifndef MQTT_FWD_TAKEOVER_STATE_H
+#define MQTT_FWD_TAKEOVER_STATE_H
+
+#include "../../abi/config.h"
+#include "../../lib/map.h"
+
+#include <bpf/bpf_helpers.h>
+
+#define MARK_AGAIN 0x4d510001U /* skb->mark: sent round once more, an older socket has been ended */
+#define MARK_RESET_AHEAD 0x4d510003U /* its RST has to be where the client is: behind a CONNACK */
+#define MARK_NO_RESET 0x4d510002U /* its RST, which net.ipv4.fwmark_reflect marks alike, goes no further */
+
+MAP(handover_keys, BPF_MAP_TYPE_ARRAY, __u32, struct handover_keys, 1);
+
+enum takeover_counter {
+	TAKEOVER_DONE, /* connections taken over */
+	TAKEOVER_REFUSED, /* by the kernel: takeover_error says why */
+	TAKEOVER_ERROR, /* the last refusal's errno */
+	TAKEOVER_NO_COOKIE, /* data for a listener, without a cookie of these keys */
+	TAKEOVER_EARLY, /* overtook their first segment */
+	TAKEOVER_ACK_HELD, /* acknowledgements held back */
+	TAKEOVER_OLD_SOCKET, /* older sockets on the same addresses ended */
+	TAKEOVER_RESET_HELD, /* RSTs not sent */
+	TAKEOVER_CONNACK_SAME,
+	TAKEOVER_CONNACK_DIFFERENT, /* connections ended for it */
+	TAKEOVER_CONNACK_NONE, /* connections that their broker ended without one */
+	TAKEOVER_REPLAYED, /* first segments that came once more, after their connection had ended */
+	TAKEOVER_COUNTERS,
+};
+MAP(takeover_counters, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, __u64, TAKEOVER_COUNTERS);
+
+/* Connections that were taken over: what the broker's CONNACK has to be, and whether it was sent. */
+struct guard_key {
+	__be32 client[4];
+	__be16 client_port;
+	__be16 port;
+};
+
+enum guard_state {
+	GUARD_OPEN, /* taken over; the broker may send what it likes */
+	GUARD_ANSWERED, /* the balancer has sent its CONNACK */
+	GUARD_DONE, /* the broker has: the same cookie is worth nothing for a while */
+};
+
+struct guard {
+	__u32 seq; /* of the CONNACK's first byte */
+	__u16 state; /* enum guard_state */
+	__u16 done_s; /* GUARD_DONE: when, CLOCK_BOOTTIME seconds */
+};
+MAP(guards, BPF_MAP_TYPE_LRU_HASH, struct guard_key, struct guard, 1 << 16);
+
+static __always_inline void count(__u32 counter)
+{
+	__u64 *n = bpf_map_lookup_elem(&takeover_counters, &counter);
+
+	if (n)
+		*n += 1;
+}
+
+static __always_inline __u16 now_s(void)
+{
+	return bpf_ktime_get_boot_ns() / 1000000000ULL;
+}
+
+static __always_inline struct guard_key guard_key_of(const __be32 client[4], __be16 client_port,
+						     __be16 port)
+{
+	struct guard_key key = { .client_port = client_port, .port = port };
+
+	__builtin_memcpy(key.client, client, sizeof(key.client));
+	return key;
+}
+
+#endif /* MQTT_FWD_TAKEOVER_STATE_H */
