@@ -182,14 +182,14 @@ def hub(setup):
     return Up([PROXY], [start("lb", "mosquitto", "-c", f"{RUN}/hub.conf")], hub=True)
 
 
-def vip_per_topic(setup):
+def vip_per_topic(setup, katran=False):
     """The bare balancer: devices know an address for each topic."""
-    setup.lab()
+    setup.lab(*(["--katran"] if katran else []))
     env = dict(os.environ, LAB=LAB, MQTT_FWD=MQTT_FWD)
     run(f"{TOP}/scripts/lab", "sidecar", "stop", env=env)
     def command(*args):
         return in_ns("lb", MQTT_FWD, "-c", f"{RUN}/config.toml", *args)
-    balancer = start("lb", MQTT_FWD, "-c", f"{RUN}/config.toml", "balancer")
+    balancer = [] if katran else [start("lb", MQTT_FWD, "-c", f"{RUN}/config.toml", "balancer")]
     time.sleep(1)
     command("unload", "--keep-state")
     vips = []
@@ -202,7 +202,7 @@ def vip_per_topic(setup):
             in_ns(real, MQTT_FWD, "real", "up", "--interface", "eth0", "--bpffs", f"{RUN}/bpf/{real}",
                   "--vip", "10.1.50.200", "--vip", "fd01:50::200", "--vip", vip)
         vips.append(f"{vip}:1883")
-    return Up(vips, [balancer], ROOT)
+    return Up(vips, balancer, ROOT)
 
 
 def ours(*options):
@@ -261,5 +261,11 @@ ALTERNATIVES = {
     "relay": (relayed, "mqtt-fwd, all messages through the relay, each to its group"),
 }
 if os.environ.get("KATRAN_SERVER"):
-    ALTERNATIVES["katran"] = (ours("--katran"), "mqtt-fwd in front of Katran, predicted binding")
+    ALTERNATIVES |= {
+        "katran-alone": (lambda setup: vip_per_topic(setup, katran=True), "Katran alone, an address for each topic"),
+        "katran": (ours("--katran"), "mqtt-fwd in front of Katran, predicted binding"),
+        "katran-delayed": (ours("--katran", "--delayed"), "mqtt-fwd in front of Katran, delayed binding"),
+    }
+# A message costs them BPF run time, and no process anything.
+FAST_PATH = {"vip-per-topic", "predicted", "delayed", "katran-alone", "katran", "katran-delayed"}
 NO_GROUPS = {"haproxy", "haproxy-id", "nginx", "nftables"}

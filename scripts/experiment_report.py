@@ -6,6 +6,9 @@ import os
 import re
 import statistics
 
+from experiment_alternatives import FAST_PATH
+
+
 def summary(results, quick, scenarios, alternatives):
     """(scenario, alternative) → medians over runs."""
     table = {}
@@ -25,7 +28,7 @@ def summary(results, quick, scenarios, alternatives):
                     (scenario.name, "direct", quick) and "failed" not in r]
             whole = statistics.median(r["machine_cpu_s"] / r["sent"] for r in base) if base else None
             own = lambda r: 1e6 * (r["process_cpu_s"] + r["bpf_s"]) / max(r["received"], 1)
-            if name in ("vip-per-topic", "predicted", "delayed", "katran") and not scenario.subscribers:
+            if name in FAST_PATH and not scenario.subscribers:
                 own = lambda r: 1e6 * r["bpf_s"] / max(r["received"], 1)
             core = lambda r: 1e6 * (r["process_cpu_s"] + r["receive_cpu_s"]) / max(r["received"], 1)
             table[scenario.name, name] = {
@@ -74,7 +77,7 @@ def bars(title, unit, values):
            f'<text x="0" y="16" font-weight="bold">{title}</text>']
     for i, (name, value) in enumerate(values):
         y = 30 + 26 * i
-        colour = "#d9822b" if name in ("predicted", "delayed", "relay", "katran") else "#7b93ad"
+        colour = "#d9822b" if name in ("predicted", "delayed", "relay", "katran", "katran-delayed") else "#7b93ad"
         width = max(1, 420 * value / most)
         out.append(f'<text x="120" y="{y + 14}" text-anchor="end">{name}</text>'
                    f'<rect x="128" y="{y}" width="{width:.1f}" height="19" fill="{colour}"/>'
