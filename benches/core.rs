@@ -16,11 +16,12 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd as _, BorrowedFd};
-use std::process::Command;
 use std::time::Duration;
 
 use common::rewind::RewindSkel;
-use common::{Bench, Case, case, load_balancer, load_sender, median, open_and_publish, rewind_to};
+use common::{
+    Bench, CONFIG, Case, case, load_balancer, load_sender, median, open_and_publish, rewind_to,
+};
 use libbpf_rs::MapCore as _;
 use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
 use mqtt_fwd::config::MapSizes;
@@ -32,6 +33,7 @@ use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, setns};
 use nix::unistd::Pid;
 use support::datapath::{Fixture, XDP_TX, sentinel};
 use support::mqtt;
+use support::net::sh;
 
 const NAMESPACE: &str = "mqtt-fwd-core";
 /// Where frames are sent and come back; where the chain is.
@@ -39,26 +41,6 @@ const WIRE: [&str; 2] = ["wire0", "wire1"];
 /// Times that the generator looks whether it may send: about a second.
 const ATTEMPTS: u32 = 6_000_000;
 const ROUNDS: usize = 3;
-
-const CONFIG: &str = r#"
-interface = "lo"
-balancer = "embedded"
-gateway_mac = "02:00:00:00:00:09"
-events_per_second = 0
-
-[[service]]
-name = "mqtt"
-address = "10.1.50.200"
-default_group = "default"
-group = [{ name = "default", vip = "10.1.50.250", reals = [{ address = "10.1.3.203" }] }]
-route = [{ topic = "site/+/#", group = "default" }]
-"#;
-
-fn sh(command: &str) -> String {
-    let output = Command::new("sh").args(["-ec", command]).output().unwrap();
-    assert!(output.status.success(), "{command}\n{}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
-}
 
 fn pin(thread: Pid, cpu: usize) {
     let mut set = CpuSet::new();

@@ -17,8 +17,8 @@ use std::process::ExitCode;
 use common::baseline::Baseline;
 use common::rewind::RewindSkel;
 use common::{
-    Bench, Case, ROUNDS, case, client_addr, load_balancer, load_rewind, median, open_and_publish,
-    rewind_to,
+    Bench, CONFIG, Case, ROUNDS, case, client_addr, load_balancer, load_rewind, median,
+    open_and_publish, rewind_to,
 };
 use libbpf_rs::OpenObject;
 use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
@@ -32,29 +32,6 @@ use support::datapath::{Fixture, SERVICE, XDP_TX, sentinel, sentinel_tc, test_ru
 use support::{mqtt, packet};
 
 const MILLION: u32 = 1_000_000;
-
-/// Everything belongs to the default group, so that nothing is mispredicted.
-const CONFIG: &str = r#"
-interface = "lo"
-balancer = "embedded"
-gateway_mac = "02:00:00:00:00:09"
-events_per_second = 0
-
-[[service]]
-name = "mqtt"
-address = "10.1.50.200"
-default_group = "default"
-max_packet = 1480
-group = [{ name = "default", vip = "10.1.50.250", reals = [{ address = "10.1.3.203" }] }]
-route = [{ topic = "site/+/#", group = "default" }, { topic = "site/+/x", group = "default" }]
-
-[[service]]
-name = "mqtt6"
-address = "fd01:50::200"
-default_group = "default"
-max_packet = 1460
-group = [{ name = "default", vip = "fd01:50::250", reals = [{ address = "fd01:3::203" }] }]
-"#;
 
 /// The embedded balancer alone, one established flow.
 fn balancer_cost(bench: &Bench, v6: bool) -> (f64, u32) {

@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -62,7 +63,9 @@ class Setup:
         if done.returncode:
             sys.exit(f"scripts/lab up: {done.stderr}")
         # The lab's subscribers write down every message: not here.
-        run("pkill", "-f", "mosquitto_sub -h 127.0.0.1 -t #", check=False)
+        for pid in open(f"{RUN}/pids").read().split():
+            if "mosquitto_sub" in run("ps", "-o", "args=", "-p", pid, check=False):
+                os.kill(int(pid), signal.SIGTERM)
         if not self.brokers:
             run("pkill", "-f", f"mosquitto.*{RUN}/", check=False)
         time.sleep(0.3)

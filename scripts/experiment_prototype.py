@@ -2,7 +2,7 @@
 """The prototype's functional tests, 1 to 7, with real clients and brokers in the lab: what it published, and what comes now.
 
 Test 8 (rewriting of payloads) was an oddity of the prototype's; 9, 11 and 12 are loads of scripts/experiment; 10 and 13 are its
-alternatives `katran` and `vip-per-topic`.
+alternatives `katran` and `katran-alone`, with the loads of 9 and 12.
 """
 
 import glob

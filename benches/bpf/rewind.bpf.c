@@ -23,7 +23,7 @@ const volatile __u32 clients_mask; /* the next power of two, less one */
 const volatile __u32 seq_step; /* bytes of payload, or how far ISNs lie apart */
 const volatile __u32 topic_offset; /* in the frame: a byte that changes each round; 0: none */
 const volatile __u16 wrapped; /* bytes that a balancer put in front; 0: none */
-const volatile __u32 burst;
+const volatile __u32 burst; /* packets on the wire at once, at most */
 const volatile __u32 wire; /* index of the interface that packets are put on */
 const volatile __be32 dst[4];
 const volatile __be32 src[4]; /* the last word counts clients */
@@ -97,7 +97,7 @@ int rewind(struct xdp_md *ctx)
 	return XDP_ABORTED;
 }
 
-/* Puts it on a wire instead, where less than a ring has room for is under way. */
+/* Puts it on a wire instead, if there are fewer than a ring holds. */
 SEC("xdp")
 int send(struct xdp_md *ctx)
 {

@@ -29,6 +29,29 @@ pub mod rewind {
 pub const ROUNDS: usize = 7;
 pub const REPEAT: u32 = 400_000;
 
+/// Everything belongs to the default group, so that nothing is mispredicted.
+pub const CONFIG: &str = r#"
+interface = "lo"
+balancer = "embedded"
+gateway_mac = "02:00:00:00:00:09"
+events_per_second = 0
+
+[[service]]
+name = "mqtt"
+address = "10.1.50.200"
+default_group = "default"
+max_packet = 1480
+group = [{ name = "default", vip = "10.1.50.250", reals = [{ address = "10.1.3.203" }] }]
+route = [{ topic = "site/+/#", group = "default" }, { topic = "site/+/x", group = "default" }]
+
+[[service]]
+name = "mqtt6"
+address = "fd01:50::200"
+default_group = "default"
+max_packet = 1460
+group = [{ name = "default", vip = "fd01:50::250", reals = [{ address = "fd01:3::203" }] }]
+"#;
+
 #[derive(Clone)]
 pub struct Case {
     pub packet: Vec<u8>,

@@ -12,7 +12,6 @@
  */
 #include "bind/delayed.h"
 #include "bind/predicted.h"
-#include "cut.h"
 #include "delayed/greet.h"
 #include "delayed/handover.h"
 #include "emit.h"
@@ -101,7 +100,8 @@ static __always_inline void close_flow(const struct conn *c, struct flow *f,
 
 /*
  * Binds a segment, frames it, and keeps its flow. Returns its group; NULL: there is none. What it counts
- * as is in b; REASON_RESCUED: the sidecar has it, and it goes nowhere.
+ * as is in b; REASON_RESCUED: it was to go to the sidecar, but its checksum is wrong. It is dropped,
+ * and TCP repeats it.
  */
 static __always_inline const struct group *follow(struct xdp_md *ctx, struct bound *b, struct conn *c,
 						  const struct service_table *t,
@@ -165,14 +165,14 @@ static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 	return to_group(ctx, g, svc, c->v6, b.reason & ~UNCONFIRMED);
 }
 
-/* A TCP segment for a service. */
-struct segment {
+/* What a segment is for, and its header. */
+struct addressed {
 	const struct service *svc;
 	const struct tcphdr *tcp;
 };
 
 /* TCP header and payload of a packet whose IP header says that they end at `end` (offset). */
-static __always_inline bool conn_of(struct conn *c, const struct segment *s, __u32 tcp_offset,
+static __always_inline bool conn_of(struct conn *c, const struct addressed *s, __u32 tcp_offset,
 				    __u32 end)
 {
 	const struct tcphdr *tcp = s->tcp;
@@ -194,7 +194,7 @@ static __always_inline bool conn_of(struct conn *c, const struct segment *s, __u
 
 static __always_inline int classify4(struct xdp_md *ctx, struct cursor *cur,
 				     const struct service_table *t, struct conn *c,
-				     struct segment *s)
+				     struct addressed *s)
 {
 	struct iphdr *ip = parse_ipv4(cur);
 
@@ -235,7 +235,7 @@ static __always_inline int classify4(struct xdp_md *ctx, struct cursor *cur,
 
 static __always_inline int classify6(struct xdp_md *ctx, struct cursor *cur,
 				     const struct service_table *t, struct conn *c,
-				     struct segment *s)
+				     struct addressed *s)
 {
 	struct ipv6hdr *ip = parse_ipv6(cur);
 
@@ -282,7 +282,7 @@ static __always_inline int verdict_of(struct xdp_md *ctx)
 	struct cursor cur = cursor_of(ctx);
 	struct ethhdr *eth = parse_eth(&cur);
 	const struct service_table *t = table_in_force();
-	struct segment s = {};
+	struct addressed s = {};
 	struct conn c = {};
 	int verdict;
 

@@ -142,8 +142,8 @@ static __always_inline bool rescue_begin(struct xdp_md *ctx, const struct conn *
 }
 
 /*
- * The segment that ended its flow, or a later one: what its broker is not to see is taken off. False: the
- * sidecar's, and damaged; nothing is left of it. Global (see event.h).
+ * The segment that ended its flow, or a later one: what its broker is not to see is taken off. False: its
+ * checksum is wrong, the flow is as before, and it is to be dropped. Global (see event.h).
  */
 __noinline int end_segment(struct xdp_md *ctx, struct conn *c, struct flow *f,
 			   const struct service_table *t, __u32 fin)

@@ -66,19 +66,19 @@ pub fn client(config: &Config, client: &str) -> Result<Vec<proto::ClientExplanat
     let known: Vec<Known> = known.into_iter().filter(|record| record.client == client).collect();
     if known.is_empty() {
         return Err(Error::Refused(format!(
-            "nothing is known of a client {client}: it is bound as one that was never seen before \
-             (`mqtt-fwd clients` lists those that are known)"
+            "nothing is known of a client {client}: {}",
+            flows.iter().find(|flow| is_of(flow, client)).map_or_else(
+                || "it is bound as one that was never seen before (`mqtt-fwd clients` lists those \
+                    that are known)"
+                    .to_owned(),
+                connected_unknown
+            )
         )));
     }
     known
         .into_iter()
         .map(|record| {
-            let address = |flow: &proto::Flow| flow.client.parse().map(|c: SocketAddr| c.ip());
-            let is_its = |flow: &proto::Flow| {
-                flow.service == record.service
-                    && (flow.client_id == client
-                        || address(flow).is_ok_and(|ip| ip.to_string() == client))
-            };
+            let is_its = |flow: &proto::Flow| flow.service == record.service && is_of(flow, client);
             Ok(proto::ClientExplanation {
                 trials: trials(config, &record)?,
                 flows: flows.iter().filter(|flow| is_its(flow)).cloned().collect(),
@@ -86,6 +86,28 @@ pub fn client(config: &Config, client: &str) -> Result<Vec<proto::ClientExplanat
             })
         })
         .collect()
+}
+
+/// Whether a flow is a client's, which is named by its address or client id.
+fn is_of(flow: &proto::Flow, client: &str) -> bool {
+    let address = flow.client.parse().map(|client: SocketAddr| client.ip());
+    flow.client_id == client || address.is_ok_and(|ip| ip.to_string() == client)
+}
+
+/// What to ask for where an address has a flow and no record.
+fn connected_unknown(flow: &proto::Flow) -> String {
+    if !flow.client_id.is_empty() && flow.client_id != view::FORGOTTEN {
+        return format!(
+            "{} is known by its client id (`mqtt-fwd explain client {}`)",
+            flow.client, flow.client_id
+        );
+    }
+    let why = if flow.topic.is_empty() {
+        "has published nothing yet"
+    } else {
+        "its record has been evicted"
+    };
+    format!("it has a connection, but {why} (`mqtt-fwd explain flow {}`)", flow.client)
 }
 
 /// An address that no client has (RFC 5737, RFC 3849), for those that are known by their id.

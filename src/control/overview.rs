@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::Instant;
 
 use super::api::{self, proto};
-use super::view::{self, Names, topic_text};
+use super::view::{self, FORGOTTEN, Names, topic_text};
 use super::{Result, health};
 use crate::balancer::Vip;
 use crate::balancer::client::Client;
@@ -206,8 +206,8 @@ impl Flows {
             .into_iter()
             .map(|(hash, (binding, flows, misrouted))| {
                 let topic = datapath.topics.get(&hash)?;
-                let topic = topic
-                    .map_or_else(|| "(forgotten)".to_owned(), |t| topic_text(&t.text, t.length));
+                let topic =
+                    topic.map_or_else(|| FORGOTTEN.to_owned(), |t| topic_text(&t.text, t.length));
                 Ok(proto::TopicOverview {
                     topic,
                     group: names.bound(binding),

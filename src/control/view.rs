@@ -15,6 +15,9 @@ use crate::kernel::abi::{
 };
 use crate::kernel::maps::Table;
 
+/// In place of a topic or client id whose record has been evicted.
+pub const FORGOTTEN: &str = "(forgotten)";
+
 /// Names for the numbers in maps.
 #[derive(Debug)]
 pub struct Names {
@@ -132,7 +135,7 @@ impl Topics<'_> {
         let text = match self.datapath.topics.get(&hash)? {
             Some(topic) => topic_text(&topic.text, topic.length),
             None if hash == 0 => String::new(),
-            None => "(forgotten)".to_owned(),
+            None => FORGOTTEN.to_owned(),
         };
         self.seen.insert(hash, text.clone());
         Ok(text)
@@ -162,7 +165,7 @@ impl<'a> ClientIds<'a> {
             return Ok(String::new());
         }
         let known = self.datapath.client_ids.get(&flow.own)?;
-        Ok(known.map_or_else(|| "(forgotten)".to_owned(), |id| topic_text(&id.text, id.length)))
+        Ok(known.map_or_else(|| FORGOTTEN.to_owned(), |id| topic_text(&id.text, id.length)))
     }
 }
 

@@ -13,7 +13,7 @@ use super::stream::Pending;
 use super::table::Broker;
 
 /// From TCP's SYN to CONNACK.
-const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
+pub const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pause before a failed connection is retried.
 pub const RETRY: Duration = Duration::from_secs(1);
 

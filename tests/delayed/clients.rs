@@ -23,6 +23,14 @@ fn clients_that_say_nothing_after_connect_get_a_broker_and_their_will_is_publish
             wait_for("the silent client's broker", || {
                 lab.mqtt_fwd(&["flows"]).contains("silent").then_some(())
             });
+            // Whoever asks by the address is told by what the client is known.
+            let explained = lab
+                .script("exec")
+                .args(["lb", "mqtt-fwd", "explain", "client", "10.1.1.1"])
+                .output()
+                .unwrap();
+            let said = String::from_utf8_lossy(&explained.stderr);
+            assert!(said.contains("`mqtt-fwd explain client silent`"), "{said}");
             // The broker's own CONNACK is what the balancer said: TCP takes it for a repetition.
             stream.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
             assert!(stream.read(&mut answer).is_err());

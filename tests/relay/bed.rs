@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use nix::sched::{CloneFlags, setns};
 
 use crate::client::{Client, connect};
-use crate::support::net::wait_for;
+use crate::support::net::{sh, wait_for};
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
@@ -53,11 +53,6 @@ pub struct Bed {
     pub dir: PathBuf,
     relay: Option<Child>,
     brokers: Vec<Option<Child>>,
-}
-
-fn sh(command: &str) {
-    let output = Command::new("sh").args(["-ec", command]).output().unwrap();
-    assert!(output.status.success(), "{command}\n{}", String::from_utf8_lossy(&output.stderr));
 }
 
 impl Bed {

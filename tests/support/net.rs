@@ -15,9 +15,11 @@ pub struct Net {
     pub dir: PathBuf,
 }
 
-fn sh(command: &str) {
+/// Runs it here, and returns what it printed.
+pub fn sh(command: &str) -> String {
     let output = Command::new("sh").args(["-ec", command]).output().unwrap();
     assert!(output.status.success(), "{command}\n{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
 }
 
 /// The configuration of these tests, with a place for its paths and for more keys.

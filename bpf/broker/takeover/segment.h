@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/* TCP segments in the skb's of tc: what is read of them, and what is changed. */
+/* TCP segments in tc's skbs: what is read of them, and what is changed. */
 #ifndef MQTT_FWD_TAKEOVER_SEGMENT_H
 #define MQTT_FWD_TAKEOVER_SEGMENT_H
 

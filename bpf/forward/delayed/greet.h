@@ -39,7 +39,7 @@ static __always_inline struct handover *handover_find(const struct conn *c)
 static __always_inline void handover_put(const struct conn *c, const struct handover *h)
 {
 	struct flow6 key = c->key;
-	bool is_new = !handover_find(c);
+	bool is_new = !bpf_map_lookup_elem(&handovers, &key);
 
 	if (bpf_map_update_elem(&handovers, &key, h, BPF_ANY))
 		count(REASON_MAP_FULL);

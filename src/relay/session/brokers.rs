@@ -1,6 +1,7 @@
 //! Broker → client: deliveries, acknowledgements, CONNACK, lost connections.
 
-use std::io::IoSlice;
+use std::fmt::{self, Display, Formatter};
+use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -10,7 +11,7 @@ use tracing::{debug, warn};
 use super::super::connect::{Connack, Kind};
 use super::super::ids::Slot;
 use super::super::scan::{self, Header, kind};
-use super::super::upstream::{RETRY, State, Upstream};
+use super::super::upstream::{OPEN_TIMEOUT, RETRY, State, Upstream};
 use super::super::{stream, subscriptions};
 use super::{
     BUFFER, End, HIGH, Piece, SCRATCH, SESSIONS_TIMEOUT, Session, acknowledgement, append,
@@ -26,12 +27,7 @@ impl Session {
             State::Connecting(connecting) => match connecting.as_mut().poll(cx) {
                 Poll::Pending => Ok(false),
                 Poll::Ready(Err(error)) => {
-                    if self.worker.is_news(up.addr) {
-                        warn!(broker = %up.addr, %error, "cannot connect to a broker{}", hint(&error));
-                    } else {
-                        debug!(broker = %up.addr, %error, "cannot connect");
-                    }
-                    self.broker_lost(slot, now).map(|()| true)
+                    self.broker_lost(slot, &Lost::Failed(error), now).map(|()| true)
                 }
                 Poll::Ready(Ok(stream)) => {
                     up.out.push(&self.connect.for_broker(up.kind, self.assigned.as_deref()));
@@ -69,7 +65,12 @@ impl Session {
                 }
                 _ if held => kept,
                 Poll::Pending if !up.broken => return Ok(drained),
-                _ => return self.broker_lost(slot, Instant::now()).map(|()| true),
+                Poll::Ready(Err(error)) => {
+                    return self
+                        .broker_lost(slot, &Lost::Failed(error), Instant::now())
+                        .map(|()| true);
+                }
+                _ => return self.broker_lost(slot, &Lost::Closed, Instant::now()).map(|()| true),
             };
             buffer[..kept].copy_from_slice(&up.rest);
             let mut pieces = Vec::new();
@@ -385,7 +386,7 @@ impl Session {
     }
 
     /// A broker connection was lost, or could not be opened.
-    pub(super) fn broker_lost(&mut self, slot: Slot, now: Instant) -> Result<(), End> {
+    pub(super) fn broker_lost(&mut self, slot: Slot, why: &Lost, now: Instant) -> Result<(), End> {
         let home = slot == self.home;
         let up = &mut self.upstreams[usize::from(slot)];
         let addr = up.addr;
@@ -394,6 +395,11 @@ impl Session {
             self.delivering == Some(slot) || self.passing.is_some_and(|p| p.0 == Some(slot));
         let lossy = partial || up.inflight > 0 || !up.out.is_empty();
         if !was_ready {
+            if self.worker.is_news(addr) {
+                warn!(broker = %addr, "cannot connect to a broker: {why}");
+            } else {
+                debug!(broker = %addr, "cannot connect to a broker: {why}");
+            }
             // Timeouts count for longer than refusals.
             self.worker.down(addr, now.duration_since(up.since));
         }
@@ -441,13 +447,27 @@ impl Session {
     }
 }
 
-fn hint(error: &std::io::Error) -> &'static str {
-    match error.kind() {
-        std::io::ErrorKind::AddrNotAvailable => {
-            ": no port is free for it, so many connections that ended without DISCONNECT are in TIME_WAIT \
-             (`ss -s`): net.ipv4.tcp_tw_reuse = 1, or a wider net.ipv4.ip_local_port_range"
+/// How a connection to a broker ended, or why there is none.
+pub(super) enum Lost {
+    Failed(io::Error),
+    Closed,
+    /// It did not answer SYN, CONNECT or PINGREQ.
+    Silent,
+}
+
+impl Display for Lost {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Failed(error) if error.kind() == io::ErrorKind::AddrNotAvailable => write!(
+                f,
+                "{error}: no local port is free, as too many connections to this broker are open, or in TIME_WAIT \
+                 after clients left without DISCONNECT (see `ss -s`). Widen net.ipv4.ip_local_port_range; against \
+                 TIME_WAIT, set net.ipv4.tcp_tw_reuse = 1"
+            ),
+            Self::Failed(error) => error.fmt(f),
+            Self::Closed => f.write_str("it closed the connection before CONNACK"),
+            Self::Silent => write!(f, "no CONNACK within {} s", OPEN_TIMEOUT.as_secs()),
         }
-        _ => "",
     }
 }
 

@@ -12,6 +12,7 @@ use super::super::ids::Slot;
 use super::super::scan::kind;
 use super::super::table::Broker;
 use super::super::upstream::{State, Upstream};
+use super::brokers::Lost;
 use super::{
     CONNACK_TIMEOUT, End, HIGH, ROUTES_INTERVAL, SESSIONS_TIMEOUT, Session, UNUSED, disconnect,
 };
@@ -110,7 +111,7 @@ impl Session {
                         }
                         up.last_out = now;
                     }
-                    _ => self.broker_lost(slot, now)?,
+                    _ => self.broker_lost(slot, &Lost::Silent, now)?,
                 }
             }
             self.close_unused(slot, now);

@@ -31,6 +31,7 @@ use tokio::time::Sleep;
 use tokio_util::either::Either;
 use tracing::debug;
 
+use super::broker::BrokerStream;
 use super::connect::{Connect, Kind};
 use super::ids::{Deliveries, Slot};
 use super::proxy;
@@ -402,7 +403,8 @@ impl Session {
         let all: Vec<_> = streams.into_iter().map(tokio::task::spawn_local).collect();
         match end {
             End::ClientGone(_) => drop(self.client),
-            // It sends nothing more that could be answered with RST, unless TLS or WebSocket has an end of its own.
+            // It sends nothing more that could be answered with RST. TLS and WebSocket have closing handshakes
+            // of their own.
             End::Disconnected(_) if matches!(self.client, Stream::Tcp(_)) => {
                 let _ = tokio::time::timeout(PATIENCE, close(&mut self.client, &last)).await;
                 drop(self.client);
@@ -449,12 +451,20 @@ async fn close<S: AsyncWrite + Unpin>(stream: &mut S, last: &[u8]) -> std::io::R
 /// Writes the last bytes, DISCONNECT at their end, and leaves it to the broker to close first, as it does
 /// then (MQTT 5 §3.14.4). Who closes first is in TIME_WAIT for a minute, and on this side that would take one
 /// of 28,000 ports to that broker: 470 connections a second, and no more.
-pub async fn disconnect<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, last: Vec<u8>) {
+pub async fn disconnect(mut stream: BrokerStream, last: Vec<u8>) {
     const BROKER_CLOSES: Duration = Duration::from_secs(1);
     let goodbye = async {
         stream.write_all(&last).await?;
         stream.flush().await?;
-        if let Ok(ended) = tokio::time::timeout(BROKER_CLOSES, read_to_end(&mut stream)).await {
+        let closed = async {
+            read_to_end(&mut stream).await?;
+            match &mut stream {
+                Either::Left(_) => Ok(()),
+                // That was the end of TLS, which TCP's follows.
+                Either::Right(tls) => read_to_end(tls.get_mut().0).await,
+            }
+        };
+        if let Ok(ended) = tokio::time::timeout(BROKER_CLOSES, closed).await {
             return ended;
         }
         stream.shutdown().await?;
