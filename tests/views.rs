@@ -32,11 +32,11 @@ fn a_client_that_has_only_connected_is_told_from_one_that_nobody_saw() {
     let (client, service): (SocketAddr, SocketAddr) =
         ("10.1.1.7:4000".parse().unwrap(), SERVICE.parse().unwrap());
     net.through_root(&packet::tcp(client, service, 1, 0, |h| h.syn = true, &[]));
-    let connected = net.fails(1, &["explain", "client", "10.1.1.7"]);
+    let connected = net.fails(2, &["explain", "client", "10.1.1.7"]);
     assert!(connected.contains("has published nothing yet"), "{connected}");
     assert!(connected.contains("`mqtt-fwd explain flow 10.1.1.7:4000`"), "{connected}");
     net.ok(&["explain", "flow", "10.1.1.7:4000"]);
-    let unseen = net.fails(1, &["explain", "client", "10.1.1.8"]);
+    let unseen = net.fails(2, &["explain", "client", "10.1.1.8"]);
     assert!(unseen.contains("never seen before"), "{unseen}");
 }
 

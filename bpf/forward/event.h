@@ -52,12 +52,12 @@ __noinline int report_event(const struct conn *c, __u32 kind, __u32 from_to, __u
 		.by_prediction = how & REPORT_BY_PREDICTION ? 1 : 0,
 		.ended = how & REPORT_ENDED ? 1 : 0,
 		.way = how >> REPORT_WAY_SHIFT,
-		.topic = topic,
+		.topic = READ_ONCE(topic), /* a key: it is in memory, and in no second place of the stack */
 		.why = how >> REPORT_WHY_SHIFT,
 	};
 	__builtin_memcpy(e->client, c->key.addr, sizeof(e->client));
 
-	const struct topic *text = topic ? bpf_map_lookup_elem(&topics, &topic) : NULL;
+	const struct topic *text = READ_ONCE(topic) ? bpf_map_lookup_elem(&topics, &topic) : NULL;
 	if (text) {
 		e->topic_length = text->length;
 		__builtin_memcpy(e->text, text->text, sizeof(e->text));
