@@ -2,6 +2,8 @@
 
 mod support;
 
+use std::time::Instant;
+
 use libbpf_rs::{MapCore as _, MapFlags};
 use mqtt_fwd::control::view;
 use mqtt_fwd::domain::Target;
@@ -502,12 +504,20 @@ fn evictions_can_be_told_from_what_was_added_and_removed() {
     assert_eq!(flows.evicted, 20_000 - flows.used, "{flows:?}");
 }
 
+/// How many a budget of so many a window of 0.1 s may have let through since then. In an emulator
+/// (scripts/kernels) that is more.
+fn in_budget(a_window: u64, begun: Instant) -> u64 {
+    let windows = begun.elapsed().as_millis() as u64 / 100 + 2;
+    a_window * windows * libbpf_rs::num_possible_cpus().unwrap() as u64
+}
+
 #[test]
 fn new_topics_are_stored_at_a_bounded_rate_and_routed_all_the_same() {
     let f = Fixture::loaded(CONFIG, &SMALL, |rodata| {
         rodata.flows_per_window = u32::MAX;
         rodata.topics_per_window = 3;
     });
+    let begun = Instant::now();
     for i in 0..100 {
         let mut c = Conn::open(&f, &format!("10.1.2.{i}:4000"));
         c.data(&mqtt::connect(4));
@@ -515,7 +525,8 @@ fn new_topics_are_stored_at_a_bounded_rate_and_routed_all_the_same() {
         c.ended(&mqtt::publish(topic.as_bytes(), 0, b"1"));
         assert_eq!(c.prediction().unwrap().1, "b");
     }
-    assert!(f.counters()["topic_not_stored"] > 50, "{:?}", f.counters());
+    let least = 100_u64.saturating_sub(in_budget(3, begun));
+    assert!(f.counters()["topic_not_stored"] >= least.max(1), "{least}: {:?}", f.counters());
 }
 
 #[test]
@@ -525,10 +536,12 @@ fn a_kind_of_event_that_is_frequent_does_not_silence_another() {
         rodata.topics_per_window = u32::MAX;
         rodata.events_per_window = 5;
     });
+    let begun = Instant::now();
     for i in 0..200 {
         Conn::open(&f, &format!("10.1.2.{i}:4000"));
     }
-    assert!(f.counters()["event_lost_bound"] > 100);
+    let least = 200_u64.saturating_sub(in_budget(5, begun));
+    assert!(f.counters()["event_lost_bound"] >= least.max(1), "{least}: {:?}", f.counters());
     let mut c = Conn::open(&f, "10.1.1.1:4000");
     c.data(&mqtt::connect(4));
     c.ended(&mqtt::publish(b"sensor/a", 0, b"1"));
