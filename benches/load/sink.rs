@@ -59,6 +59,7 @@ impl Sink {
                 let namespace = &namespaces[n % namespaces.len()];
                 enter(namespace)?;
                 let mut stream = TcpStream::connect(broker).await?;
+                stream.set_nodelay(true)?;
                 let id = format!("sink-{n}");
                 let filter = self.filters[n % self.filters.len()].as_bytes();
                 stream.write_all(&mqtt::connect_as(4, 0x02, id.as_bytes(), &[])).await?;
@@ -70,6 +71,8 @@ impl Sink {
             enter(namespace)?;
             for addr in &self.listen {
                 let listener = TcpListener::bind(addr).await?;
+                // Accepted connections inherit it.
+                socket2::SockRef::from(&listener).set_tcp_nodelay(true)?;
                 let (counts, namespace) = (Arc::clone(&counts), namespace.clone());
                 tokio::spawn(async move {
                     while let Ok((stream, _)) = listener.accept().await {
@@ -127,7 +130,6 @@ async fn connection(
     counts: Arc<Mutex<Counts>>,
 ) -> Result<()> {
     counts.lock().expect("no thread panics").connections += 1;
-    stream.set_nodelay(true)?;
     let mut rest = Vec::new();
     loop {
         stream.readable().await?;

@@ -18,6 +18,7 @@ mod stream;
 mod subscriptions;
 pub mod table;
 mod tls;
+mod unsent;
 mod upstream;
 mod websocket;
 mod worker;

@@ -164,13 +164,8 @@ impl Table {
 
     /// The brokers that may have messages for a topic filter of SUBSCRIBE.
     pub fn brokers_for(&self, filter: &str) -> Vec<Broker> {
-        // $share/NAME/FILTER (MQTT 5 §4.8.2).
-        let filter = match filter.strip_prefix("$share/") {
-            Some(rest) => rest.split_once('/').map_or(rest, |(_, filter)| filter),
-            None => filter,
-        };
         // An invalid filter is refused by a broker; one is enough.
-        let Ok(filter) = TopicFilter::parse(filter) else { return vec![0] };
+        let Ok(filter) = TopicFilter::parse(unshared(filter)) else { return vec![0] };
         let groups = self.groups_for(&filter);
         groups.iter().flat_map(|g| &self.groups[*g].brokers).copied().collect()
     }
@@ -240,6 +235,14 @@ impl Table {
         }
         known.insert(from, groups.clone());
         groups
+    }
+}
+
+/// The filter of a shared subscription, $share/NAME/FILTER (MQTT 5 §4.8.2); others as they are.
+pub fn unshared(filter: &str) -> &str {
+    match filter.strip_prefix("$share/") {
+        Some(rest) => rest.split_once('/').map_or(rest, |(_, filter)| filter),
+        None => filter,
     }
 }
 

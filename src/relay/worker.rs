@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::stats::Stats;
+use super::subscriptions::Request;
 use super::table::Table;
+use super::unsent::{Ticket, Unsent};
 use crate::domain::RelayLimits;
 
 /// How long a broker that was not reached counts as down, at least.
@@ -26,6 +28,7 @@ pub struct Shared {
     tables: RwLock<Vec<Arc<Table>>>,
     generation: AtomicU64,
     clients: Mutex<HashMap<IpAddr, Client>>,
+    unsent: Arc<Unsent>,
     /// Ends all sessions.
     pub stop: CancellationToken,
 }
@@ -47,6 +50,7 @@ impl Shared {
             tables: RwLock::new(tables),
             generation: AtomicU64::new(0),
             clients: Mutex::default(),
+            unsent: Arc::default(),
             stop: CancellationToken::new(),
         }
     }
@@ -153,6 +157,16 @@ impl Worker {
     /// Changes whenever tables are replaced.
     pub fn generation(&self) -> u64 {
         self.shared.generation.load(Ordering::Acquire)
+    }
+
+    /// Lists a SUBSCRIBE that waits for connections to brokers.
+    pub fn unsent(&self, request: &Request, now: Instant) -> Ticket {
+        self.shared.unsent.add(self.service, request, now)
+    }
+
+    /// Whether a message that was received at `at` has to wait for a SUBSCRIBE that came before.
+    pub fn must_wait(&self, topic: &str, at: Instant, now: Instant) -> bool {
+        self.shared.unsent.precedes(self.service, topic, at, now)
     }
 
     /// Whether a broker counts as down.

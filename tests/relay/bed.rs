@@ -146,6 +146,11 @@ impl Bed {
         child.wait().unwrap();
     }
 
+    pub fn signal_broker(&self, n: usize, signal: nix::sys::signal::Signal) {
+        let pid = self.brokers[n].as_ref().unwrap().id();
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.cast_signed()), signal).unwrap();
+    }
+
     pub fn start_relay(&mut self) {
         let log = File::create(self.dir.join("relay.log")).unwrap();
         let child =

@@ -184,8 +184,8 @@ impl Client {
         assert!(packet.len() == 4 || packet[4] < 0x80, "{packet:02x?}");
     }
 
-    #[track_caller]
-    pub fn subscribe(&mut self, filters: &[&str], qos: u8) -> Vec<u8> {
+    /// A SUBSCRIBE, whose SUBACK is not waited for.
+    pub fn send_subscribe(&mut self, filters: &[&str], qos: u8) -> u16 {
         let id = self.id();
         let mut body = id.to_be_bytes().to_vec();
         if self.level == 5 {
@@ -196,6 +196,12 @@ impl Client {
             body.push(qos);
         }
         self.send(&packet(0x82, &body));
+        id
+    }
+
+    #[track_caller]
+    pub fn subscribe(&mut self, filters: &[&str], qos: u8) -> Vec<u8> {
+        let id = self.send_subscribe(filters, qos);
         let mut early = Vec::new();
         loop {
             let packet = self.packet().unwrap();

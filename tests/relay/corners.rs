@@ -1,8 +1,9 @@
 //! What went wrong once.
 
 use std::io::Read as _;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
 use socket2::{Domain, Socket, Type};
 
 use crate::bed::{Bed, RELAY, TOPICS};
@@ -324,4 +325,38 @@ fn the_log_says_when_ports_to_a_broker_have_run_out() {
         .collect();
     wait_for("the log", || bed.relay_log().contains("net.ipv4.ip_local_port_range").then_some(()));
     drop(clients);
+}
+
+#[test]
+fn messages_do_not_overtake_a_subscription_but_do_not_wait_for_a_broker_that_hangs() {
+    let bed = Bed::new();
+    let mut watchers = bed.watchers();
+    let mut publisher = bed.client("publisher");
+    publisher.publish_and_wait("temp/x", 1, b"");
+    let used = watchers.iter_mut().position(|w| w.try_message_soon().is_some()).unwrap() + 1;
+    // The other broker of the group keeps the subscription waiting.
+    let other = 3 - used;
+    let pause = || std::thread::sleep(Duration::from_millis(10));
+    // On a busy machine, it may take longer than messages wait.
+    let waited = (0..20).any(|round| {
+        bed.signal_broker(other, Signal::SIGSTOP);
+        let mut subscriber = bed.client(&format!("subscriber{round}"));
+        subscriber.send_subscribe(&["temp/#"], 0);
+        pause();
+        publisher.publish("temp/x", 0, b"now");
+        pause();
+        bed.signal_broker(other, Signal::SIGCONT);
+        subscriber.try_message_or_suback().is_some_and(|m| m.text() == "now")
+    });
+    assert!(waited, "messages overtake subscriptions");
+
+    bed.signal_broker(other, Signal::SIGSTOP);
+    let mut subscriber = bed.client("patient");
+    subscriber.send_subscribe(&["temp/#"], 0);
+    pause();
+    let begun = Instant::now();
+    publisher.publish_and_wait("temp/x", 1, b"");
+    let took = begun.elapsed();
+    bed.signal_broker(other, Signal::SIGCONT);
+    assert!((30..2_000).contains(&took.as_millis()), "{took:?}");
 }

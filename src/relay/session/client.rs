@@ -42,16 +42,19 @@ impl Session {
                     Poll::Ready(Err(e)) => return Err(End::ClientGone(e)),
                 }
                 self.last_in = Instant::now();
+                self.read_at = self.last_in;
             }
             let mut pieces = Vec::new();
             let mut at = 0;
             let waited = std::mem::take(&mut self.stalled);
+            self.held = false;
             let end = self.parse_client(&mut buffer[..length], &mut at, &mut pieces);
             if matches!(end, Some(End::Disconnected(_))) {
                 self.leave_for_disconnect(buffer, &pieces);
             } else {
                 self.write_to_brokers(cx, buffer, &pieces);
             }
+            self.sent = None;
             self.rest = buffer[at..length].to_vec();
             end.map_or(Ok(!(waited && self.stalled && at == 0)), Err)
         })
@@ -138,6 +141,10 @@ impl Session {
         } else {
             p.topic
         };
+        if self.worker.must_wait(topic, self.read_at, now) {
+            self.held = true;
+            return Ok(Step::Wait);
+        }
         let found = self.table.broker_of(topic, |b| self.is_down(b));
         let broker = found.unwrap_or(self.upstreams[usize::from(self.home)].broker);
         let again = p.qos > 0 && self.inflight.contains_key(&p.id);
@@ -310,8 +317,12 @@ impl Session {
             }
         }
         if wanted.iter().any(|(slot, _)| self.upstreams[usize::from(*slot)].is_opening()) {
+            if self.unsent.is_none() && matches!(request, Request::Subscribe(..)) {
+                self.unsent = Some(self.worker.unsent(&request, now));
+            }
             return Ok(Step::Wait);
         }
+        self.sent = self.unsent.take();
         if matches!(request, Request::Subscribe(..)) {
             for (slot, _) in &wanted {
                 self.upstreams[usize::from(*slot)].subscribed = true;

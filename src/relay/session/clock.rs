@@ -123,6 +123,9 @@ impl Session {
                 next = next.min(up.last_used + UNUSED);
             }
         }
+        if self.held {
+            next = now;
+        }
         let before = self.leaving;
         let due = self.return_to_fast_path(now)?;
         *acted |= before != self.leaving;

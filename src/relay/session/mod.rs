@@ -40,6 +40,7 @@ use super::stats::Stats;
 use super::stream::{Pending, Stream};
 use super::subscriptions::Subscriptions;
 use super::table::{Broker, Table};
+use super::unsent::Ticket;
 use super::upstream::{RETRY, State, Upstream};
 use super::worker::Worker;
 
@@ -131,7 +132,7 @@ enum Step {
     Took(usize),
     /// More bytes are needed.
     More,
-    /// Its broker connection is not open yet.
+    /// Its broker connection is not open yet, or another client's SUBSCRIBE comes first.
     Wait,
 }
 
@@ -151,8 +152,16 @@ pub struct Session {
     out: Pending,
     /// Bytes received that were not handled yet.
     rest: Vec<u8>,
-    /// `rest` waits for a broker connection.
+    /// `rest` waits for a broker connection, or for another client's SUBSCRIBE.
     stalled: bool,
+    /// When `rest` was received.
+    read_at: Instant,
+    /// The SUBSCRIBE in `rest` that waits for broker connections.
+    unsent: Option<Ticket>,
+    /// The same, about to be written.
+    sent: Option<Ticket>,
+    /// Another client's SUBSCRIBE is waited for.
+    held: bool,
     /// A broker connection was begun, and has to be polled.
     opened: bool,
     /// The message being forwarded: its destination (`None`: discarded), and bytes still to be received.
@@ -208,6 +217,10 @@ impl Session {
             client,
             out: Pending::default(),
             stalled: !rest.is_empty(),
+            read_at: now,
+            unsent: None,
+            sent: None,
+            held: false,
             opened: false,
             rest,
             passing: None,
@@ -406,7 +419,7 @@ impl Session {
             // It sends nothing more that could be answered with RST. TLS and WebSocket have closing handshakes
             // of their own.
             End::Disconnected(_) if matches!(self.client, Stream::Tcp(_)) => {
-                let _ = tokio::time::timeout(PATIENCE, close(&mut self.client, &last)).await;
+                let _ = tokio::time::timeout(PATIENCE, self.client.write_all(&last)).await;
                 drop(self.client);
             }
             _ => close_gracefully(self.client, last).await,
