@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use super::api::{self, proto};
 use super::problem::Problem;
@@ -72,12 +73,7 @@ pub async fn read(config: &Config) -> Result<proto::GetStatusResponse> {
 async fn balancer(config: &Config) -> (Option<&'static str>, String) {
     let kind = format!("{:?}", config.balancer).to_lowercase();
     let at = format!("{kind} at {}", config.balancer_endpoint);
-    let difference = async {
-        let config = &api::in_effect(config).await;
-        let mut client = Client::connect(&config.balancer_endpoint).await?;
-        apply::difference(config, gateway::wanted_or_warn(config).await, &mut client).await
-    };
-    match difference.await {
+    match lasting_difference(config).await {
         Ok(None) => (None, format!("{at}: as configured")),
         Ok(Some(difference)) => {
             let text = format!("{at}: {difference}; `mqtt-fwd apply` puts it back");
@@ -92,6 +88,27 @@ async fn balancer(config: &Config) -> (Option<&'static str>, String) {
             (Some(code), e.to_string().trim_start_matches("balancer ").to_owned())
         }
     }
+}
+
+/// What the balancer has and should not have, or the other way round: not what `run` is changing just now, a step of
+/// `slow_start_s` for example.
+async fn lasting_difference(config: &Config) -> Result<Option<String>, BalancerError> {
+    const PAUSE: Duration = Duration::from_millis(100);
+    const TRIES: u32 = 5;
+    let mut found = None;
+    for again in 0..TRIES {
+        if again > 0 {
+            tokio::time::sleep(PAUSE).await;
+        }
+        let config = &api::in_effect(config).await;
+        let mut client = Client::connect(&config.balancer_endpoint).await?;
+        let gateway = gateway::wanted_or_warn(config).await;
+        found = apply::difference(config, gateway, &mut client).await?;
+        if found.is_none() {
+            break;
+        }
+    }
+    Ok(found)
 }
 
 fn services(config: &Config, datapath: Option<&Datapath>) -> Result<Vec<proto::ServiceStatus>> {
