@@ -95,6 +95,7 @@ async fn balancer(config: &Config) -> (Option<&'static str>, String) {
 async fn lasting_difference(config: &Config) -> Result<Option<String>, BalancerError> {
     const PAUSE: Duration = Duration::from_millis(100);
     const TRIES: u32 = 5;
+    let gateway = gateway::wanted_or_warn(&api::in_effect(config).await).await;
     let mut found = None;
     for again in 0..TRIES {
         if again > 0 {
@@ -102,7 +103,6 @@ async fn lasting_difference(config: &Config) -> Result<Option<String>, BalancerE
         }
         let config = &api::in_effect(config).await;
         let mut client = Client::connect(&config.balancer_endpoint).await?;
-        let gateway = gateway::wanted_or_warn(config).await;
         found = apply::difference(config, gateway, &mut client).await?;
         if found.is_none() {
             break;

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
@@ -12,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::stats::Stats;
 use super::subscriptions::Request;
 use super::table::Table;
-use super::unsent::{Ticket, Unsent};
+use super::unsent::{Earlier, Ticket, Unsent};
 use crate::domain::RelayLimits;
 
 /// How long a broker that was not reached counts as down, at least.
@@ -164,9 +165,14 @@ impl Worker {
         self.shared.unsent.add(self.service, request, now)
     }
 
-    /// Whether a message that was received at `at` has to wait for a SUBSCRIBE that came before.
-    pub fn must_wait(&self, topic: &str, at: Instant, now: Instant) -> bool {
-        self.shared.unsent.precedes(self.service, topic, at, now)
+    /// The SUBSCRIBE that a message, received at `at`, has to wait for.
+    pub fn earlier(&self, topic: &str, at: Instant, now: Instant) -> Option<Earlier> {
+        self.shared.unsent.earlier(self.service, topic, at, now)
+    }
+
+    /// Wakes a session when that SUBSCRIBE has been sent. False: it has been already.
+    pub fn wake_after(&self, earlier: Earlier, waker: &Waker) -> bool {
+        self.shared.unsent.wake_after(earlier, waker)
     }
 
     /// Whether a broker counts as down.

@@ -327,18 +327,22 @@ fn the_log_says_when_ports_to_a_broker_have_run_out() {
     drop(clients);
 }
 
-#[test]
-fn messages_do_not_overtake_a_subscription_but_do_not_wait_for_a_broker_that_hangs() {
-    let bed = Bed::new();
+/// A publisher, and which of the two brokers of its topic's group it does not use.
+fn publisher_and_other_broker(bed: &Bed) -> (Client, usize) {
     let mut watchers = bed.watchers();
     let mut publisher = bed.client("publisher");
     publisher.publish_and_wait("temp/x", 1, b"");
     let used = watchers.iter_mut().position(|w| w.try_message_soon().is_some()).unwrap() + 1;
-    // The other broker of the group keeps the subscription waiting.
-    let other = 3 - used;
+    (publisher, 3 - used)
+}
+
+#[test]
+fn messages_do_not_overtake_a_subscription() {
+    let bed = Bed::new();
+    let (mut publisher, other) = publisher_and_other_broker(&bed);
     let pause = || std::thread::sleep(Duration::from_millis(10));
-    // On a busy machine, it may take longer than messages wait.
-    let waited = (0..20).any(|round| {
+    // On a busy machine, it may take longer than messages wait, and then they do not for ten seconds.
+    let waited = (0..40).any(|round| {
         bed.signal_broker(other, Signal::SIGSTOP);
         let mut subscriber = bed.client(&format!("subscriber{round}"));
         subscriber.send_subscribe(&["temp/#"], 0);
@@ -349,14 +353,24 @@ fn messages_do_not_overtake_a_subscription_but_do_not_wait_for_a_broker_that_han
         subscriber.try_message_or_suback().is_some_and(|m| m.text() == "now")
     });
     assert!(waited, "messages overtake subscriptions");
+}
 
+#[test]
+fn messages_do_not_wait_long_for_subscriptions_at_a_broker_that_hangs() {
+    let bed = Bed::new();
+    let (mut publisher, other) = publisher_and_other_broker(&bed);
     bed.signal_broker(other, Signal::SIGSTOP);
-    let mut subscriber = bed.client("patient");
-    subscriber.send_subscribe(&["temp/#"], 0);
-    pause();
     let begun = Instant::now();
-    publisher.publish_and_wait("temp/x", 1, b"");
+    let _subscribers: Vec<_> = (0..5)
+        .map(|n| {
+            let mut subscriber = bed.client(&format!("subscriber{n}"));
+            subscriber.send_subscribe(&["temp/#"], 0);
+            std::thread::sleep(Duration::from_millis(10));
+            publisher.publish_and_wait("temp/x", 1, b"");
+            subscriber
+        })
+        .collect();
     let took = begun.elapsed();
     bed.signal_broker(other, Signal::SIGCONT);
-    assert!((30..2_000).contains(&took.as_millis()), "{took:?}");
+    assert!(took < Duration::from_secs(3), "brokers get five seconds to answer: {took:?}");
 }

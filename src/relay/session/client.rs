@@ -20,6 +20,7 @@ use super::{
 
 impl Session {
     pub(super) fn read_client(&mut self, cx: &mut Context<'_>) -> Result<bool, End> {
+        self.held = None;
         let full = self.out.len() + self.after_delivery.len() > REPLIES_HIGH
             || self.upstreams.iter().any(|u| u.out.len() > HIGH);
         if !self.connack_sent || full {
@@ -47,7 +48,6 @@ impl Session {
             let mut pieces = Vec::new();
             let mut at = 0;
             let waited = std::mem::take(&mut self.stalled);
-            self.held = false;
             let end = self.parse_client(&mut buffer[..length], &mut at, &mut pieces);
             if matches!(end, Some(End::Disconnected(_))) {
                 self.leave_for_disconnect(buffer, &pieces);
@@ -56,6 +56,11 @@ impl Session {
             }
             self.sent = None;
             self.rest = buffer[at..length].to_vec();
+            let sent_meanwhile =
+                self.held.is_some_and(|earlier| !self.worker.wake_after(earlier, cx.waker()));
+            if sent_meanwhile && end.is_none() {
+                return Ok(true);
+            }
             end.map_or(Ok(!(waited && self.stalled && at == 0)), Err)
         })
     }
@@ -141,8 +146,8 @@ impl Session {
         } else {
             p.topic
         };
-        if self.worker.must_wait(topic, self.read_at, now) {
-            self.held = true;
+        self.held = self.worker.earlier(topic, self.read_at, now);
+        if self.held.is_some() {
             return Ok(Step::Wait);
         }
         let found = self.table.broker_of(topic, |b| self.is_down(b));
@@ -322,7 +327,7 @@ impl Session {
             }
             return Ok(Step::Wait);
         }
-        self.sent = self.unsent.take();
+        self.sent = self.unsent.take().or(self.sent.take());
         if matches!(request, Request::Subscribe(..)) {
             for (slot, _) in &wanted {
                 self.upstreams[usize::from(*slot)].subscribed = true;

@@ -123,8 +123,8 @@ impl Session {
                 next = next.min(up.last_used + UNUSED);
             }
         }
-        if self.held {
-            next = now;
+        if let Some(earlier) = self.held {
+            next = next.min(earlier.until);
         }
         let before = self.leaving;
         let due = self.return_to_fast_path(now)?;

@@ -40,7 +40,7 @@ use super::stats::Stats;
 use super::stream::{Pending, Stream};
 use super::subscriptions::Subscriptions;
 use super::table::{Broker, Table};
-use super::unsent::Ticket;
+use super::unsent::{Earlier, Ticket};
 use super::upstream::{RETRY, State, Upstream};
 use super::worker::Worker;
 
@@ -158,10 +158,10 @@ pub struct Session {
     read_at: Instant,
     /// The SUBSCRIBE in `rest` that waits for broker connections.
     unsent: Option<Ticket>,
-    /// The same, about to be written.
+    /// The ticket of a SUBSCRIBE that is about to be written.
     sent: Option<Ticket>,
-    /// Another client's SUBSCRIBE is waited for.
-    held: bool,
+    /// Another client's SUBSCRIBE that is waited for.
+    held: Option<Earlier>,
     /// A broker connection was begun, and has to be polled.
     opened: bool,
     /// The message being forwarded: its destination (`None`: discarded), and bytes still to be received.
@@ -220,7 +220,7 @@ impl Session {
             read_at: now,
             unsent: None,
             sent: None,
-            held: false,
+            held: None,
             opened: false,
             rest,
             passing: None,
@@ -371,6 +371,7 @@ impl Session {
     /// Closes all connections.
     pub async fn finish(mut self, end: End) {
         debug!(client = %self.addrs.0, id = self.connect.client_id, "session ended: {end}");
+        (self.unsent, self.sent) = (None, None);
         let whole = self.passing.is_none();
         let goodbye: &[u8] = match &end {
             End::Disconnected(packet) => packet,
