@@ -1,5 +1,5 @@
-//! SUBSCRIBEs that wait for connections to brokers. What another client publishes after them waits as well: one
-//! broker would have seen the SUBSCRIBE first. Of SUBSCRIBEs that a client sends without waiting, this is the first.
+//! SUBSCRIBEs that wait for connections to brokers, until SUBACK. What another client publishes after them waits as
+//! well: one broker would have seen the SUBSCRIBE first. Of SUBSCRIBEs that a client sends at once, this is the first.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -117,7 +117,7 @@ impl Unsent {
         Some(Earlier { number: entry.number, until: entry.since + PATIENCE })
     }
 
-    /// Wakes a session when that SUBSCRIBE has been sent. False: it has been already.
+    /// Wakes a session when that SUBSCRIBE is in effect. False: it is already.
     pub fn wake_after(&self, earlier: Earlier, waker: &Waker) -> bool {
         let mut list = self.lock();
         let there = list.entries.iter().any(|entry| entry.number == earlier.number);
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_is_woken_when_the_subscription_has_been_sent() {
+    fn who_waits_is_woken_when_the_subscription_is_in_effect() {
         let unsent = Arc::new(Unsent::default());
         let woken = Arc::new(Woken(AtomicUsize::new(0)));
         let waker = Waker::from(Arc::clone(&woken));
@@ -241,7 +241,7 @@ mod tests {
         assert_eq!(woken.0.load(Ordering::Relaxed), 0);
         drop(ticket);
         assert_eq!(woken.0.load(Ordering::Relaxed), 1);
-        assert!(!unsent.wake_after(earlier, &waker), "sent already");
+        assert!(!unsent.wake_after(earlier, &waker), "in effect already");
         assert!(unsent.lock().waiting.is_empty());
     }
 }

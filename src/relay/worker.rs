@@ -161,7 +161,7 @@ impl Worker {
     }
 
     /// Lists a SUBSCRIBE that waits for connections to brokers.
-    pub fn unsent(&self, request: &Request, now: Instant) -> Ticket {
+    pub fn list(&self, request: &Request, now: Instant) -> Ticket {
         self.shared.unsent.add(self.service, request, now)
     }
 
@@ -170,7 +170,7 @@ impl Worker {
         self.shared.unsent.earlier(self.service, topic, at, now)
     }
 
-    /// Wakes a session when that SUBSCRIBE has been sent. False: it has been already.
+    /// Wakes a session when that SUBSCRIBE is in effect. False: it is already.
     pub fn wake_after(&self, earlier: Earlier, waker: &Waker) -> bool {
         self.shared.unsent.wake_after(earlier, waker)
     }

@@ -249,6 +249,7 @@ impl Session {
                 let id = scan::id(packet, h).map_err(|_| broken())?;
                 let codes = subscriptions::codes(packet, h.length, self.connect.v5);
                 if let Some(all) = self.subscriptions.answered(slot, id, codes, self.connect.v5) {
+                    self.listed = None;
                     pieces.push(((), Piece::Made(all)));
                 }
             }
@@ -418,6 +419,7 @@ impl Session {
         up.subscribed = subscribed;
         self.deliveries.forget(slot);
         for answer in self.subscriptions.broker_lost(slot, self.connect.v5) {
+            self.listed = None;
             self.send_to_client(&answer);
         }
         self.releases_lost(slot);

@@ -54,11 +54,10 @@ impl Session {
             } else {
                 self.write_to_brokers(cx, buffer, &pieces);
             }
-            self.sent = None;
             self.rest = buffer[at..length].to_vec();
-            let sent_meanwhile =
+            let in_effect =
                 self.held.is_some_and(|earlier| !self.worker.wake_after(earlier, cx.waker()));
-            if sent_meanwhile && end.is_none() {
+            if in_effect && end.is_none() {
                 return Ok(true);
             }
             end.map_or(Ok(!(waited && self.stalled && at == 0)), Err)
@@ -322,12 +321,11 @@ impl Session {
             }
         }
         if wanted.iter().any(|(slot, _)| self.upstreams[usize::from(*slot)].is_opening()) {
-            if self.unsent.is_none() && matches!(request, Request::Subscribe(..)) {
-                self.unsent = Some(self.worker.unsent(&request, now));
+            if self.listed.is_none() && matches!(request, Request::Subscribe(..)) {
+                self.listed = Some(self.worker.list(&request, now));
             }
             return Ok(Step::Wait);
         }
-        self.sent = self.unsent.take().or(self.sent.take());
         if matches!(request, Request::Subscribe(..)) {
             for (slot, _) in &wanted {
                 self.upstreams[usize::from(*slot)].subscribed = true;
@@ -340,6 +338,7 @@ impl Session {
         }
         self.subscriptions.begin(id, &request, wanted);
         if let Some(answer) = self.subscriptions.finished(id, self.connect.v5) {
+            self.listed = None;
             self.send_to_client(&answer);
         }
         Ok(Step::Took(packet.len()))

@@ -156,10 +156,8 @@ pub struct Session {
     stalled: bool,
     /// When `rest` was received.
     read_at: Instant,
-    /// The SUBSCRIBE in `rest` that waits for broker connections.
-    unsent: Option<Ticket>,
-    /// The ticket of a SUBSCRIBE that is about to be written.
-    sent: Option<Ticket>,
+    /// The SUBSCRIBE that waits for broker connections, and then for SUBACK.
+    listed: Option<Ticket>,
     /// Another client's SUBSCRIBE that is waited for.
     held: Option<Earlier>,
     /// A broker connection was begun, and has to be polled.
@@ -218,8 +216,7 @@ impl Session {
             out: Pending::default(),
             stalled: !rest.is_empty(),
             read_at: now,
-            unsent: None,
-            sent: None,
+            listed: None,
             held: None,
             opened: false,
             rest,
@@ -371,7 +368,7 @@ impl Session {
     /// Closes all connections.
     pub async fn finish(mut self, end: End) {
         debug!(client = %self.addrs.0, id = self.connect.client_id, "session ended: {end}");
-        (self.unsent, self.sent) = (None, None);
+        self.listed = None;
         let whole = self.passing.is_none();
         let goodbye: &[u8] = match &end {
             End::Disconnected(packet) => packet,
