@@ -7,6 +7,7 @@
 //!            connect  subscriptions  ids  scan  table ────┘
 //! ```
 
+mod accept;
 pub mod broker;
 pub(crate) mod connect;
 mod ids;
@@ -25,26 +26,20 @@ mod worker;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::AsyncReadExt as _;
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::net::TcpSocket;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use crate::config::Config;
-use crate::domain::{RelayLimits, RelayListener};
+use crate::domain::RelayListener;
 use crate::{metrics, service};
 use connect::Connect;
-use scan::kind;
-use session::{End, Session};
-use stream::Stream;
 use table::Table;
 use tls::Tls;
-use websocket::WebSocket;
-use worker::{Shared, Worker};
+use worker::Shared;
 
 /// Runs every whole-packet parser over some bytes: for fuzz tests.
 #[doc(hidden)]
@@ -140,20 +135,7 @@ pub fn run(config: &Config) -> Result<(), RelayError> {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         n => n as usize,
     };
-    let mut workers = Vec::new();
-    for number in 0..threads {
-        // All listening sockets are opened before the first connection is accepted.
-        let sockets: Vec<(Port, std::net::TcpListener)> = ports
-            .iter()
-            .map(|port| Ok((port.clone(), listen(port.addr)?)))
-            .collect::<Result<_, RelayError>>()?;
-        let shared = Arc::clone(&shared);
-        let thread = std::thread::Builder::new()
-            .name(format!("relay-{number}"))
-            .spawn(move || work(&shared, limits, sockets))
-            .map_err(|source| RelayError::Io { what: "starting a thread", source })?;
-        workers.push(thread);
-    }
+    let workers = accept::start(&shared, limits, &ports, threads)?;
     for port in &ports {
         let how = match (&port.tls, port.listener.websocket) {
             (None, false) => "MQTT",
@@ -310,174 +292,4 @@ fn listen(addr: SocketAddr) -> Result<std::net::TcpListener, RelayError> {
         runtime.map_err(|source| RelayError::Io { what: "starting the executor", source })?;
     let _inside = runtime.enter();
     open().map_err(|source| RelayError::Listen { addr, source })
-}
-
-/// A worker thread, with its own listening sockets.
-fn work(shared: &Arc<Shared>, limits: RelayLimits, sockets: Vec<(Port, std::net::TcpListener)>) {
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => return tracing::error!(%error, "starting a thread's executor"),
-    };
-    let local = tokio::task::LocalSet::new();
-    let mut by_service: Vec<Rc<Worker>> = Vec::new();
-    for (port, socket) in sockets {
-        while by_service.len() <= port.service {
-            let number = by_service.len();
-            by_service.push(Rc::new(Worker::new(Arc::clone(shared), limits, number)));
-        }
-        let worker = Rc::clone(&by_service[port.service]);
-        local.spawn_local(async move {
-            match TcpListener::from_std(socket) {
-                Ok(listener) => accept(&listener, &worker, &port).await,
-                Err(error) => tracing::error!(%error, "listening"),
-            }
-        });
-    }
-    let stopped = async {
-        shared.stop.cancelled().await;
-        // Sessions end gracefully.
-        for _ in 0..60 {
-            if shared.stats.connections.get() == 0 {
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-    };
-    local.block_on(&runtime, stopped);
-}
-
-async fn accept(listener: &TcpListener, worker: &Rc<Worker>, port: &Port) {
-    loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = worker.shared.stop.cancelled() => return,
-        };
-        let (stream, from) = match accepted {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                // Most likely out of file descriptors, which other connections will free.
-                warn!(%error, "accepting a connection");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
-        if !worker.shared.admit(from.ip(), &worker.limits) {
-            worker.stats.refused.add(1);
-            continue;
-        }
-        worker.stats.accepted.add(1);
-        let (worker, port) = (Rc::clone(worker), port.clone());
-        tokio::task::spawn_local(async move {
-            let _admitted = Admitted { shared: Arc::clone(&worker.shared), from: from.ip() };
-            serve(stream, from, &worker, &port).await;
-        });
-    }
-}
-
-/// Counts an admitted connection until it is dropped, even by a panic.
-struct Admitted {
-    shared: Arc<Shared>,
-    from: IpAddr,
-}
-
-impl Drop for Admitted {
-    fn drop(&mut self) {
-        self.shared.release(self.from);
-    }
-}
-
-/// Serves one connection.
-async fn serve(stream: TcpStream, from: SocketAddr, worker: &Rc<Worker>, port: &Port) {
-    let timeout = Duration::from_secs(worker.limits.connect_timeout_s.into());
-    let (mut stream, connect, rest) =
-        // Boxed, so that the connection's task does not keep the handshakes' memory.
-        match tokio::time::timeout(timeout, Box::pin(handshake(stream, worker, port))).await {
-            Ok(Ok(introduced)) => introduced,
-            Ok(Err(error)) => {
-                worker.stats.failed_handshakes.add(1);
-                return debug!(client = %from, %error, "not an MQTT client");
-            }
-            Err(_) => {
-                worker.stats.failed_handshakes.add(1);
-                return debug!(client = %from, "no CONNECT within connect_timeout_s");
-            }
-        };
-    let connect = match connect {
-        Ok(connect) => connect,
-        Err(malformed) => {
-            worker.stats.protocol_errors.add(1);
-            debug!(client = %from, %malformed, "CONNECT is refused");
-            // MQTT 3.1.1 §3.1.2.2: return code 1 for an unsupported protocol level.
-            let refusal: &[u8] =
-                if malformed.code == 0x84 { &[kind::CONNACK << 4, 2, 0, 1] } else { &[] };
-            return session::close_gracefully(&mut stream, refusal.to_vec()).await;
-        }
-    };
-    if connect.authenticates {
-        // Enhanced authentication with one broker does not authenticate the client to the others.
-        const BAD_METHOD: u8 = 0x8c;
-        let refusal = vec![kind::CONNACK << 4, 3, 0, BAD_METHOD, 0];
-        return session::close_gracefully(&mut stream, refusal).await;
-    }
-    let mut session = Session::new(Rc::clone(worker), stream, (from, port.addr), connect, rest);
-    let end = tokio::select! {
-        end = &mut session => end,
-        () = worker.shared.stop.cancelled() => End::Shutdown,
-    };
-    match &end {
-        End::Protocol(_) => worker.stats.protocol_errors.add(1),
-        End::BrokerLost(_) | End::Unavailable(_) => worker.stats.broker_lost.add(1),
-        _ => {}
-    }
-    Box::pin(session.finish(end)).await;
-}
-
-/// TLS and WebSocket handshakes, and CONNECT. Also returns what the client sent after it.
-async fn handshake(
-    stream: TcpStream,
-    worker: &Worker,
-    port: &Port,
-) -> io::Result<(Stream, Result<Connect, scan::Malformed>, Vec<u8>)> {
-    let most = worker.limits.max_packet;
-    let mut username = None;
-    let mut stream = match (&port.tls, port.listener.websocket) {
-        (None, false) => Stream::Tcp(stream),
-        (None, true) => Stream::Ws(Box::new(WebSocket::accept(stream, most).await?)),
-        (Some(tls), websocket) => {
-            let stream = tls.accept(stream).await?;
-            username = tls.username(&stream);
-            if websocket {
-                Stream::Wss(Box::new(WebSocket::accept(stream, most).await?))
-            } else {
-                Stream::Tls(Box::new(stream))
-            }
-        }
-    };
-    let mut bytes = Vec::with_capacity(512);
-    loop {
-        let header = match scan::header(&bytes) {
-            Ok(header) => header,
-            Err(malformed) => return Ok((stream, Err(malformed), Vec::new())),
-        };
-        if let Some(h) = header {
-            let large = h.total() > most.min(256 << 10);
-            if h.kind() != kind::CONNECT || large {
-                let what = if large { "CONNECT too large" } else { "not CONNECT first" };
-                return Err(io::Error::new(io::ErrorKind::InvalidData, what));
-            }
-            if bytes.len() >= h.total() {
-                let rest = bytes.split_off(h.total());
-                let connect = Connect::read(&bytes).map(|mut connect| {
-                    if let Some(name) = &username {
-                        connect.set_username(name);
-                    }
-                    connect
-                });
-                return Ok((stream, connect, rest));
-            }
-        }
-        if stream.read_buf(&mut bytes).await? == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-    }
 }

@@ -20,6 +20,9 @@ use crate::domain::RelayLimits;
 const DOWN: Duration = Duration::from_secs(2);
 /// Clients sent to the fast path that a thread remembers.
 const RETURNED_MAX: usize = 100_000;
+/// Connections of an address that are brought together on one thread. With more, a host that opens them all, or a NAT, would
+/// have one CPU's worth of relay.
+const TOGETHER: u32 = 8;
 
 /// Shared by all threads.
 #[derive(Debug)]
@@ -38,6 +41,9 @@ pub struct Shared {
 #[derive(Debug)]
 struct Client {
     connections: u32,
+    /// The thread that serves the first of them, and how many it serves.
+    thread: usize,
+    there: u32,
     /// Token bucket, and when it was last refilled.
     tokens: f64,
     at: Instant,
@@ -67,8 +73,13 @@ impl Shared {
         self.generation.fetch_add(1, Ordering::Release);
     }
 
-    /// Admits a connection, within the limits.
-    pub fn admit(&self, addr: IpAddr, limits: &RelayLimits) -> bool {
+    /// Admits a connection that the thread `here` has accepted, within the limits.
+    pub fn admit(
+        self: &Arc<Self>,
+        addr: IpAddr,
+        limits: &RelayLimits,
+        here: usize,
+    ) -> Option<Admitted> {
         let addr = network_of(addr);
         let now = Instant::now();
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
@@ -77,29 +88,49 @@ impl Shared {
         if clients.len() as u64 > 2 * self.stats.connections.get() + 100_000 {
             clients.retain(|_, c| c.connections > 0);
         }
-        let client =
-            clients.entry(addr).or_insert(Client { connections: 0, tokens: rate, at: now });
+        let client = clients.entry(addr).or_insert(Client {
+            connections: 0,
+            thread: here,
+            there: 0,
+            tokens: rate,
+            at: now,
+        });
         let passed = now.duration_since(client.at).as_secs_f64();
         client.tokens = (client.tokens + passed * rate).min(rate);
         client.at = now;
         let full = self.stats.connections.get() >= u64::from(limits.connections);
         if full || client.connections >= limits.connections_per_address || client.tokens < 1.0 {
-            return false;
+            return None;
+        }
+        if client.connections == 0 {
+            client.thread = here;
         }
         client.tokens -= 1.0;
         client.connections += 1;
         self.stats.connections.add(1);
-        true
+        let thread = if client.there < TOGETHER { client.thread } else { here };
+        client.there += u32::from(thread == client.thread);
+        Some(Admitted { shared: Arc::clone(self), addr, thread })
     }
+}
 
-    /// An admitted connection has ended.
-    pub fn release(&self, addr: IpAddr) {
-        let addr = network_of(addr);
-        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(client) = clients.get_mut(&addr) {
-            client.connections = client.connections.saturating_sub(1);
+/// An admitted connection, until it is dropped.
+#[derive(Debug)]
+pub struct Admitted {
+    shared: Arc<Shared>,
+    addr: IpAddr,
+    /// The thread that is to serve it.
+    pub thread: usize,
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        let mut clients = self.shared.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(client) = clients.get_mut(&self.addr) {
+            client.connections -= 1;
+            client.there -= u32::from(self.thread == client.thread);
         }
-        self.stats.connections.sub(1);
+        self.shared.stats.connections.sub(1);
     }
 }
 
@@ -230,20 +261,40 @@ mod tests {
             connections: 5,
             ..RelayLimits::default()
         };
-        let shared = Shared::new(Vec::new());
+        let shared = Arc::new(Shared::new(Vec::new()));
         let (a, b): (IpAddr, IpAddr) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
-        assert!((0..3).all(|_| shared.admit(a, &limits)));
-        assert!(!shared.admit(a, &limits), "three at a time");
-        shared.release(a);
-        assert!(shared.admit(a, &limits));
-        shared.release(a);
-        assert!(!shared.admit(a, &limits), "four a second");
-        assert!((0..3).all(|_| shared.admit(b, &limits)));
+        let admit = |addr| shared.admit(addr, &limits, 0);
+        let mut of_a: Vec<Admitted> = (0..3).map(|_| admit(a).unwrap()).collect();
+        assert!(admit(a).is_none(), "three at a time");
+        of_a.pop();
+        of_a.push(admit(a).unwrap());
+        of_a.pop();
+        assert!(admit(a).is_none(), "four a second");
+        let _of_b: Vec<Admitted> = (0..3).map(|_| admit(b).unwrap()).collect();
         let c: IpAddr = "10.0.0.3".parse().unwrap();
-        assert!(!shared.admit(c, &limits), "five in all");
+        assert!(admit(c).is_none(), "five in all");
         for v6 in ["fd01::1", "fd01::ffff:2"] {
             assert_eq!(network_of(v6.parse().unwrap()).to_string(), "fd01::");
         }
+    }
+
+    #[test]
+    fn the_first_connections_of_an_address_are_on_one_thread() {
+        let shared = Arc::new(Shared::new(Vec::new()));
+        let limits = RelayLimits::default();
+        let (a, b): (IpAddr, IpAddr) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
+        let admit = |addr, here| shared.admit(addr, &limits, here).unwrap();
+        let first = admit(a, 1);
+        let mut others: Vec<Admitted> = (0..7).map(|here| admit(a, here)).collect();
+        assert!(others.iter().all(|other| other.thread == 1));
+        let more = [admit(a, 0), admit(a, 1), admit(a, 2)];
+        assert_eq!(more.map(|one| one.thread), [0, 1, 2], "where they were accepted");
+        assert_eq!(admit(b, 3).thread, 3, "another address");
+        // One that ended makes room, the first one, too, as long as one is left.
+        drop((first, others.pop()));
+        assert_eq!(admit(a, 0).thread, 1);
+        drop(others);
+        assert_eq!(admit(a, 2).thread, 2, "none was left");
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::sched::{CloneFlags, setns};
+use socket2::{Domain, Socket, Type};
 
 use crate::client::{Client, connect};
 use crate::support::net::{sh, wait_for};
@@ -195,9 +196,22 @@ impl Bed {
         self.inside(|| std::net::TcpStream::connect(to).unwrap())
     }
 
-    /// A client of the relay's that has its CONNACK.
+    /// A connection to the relay from an address of its own, so that any thread may serve it.
+    pub fn stream_of_a_host(&self) -> std::net::TcpStream {
+        let host = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
+        let from = SocketAddr::from(([127, 1 + host[1], host[2], host[3]], 0));
+        let to: SocketAddr = RELAY.parse().unwrap();
+        self.inside(|| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            socket.bind(&from.into()).unwrap();
+            socket.connect(&to.into()).unwrap();
+            socket.into()
+        })
+    }
+
+    /// A client of the relay's, on a host of its own, that has its CONNACK.
     pub fn client(&self, id: &str) -> Client {
-        let mut client = Client::new(self.stream(RELAY), 4);
+        let mut client = Client::new(self.stream_of_a_host(), 4);
         client.send(&connect(4, id).packet());
         client.expect(&[0x20, 2, 0, 0]);
         client
@@ -205,7 +219,7 @@ impl Bed {
 
     /// The same, MQTT 5.
     pub fn client5(&self, id: &str) -> Client {
-        let mut client = Client::new(self.stream(RELAY), 5);
+        let mut client = Client::new(self.stream_of_a_host(), 5);
         client.send(&connect(5, id).packet());
         assert_eq!(client.packet().unwrap()[0], 0x20);
         client

@@ -4,7 +4,7 @@ use std::io::Read as _;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockRef, Socket, Type};
 
 use crate::bed::{Bed, RELAY, TOPICS};
 use crate::client::{self, Client, Connect, connect};
@@ -373,4 +373,59 @@ fn messages_do_not_wait_long_for_subscriptions_at_a_broker_that_hangs() {
     let took = begun.elapsed();
     bed.signal_broker(other, Signal::SIGCONT);
     assert!(took < Duration::from_secs(3), "brokers get five seconds to answer: {took:?}");
+}
+
+#[test]
+fn what_a_host_sends_over_two_connections_is_read_in_that_order() {
+    let bed = Bed::new();
+    for round in 0..50 {
+        let mut subscriber = Client::new(bed.stream(RELAY), 4);
+        let mut publisher = Client::new(bed.stream(RELAY), 4);
+        for (client, id) in [(&mut subscriber, "subscriber"), (&mut publisher, "publisher")] {
+            client.send(&connect(4, id).packet());
+            client.expect(&[0x20, 2, 0, 0]);
+        }
+        // Their connections to brokers are there before.
+        subscriber.subscribe(&["temp/other"], 0);
+        publisher.publish_and_wait("temp/x", 1, b"before");
+        subscriber.send_subscribe(&["temp/x"], 0);
+        publisher.publish("temp/x", 0, b"now");
+        let got = subscriber.try_message_or_suback().map(|m| m.text());
+        assert_eq!(got.as_deref(), Some("now"), "round {round}");
+    }
+}
+
+#[test]
+fn what_a_client_sent_before_it_closed_is_delivered() {
+    let bed = Bed::new();
+    let mut watchers = bed.watchers();
+    for round in 0..12 {
+        // FIN before CONNACK, FIN and RST after it (RST before it: brokers do not read on, either); while its message
+        // waits for a connection to a broker, or not.
+        let (answered, resets, waits) = (round % 3 > 0, round % 3 > 1, round % 2 == 1);
+        if waits {
+            (3..=4).for_each(|broker| bed.signal_broker(broker, Signal::SIGSTOP));
+        }
+        let mut bytes = connect(4, &format!("leaves{round}")).packet();
+        let mut body = client::text("hum/x");
+        body.extend(format!("{round}").as_bytes());
+        bytes.extend(client::packet(0x30, &body));
+        let stream = bed.stream(RELAY);
+        let mut sender = Client::new(stream.try_clone().unwrap(), 4);
+        sender.send(&bytes);
+        if answered {
+            sender.expect(&[0x20, 2, 0, 0]);
+        }
+        if resets {
+            SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+        }
+        drop((sender, stream));
+        if waits {
+            std::thread::sleep(Duration::from_millis(100));
+            (3..=4).for_each(|broker| bed.signal_broker(broker, Signal::SIGCONT));
+        }
+        let got = (0..5).find_map(|_| watchers[2..4].iter_mut().find_map(Client::try_message_soon));
+        let text = got.map(|m| m.text());
+        assert_eq!(text, Some(round.to_string()), "{answered} {resets} {waits}");
+    }
 }

@@ -1,0 +1,277 @@
+//! Accepting connections: which thread serves them, handshakes up to CONNECT.
+//!
+//! Each thread has listening sockets of its own (SO_REUSEPORT), and serves what it accepts. Only the first few connections of
+//! one address are brought together on one thread: what a program on that host sends through one of them and then
+//! through another is read in that order, as one broker would read it. Threads that read on their own cannot order it.
+
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::AsyncReadExt as _;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tracing::{debug, warn};
+
+use super::connect::Connect;
+use super::scan::{self, kind};
+use super::session::{self, End, Session};
+use super::stream::Stream;
+use super::websocket::WebSocket;
+use super::worker::{Admitted, Shared, Worker};
+use super::{Port, RelayError};
+use crate::domain::RelayLimits;
+
+/// Connections on their way to a thread, at most; others are served where they were accepted.
+const ON_THE_WAY: usize = 1024;
+
+/// A connection that another thread accepted.
+struct Accepted {
+    stream: std::net::TcpStream,
+    from: SocketAddr,
+    /// Index of the listening address.
+    port: usize,
+    admitted: Admitted,
+}
+
+/// A thread, and the way to the others.
+struct Thread {
+    number: usize,
+    ports: Vec<(Port, Rc<Worker>)>,
+    threads: Vec<mpsc::Sender<Accepted>>,
+}
+
+/// Starts the threads, each with sockets of its own for all listening addresses.
+pub fn start(
+    shared: &Arc<Shared>,
+    limits: RelayLimits,
+    ports: &[Port],
+    threads: usize,
+) -> Result<Vec<std::thread::JoinHandle<()>>, RelayError> {
+    // All listening sockets are opened before the first connection is accepted.
+    let sockets = || -> Result<Vec<(Port, std::net::TcpListener)>, RelayError> {
+        ports.iter().map(|port| Ok((port.clone(), super::listen(port.addr)?))).collect()
+    };
+    let sockets = (0..threads).map(|_| sockets()).collect::<Result<Vec<_>, _>>()?;
+    let (senders, receivers): (Vec<_>, Vec<_>) =
+        (0..threads).map(|_| mpsc::channel(ON_THE_WAY)).unzip();
+    let mut started = Vec::new();
+    for (number, (sockets, accepted)) in sockets.into_iter().zip(receivers).enumerate() {
+        let (shared, senders) = (Arc::clone(shared), senders.clone());
+        let thread = std::thread::Builder::new()
+            .name(format!("relay-{number}"))
+            .spawn(move || work(&shared, limits, number, sockets, senders, accepted))
+            .map_err(|source| RelayError::Io { what: "starting a thread", source })?;
+        started.push(thread);
+    }
+    Ok(started)
+}
+
+fn work(
+    shared: &Arc<Shared>,
+    limits: RelayLimits,
+    number: usize,
+    sockets: Vec<(Port, std::net::TcpListener)>,
+    threads: Vec<mpsc::Sender<Accepted>>,
+    accepted: mpsc::Receiver<Accepted>,
+) {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return tracing::error!(%error, "starting a thread's executor"),
+    };
+    let local = tokio::task::LocalSet::new();
+    let mut by_service: Vec<Rc<Worker>> = Vec::new();
+    let (mut ports, mut listeners) = (Vec::new(), Vec::new());
+    for (port, socket) in sockets {
+        while by_service.len() <= port.service {
+            let service = by_service.len();
+            by_service.push(Rc::new(Worker::new(Arc::clone(shared), limits, service)));
+        }
+        let worker = Rc::clone(&by_service[port.service]);
+        ports.push((port, worker));
+        listeners.push(socket);
+    }
+    let thread = Rc::new(Thread { number, ports, threads });
+    for (port, socket) in listeners.into_iter().enumerate() {
+        let thread = Rc::clone(&thread);
+        local.spawn_local(async move {
+            match TcpListener::from_std(socket) {
+                Ok(listener) => accept(&listener, &thread, port).await,
+                Err(error) => tracing::error!(%error, "listening"),
+            }
+        });
+    }
+    local.spawn_local(take_over(thread, accepted));
+    let stopped = async {
+        shared.stop.cancelled().await;
+        // Sessions end gracefully.
+        for _ in 0..60 {
+            if shared.stats.connections.get() == 0 {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    local.block_on(&runtime, stopped);
+}
+
+async fn accept(listener: &TcpListener, thread: &Rc<Thread>, port: usize) {
+    let worker = &thread.ports[port].1;
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = worker.shared.stop.cancelled() => return,
+        };
+        let (stream, from) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Most likely out of file descriptors, which other connections will free.
+                warn!(%error, "accepting a connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let Some(admitted) = worker.shared.admit(from.ip(), &worker.limits, thread.number) else {
+            worker.stats.refused.add(1);
+            continue;
+        };
+        worker.stats.accepted.add(1);
+        if admitted.thread == thread.number {
+            spawn(thread, stream, from, port, admitted);
+            continue;
+        }
+        // A thread that has many others to take is not waited for.
+        let Ok(place) = thread.threads[admitted.thread].try_reserve() else {
+            spawn(thread, stream, from, port, admitted);
+            continue;
+        };
+        match stream.into_std() {
+            Ok(stream) => place.send(Accepted { stream, from, port, admitted }),
+            Err(error) => warn!(%error, "handing a connection to another thread"),
+        }
+    }
+}
+
+/// Serves what other threads accepted.
+async fn take_over(thread: Rc<Thread>, mut accepted: mpsc::Receiver<Accepted>) {
+    while let Some(Accepted { stream, from, port, admitted }) = accepted.recv().await {
+        match TcpStream::from_std(stream) {
+            Ok(stream) => spawn(&thread, stream, from, port, admitted),
+            Err(error) => warn!(%error, "taking a connection over from another thread"),
+        }
+    }
+}
+
+fn spawn(
+    thread: &Rc<Thread>,
+    stream: TcpStream,
+    from: SocketAddr,
+    port: usize,
+    admitted: Admitted,
+) {
+    let thread = Rc::clone(thread);
+    tokio::task::spawn_local(async move {
+        // Counted until then, even if this panics.
+        let _admitted = admitted;
+        let (port, worker) = &thread.ports[port];
+        serve(stream, from, worker, port).await;
+    });
+}
+
+/// Serves one connection.
+async fn serve(stream: TcpStream, from: SocketAddr, worker: &Rc<Worker>, port: &Port) {
+    let timeout = Duration::from_secs(worker.limits.connect_timeout_s.into());
+    let (mut stream, connect, rest) =
+        // Boxed, so that the connection's task does not keep the handshakes' memory.
+        match tokio::time::timeout(timeout, Box::pin(handshake(stream, worker, port))).await {
+            Ok(Ok(introduced)) => introduced,
+            Ok(Err(error)) => {
+                worker.stats.failed_handshakes.add(1);
+                return debug!(client = %from, %error, "not an MQTT client");
+            }
+            Err(_) => {
+                worker.stats.failed_handshakes.add(1);
+                return debug!(client = %from, "no CONNECT within connect_timeout_s");
+            }
+        };
+    let connect = match connect {
+        Ok(connect) => connect,
+        Err(malformed) => {
+            worker.stats.protocol_errors.add(1);
+            debug!(client = %from, %malformed, "CONNECT is refused");
+            // MQTT 3.1.1 §3.1.2.2: return code 1 for an unsupported protocol level.
+            let refusal: &[u8] =
+                if malformed.code == 0x84 { &[kind::CONNACK << 4, 2, 0, 1] } else { &[] };
+            return session::close_gracefully(&mut stream, refusal.to_vec()).await;
+        }
+    };
+    if connect.authenticates {
+        // Enhanced authentication with one broker does not authenticate the client to the others.
+        const BAD_METHOD: u8 = 0x8c;
+        let refusal = vec![kind::CONNACK << 4, 3, 0, BAD_METHOD, 0];
+        return session::close_gracefully(&mut stream, refusal).await;
+    }
+    let mut session = Session::new(Rc::clone(worker), stream, (from, port.addr), connect, rest);
+    let end = tokio::select! {
+        end = &mut session => end,
+        () = worker.shared.stop.cancelled() => End::Shutdown,
+    };
+    match &end {
+        End::Protocol(_) => worker.stats.protocol_errors.add(1),
+        End::BrokerLost(_) | End::Unavailable(_) => worker.stats.broker_lost.add(1),
+        _ => {}
+    }
+    Box::pin(session.finish(end)).await;
+}
+
+/// TLS and WebSocket handshakes, and CONNECT. Also returns what the client sent after it.
+async fn handshake(
+    stream: TcpStream,
+    worker: &Worker,
+    port: &Port,
+) -> io::Result<(Stream, Result<Connect, scan::Malformed>, Vec<u8>)> {
+    let most = worker.limits.max_packet;
+    let mut username = None;
+    let mut stream = match (&port.tls, port.listener.websocket) {
+        (None, false) => Stream::Tcp(stream),
+        (None, true) => Stream::Ws(Box::new(WebSocket::accept(stream, most).await?)),
+        (Some(tls), websocket) => {
+            let stream = tls.accept(stream).await?;
+            username = tls.username(&stream);
+            if websocket {
+                Stream::Wss(Box::new(WebSocket::accept(stream, most).await?))
+            } else {
+                Stream::Tls(Box::new(stream))
+            }
+        }
+    };
+    let mut bytes = Vec::with_capacity(512);
+    loop {
+        let header = match scan::header(&bytes) {
+            Ok(header) => header,
+            Err(malformed) => return Ok((stream, Err(malformed), Vec::new())),
+        };
+        if let Some(h) = header {
+            let large = h.total() > most.min(256 << 10);
+            if h.kind() != kind::CONNECT || large {
+                let what = if large { "CONNECT too large" } else { "not CONNECT first" };
+                return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+            }
+            if bytes.len() >= h.total() {
+                let rest = bytes.split_off(h.total());
+                let connect = Connect::read(&bytes).map(|mut connect| {
+                    if let Some(name) = &username {
+                        connect.set_username(name);
+                    }
+                    connect
+                });
+                return Ok((stream, connect, rest));
+            }
+        }
+        if stream.read_buf(&mut bytes).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+}
