@@ -34,9 +34,20 @@ pub struct Message {
 }
 
 impl Message {
+    /// Without what `padded` added.
     pub fn text(&self) -> String {
-        String::from_utf8_lossy(&self.payload).into_owned()
+        String::from_utf8_lossy(&self.payload).trim_end_matches('.').to_owned()
     }
+}
+
+/// Sizes of messages that tests go through: as they are, and a mebibyte.
+pub const SIZES: [usize; 2] = [0, 1 << 20];
+
+/// A payload of at least that size.
+pub fn padded(text: &str, size: usize) -> Vec<u8> {
+    let mut payload = text.as_bytes().to_vec();
+    payload.resize(size.max(text.len()), b'.');
+    payload
 }
 
 /// A CONNECT to be.

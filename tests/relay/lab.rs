@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use mqtt_fwd::broker_host::takeover;
 
-use crate::client::{Client, connect};
+use crate::client::{Client, SIZES, connect, padded};
 use crate::support::lab::{Group, Lab, config};
 use crate::support::mqtt;
 use crate::support::session::{SERVICE, SERVICE6, STYLES, Session, Style, enter, run_all};
@@ -55,9 +55,13 @@ pub fn all_right(lab: &Lab, wanted: &[(String, String)]) {
     }
 }
 
+fn text(name: &str, size: usize) -> String {
+    String::from_utf8(padded(name, size)).unwrap()
+}
+
 fn messages(sessions: &[Session]) -> Vec<(String, String)> {
     let each = |s: &Session| -> Vec<_> {
-        s.messages.iter().map(|m| (s.topic.clone(), m.clone())).collect()
+        s.messages.iter().map(|m| (s.topic.clone(), m.trim_end_matches('.').to_owned())).collect()
     };
     sessions.iter().flat_map(each).collect()
 }
@@ -84,9 +88,10 @@ fn connects(id: &str) -> Vec<(&'static str, Vec<u8>)> {
 }
 
 /// Sessions of unknown clients of every kind, all behind one address.
-fn unknown(tag: &str) -> Vec<Session> {
+fn unknown(tag: &str, size: usize) -> Vec<Session> {
     let mut all = Vec::new();
-    for round in 0..3 {
+    let (rounds, each) = if size == 0 { (3, 3) } else { (1, 1) };
+    for round in 0..rounds {
         for (n, (topic, _)) in TOPICS.iter().enumerate() {
             for style in STYLES {
                 for service in [SERVICE, SERVICE6] {
@@ -96,7 +101,9 @@ fn unknown(tag: &str) -> Vec<Session> {
                             connect,
                             style,
                             topic: (*topic).to_owned(),
-                            messages: (0..3).map(|m| format!("{tag}-{kind}-{m}")).collect(),
+                            messages: (0..each)
+                                .map(|m| text(&format!("{tag}-{kind}-{m}"), size))
+                                .collect(),
                             qos: 0,
                             ..Session::new("c1", service, "")
                         });
@@ -135,10 +142,10 @@ fn a_client(lab: &Lab, host: &'static str, service: &'static str, id: &str) -> C
     client
 }
 
-fn the_table(delayed: bool) {
+fn the_table(delayed: bool, size: usize) {
     let Some(lab) = lab(delayed) else { return };
     // First messages of unknown clients of every kind, all behind one address.
-    run(&lab, &unknown("unknown"));
+    run(&lab, &unknown("unknown", size));
 
     for service in [SERVICE, SERVICE6] {
         // One connection that alternates between three groups. With delayed binding, the first two are
@@ -147,10 +154,10 @@ fn the_table(delayed: bool) {
         for round in 0..3 {
             let mut client = a_client(&lab, "c2", service, "alternates");
             client.expect(&[0x20, 2, 0, 0]);
-            for i in 0..30 {
+            for i in 0..if size == 0 { 30 } else { 9 } {
                 let (topic, _) = TOPICS[i % 3];
                 let message = format!("alt{}-{round}-{i}", service.len());
-                client.publish(topic, 0, message.as_bytes());
+                client.publish(topic, 0, &padded(&message, size));
                 wanted.push((topic.to_owned(), message));
             }
             if round < 2 && delayed {
@@ -166,9 +173,9 @@ fn the_table(delayed: bool) {
         // A birth message goes where its client's first broker is, telemetry to its group.
         let mut device = a_client(&lab, "c3", service, &format!("born{}", service.len()));
         device.expect(&[0x20, 2, 0, 0]);
-        device.publish("birth/x", 0, format!("birth{}", service.len()).as_bytes());
+        device.publish("birth/x", 0, &padded(&format!("birth{}", service.len()), size));
         std::thread::sleep(Duration::from_millis(100));
-        device.publish("m/temp/x", 0, format!("born{}", service.len()).as_bytes());
+        device.publish("m/temp/x", 0, &padded(&format!("born{}", service.len()), size));
         all_right(&lab, &[("m/temp/x".to_owned(), format!("born{}", service.len()))]);
         device.disconnect();
     }
@@ -177,18 +184,19 @@ fn the_table(delayed: bool) {
     let mut subscriber = a_client(&lab, "c4", SERVICE, "everything");
     subscriber.expect(&[0x20, 2, 0, 0]);
     assert_eq!(subscriber.subscribe(&["#"], 0), [0]);
+    let each = if size == 0 { 3 } else { 1 };
     let publishers: Vec<Session> = (0..100)
         .map(|n| Session {
             style: Style::OneWrite,
             topic: TOPICS[n % 3].0.to_owned(),
-            messages: (0..3).map(|m| format!("all-{n}-{m}")).collect(),
+            messages: (0..each).map(|m| text(&format!("all-{n}-{m}"), size)).collect(),
             qos: 0,
             ..Session::new("c5", SERVICE, &format!("straight{n}"))
         })
         .collect();
     run(&lab, &publishers);
     let mut got: BTreeMap<String, usize> = BTreeMap::new();
-    while got.len() < 300 {
+    while got.len() < 100 * each {
         *got.entry(subscriber.message().text()).or_default() += 1;
     }
     assert!(got.values().all(|n| *n == 1), "once each");
@@ -199,14 +207,14 @@ fn the_table(delayed: bool) {
             let mut device = a_client(&lab, "c6", SERVICE, &format!("device{n}"));
             device.expect(&[0x20, 2, 0, 0]);
             device.subscribe(&[&format!("cmd/{n}")], 0);
-            device.publish("m/temp/x", 0, format!("from-device{n}").as_bytes());
+            device.publish("m/temp/x", 0, &padded(&format!("from-device{n}"), size));
             device
         })
         .collect();
     let mut operator = a_client(&lab, "c5", SERVICE, "operator");
     operator.expect(&[0x20, 2, 0, 0]);
     for i in 0..40 {
-        operator.publish(&format!("cmd/{}", i % 4), 0, format!("{i}").as_bytes());
+        operator.publish(&format!("cmd/{}", i % 4), 0, &padded(&i.to_string(), size));
     }
     for (n, device) in devices.iter_mut().enumerate() {
         let got: Vec<String> = (0..10).map(|_| device.message().text()).collect();
@@ -219,12 +227,22 @@ fn the_table(delayed: bool) {
 
 #[test]
 fn every_message_its_group_with_predicted_binding_and_a_relay() {
-    the_table(false);
+    the_table(false, 0);
 }
 
 #[test]
 fn every_message_its_group_with_delayed_binding_and_a_relay() {
-    the_table(true);
+    the_table(true, 0);
+}
+
+#[test]
+fn every_mebibyte_its_group_with_predicted_binding_and_a_relay() {
+    the_table(false, 1 << 20);
+}
+
+#[test]
+fn every_mebibyte_its_group_with_delayed_binding_and_a_relay() {
+    the_table(true, 1 << 20);
 }
 
 #[test]
@@ -259,9 +277,11 @@ fn a_relay_that_is_killed_takes_its_own_connections_only() {
     }
     assert!((5..=35).contains(&stayed), "{stayed} of 40 were the other relay's");
     let mut operator = clients.pop().unwrap();
-    for (n, client) in clients.iter_mut().enumerate() {
-        operator.publish(&format!("to/{n}"), 0, format!("{n}").as_bytes());
-        assert_eq!(client.message().text(), n.to_string());
+    for size in SIZES {
+        for (n, client) in clients.iter_mut().enumerate() {
+            operator.publish(&format!("to/{n}"), 0, &padded(&n.to_string(), size));
+            assert_eq!(client.message().text(), n.to_string());
+        }
     }
 }
 

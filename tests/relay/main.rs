@@ -15,7 +15,7 @@ use std::io::{Read as _, Write as _};
 use std::time::Duration;
 
 use bed::{Bed, RELAY, TOPICS};
-use client::{Client, Message, connect};
+use client::{Client, Message, SIZES, connect, padded};
 
 /// The number of the group that a broker of the bed is in.
 fn group_of(broker: usize) -> usize {
@@ -43,12 +43,13 @@ fn gather(watchers: &mut [Client], count: usize) -> Vec<Vec<Message>> {
 fn each_message_of_one_connection_goes_to_its_group_once_and_in_order() {
     let bed = Bed::new();
     let mut watchers = bed.watchers();
-    for level in [4, 5] {
-        let mut client = if level == 4 { bed.client("alternates") } else { bed.client5("alt5") };
+    for (level, size) in [4, 5].into_iter().flat_map(|level| SIZES.map(|size| (level, size))) {
+        let id = format!("alternates{level}-{size}");
+        let mut client = if level == 4 { bed.client(&id) } else { bed.client5(&id) };
         let count = 90;
         for i in 0..count {
             let qos = (i / 3 % 3) as u8;
-            client.publish_and_wait(TOPICS[i % 3], qos, format!("{i}").as_bytes());
+            client.publish_and_wait(TOPICS[i % 3], qos, &padded(&i.to_string(), size));
         }
         let got = gather(&mut watchers, count);
         for (broker, messages) in got.iter().enumerate() {
@@ -110,15 +111,16 @@ fn a_burst_in_one_write_is_split_among_the_groups() {
 #[test]
 fn a_subscriber_gets_what_is_published_at_any_broker_once() {
     let bed = Bed::new();
-    for level in [4, 5] {
-        let mut subscriber = if level == 4 { bed.client("s4") } else { bed.client5("s5") };
+    for (level, size) in [(4, SIZES[0]), (5, SIZES[0]), (4, SIZES[1])] {
+        let mut subscriber =
+            if level == 4 { bed.client(&format!("s4-{size}")) } else { bed.client5("s5") };
         assert_eq!(subscriber.subscribe(&["#", "temp/+"], 2), [2, 2]);
         // As from the fast path: straight at the brokers.
         let mut publishers: Vec<Client> = (0..100)
             .map(|n| {
                 let broker = n % 6 + 1;
                 let mut client = Client::new(bed.stream(Bed::broker(broker)), 4);
-                client.send(&connect(4, &format!("p{level}-{n}")).packet());
+                client.send(&connect(4, &format!("p{level}-{n}-{size}")).packet());
                 client.expect(&[0x20, 2, 0, 0]);
                 client
             })
@@ -126,7 +128,7 @@ fn a_subscriber_gets_what_is_published_at_any_broker_once() {
         for (n, client) in publishers.iter_mut().enumerate() {
             let topic = format!("{}/{n}", ["temp", "hum", "other"][group_of(n % 6)]);
             for qos in 0..3 {
-                client.publish_and_wait(&topic, qos, format!("{n}-{qos}").as_bytes());
+                client.publish_and_wait(&topic, qos, &padded(&format!("{n}-{qos}"), size));
             }
         }
         let mut got: BTreeMap<String, usize> = BTreeMap::new();
@@ -150,63 +152,68 @@ fn is_temp(text: &str) -> bool {
 #[test]
 fn devices_that_publish_in_one_group_get_commands_of_another() {
     let bed = Bed::new();
-    let mut devices: Vec<Client> = (0..4)
-        .map(|n| {
-            let mut device = bed.client(&format!("device{n}"));
-            device.subscribe(&[&format!("cmd/{n}/#")], 1);
-            device.publish_and_wait(&format!("temp/{n}"), 1, b"21.5");
-            device
-        })
-        .collect();
-    let mut operator = bed.client("operator");
-    for i in 0..40 {
-        operator.publish_and_wait(&format!("cmd/{}/set", i % 4), 1, format!("{i}").as_bytes());
-    }
-    for (n, device) in devices.iter_mut().enumerate() {
-        let got: Vec<String> = (0..10).map(|_| device.message().text()).collect();
-        let wanted: Vec<String> = (0..10).map(|i| (i * 4 + n).to_string()).collect();
-        assert_eq!(got, wanted);
+    for size in SIZES {
+        let mut devices: Vec<Client> = (0..4)
+            .map(|n| {
+                let mut device = bed.client(&format!("device{n}-{size}"));
+                device.subscribe(&[&format!("cmd/{n}-{size}/#")], 1);
+                device.publish_and_wait(&format!("temp/{n}"), 1, &padded("21", size));
+                device
+            })
+            .collect();
+        let mut operator = bed.client(&format!("operator{size}"));
+        for i in 0..40 {
+            let topic = format!("cmd/{}-{size}/set", i % 4);
+            operator.publish_and_wait(&topic, 1, &padded(&i.to_string(), size));
+        }
+        for (n, device) in devices.iter_mut().enumerate() {
+            let got: Vec<String> = (0..10).map(|_| device.message().text()).collect();
+            let wanted: Vec<String> = (0..10).map(|i| (i * 4 + n).to_string()).collect();
+            assert_eq!(got, wanted);
+        }
     }
 }
 
 #[test]
 fn retained_messages_reach_later_subscribers_and_can_be_cleared() {
     let bed = Bed::new();
-    for i in 0..12 {
-        let mut client = bed.client(&format!("retains{i}"));
-        let topic = format!("{}/{i}", ["temp", "hum", "else"][i % 3]);
-        client.publish_with(&topic, 0x03, &[], b"old");
-        client.expect(&[0x40, 2, 0, 1]);
-        client.disconnect();
-        // Another client: the same broker, so that there is one retained message a topic.
-        let mut client = bed.client(&format!("retains-again{i}"));
-        client.publish_with(&topic, 0x03, &[], format!("r{i}").as_bytes());
-        client.expect(&[0x40, 2, 0, 1]);
-        client.disconnect();
-    }
-    let collect = |id: &str| {
-        let mut subscriber = bed.client(id);
-        let mut id_bytes = vec![0, 1];
-        id_bytes.extend(client::text("#"));
-        id_bytes.push(1);
-        subscriber.send(&client::packet(0x82, &id_bytes));
-        let mut got = Vec::new();
-        while let Some(message) = subscriber.try_message_or_suback() {
-            assert!(message.retain);
-            got.push(message.text());
+    for size in SIZES {
+        for i in 0..12 {
+            let mut client = bed.client(&format!("retains{i}"));
+            let topic = format!("{}/{i}", ["temp", "hum", "else"][i % 3]);
+            client.publish_with(&topic, 0x03, &[], &padded("old", size));
+            client.expect(&[0x40, 2, 0, 1]);
+            client.disconnect();
+            // Another client: the same broker, so that there is one retained message a topic.
+            let mut client = bed.client(&format!("retains-again{i}"));
+            client.publish_with(&topic, 0x03, &[], &padded(&format!("r{i}"), size));
+            client.expect(&[0x40, 2, 0, 1]);
+            client.disconnect();
         }
-        got.sort();
-        got
-    };
-    let mut wanted: Vec<String> = (0..12).map(|i| format!("r{i}")).collect();
-    wanted.sort();
-    assert_eq!(collect("later"), wanted);
-    for i in 0..12 {
-        let mut client = bed.client(&format!("clears{i}"));
-        client.publish_with(&format!("{}/{i}", ["temp", "hum", "else"][i % 3]), 0x03, &[], b"");
-        client.expect(&[0x40, 2, 0, 1]);
+        let collect = |id: &str| {
+            let mut subscriber = bed.client(id);
+            let mut id_bytes = vec![0, 1];
+            id_bytes.extend(client::text("#"));
+            id_bytes.push(1);
+            subscriber.send(&client::packet(0x82, &id_bytes));
+            let mut got = Vec::new();
+            while let Some(message) = subscriber.try_message_or_suback() {
+                assert!(message.retain);
+                got.push(message.text());
+            }
+            got.sort();
+            got
+        };
+        let mut wanted: Vec<String> = (0..12).map(|i| format!("r{i}")).collect();
+        wanted.sort();
+        assert_eq!(collect("later"), wanted);
+        for i in 0..12 {
+            let mut client = bed.client(&format!("clears{i}"));
+            client.publish_with(&format!("{}/{i}", ["temp", "hum", "else"][i % 3]), 0x03, &[], b"");
+            client.expect(&[0x40, 2, 0, 1]);
+        }
+        assert_eq!(collect("last"), Vec::<String>::new());
     }
-    assert_eq!(collect("last"), Vec::<String>::new());
 }
 
 #[test]
@@ -215,7 +222,9 @@ fn a_will_is_published_once_where_its_topic_belongs_and_not_after_disconnect() {
     let mut watchers = bed.watchers();
     let with_will = |id: &str, level: u8| {
         let mut client = Client::new(bed.stream(RELAY), level);
-        let will = Some(("hum/will".to_owned(), id.to_owned()));
+        // Of the largest size that is left for it (MQTT 3.1.1 §3.1.3.3).
+        let message = String::from_utf8(padded(id, u16::MAX.into())).unwrap();
+        let will = Some(("hum/will".to_owned(), message));
         client.send(&client::Connect { will, ..connect(level, id) }.packet());
         assert_eq!(client.packet().unwrap()[0], 0x20);
         // Brokers of all groups are in use.
@@ -238,21 +247,24 @@ fn a_will_is_published_once_where_its_topic_belongs_and_not_after_disconnect() {
 #[test]
 fn shared_subscriptions_are_shared() {
     let bed = Bed::new();
-    let mut subscribers: Vec<Client> = (0..2)
-        .map(|n| {
-            let mut client = bed.client5(&format!("share{n}"));
-            client.subscribe(&["$share/group/#"], 1);
-            client
-        })
-        .collect();
-    let mut client = bed.client("publishes");
-    for i in 0..120 {
-        client.publish_and_wait(&format!("{}/{i}", TOPICS[i % 3]), 1, format!("{i}").as_bytes());
+    for size in SIZES {
+        let mut subscribers: Vec<Client> = (0..2)
+            .map(|n| {
+                let mut client = bed.client5(&format!("share{n}-{size}"));
+                client.subscribe(&["$share/group/#"], 1);
+                client
+            })
+            .collect();
+        let mut client = bed.client(&format!("publishes{size}"));
+        for i in 0..120 {
+            let topic = format!("{}/{i}", TOPICS[i % 3]);
+            client.publish_and_wait(&topic, 1, &padded(&i.to_string(), size));
+        }
+        let got = gather(&mut subscribers, 120);
+        let numbers: BTreeSet<String> = got.iter().flatten().map(Message::text).collect();
+        assert_eq!(numbers.len(), 120, "each to one of the two");
+        assert!(got.iter().all(|g| g.len() > 20), "{} and {}", got[0].len(), got[1].len());
     }
-    let got = gather(&mut subscribers, 120);
-    let numbers: BTreeSet<String> = got.iter().flatten().map(Message::text).collect();
-    assert_eq!(numbers.len(), 120, "each to one of the two");
-    assert!(got.iter().all(|g| g.len() > 20), "{} and {}", got[0].len(), got[1].len());
 }
 
 #[test]
@@ -276,40 +288,46 @@ fn unsubscribed_is_unsubscribed_everywhere() {
 #[test]
 fn sessions_outlive_connections_at_every_broker() {
     let bed = Bed::new();
-    for level in [4, 5] {
-        let id = format!("persistent{level}");
-        // MQTT 5: session expiry interval of 100 s.
-        let properties = if level == 5 { vec![0x11, 0, 0, 0, 100] } else { Vec::new() };
-        let come = |clean: bool| {
-            let mut client = Client::new(bed.stream(RELAY), level);
-            let connect =
-                client::Connect { clean, properties: properties.clone(), ..connect(level, &id) };
-            client.send(&connect.packet());
-            let connack = client.packet().unwrap();
-            assert_eq!((connack[0], connack[3]), (0x20, 0));
-            (client, connack[2] & 1 == 1)
-        };
-        let (mut client, present) = come(false);
-        assert!(!present);
-        client.subscribe(&["#"], 1);
-        client.disconnect();
-        let mut other = bed.client("meanwhile");
-        for i in 0..12 {
-            other.publish_and_wait(&format!("{}/{i}", ["temp", "hum", "x"][i % 3]), 1, b"kept");
+    for size in SIZES {
+        for level in [4, 5] {
+            let id = format!("persistent{level}-{size}");
+            // MQTT 5: session expiry interval of 100 s.
+            let properties = if level == 5 { vec![0x11, 0, 0, 0, 100] } else { Vec::new() };
+            let come = |clean: bool| {
+                let mut client = Client::new(bed.stream(RELAY), level);
+                let connect = client::Connect {
+                    clean,
+                    properties: properties.clone(),
+                    ..connect(level, &id)
+                };
+                client.send(&connect.packet());
+                let connack = client.packet().unwrap();
+                assert_eq!((connack[0], connack[3]), (0x20, 0));
+                (client, connack[2] & 1 == 1)
+            };
+            let (mut client, present) = come(false);
+            assert!(!present);
+            client.subscribe(&["#"], 1);
+            client.disconnect();
+            let mut other = bed.client(&format!("meanwhile{level}-{size}"));
+            for i in 0..12 {
+                let topic = format!("{}/{i}", ["temp", "hum", "x"][i % 3]);
+                other.publish_and_wait(&topic, 1, &padded("kept", size));
+            }
+            let (mut client, present) = come(false);
+            assert!(present, "the session is there");
+            let topics: BTreeSet<String> = (0..12).map(|_| client.message().topic).collect();
+            assert_eq!(topics.len(), 12);
+            client.disconnect();
+            // A new session in its place: nothing of the old one is left at any broker.
+            let (client, present) = come(true);
+            assert!(!present);
+            client.disconnect();
+            other.publish_and_wait("temp/late", 1, b"late");
+            other.publish_and_wait("hum/late", 1, b"late");
+            let (mut client, _) = come(false);
+            assert!(client.is_quiet(Duration::from_millis(300)));
         }
-        let (mut client, present) = come(false);
-        assert!(present, "the session is there");
-        let topics: BTreeSet<String> = (0..12).map(|_| client.message().topic).collect();
-        assert_eq!(topics.len(), 12);
-        client.disconnect();
-        // A new session in its place: nothing of the old one is left at any broker.
-        let (client, present) = come(true);
-        assert!(!present);
-        client.disconnect();
-        other.publish_and_wait("temp/late", 1, b"late");
-        other.publish_and_wait("hum/late", 1, b"late");
-        let (mut client, _) = come(false);
-        assert!(client.is_quiet(Duration::from_millis(300)));
     }
 }
 
@@ -328,11 +346,12 @@ fn a_broker_that_comes_back_is_subscribed_to_again() {
         bed.start_broker(broker);
     }
     std::thread::sleep(Duration::from_millis(2500));
-    for i in 0..20 {
-        publisher.publish_and_wait(&format!("temp/{i}"), 1, format!("{i}").as_bytes());
+    for size in SIZES {
+        for i in 0..20 {
+            publisher.publish_and_wait(&format!("temp/{i}"), 1, &padded(&i.to_string(), size));
+            assert_eq!(subscriber.message().text(), i.to_string());
+        }
     }
-    let got: BTreeSet<String> = (0..20).map(|_| subscriber.message().text()).collect();
-    assert_eq!(got.len(), 20);
 }
 
 #[test]
