@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
+use crate::support::lab::unpadded;
 use crate::support::mqtt::varint;
 pub use crate::support::mqtt::{packet, text};
 
@@ -36,14 +37,14 @@ pub struct Message {
 impl Message {
     /// Without what `padded` added.
     pub fn text(&self) -> String {
-        String::from_utf8_lossy(&self.payload).trim_end_matches('.').to_owned()
+        unpadded(&String::from_utf8_lossy(&self.payload)).to_owned()
     }
 }
 
 /// Sizes of messages that tests go through: as they are, and a mebibyte.
 pub const SIZES: [usize; 2] = [0, 1 << 20];
 
-/// A payload of at least that size.
+/// A payload of at least that size; see `unpadded`.
 pub fn padded(text: &str, size: usize) -> Vec<u8> {
     let mut payload = text.as_bytes().to_vec();
     payload.resize(size.max(text.len()), b'.');

@@ -6,7 +6,7 @@ use std::time::Duration;
 use mqtt_fwd::broker_host::takeover;
 
 use crate::client::{Client, SIZES, connect, padded};
-use crate::support::lab::{Group, Lab, config};
+use crate::support::lab::{Group, Lab, config, unpadded};
 use crate::support::mqtt;
 use crate::support::session::{SERVICE, SERVICE6, STYLES, Session, Style, enter, run_all};
 use crate::transports::over_websocket;
@@ -61,7 +61,7 @@ fn text(name: &str, size: usize) -> String {
 
 fn messages(sessions: &[Session]) -> Vec<(String, String)> {
     let each = |s: &Session| -> Vec<_> {
-        s.messages.iter().map(|m| (s.topic.clone(), m.trim_end_matches('.').to_owned())).collect()
+        s.messages.iter().map(|m| (s.topic.clone(), unpadded(m).to_owned())).collect()
     };
     sessions.iter().flat_map(each).collect()
 }
