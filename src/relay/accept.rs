@@ -1,8 +1,9 @@
 //! Accepting connections: which thread serves them, handshakes up to CONNECT.
 //!
-//! Each thread has listening sockets of its own (SO_REUSEPORT), and serves what it accepts. Only the first few connections of
-//! one address are brought together on one thread: what a program on that host sends through one of them and then
-//! through another is read in that order, as one broker would read it. Threads that read on their own cannot order it.
+//! Each thread has listening sockets of its own (SO_REUSEPORT), and serves what it accepts. Only the first few
+//! connections of an address are brought together on one thread: what a program on that host sends over one of
+//! them and then over another is read in that order, as one broker would read it. Several threads would not
+//! know which came first.
 
 use std::io;
 use std::net::SocketAddr;
@@ -121,8 +122,9 @@ async fn accept(listener: &TcpListener, thread: &Rc<Thread>, port: usize) {
     let worker = &thread.ports[port].1;
     loop {
         let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+            biased;
             () = worker.shared.stop.cancelled() => return,
+            accepted = listener.accept() => accepted,
         };
         let (stream, from) = match accepted {
             Ok(accepted) => accepted,
@@ -142,7 +144,7 @@ async fn accept(listener: &TcpListener, thread: &Rc<Thread>, port: usize) {
             spawn(thread, stream, from, port, admitted);
             continue;
         }
-        // A thread that has many others to take is not waited for.
+        // If that thread is far behind, or could not start, it is served here.
         let Ok(place) = thread.threads[admitted.thread].try_reserve() else {
             spawn(thread, stream, from, port, admitted);
             continue;
@@ -173,7 +175,7 @@ fn spawn(
 ) {
     let thread = Rc::clone(thread);
     tokio::task::spawn_local(async move {
-        // Counted until then, even if this panics.
+        // Counted until this task ends, even by a panic.
         let _admitted = admitted;
         let (port, worker) = &thread.ports[port];
         serve(stream, from, worker, port).await;

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! listeners ─► limits ─► TLS, WebSocket ─► CONNECT ─► session ─► brokers      a thread each, SO_REUSEPORT
-//!                                                       │
+//! └─────────────────── accept ───────────────────┘      │
 //!            connect  subscriptions  ids  scan  table ────┘
 //! ```
 

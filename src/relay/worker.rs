@@ -20,8 +20,8 @@ use crate::domain::RelayLimits;
 const DOWN: Duration = Duration::from_secs(2);
 /// Clients sent to the fast path that a thread remembers.
 const RETURNED_MAX: usize = 100_000;
-/// Connections of an address that are brought together on one thread. With more, a host that opens them all, or a NAT, would
-/// have one CPU's worth of relay.
+/// Connections of an address that are brought together on one thread. With more, a host that opens many, or a NAT,
+/// would have no more than one CPU of the relay.
 const TOGETHER: u32 = 8;
 
 /// Shared by all threads.
@@ -41,7 +41,7 @@ pub struct Shared {
 #[derive(Debug)]
 struct Client {
     connections: u32,
-    /// The thread that serves the first of them, and how many it serves.
+    /// The thread of the first of them, and how many it was given.
     thread: usize,
     there: u32,
     /// Token bucket, and when it was last refilled.

@@ -37,7 +37,12 @@ pub struct Message {
 impl Message {
     /// Without what `padded` added.
     pub fn text(&self) -> String {
-        unpadded(&String::from_utf8_lossy(&self.payload)).to_owned()
+        let text = unpadded(&String::from_utf8_lossy(&self.payload)).to_owned();
+        if self.payload.len() > 1000 {
+            assert!(self.payload == padded(&text, self.payload.len()), "{text}: damaged");
+            assert!([1 << 20, 65_535].contains(&self.payload.len()), "{text}: cut, or longer");
+        }
+        text
     }
 }
 
@@ -267,7 +272,8 @@ impl Client {
         packet.ok().flatten().map(|packet| self.take(&packet))
     }
 
-    fn take(&mut self, packet: &[u8]) -> Message {
+    /// A message out of its packet, which is acknowledged.
+    pub fn take(&mut self, packet: &[u8]) -> Message {
         let (message, id) = self.read(packet);
         match message.qos {
             1 => self.send(&crate::client::packet(0x40, &id.to_be_bytes())),

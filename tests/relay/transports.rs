@@ -11,7 +11,7 @@ use tokio_rustls::rustls::{self, ClientConfig, ClientConnection, RootCertStore, 
 use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 use tokio_tungstenite::tungstenite::{self, Message, WebSocket};
 
-use crate::bed::Bed;
+use crate::bed::{Bed, RELAY};
 use crate::client::{Client, Wire, connect};
 use crate::support::authority::Authority;
 
@@ -149,6 +149,19 @@ fn mqtt_over_tls_and_websocket_is_mqtt() {
     try_out(&bed, ws, "ws");
     let wss = over_websocket(over_tls(&bed, 8084, false), "mqttv3.1, mqtt");
     try_out(&bed, wss.unwrap(), "wss");
+
+    // Whichever thread accepts them, one serves them all, each as its port says.
+    let others = (0..3).flat_map(|n| {
+        let ws = over_websocket(bed.stream(("10.9.1.200", 8083)), "mqtt").unwrap();
+        let tls = over_tls(&bed, 8883, false);
+        let all = [Client::new(bed.stream(RELAY), 4), Client::new(tls, 4), Client::new(ws, 4)];
+        all.into_iter().enumerate().map(move |(kind, mut client)| {
+            client.send(&connect(4, &format!("other{n}-{kind}")).packet());
+            client.expect(&[0x20, 2, 0, 0]);
+            client
+        })
+    });
+    assert_eq!(others.collect::<Vec<_>>().len(), 9);
 
     // Without the subprotocol, without a certificate, without TLS.
     assert!(over_websocket(bed.stream(("10.9.1.200", 8083)), "chat").is_none());

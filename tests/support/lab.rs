@@ -170,7 +170,8 @@ impl Drop for Lab {
 
 pub const ONE_REAL_EACH: &[Group] = &[("a", 1, &[201]), ("b", 2, &[202]), ("default", 250, &[203])];
 
-/// A text without the dots that make it large. Unoptimized, to look at each of a million takes its time.
+/// A text without the dots that make it large. Not by trimming alone: that looks at each of a million dots, which takes
+/// its time in a build without optimization.
 pub fn unpadded(text: &str) -> &str {
     let begins = text.split("....").next().unwrap_or_default();
     begins.trim_end_matches('.')
