@@ -44,6 +44,15 @@ fn wait_state(lab: &Lab, real: &str, state: &str) {
     });
 }
 
+/// Waits until `status` has the problem and the balancer what follows from it: `reals` has it first, as checks find it.
+fn wait_in_force(lab: &Lab, problem: &str) {
+    wait_for(&format!("{problem:?} in force"), || {
+        let status = lab.exec("lb", &["mqtt-fwd", "status"]);
+        let status = String::from_utf8(status.stdout).unwrap();
+        (status.contains(problem) && status.contains("as configured")).then_some(())
+    });
+}
+
 fn broker(lab: &Lab, real: u32, signal: &str) {
     let pattern = format!("mosquitto -c /run/mqtt-fwd-lab/{}/r{real}.conf", lab.name);
     Command::new("pkill").args([signal, "-f", &pattern]).status().unwrap();
@@ -88,15 +97,9 @@ fn a_dead_broker_gets_no_connections_and_one_that_is_back_does() {
     wait_state(&lab, "10.1.3.201", "down");
     // interval × fall + 1 s
     assert!(died.elapsed() < Duration::from_millis(1600), "{:?}", died.elapsed());
+    wait_in_force(&lab, "real 10.1.3.201 of group a (mqtt) is down: no answer from");
     let during = spread(&lab, "during", 12);
     assert_eq!(during, BTreeMap::from([(2, 12)]));
-    let status = lab.exec("lb", &["mqtt-fwd", "status"]);
-    let status = String::from_utf8(status.stdout).unwrap();
-    assert!(
-        status.contains("real 10.1.3.201 of group a (mqtt) is down: no answer from"),
-        "{status}"
-    );
-    assert!(status.contains("as configured"), "{status}");
     let up = "mqtt_fwd_real_up{service=\"mqtt\",group=\"a\",real=\"10.1.3.201\"}";
     wait_for("the metric", || (metric(&lab, up).as_deref() == Some("0.0")).then_some(()));
 
@@ -404,9 +407,10 @@ fn a_real_that_does_not_unwrap_is_down_though_its_port_is_open() {
     // interval × fall + 1 s, twice: two families are waited for one after the other.
     assert!(broken.elapsed() < Duration::from_millis(3200), "{:?}", broken.elapsed());
     lab.ok("lb", &["mosquitto_pub", "-h", "10.1.3.201", "-t", "direct", "-m", "is open"]);
-    let status = lab.exec("lb", &["mqtt-fwd", "status"]);
-    let status = String::from_utf8(status.stdout).unwrap();
-    assert!(status.contains("is down: wrapped, as clients' packets are: no answer"), "{status}");
+    wait_in_force(
+        &lab,
+        "10.1.3.201 of group a (mqtt) is down: wrapped, as clients' packets are: no answer",
+    );
     assert_eq!(spread(&lab, "during", 12), BTreeMap::from([(2, 12)]));
 
     let bpffs = format!("/run/mqtt-fwd-lab/{}/bpf/r1", lab.name);
