@@ -44,12 +44,26 @@ fn wait_state(lab: &Lab, real: &str, state: &str) {
     });
 }
 
-/// Waits until `status` has the problem and the balancer what follows from it: `reals` has it first, as checks find it.
-fn wait_in_force(lab: &Lab, problem: &str) {
-    wait_for(&format!("{problem:?} in force"), || {
+/// Waits until the balancer gives a real of group a no new connections: `reals` has what checks find, before that.
+fn wait_out_of_use(lab: &Lab, real: &str) {
+    wait_for(&format!("{real} to be out of use"), || {
+        let groups: serde_json::Value =
+            serde_json::from_str(&lab.mqtt_fwd(&["groups", "--json"])).unwrap();
+        let group =
+            groups.as_array().unwrap().iter().find(|g| {
+                g["group"] == "a" && g["vip"].as_str().unwrap().starts_with("10.1.50.1:")
+            });
+        let reals = group.expect("group a")["reals"].as_array().unwrap();
+        let weights = reals.iter().filter_map(|r| r.as_str().unwrap().strip_prefix(real));
+        weights.into_iter().all(|weight| weight == " (weight 0)").then_some(())
+    });
+}
+
+fn wait_status(lab: &Lab, text: &str) {
+    wait_for(&format!("status to say {text:?}"), || {
         let status = lab.exec("lb", &["mqtt-fwd", "status"]);
         let status = String::from_utf8(status.stdout).unwrap();
-        (status.contains(problem) && status.contains("as configured")).then_some(())
+        (status.contains(text) && status.contains("as configured")).then_some(())
     });
 }
 
@@ -95,9 +109,10 @@ fn a_dead_broker_gets_no_connections_and_one_that_is_back_does() {
     broker(&lab, 1, "-STOP");
     let died = Instant::now();
     wait_state(&lab, "10.1.3.201", "down");
+    wait_out_of_use(&lab, "10.1.3.201");
     // interval × fall + 1 s
     assert!(died.elapsed() < Duration::from_millis(1600), "{:?}", died.elapsed());
-    wait_in_force(&lab, "real 10.1.3.201 of group a (mqtt) is down: no answer from");
+    wait_status(&lab, "real 10.1.3.201 of group a (mqtt) is down: no answer from");
     let during = spread(&lab, "during", 12);
     assert_eq!(during, BTreeMap::from([(2, 12)]));
     let up = "mqtt_fwd_real_up{service=\"mqtt\",group=\"a\",real=\"10.1.3.201\"}";
@@ -404,13 +419,11 @@ fn a_real_that_does_not_unwrap_is_down_though_its_port_is_open() {
     lab.ok("r1", &["ip", "link", "set", "eth0", "xdp", "off"]);
     let broken = Instant::now();
     both("201", "down");
+    wait_out_of_use(&lab, "10.1.3.201");
     // interval × fall + 1 s, twice: two families are waited for one after the other.
     assert!(broken.elapsed() < Duration::from_millis(3200), "{:?}", broken.elapsed());
     lab.ok("lb", &["mosquitto_pub", "-h", "10.1.3.201", "-t", "direct", "-m", "is open"]);
-    wait_in_force(
-        &lab,
-        "10.1.3.201 of group a (mqtt) is down: wrapped, as clients' packets are: no answer",
-    );
+    wait_status(&lab, "is down: wrapped, as clients' packets are: no answer");
     assert_eq!(spread(&lab, "during", 12), BTreeMap::from([(2, 12)]));
 
     let bpffs = format!("/run/mqtt-fwd-lab/{}/bpf/r1", lab.name);

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::bed::{Bed, RELAY};
 use crate::client::{self, Client, connect};
+use crate::support::net::wait_for;
 
 #[test]
 fn protocol_violations_are_answered_and_the_connection_closed() {
@@ -121,8 +122,7 @@ fn an_address_has_so_many_connections_at_a_time() {
     for client in clients {
         client.disconnect();
     }
-    std::thread::sleep(Duration::from_millis(200));
-    assert!(come("now").is_some());
+    wait_for("room", || come("now"));
 }
 
 /// Bytes of memory that a process has.

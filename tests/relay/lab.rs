@@ -90,8 +90,8 @@ fn connects(id: &str) -> Vec<(&'static str, Vec<u8>)> {
 /// Sessions of unknown clients of every kind, all behind one address.
 fn unknown(tag: &str, size: usize) -> Vec<Session> {
     let mut all = Vec::new();
-    let (rounds, each) = if size == 0 { (3, 3) } else { (1, 1) };
-    for round in 0..rounds {
+    let times = if size == 0 { 3 } else { 1 };
+    for round in 0..times {
         for (n, (topic, _)) in TOPICS.iter().enumerate() {
             for style in STYLES {
                 for service in [SERVICE, SERVICE6] {
@@ -101,7 +101,7 @@ fn unknown(tag: &str, size: usize) -> Vec<Session> {
                             connect,
                             style,
                             topic: (*topic).to_owned(),
-                            messages: (0..each)
+                            messages: (0..times)
                                 .map(|m| text(&format!("{tag}-{kind}-{m}"), size))
                                 .collect(),
                             qos: 0,

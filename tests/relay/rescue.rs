@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::client::{Client, connect};
+use crate::client::{Client, connect, padded};
 use crate::lab::{TOPICS, a_stream, all_right, lab};
 use crate::support::lab::Lab;
 use crate::support::mqtt;
@@ -38,13 +38,6 @@ fn at_temperature(
     open(level, connect_packet)
 }
 
-/// So long that arrivals are told by their beginning.
-fn payload(name: &str, size: usize) -> Vec<u8> {
-    let mut payload = name.as_bytes().to_vec();
-    payload.resize(size.max(name.len()), b'.');
-    payload
-}
-
 #[test]
 fn whatever_its_size_and_protocol_a_message_gets_to_its_group_once() {
     let Some(lab) = lab(true) else { return };
@@ -58,7 +51,7 @@ fn whatever_its_size_and_protocol_a_message_gets_to_its_group_once() {
                 for i in 0..7 {
                     let (topic, _) = TOPICS[i % 3];
                     let name = format!("{id}-{i}");
-                    client.publish(topic, 0, &payload(&name, size));
+                    client.publish(topic, 0, &padded(&name, size));
                     wanted.push((topic.to_owned(), name));
                 }
                 // Some close at once, some when they are told to.
