@@ -38,39 +38,10 @@ fn main() -> Result<()> {
     // protox, so that nobody needs protoc.
     let sidecar = protox::compile(["proto/mqtt_fwd.proto"], ["proto"])?;
     fs::write(out.join("mqtt_fwd.protoset"), sidecar.encode_to_vec())?;
-    api_builder().compile_fds(sidecar)?;
+    tonic_prost_build::configure().btree_map(".").compile_fds(sidecar)?;
     tonic_prost_build::configure()
         .compile_fds(protox::compile(["proto/katran.proto"], ["proto"])?)?;
     Ok(())
-}
-
-/// What the sidecar's API shows is what the command line prints, as JSON, too.
-fn api_builder() -> tonic_prost_build::Builder {
-    const PRINTED: [&str; 15] = [
-        "GetStatusResponse",
-        "Position",
-        "ServiceStatus",
-        "MapUse",
-        "Problem",
-        "Finding",
-        "Group",
-        "Flow",
-        "Client",
-        "ClientRecord",
-        "TopicExplanation",
-        "BeatenRoute",
-        "ClientExplanation",
-        "FlowExplanation",
-        "Trial",
-    ];
-    let mut builder = tonic_prost_build::configure().btree_map(".");
-    for message in PRINTED {
-        builder = builder
-            .message_attribute(format!("mqtt_fwd.v1.{message}"), "#[derive(serde::Serialize)]");
-    }
-    builder
-        .message_attribute("mqtt_fwd.v1.Position", "#[serde(transparent)]")
-        .field_attribute("mqtt_fwd.v1.FlowExplanation.flow", "#[serde(flatten)]")
 }
 
 fn clang_args() -> Result<Vec<String>> {

@@ -22,11 +22,11 @@ use common::{
 };
 use libbpf_rs::OpenObject;
 use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
-use mqtt_fwd::broker_host::takeover;
 use mqtt_fwd::config::MapSizes;
 use mqtt_fwd::kernel::abi::handover_keys;
 use mqtt_fwd::kernel::chain;
 use mqtt_fwd::kernel::skeletons::takeover::TakeoverSkelBuilder;
+use mqtt_fwd::kernel::takeover;
 use mqtt_fwd::kernel::xdp::ProgramInfo;
 use support::datapath::{Fixture, SERVICE, XDP_TX, sentinel, sentinel_tc, test_run};
 use support::{mqtt, packet};

@@ -202,7 +202,7 @@ def vip_per_topic(setup, katran=False):
         command("katran", "add-vip", f"{vip}:1883")
         for real in sorted(group):
             command("katran", "add-real", f"{vip}:1883", f"10.1.3.20{real[1]}")
-            in_ns(real, MQTT_FWD, "real", "up", "--interface", "eth0", "--bpffs", f"{RUN}/bpf/{real}",
+            in_ns(real, MQTT_FWD, "host", "up", "--interface", "eth0", "--bpffs", f"{RUN}/bpf/{real}",
                   "--vip", "10.1.50.200", "--vip", "fd01:50::200", "--vip", vip)
         vips.append(f"{vip}:1883")
     return Up(vips, balancer, ROOT)

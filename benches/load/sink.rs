@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use clap::Args;
 use hdrhistogram::Histogram;
-use mqtt_fwd::relay::scan;
+use mqtt_fwd::mqtt::wire;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
@@ -150,14 +150,14 @@ async fn connection(
             let mut at = 0;
             let now = now_ns();
             let mut counts = counts.lock().expect("no thread panics");
-            while let Ok(Some(h)) = scan::header(&buffer[at..length]) {
+            while let Ok(Some(h)) = wire::header(&buffer[at..length]) {
                 let Some(packet) = buffer[..length].get(at..at + h.total()) else { break };
                 match h.kind() {
-                    scan::kind::CONNECT => answers.extend([0x20, 2, 0, 0]),
-                    scan::kind::DISCONNECT => ended = true,
-                    scan::kind::PINGREQ => answers.extend([0xd0, 0]),
-                    scan::kind::PUBLISH => {
-                        let Ok(Some(p)) = scan::publish(packet, h, false) else { return Ok(true) };
+                    wire::kind::CONNECT => answers.extend([0x20, 2, 0, 0]),
+                    wire::kind::DISCONNECT => ended = true,
+                    wire::kind::PINGREQ => answers.extend([0xd0, 0]),
+                    wire::kind::PUBLISH => {
+                        let Ok(Some(p)) = wire::publish(packet, h, false) else { return Ok(true) };
                         let due = packet.get(p.payload_at..p.payload_at + 8);
                         let due =
                             due.map_or(0, |b| u64::from_be_bytes(b.try_into().expect("8 bytes")));

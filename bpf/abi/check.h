@@ -11,8 +11,8 @@ enum check_limits { CHECK_SOCKETS = 4096 };
 struct check_path {
 	__be32 src[4]; /* of the outer header; IPv4 in src[0] */
 	__be32 dst[4]; /* the real */
-	__u8 v6;       /* the outer header's version */
-	__u8 gue;      /* UDP between the headers */
+	__u8 v6; /* the outer header's version */
+	__u8 gue; /* UDP between the headers */
 	__u8 pad[6];
 };
 SIZE_IS(struct check_path, 40);

@@ -18,20 +18,32 @@ enum limits {
 	MAX_ROUTE_LEVELS = 16,
 	CACHE_WAYS = 8, /* slots of a cache_set */
 	CLIENT_ID_TEXT_MAX = 64, /* bytes of a client id's text that are kept for people */
-	CLIENT_ID_MAX = 256, /* bytes; clients with longer ids are not known by them */
+	CLIENT_ID_MAX = 256, /* bytes; clients with longer ids are identified by address */
 	CLIENT_ROUTE_TEXT_MAX = 128, /* bytes of a client id or user name that routes look at */
 	MEMBER_SLOTS = 1021, /* of a group whose reals are chosen here */
-	STRAYS = 4096, /* size of the table of that name */
+	UNTRACKED_SLOTS = 4096, /* size of the table of that name */
 	CLIENT_GROUPS = 3, /* groups that a client's record weighs against each other */
+};
+
+/* Positions in root_array. */
+enum chain_position {
 	POSITION_MQTT_FWD = 1,
 	POSITION_BALANCER = 2,
+};
+
+/* Numbers that are no group's. */
+enum special_group {
 	/* route_state.group: no route of the configuration ends here. */
 	NO_GROUP = 0xffff,
 	/* route_state.group: follows its flow, whatever group that is bound to. */
 	ANY_GROUP = 0xfffe,
-	/* Katran's F_HASH_NO_SRC_PORT, a flag of a VIP: all connections of an address have one real. */
+};
+
+/* Flags of a balancer's VIPs. */
+enum vip_flags {
+	/* Katran's F_HASH_NO_SRC_PORT: all connections of an address have one real. */
 	VIP_FLAG_BY_ADDRESS = 1 << 0,
-	/* Flag of a balancer's VIP: this is an MQTT group, look it up in mqtt_service_vips. */
+	/* This is an MQTT group, look it up in mqtt_service_vips. */
 	VIP_FLAG_MQTT_GROUP = 1 << 30,
 };
 
@@ -67,7 +79,7 @@ struct service {
 	__u16 id; /* part of flow and client keys: the same in every generation */
 	__u16 default_group;
 	__u16 max_packet; /* largest IP packet, bytes, that still fits once encapsulated */
-	__u32 start;	  /* state of the route automaton before the first level */
+	__u32 start; /* state of the route automaton before the first level */
 	__u32 start_dollar; /* the same for topics that begin with '$' (MQTT 3.1.1 §4.7.2) */
 	__u16 longest_level; /* of the routes' literal levels, bytes: no longer one can match */
 	__u16 slot; /* own index in service_table: read back, it is a number of no known value to

@@ -27,9 +27,9 @@ struct event {
 	__u8 v6;
 	__u8 by_prediction;
 	__u8 ended; /* EVENT_MISPREDICTED: the flow is ended for it */
-	__u8 way; /* enum way; EVENT_BOUND */
+	__u8 bound_by; /* enum bound_by; EVENT_BOUND */
 	__u64 topic;
-	__u8 why; /* enum why */
+	__u8 fallback_reason; /* enum fallback_reason */
 	__u8 pad[7];
 	__u8 text[TOPIC_TEXT_MAX];
 };

@@ -65,7 +65,7 @@ SIZE_IS(struct handover, 40 + HANDOVER_CONNECT_MAX);
 enum handover_mark {
 	MARK = 0x4d00,
 	MARK_MASK = 0xff00,
-	MARK_HANDOVER = 0x80, /* carries a CONNECT that has been answered: see the guard */
+	MARK_HANDOVER = 0x80, /* carries a CONNECT that has been answered here */
 	MARK_ACK_MASK = 0x7f, /* else: acknowledges so many bytes that the balancer sent */
 };
 

@@ -96,16 +96,18 @@ enum flow_flags {
 	FLOW_PREDICTED = 1 << 4, /* bound by a prediction, not by default */
 	FLOW_PUBLISHED = 1 << 5, /* at least one PUBLISH taught */
 	FLOW_MISROUTED = 1 << 6, /* its topic belongs to another group */
-	FLOW_ENDED = 1 << 7, /* for a misprediction, at cut_seq */
+	FLOW_ENDED = 1 << 7, /* for a misprediction, at end_seq */
 	FLOW_CLOSING = 1 << 8, /* FIN or RST seen */
-	FLOW_WEAK = 1 << 9, /* in flows_weak, flows6_weak */
+	FLOW_PROBATION = 1 << 9, /* in flows_probation, flows6_probation */
 	FLOW_ANY_TOPIC = 1 << 10, /* its topic is of a route to ANY_GROUP */
-	FLOW_RIVAL_SYN = 1 << 11, /* predicted: the rival is of a SYN, not the flow before this one;
+	FLOW_REUSED_PORT =
+		1 << 11, /* predicted: the challenger is of a SYN, not the flow before this one;
 				     delayed: there was a SYN on the flow's addresses */
-	FLOW_CUT_INSIDE = 1 << 12, /* cut_seq lies inside a control packet */
-	FLOW_UNCONFIRMED = 1 << 13, /* its broker may not have the connection yet: see `handovers` */
+	FLOW_END_INSIDE = 1 << 12, /* end_seq lies inside a control packet */
+	FLOW_UNCONFIRMED =
+		1 << 13, /* its broker may not have the connection yet: see `handovers` */
 	FLOW_ROUTED = 1 << 14, /* bound by a route that names its client: topics change nothing */
-	FLOW_RESCUED = 1 << 15, /* ended, and the sidecar takes what comes from cut_seq on */
+	FLOW_RESCUED = 1 << 15, /* ended, and the sidecar takes what comes from end_seq on */
 };
 
 /* What a flow's CONNECT said. */
@@ -115,29 +117,29 @@ enum flow_connect {
 	FLOW_CONNECT_READ = 1 << 2, /* as far as it could be */
 };
 
-/* How a flow came to its group. */
-enum way {
-	WAY_PREDICTED = 0, /* at its SYN, or in its middle: by its client's address */
-	WAY_MESSAGE, /* CONNECT and the first message came together: by that */
-	WAY_CLIENT_ID, /* CONNECT alone: by what its client id published before */
-	WAY_ANSWERED, /* CONNECT was answered here: by the message that followed */
-	WAY_ROUTE, /* by a route that names its client id or user name */
-	WAY_UNANSWERED, /* nothing told, and no answer was possible: by the client's address */
-	WAYS,
+/* How a flow was bound to its group. */
+enum bound_by {
+	BOUND_BY_PREDICTION = 0, /* at its SYN, or in its middle: by its client's address */
+	BOUND_BY_MESSAGE, /* CONNECT and the first message came together: by that */
+	BOUND_BY_CLIENT_ID, /* CONNECT alone: by what its client id published before */
+	BOUND_BY_ANSWERED, /* CONNECT was answered here: by the message that followed */
+	BOUND_BY_ROUTE, /* by a route that names its client id or user name */
+	BOUND_BY_UNANSWERED, /* nothing told, and no answer was possible: by the client's address */
+	BOUND_BYS,
 };
 
-/* Why not by a message: what stood in the way. */
-enum why {
-	WHY_NONE = 0,
-	WHY_NOT_CONNECT, /* the connection does not begin with CONNECT */
-	WHY_CUT, /* CONNECT does not lie whole in its first segment */
-	WHY_TOO_LONG, /* CONNECT is longer than HANDOVER_CONNECT_MAX */
-	WHY_MQTT5, /* a broker's CONNACK has properties that are not known here */
-	WHY_PERSISTENT, /* nor whether a session is present, */
-	WHY_CREDENTIALS, /* or whether the credentials are right */
-	WHY_SILENT, /* nothing came after CONNECT */
-	WHY_NO_TOPIC, /* what came after CONNECT has no topic that decides */
-	WHYS,
+/* Why a flow was not bound by a message. */
+enum fallback_reason {
+	FALLBACK_NONE = 0,
+	FALLBACK_NOT_CONNECT, /* the connection does not begin with CONNECT */
+	FALLBACK_CUT, /* CONNECT does not lie whole in its first segment */
+	FALLBACK_TOO_LONG, /* CONNECT is longer than HANDOVER_CONNECT_MAX */
+	FALLBACK_MQTT5, /* a broker's CONNACK has properties that are not known here */
+	FALLBACK_PERSISTENT, /* nor whether a session is present, */
+	FALLBACK_CREDENTIALS, /* or whether the credentials are right */
+	FALLBACK_SILENT, /* nothing came after CONNECT */
+	FALLBACK_NO_TOPIC, /* what came after CONNECT has no topic that decides */
+	FALLBACKS,
 };
 
 /*
@@ -150,39 +152,50 @@ enum why {
  */
 struct flow {
 	__u64 bound; /* binding_t | tag << 32 */
-
-	/*
-	 * First sequence number that the parser still wants | tag << 32. FLOW_RESCUED: that the sidecar
-	 * does.
-	 */
-	__u64 next;
+	union {
+		__u64 next; /* first sequence number that the parser still wants | tag << 32 */
+		__u64 rescue_next; /* FLOW_RESCUED: that the sidecar still wants | tag << 32 */
+	};
 	__u32 end; /* sequence number behind the last byte that was seen */
-	__u32 remaining; /* of the control packet in hand: remaining length, or what is left of it */
+	__u32 remaining; /* of the current control packet: remaining length, or what is left of it */
 	__u64 topic; /* of the last PUBLISH, 0: none yet */
 	__u32 generation; /* of the routes that judged `topic` */
 	__u16 flags; /* enum flow_flags */
-	__u16 topic_left; /* bytes of the topic still to come; PARSER_LENGTH: shift of the next byte */
+	union {
+		__u16 topic_left; /* bytes of the topic still to come */
+		__u16 length_shift; /* PARSER_LENGTH: of the next byte */
+	};
 	__u8 parser; /* enum parser */
-	__u8 type; /* first byte of the control packet in hand */
+	__u8 type; /* first byte of the current control packet */
 	__u8 connect; /* enum flow_connect */
-	__u8 candidates; /* segments of the resync candidate below */
-	/*
-	 * Segments beyond a gap that consist of whole control packets. FLOW_RESCUED: when that began, in ms
-	 * of CLOCK_BOOTTIME, and the sidecar's instance.
-	 */
-	__u32 candidate_start;
-	__u32 candidate_end;
+	__u8 candidates; /* segments of the resync candidate below; FLOW_RESCUED: 0 */
+	union {
+		/* Segments beyond a gap that consist of whole control packets. */
+		struct {
+			__u32 candidate_start;
+			__u32 candidate_end;
+		};
+		/* FLOW_RESCUED */
+		struct {
+			__u32 rescue_began_ms; /* CLOCK_BOOTTIME */
+			__u32 rescue_instance; /* of the sidecar; 0: none takes it */
+		};
+	};
 	__u32 ack; /* acknowledgement number of the last segment in order */
-	/*
-	 * The binding mode's own. Predicted: a rival, another connection on the same addresses, its
-	 * first sequence number | its binding << 32; 0: none. Delayed (way is not WAY_PREDICTED): key in
-	 * `client_ids`; 0: none.
-	 */
-	__u64 own;
-	__u32 cut_seq; /* FLOW_ENDED: everything from here on is not the broker's to see */
-	__u16 untaught; /* messages of `topic` that the client's record does not weigh yet */
-	__u8 way; /* enum way */
-	__u8 why; /* enum why */
+	/* flow_client() and flow_challenger() say which of the two it is. */
+	union {
+		/*
+		 * bound_by is BOUND_BY_PREDICTION: another connection on the same addresses, its first
+		 * sequence number | its binding << 32; 0: none.
+		 */
+		__u64 challenger;
+		/* Any other bound_by: key in `client_ids`; 0: none. */
+		__u64 client_id;
+	};
+	__u32 end_seq; /* FLOW_ENDED: everything from here on is not the broker's to see */
+	__u16 unrecorded; /* messages of `topic` that the client's record does not weigh yet */
+	__u8 bound_by; /* enum bound_by */
+	__u8 fallback_reason; /* enum fallback_reason */
 };
 SIZE_IS(struct flow, 72);
 
@@ -211,8 +224,8 @@ SIZE_IS(struct cache_set, 64);
 enum tracked_map {
 	TRACKED_FLOWS,
 	TRACKED_FLOWS6,
-	TRACKED_FLOWS_WEAK,
-	TRACKED_FLOWS6_WEAK,
+	TRACKED_FLOWS_PROBATION,
+	TRACKED_FLOWS6_PROBATION,
 	TRACKED_CLIENTS,
 	TRACKED_CLIENTS6,
 	TRACKED_TOPICS,

@@ -16,7 +16,7 @@
 #define DEFAULT_VIPS 64
 
 MAP(vip_map, BPF_MAP_TYPE_HASH, struct vip_definition, struct vip_meta, DEFAULT_VIPS);
-MAP(ch_rings, BPF_MAP_TYPE_ARRAY, __u32, __u32, DEFAULT_VIPS * RING_SIZE);
+MAP(ch_rings, BPF_MAP_TYPE_ARRAY, __u32, __u32, DEFAULT_VIPS *RING_SIZE);
 MAP(reals, BPF_MAP_TYPE_ARRAY, __u32, struct real_definition, 1024);
 MAP(vip_reals, BPF_MAP_TYPE_HASH, struct vip_real, __u32, 4096);
 MAP(connections, BPF_MAP_TYPE_LRU_HASH, struct connection4, struct connection_real, 1 << 20);
@@ -207,13 +207,12 @@ static __always_inline __u32 known_real(const struct packet *p, const struct vip
 	const struct connection_real *known;
 
 	if (p->v6) {
-		struct connection6 key = { .sport = p->conn.sport, .vip_num = vip->vip_num };
+		struct connection6 key = {.sport = p->conn.sport, .vip_num = vip->vip_num};
 		__builtin_memcpy(key.src, p->conn.src, sizeof(key.src));
 		known = bpf_map_lookup_elem(&connections6, &key);
 	} else {
 		struct connection4 key = {
-			.src = p->conn.src[0], .sport = p->conn.sport, .vip_num = vip->vip_num
-		};
+			.src = p->conn.src[0], .sport = p->conn.sport, .vip_num = vip->vip_num};
 		known = bpf_map_lookup_elem(&connections, &key);
 	}
 	return known && known->vip_epoch == vip->epoch ? known->real_num : NO_REAL;
@@ -222,16 +221,15 @@ static __always_inline __u32 known_real(const struct packet *p, const struct vip
 static __always_inline void keep_real(const struct packet *p, const struct vip_meta *vip,
 				      __u32 real_num)
 {
-	struct connection_real real = { .real_num = real_num, .vip_epoch = vip->epoch };
+	struct connection_real real = {.real_num = real_num, .vip_epoch = vip->epoch};
 
 	if (p->v6) {
-		struct connection6 key = { .sport = p->conn.sport, .vip_num = vip->vip_num };
+		struct connection6 key = {.sport = p->conn.sport, .vip_num = vip->vip_num};
 		__builtin_memcpy(key.src, p->conn.src, sizeof(key.src));
 		bpf_map_update_elem(&connections6, &key, &real, BPF_ANY);
 	} else {
 		struct connection4 key = {
-			.src = p->conn.src[0], .sport = p->conn.sport, .vip_num = vip->vip_num
-		};
+			.src = p->conn.src[0], .sport = p->conn.sport, .vip_num = vip->vip_num};
 		bpf_map_update_elem(&connections, &key, &real, BPF_ANY);
 	}
 }

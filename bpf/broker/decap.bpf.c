@@ -20,7 +20,8 @@ struct {
 	__uint(max_entries, DECAP_COUNTERS);
 } decap_counters SEC(".maps");
 
-const volatile __u16 gue_port = 6080; /* host order; Katran's GUE_DPORT, unless built with another */
+const volatile __u16 gue_port =
+	6080; /* host order; Katran's GUE_DPORT, unless built with another */
 
 static __always_inline void count(__u32 counter)
 {

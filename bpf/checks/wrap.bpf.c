@@ -67,8 +67,8 @@ static __always_inline int wrap4(struct __sk_buff *skb, const struct check_path 
 	outer.ip.check = ~csum_fold(sum_words((__be32 *)&outer.ip, sizeof(outer.ip) / 4, 0));
 	outer.udp = udp_of(inner);
 	if (bpf_skb_adjust_room(skb, size, BPF_ADJ_ROOM_MAC, flags) ||
-	    bpf_skb_store_bytes(skb, ETH_HLEN, &outer,
-				path->gue ? sizeof(outer) : sizeof(outer.ip), 0))
+	    bpf_skb_store_bytes(skb, ETH_HLEN, &outer, path->gue ? sizeof(outer) : sizeof(outer.ip),
+				0))
 		return TC_ACT_SHOT;
 	return TC_ACT_UNSPEC;
 }
@@ -93,10 +93,10 @@ static __always_inline int wrap6(struct __sk_buff *skb, const struct check_path 
 	__builtin_memcpy(&outer.ip.daddr, path->dst, sizeof(outer.ip.daddr));
 	outer.udp = udp_of(inner);
 	if (bpf_skb_adjust_room(skb, size, BPF_ADJ_ROOM_MAC, flags) ||
-	    bpf_skb_store_bytes(skb, offsetof(struct ethhdr, h_proto), &ethertype, sizeof(ethertype),
-				0) ||
-	    bpf_skb_store_bytes(skb, ETH_HLEN, &outer,
-				path->gue ? sizeof(outer) : sizeof(outer.ip), 0))
+	    bpf_skb_store_bytes(skb, offsetof(struct ethhdr, h_proto), &ethertype,
+				sizeof(ethertype), 0) ||
+	    bpf_skb_store_bytes(skb, ETH_HLEN, &outer, path->gue ? sizeof(outer) : sizeof(outer.ip),
+				0))
 		return TC_ACT_SHOT;
 	return TC_ACT_UNSPEC;
 }

@@ -6,25 +6,36 @@
 #include "../abi/handover.h"
 #include "../lib/csum.h"
 #include "../lib/parse.h"
-#include "maps.h"
+#include "../maps/config.h"
+#include "../maps/counters.h"
+#include "../maps/programs.h"
 
 /*
- * A verdict is an XDP action, or says that the packet goes on unchanged, and why: pass_on() then stands
- * in one place, behind everything else, and not between what each packet executes.
+ * A verdict is an XDP action (enum xdp_action, 0 to 4), SEGMENT, or UNCHANGED with the reason why the
+ * packet goes on as it came: pass_on() then stands in one place, behind everything else, and not between
+ * what each packet executes.
  */
-static __always_inline int unchanged(enum reason why)
+enum verdict {
+	SEGMENT = 0x100, /* for a service: to be handled */
+	UNCHANGED = 0x200,
+	VERDICT_REASON = 0xff,
+};
+
+_Static_assert((int)REASONS <= (int)VERDICT_REASON, "a verdict has room for any reason");
+
+static __always_inline int unchanged(enum reason reason)
 {
-	return -1 - (int)why;
+	return UNCHANGED | reason;
 }
 
 static __always_inline bool is_unchanged(int verdict)
 {
-	return verdict < 0;
+	return verdict & UNCHANGED;
 }
 
-static __always_inline enum reason unchanged_because(int verdict)
+static __always_inline enum reason reason_of(int verdict)
 {
-	return -1 - verdict;
+	return verdict & VERDICT_REASON;
 }
 
 /* On to the balancer; what follows the tail call runs only if there is none. */

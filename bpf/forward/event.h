@@ -6,13 +6,15 @@
 #ifndef MQTT_FWD_EVENT_H
 #define MQTT_FWD_EVENT_H
 
-#include "maps.h"
+#include "../maps/state.h"
+#include "../maps/counters.h"
+#include "flow/conn.h"
 
 enum report_how {
 	REPORT_BY_PREDICTION = 1 << 0,
 	REPORT_ENDED = 1 << 1,
-	REPORT_WAY_SHIFT = 8, /* enum way */
-	REPORT_WHY_SHIFT = 16, /* enum why */
+	REPORT_BOUND_BY_SHIFT = 8, /* enum bound_by */
+	REPORT_FALLBACK_SHIFT = 16, /* enum fallback_reason */
 };
 
 _Static_assert(REASON_EVENT_LOST_UNFRAMED - REASON_EVENT_LOST_BOUND == EVENT_KINDS - 1,
@@ -51,9 +53,10 @@ __noinline int report_event(const struct conn *c, __u32 kind, __u32 from_to, __u
 		.v6 = c->v6,
 		.by_prediction = how & REPORT_BY_PREDICTION ? 1 : 0,
 		.ended = how & REPORT_ENDED ? 1 : 0,
-		.way = how >> REPORT_WAY_SHIFT,
-		.topic = READ_ONCE(topic), /* a key: it is in memory, and in no second place of the stack */
-		.why = how >> REPORT_WHY_SHIFT,
+		.bound_by = how >> REPORT_BOUND_BY_SHIFT,
+		.topic = READ_ONCE(
+			topic), /* a key: it is in memory, and in no second place of the stack */
+		.fallback_reason = how >> REPORT_FALLBACK_SHIFT,
 	};
 	__builtin_memcpy(e->client, c->key.addr, sizeof(e->client));
 

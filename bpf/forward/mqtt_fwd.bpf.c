@@ -3,27 +3,29 @@
  * mqtt_fwd: the group of an MQTT flow, in front of the balancer. One packet is
  *
  *   classify   Ethernet → IP → TCP → is it for a service?      services.h, too_big.h, icmp_error.h
- *   bind       its flow, and the group that is bound to        bind/, flow.h, cache.h, delayed/
- *   frame      the MQTT control packets that it shows          framing.h, framing/, resync.h, connect.h,
- *                                                              publish.h, route.h, learn.h
- *   forward    dst: service → group VIP, on to the balancer    cut.h, rescue.h, emit.h
+ *   bind       its flow, and the group of that                 flow/, handshake/
+ *   frame      the MQTT control packets that it shows          mqtt/, learn/
+ *   forward    dst: service → group VIP, on to the balancer    end/, emit.h
  *
  * and ends in one of the functions of emit.h and too_big.h, with exactly one verdict.
  */
-#include "bind/delayed.h"
-#include "bind/predicted.h"
-#include "delayed/greet.h"
-#include "delayed/handover.h"
+#include "flow/delayed.h"
+#include "flow/predicted.h"
+#include "handshake/handshake.h"
+#include "handshake/handover.h"
 #include "emit.h"
-#include "framing.h"
+#include "mqtt/framing.h"
 #include "icmp_error.h"
-#include "rescued.h"
+#include "end/rescue_stage.h"
 #include "services.h"
 #include "too_big.h"
 
 struct exported_types {
 	struct event event;
 	enum limits limits;
+	enum chain_position chain_position;
+	enum special_group special_group;
+	enum vip_flags vip_flags;
 	enum budget_kind budget_kind;
 	enum affinity affinity;
 	enum binding_mode binding_mode;
@@ -42,8 +44,8 @@ struct exported_types {
 	struct rescuer rescuer;
 	enum route_state_flags route_state_flags;
 	enum tracked_map tracked_map;
-	enum way way;
-	enum why why;
+	enum bound_by bound_by;
+	enum fallback_reason fallback_reason;
 };
 EXPORT_TYPES(exported_types);
 
@@ -53,9 +55,9 @@ EXPORT_TYPES(exported_types);
  */
 #define TOUCH_BITS 6
 
-static __always_inline bool looks_into_flows(const struct tcphdr *tcp, const struct conn *c)
+static __always_inline bool touches_flows(const struct tcphdr *tcp)
 {
-	return !(((tcp->check ^ c->ack) * 0x9e3779b1U) >> (32 - TOUCH_BITS));
+	return !(((tcp->check ^ tcp->ack_seq) * 0x9e3779b1U) >> (32 - TOUCH_BITS));
 }
 
 /* Whether the flow's segments without data need not look at it. */
@@ -63,106 +65,115 @@ static __always_inline bool bypasses_flows(const struct flow *f, const struct se
 {
 	if (f->flags & (FLOW_CLOSING | FLOW_UNCONFIRMED | FLOW_RESCUED))
 		return false;
-	return svc->binding == BINDING_DELAYED ? !(f->flags & FLOW_RIVAL_SYN) : !f->own;
+	return svc->binding == BINDING_DELAYED ? !(f->flags & FLOW_REUSED_PORT)
+					       : !flow_challenger(f);
 }
 
-/* With a packet's verdict, as a word of its own would be one too many on the stack. */
-#define UNCONFIRMED (1U << 31)
-
-/* What a segment's flags make of it: asked when it is needed, so that one word is kept, not three. */
-static __always_inline bool is_syn(__be16 flags)
+static __always_inline bool is_bare(const struct conn *c)
 {
-	return flags & bpf_htons(TCP_SYN);
+	return !c->payload_length && !(c->flags & bpf_htons(TCP_SYN | TCP_FIN | TCP_RST));
 }
 
-static __always_inline bool is_end(__be16 flags)
+/* A segment with a flow's last bytes, FIN or RST behind them: the flow closes. Global (see event.h). */
+__noinline int close_flow(const struct conn *c, struct flow *f, const struct service_table *t)
 {
-	return flags & bpf_htons(TCP_FIN | TCP_RST);
-}
-
-static __always_inline bool is_bare(const struct conn *c, __be16 flags)
-{
-	return !c->payload_length && !(flags & bpf_htons(TCP_SYN | TCP_FIN | TCP_RST));
-}
-
-/* A segment with a flow's last bytes, FIN or RST behind them: the flow closes. */
-static __always_inline void close_flow(const struct conn *c, struct flow *f,
-				       const struct service_table *t)
-{
-	publish_teach_rest(c, f, t);
+	if (!c || !f || !t)
+		return 0;
+	publish_record_rest(c, f, t);
 	count(REASON_FLOW_CLOSED);
 	cache_correct(c, t, 0);
-	if (f->flags & FLOW_WEAK)
+	if (f->flags & FLOW_PROBATION)
 		f->flags |= FLOW_CLOSING;
 	else
 		flow_move(c, f, true);
+	return 0;
 }
 
-/*
- * Binds a segment, frames it, and keeps its flow. Returns its group; NULL: there is none. What it counts
- * as is in b; REASON_RESCUED: it was to go to the sidecar, but its checksum is wrong. It is dropped,
- * and TCP repeats it.
- */
-static __always_inline const struct group *follow(struct xdp_md *ctx, struct bound *b, struct conn *c,
-						  const struct service_table *t,
-						  const struct service *svc, __be16 flags)
+/* Binds a segment. Returns the flow that is to be framed; NULL: there is none, or nothing to frame. */
+static __always_inline struct flow *bind(struct xdp_md *ctx, struct bound *b, const struct conn *c,
+					 const struct service_table *t, const struct service *svc,
+					 struct flow *f)
 {
-	const struct group *g;
-	struct flow *f;
-
-	c->tag = conn_tag(&c->key);
-	f = flow_find(c);
-	if (svc->binding == BINDING_DELAYED)
-		bind_delayed(ctx, b, c, t, svc, f, is_syn(flags));
-	else
-		bind_predicted(ctx, b, c, t, svc, f, is_syn(flags), is_end(flags));
-	g = group_of(b->binding);
-	f = b->flow;
-	if (!f || is_syn(flags))
-		return g;
-	if (f->flags & FLOW_RESCUED && !(flags & bpf_htons(TCP_RST)))
-		hand_to(ctx, c, svc, b->binding, STEP_RESCUE);
-	if (c->payload_length) {
-		frame(ctx, f, c, t, svc);
-		if (f->flags & (FLOW_RESCUED | FLOW_ENDED) &&
-		    !end_segment(ctx, c, f, t, flags & bpf_htons(TCP_FIN))) {
-			b->reason = REASON_RESCUED;
-			return g;
+	if (svc->binding == BINDING_DELAYED) {
+		if (!f || is_syn(c) || (f->flags & FLOW_REUSED_PORT && !is_of_flow(ctx, c, f))) {
+			b->exit = EXIT_HANDSHAKE;
+			return NULL;
 		}
-	} else if (is_bare(c, flags) && bypasses_flows(f, svc)) {
+	} else if (!f || is_syn(c) || flow_challenger(f)) {
+		const struct scratch *w;
+
+		f = bind_predicted(c, t, svc, f);
+		w = scratch();
+		if (!w)
+			return NULL;
+		b->binding = w->decision.binding;
+		b->reason = w->decision.verdict;
+		return is_syn(c) ? NULL : f;
+	}
+	b->binding = binding_of_flow(c, t, svc, f);
+	return f;
+}
+
+/* Frames a segment, and keeps its flow. */
+static __always_inline void follow(struct xdp_md *ctx, struct bound *b, struct conn *c,
+				   const struct service_table *t, const struct service *svc,
+				   struct flow *f)
+{
+	if (f->flags & FLOW_RESCUED && !(c->flags & bpf_htons(TCP_RST)))
+		tail_call_stage(ctx, c, svc, b->binding, STAGE_RESCUE);
+	if (c->payload_length) {
+		if (frame(ctx, f, c, t, svc))
+			frame_packets(ctx, f, c, t);
+		if (f->flags & (FLOW_RESCUED | FLOW_ENDED) &&
+		    !end_segment(ctx, c, f, t, c->flags & bpf_htons(TCP_FIN))) {
+			/* It was to go to the sidecar, but its checksum is wrong. */
+			b->reason = REASON_RESCUED;
+			b->exit = EXIT_DROP;
+			return;
+		}
+	} else if (is_bare(c) && bypasses_flows(f, svc)) {
 		cache_keep(c, t, b->binding);
 	}
 	if (f->flags & FLOW_UNCONFIRMED)
-		b->reason |= UNCONFIRMED;
+		b->exit = EXIT_HANDOVER;
 	/* Only with the number that is next: anybody can send one with another. */
-	if (is_end(flags) && !(f->flags & FLOW_CLOSING) && c->seq + c->payload_length == f->end)
+	if (is_end(c) && !(f->flags & FLOW_CLOSING) && c->seq + c->payload_length == f->end)
 		close_flow(c, f, t);
-	else if (f->flags & FLOW_WEAK && !(f->flags & (FLOW_UNSYNCED | FLOW_CLOSING)))
+	else if (f->flags & FLOW_PROBATION && !(f->flags & (FLOW_UNSYNCED | FLOW_CLOSING)))
 		flow_move(c, f, false); /* last: the entry is another's from here on */
-	return g;
 }
 
 static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
-					  const struct service_table *t,
-					  const struct service *svc, const struct tcphdr *tcp)
+					  const struct service_table *t, const struct service *svc)
 {
-	__be16 flags = ((__be16 *)tcp)[6];
-	struct bound b = { .reason = c->payload_length ? REASON_DATA : REASON_NO_DATA };
+	struct bound b = {.reason = c->payload_length ? REASON_DATA : REASON_NO_DATA};
 	const struct group *g = NULL;
+	struct flow *f;
 
-	if (is_bare(c, flags) && !looks_into_flows(tcp, c))
+	if (is_bare(c) && !c->touches)
 		g = group_of_slot(cache_find(c, t));
-	if (!g)
-		g = follow(ctx, &b, c, t, svc, flags);
-	if (b.reason == REASON_RESCUED) {
-		count(REASON_RESCUED);
+	if (!g) {
+		c->tag = conn_tag(&c->key);
+		f = flow_find(c);
+		/* During an upgrade, flows that are not here yet are the last program's. */
+		if (!f && !is_syn(c) && has_predecessor)
+			bpf_tail_call(ctx, &predecessor, 0);
+		f = bind(ctx, &b, c, t, svc, f);
+		if (b.exit == EXIT_HANDSHAKE)
+			tail_call_stage(ctx, c, svc, 0, STAGE_HANDSHAKE);
+		if (f)
+			follow(ctx, &b, c, t, svc, f);
+		g = group_of(b.binding);
+	}
+	if (b.exit == EXIT_DROP) {
+		count(b.reason);
 		return XDP_DROP;
 	}
 	if (!g)
 		return unchanged(REASON_NO_GROUP_VIP);
-	if (b.reason & UNCONFIRMED)
-		hand_to(ctx, c, svc, b.binding, STEP_HANDOVER);
-	return to_group(ctx, g, svc, c->v6, b.reason & ~UNCONFIRMED);
+	if (b.exit == EXIT_HANDOVER)
+		tail_call_stage(ctx, c, svc, b.binding, STAGE_HANDOVER);
+	return to_group(ctx, g, svc, c->v6, b.reason);
 }
 
 /* What a segment is for, and its header. */
@@ -184,14 +195,14 @@ static __always_inline bool conn_of(struct conn *c, const struct addressed *s, _
 	c->key.service = s->svc->id;
 	c->seq = bpf_ntohl(tcp->seq);
 	c->ack = bpf_ntohl(tcp->ack_seq);
+	c->flags = ((__be16 *)tcp)[6];
+	c->touches = touches_flows(tcp);
 	c->payload = tcp_offset + header;
 	c->payload_length = end - c->payload;
 	return true;
 }
 
-/* What classify4() and classify6() return of a segment for a service; else a verdict. */
-#define IS_SEGMENT XDP_ABORTED
-
+/* Fills in c and s, and returns SEGMENT, if the packet is a segment for a service; else its verdict. */
 static __always_inline int classify4(struct xdp_md *ctx, struct cursor *cur,
 				     const struct service_table *t, struct conn *c,
 				     struct addressed *s)
@@ -203,7 +214,7 @@ static __always_inline int classify4(struct xdp_md *ctx, struct cursor *cur,
 	if (ip->protocol != IPPROTO_TCP) {
 		if (ip->protocol == IPPROTO_ICMP && ip->ihl == 5 &&
 		    !(ip->frag_off & bpf_htons(IP_FRAGMENT_MASK)))
-			return handle_icmp4(ctx, cur, ip, t);
+			return handle_icmp(ctx, t, false);
 		return unchanged(REASON_NOT_SERVICE);
 	}
 	if (ip->frag_off & bpf_htons(IP_FRAGMENT_MASK))
@@ -230,7 +241,7 @@ static __always_inline int classify4(struct xdp_md *ctx, struct cursor *cur,
 		count(REASON_TOO_BIG_NO_DF);
 	}
 	clear_mark4(ip);
-	return IS_SEGMENT;
+	return SEGMENT;
 }
 
 static __always_inline int classify6(struct xdp_md *ctx, struct cursor *cur,
@@ -245,7 +256,7 @@ static __always_inline int classify6(struct xdp_md *ctx, struct cursor *cur,
 	case IPPROTO_TCP:
 		break;
 	case IPPROTO_ICMPV6:
-		return handle_icmp6(ctx, cur, ip, t);
+		return handle_icmp(ctx, t, true);
 	case IPPROTO_HOPOPTS:
 	case IPPROTO_ROUTING:
 	case IPPROTO_FRAGMENT:
@@ -274,14 +285,14 @@ static __always_inline int classify6(struct xdp_md *ctx, struct cursor *cur,
 	if (length > s->svc->max_packet)
 		return answer_too_big(ctx, s->svc->max_packet, true);
 	clear_mark6(ip);
-	return IS_SEGMENT;
+	return SEGMENT;
 }
 
 static __always_inline int verdict_of(struct xdp_md *ctx)
 {
 	struct cursor cur = cursor_of(ctx);
 	struct ethhdr *eth = parse_eth(&cur);
-	const struct service_table *t = table_in_force();
+	const struct service_table *t = current_table();
 	struct addressed s = {};
 	struct conn c = {};
 	int verdict;
@@ -294,7 +305,7 @@ static __always_inline int verdict_of(struct xdp_md *ctx)
 		verdict = classify6(ctx, &cur, t, &c, &s);
 	else
 		return unchanged(REASON_NOT_IP);
-	return verdict == IS_SEGMENT ? handle_segment(ctx, &c, t, s.svc, s.tcp) : verdict;
+	return verdict == SEGMENT ? handle_segment(ctx, &c, t, s.svc) : verdict;
 }
 
 SEC("xdp")
@@ -302,7 +313,7 @@ int mqtt_fwd(struct xdp_md *ctx)
 {
 	int verdict = verdict_of(ctx);
 
-	return is_unchanged(verdict) ? pass_on(ctx, unchanged_because(verdict)) : verdict;
+	return is_unchanged(verdict) ? pass_on(ctx, reason_of(verdict)) : verdict;
 }
 
 char _license[] SEC("license") = "GPL";

@@ -4,10 +4,10 @@
 #define MQTT_FWD_SERVICES_H
 
 #include "../lib/parse.h"
-#include "maps.h"
+#include "../maps/config.h"
 
-/* The generation of services and routes that is in force. */
-static __always_inline const struct service_table *table_in_force(void)
+/* The current generation of services and routes. */
+static __always_inline const struct service_table *current_table(void)
 {
 	__u32 zero = 0, side;
 	const __u32 *current = bpf_map_lookup_elem(&generation, &zero);

@@ -127,7 +127,7 @@ static __noinline int too_big6(struct xdp_md *ctx, __u32 mtu)
 	/* Pseudo header (RFC 8200 §8.1): addresses, upper-layer length, next header. */
 	__s64 sum = csum_add(&ip->saddr, 2 * sizeof(ip->saddr), 0);
 	sum = csum_add(icmp, sizeof(*icmp) + QUOTE6, sum);
-	__be32 tail[2] = { bpf_htonl(sizeof(*icmp) + QUOTE6), bpf_htonl(IPPROTO_ICMPV6) };
+	__be32 tail[2] = {bpf_htonl(sizeof(*icmp) + QUOTE6), bpf_htonl(IPPROTO_ICMPV6)};
 	sum = bpf_csum_diff(NULL, 0, tail, sizeof(tail), sum);
 	icmp->icmp6_cksum = ~csum_fold(sum & 0xffffffff);
 	return true;

@@ -11,4 +11,10 @@ static __always_inline __u32 now_ms(void)
 	return bpf_ktime_get_boot_ns() / 1000000;
 }
 
+/* CLOCK_BOOTTIME in seconds. */
+static __always_inline __u32 now_s(void)
+{
+	return bpf_ktime_get_boot_ns() / 1000000000ULL;
+}
+
 #endif /* MQTT_FWD_CLOCK_H */

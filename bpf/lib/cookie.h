@@ -61,8 +61,9 @@ struct cookie_tuple {
 	__be16 dport;
 };
 
-static __always_inline __u32 cookie_hash(const struct handover_keys *k, const struct cookie_tuple *t,
-					 __u32 client_isn, __u32 options, bool v6)
+static __always_inline __u32 cookie_hash(const struct handover_keys *k,
+					 const struct cookie_tuple *t, __u32 client_isn,
+					 __u32 options, bool v6)
 {
 	const __u64 *key = options & COOKIE_EPOCH ? k->key[1] : k->key[0];
 	struct siphash h;
@@ -97,8 +98,9 @@ static __always_inline __u32 cookie_make(__u32 hash, __u32 options)
  * Whether `cookie`, which a segment acknowledges, is what a SYN with `client_isn` got.
  * `tsecr`: what the segment echoes; NULL: it has no timestamps.
  */
-static __always_inline bool cookie_valid(const struct handover_keys *k, const struct cookie_tuple *t,
-					 __u32 client_isn, __u32 cookie, const __u32 *tsecr, bool v6)
+static __always_inline bool cookie_valid(const struct handover_keys *k,
+					 const struct cookie_tuple *t, __u32 client_isn,
+					 __u32 cookie, const __u32 *tsecr, bool v6)
 {
 	__u32 hash;
 

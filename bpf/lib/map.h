@@ -8,20 +8,20 @@
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
 
-#define MAP_WITH_FLAGS(name, map_type, flags, key_type, value_type, entries)                    \
-	struct {                                                                                \
-		__uint(type, map_type);                                                         \
-		__uint(map_flags, flags);                                                       \
-		__type(key, key_type);                                                          \
-		__type(value, value_type);                                                      \
-		__uint(max_entries, entries);                                                   \
+#define MAP_WITH_FLAGS(name, map_type, flags, key_type, value_type, entries) \
+	struct {                                                             \
+		__uint(type, map_type);                                      \
+		__uint(map_flags, flags);                                    \
+		__type(key, key_type);                                       \
+		__type(value, value_type);                                   \
+		__uint(max_entries, entries);                                \
 	} name SEC(".maps")
 
-#define MAP(name, map_type, key_type, value_type, entries)                                      \
+#define MAP(name, map_type, key_type, value_type, entries) \
 	MAP_WITH_FLAGS(name, map_type, 0, key_type, value_type, entries)
 
 /* Its elements begin on a page, so that those of 64 bytes are a cache line each. */
-#define LINE_ARRAY(name, value_type, entries)                                                   \
+#define CACHELINE_ARRAY(name, value_type, entries) \
 	MAP_WITH_FLAGS(name, BPF_MAP_TYPE_ARRAY, BPF_F_MMAPABLE, __u32, value_type, entries)
 
 /* Exactly one load or store, of what another CPU may write or read meanwhile. */

@@ -95,14 +95,14 @@ static __always_inline struct cursor cursor_of(struct xdp_md *ctx)
 	};
 }
 
-#define PARSE_FN(name, type)                                                                    \
-	static __always_inline type *parse_##name(struct cursor *c)                             \
-	{                                                                                       \
-		type *header = c->pos;                                                          \
-		if ((void *)(header + 1) > c->end)                                              \
-			return NULL;                                                            \
-		c->pos = header + 1;                                                            \
-		return header;                                                                  \
+#define PARSE_FN(name, type)                                        \
+	static __always_inline type *parse_##name(struct cursor *c) \
+	{                                                           \
+		type *header = c->pos;                              \
+		if ((void *)(header + 1) > c->end)                  \
+			return NULL;                                \
+		c->pos = header + 1;                                \
+		return header;                                      \
 	}
 
 PARSE_FN(eth, struct ethhdr)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * Budgets: so many a CPU and window, then no more until the next. Coarser than a token bucket,
- * and one division cheaper; what they guard are floods, not shapes.
+ * and one division cheaper; what they taken_over_conn are floods, not shapes.
  */
 #ifndef MQTT_FWD_RATELIMIT_H
 #define MQTT_FWD_RATELIMIT_H

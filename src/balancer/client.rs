@@ -11,9 +11,10 @@ use std::time::Duration;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
+use super::VerbatimVip;
 use super::proto::katran_service_client::KatranServiceClient;
 use super::proto::{self, Action};
-use super::{VerbatimVip, Vip, mac_text};
+use crate::domain::vip::{Vip, mac_text};
 
 /// Why a balancer did not do what it was asked to.
 #[derive(Debug, thiserror::Error)]
@@ -36,8 +37,8 @@ pub enum BalancerError {
          same packets; remove it: mqtt-fwd katran del-vip {verbatim}"
     )]
     NotCanonical { vip: Vip, verbatim: VerbatimVip },
-    #[error("balancer lists {what}, which cannot be: {problem}")]
-    Nonsense { what: String, problem: String },
+    #[error("balancer returned an invalid {what}: {problem}")]
+    Invalid { what: String, problem: String },
 }
 
 /// Two counters, as Katran reports them.
@@ -134,7 +135,7 @@ impl Client {
         let parse = |vip: proto::Vip| match Vip::try_from(&vip) {
             Ok(parsed) => Some((parsed, VerbatimVip(vip))),
             Err(problem) => {
-                tracing::debug!("the balancer lists a VIP that cannot be: {problem}");
+                tracing::debug!("the balancer returned an invalid VIP: {problem}");
                 None
             }
         };
@@ -182,13 +183,13 @@ impl Client {
         let failed = self.failed(format!("getRealsForVip {vip}"), CAUSES_UNKNOWN_VIP);
         let reply = self.rpc.get_reals_for_vip(proto::Vip::from(vip)).await.map_err(failed)?;
         let parse = |real: &proto::Real| {
-            let nonsense = |problem: String| BalancerError::Nonsense {
+            let invalid = |problem: String| BalancerError::Invalid {
                 what: format!("real {} of {vip}", real.address),
                 problem,
             };
-            let addr = real.address.parse().map_err(|_| nonsense("no IP address".to_owned()))?;
+            let addr = real.address.parse().map_err(|_| invalid("no IP address".to_owned()))?;
             let weight = u32::try_from(real.weight)
-                .map_err(|_| nonsense(format!("weight {}", real.weight)))?;
+                .map_err(|_| invalid(format!("weight {}", real.weight)))?;
             Ok((addr, weight))
         };
         reply.into_inner().reals.iter().map(parse).collect()

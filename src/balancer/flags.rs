@@ -1,12 +1,10 @@
 //! Flags of VIPs, and their names.
 
-use crate::kernel::abi::limits;
+/// The flag of group VIPs (`VIP_FLAG_MQTT_GROUP` of `bpf/abi/config.h`).
+pub const GROUP_FLAG: u32 = 1 << 30;
 
-/// The flag that group VIPs have.
-pub const GROUP_FLAG: u32 = limits::VIP_FLAG_MQTT_GROUP.0;
-
-/// Katran's flag for VIPs whose clients find the same real again.
-pub const BY_ADDRESS_FLAG: u32 = limits::VIP_FLAG_BY_ADDRESS.0;
+/// Katran's flag for VIPs whose clients find the same real again (F_HASH_NO_SRC_PORT).
+pub const BY_ADDRESS_FLAG: u32 = 1 << 0;
 
 /// The flags that are this product's to set and clear.
 pub const OUR_FLAGS: u32 = GROUP_FLAG | BY_ADDRESS_FLAG;

@@ -7,8 +7,6 @@ use std::net::SocketAddr;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use procfs::process::FDTarget;
-
 use super::sock_diag;
 
 /// A process that listens.
@@ -80,20 +78,19 @@ fn owners(sockets: &BTreeSet<u64>) -> Vec<Listener> {
     if sockets.is_empty() {
         return Vec::new();
     }
-    let all = procfs::process::all_processes().into_iter().flatten().flatten();
-    let listening = all.filter(|process| {
-        process
-            .fd()
-            .into_iter()
-            .flatten()
-            .flatten()
-            .any(|fd| matches!(fd.target, FDTarget::Socket(inode) if sockets.contains(&inode)))
-    });
-    let listener = |process: procfs::process::Process| {
-        let name = process.stat().map_or_else(|_| "?".to_owned(), |stat| stat.comm);
-        Listener { pid: process.pid, name }
+    let wanted: Vec<String> = sockets.iter().map(|inode| format!("socket:[{inode}]")).collect();
+    let holds = |pid: i32| {
+        let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        let mut targets = fds.filter_map(|fd| std::fs::read_link(fd.path()).ok());
+        targets.any(|target| wanted.iter().any(|socket| target.as_os_str() == socket.as_str()))
     };
-    listening.map(listener).collect()
+    let listener = |pid: i32| {
+        let name = std::fs::read_to_string(format!("/proc/{pid}/comm"));
+        Listener { pid, name: name.map_or_else(|_| "?".to_owned(), |name| name.trim().to_owned()) }
+    };
+    let all = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    pids.filter(|pid| holds(*pid)).map(listener).collect()
 }
 
 fn sockets(endpoint: &str) -> BTreeSet<u64> {

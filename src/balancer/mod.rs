@@ -1,6 +1,8 @@
 //! Katran's gRPC interface: a client for it, and the embedded balancer that serves it.
 
+pub mod by_hand;
 pub mod client;
+pub mod desired;
 pub mod embedded;
 pub mod flags;
 pub mod listeners;
@@ -10,42 +12,12 @@ use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
 
+use crate::domain::Vip;
+
 /// Generated from `proto/katran.proto`.
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
 pub mod proto {
     tonic::include_proto!("lb.katran");
-}
-
-/// A MAC address.
-pub type Mac = [u8; 6];
-
-/// A balancer's virtual address. Its text is canonical: Katran compares addresses as text.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Vip {
-    /// Address.
-    pub addr: IpAddr,
-    /// Port.
-    pub port: u16,
-    /// IP protocol number.
-    pub protocol: u8,
-}
-
-impl Vip {
-    /// A TCP VIP.
-    pub fn tcp(addr: IpAddr, port: u16) -> Self {
-        Self { addr, port, protocol: libc::IPPROTO_TCP as u8 }
-    }
-}
-
-impl fmt::Display for Vip {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let addr = std::net::SocketAddr::new(self.addr, self.port);
-        match i32::from(self.protocol) {
-            libc::IPPROTO_TCP => write!(f, "{addr}/tcp"),
-            libc::IPPROTO_UDP => write!(f, "{addr}/udp"),
-            other => write!(f, "{addr}/{other}"),
-        }
-    }
 }
 
 /// A VIP as it is written in a call: Katran takes `fc00::1` and `FC00::1` for two.
@@ -106,11 +78,6 @@ impl FromStr for VerbatimVip {
         address.parse::<IpAddr>().map_err(|_| format!("{address:?} is no IP address"))?;
         Ok(Self(proto::Vip { address: address.to_owned(), port: port.into(), protocol }))
     }
-}
-
-/// A MAC address as Katran writes it.
-pub fn mac_text(mac: [u8; 6]) -> String {
-    mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
 impl From<Vip> for proto::Vip {

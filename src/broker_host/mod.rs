@@ -5,27 +5,18 @@ mod net;
 mod notes;
 pub mod status;
 mod sysctl;
-pub mod takeover;
 
-use std::mem::MaybeUninit;
 use std::net::IpAddr;
-use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
-
-use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
 
 use notes::Notes;
 
 use crate::domain::XdpMode;
 use crate::handover;
 use crate::handover::keys::{KeyError, KeyFile};
-use crate::kernel::BpfError;
-use crate::kernel::abi::{addr_words, address};
-use crate::kernel::maps::Table;
-use crate::kernel::pins::{self, Object, Pins};
-use crate::kernel::skeletons::decap::DecapSkelBuilder;
-use crate::kernel::skeletons::xdp_root::XdpRootSkelBuilder;
-use crate::kernel::xdp;
+use crate::kernel::decap::{self, Decap};
+use crate::kernel::pins::Pins;
+use crate::kernel::{BpfError, takeover, xdp};
 
 /// What can go wrong here.
 #[derive(Debug, thiserror::Error)]
@@ -72,7 +63,16 @@ pub fn up(host: &BrokerHost) -> Result<Vec<String>> {
     let mut done = Vec::new();
     // Before anything is changed: a key that cannot be read.
     let keys = host.handover_key.as_deref().map(KeyFile::read).transpose()?;
-    attach_decap(host, &mut done)?;
+    let pins = pins_of(&host.bpffs, &host.interface);
+    let decap = Decap {
+        interface: &host.interface,
+        vips: &host.vips,
+        mode: host.mode,
+        gue_port: host.gue_port,
+    };
+    if decap.attach(&pins, || Notes::forget(&host.interface))? {
+        done.push(format!("decap on {}", host.interface));
+    }
     let mut notes = Notes::read(&host.interface);
     for vip in &host.vips {
         if !net::on_loopback(*vip)? {
@@ -94,8 +94,8 @@ pub fn up(host: &BrokerHost) -> Result<Vec<String>> {
         }
     }
     if let Some(keys) = &keys {
-        let image = keys.image(handover::keys::now());
-        if takeover::attach(&pins_of(&host.bpffs, &host.interface), &host.interface, &image)? {
+        let keys = keys.cookie_keys(handover::keys::now());
+        if takeover::attach(&pins, &host.interface, &keys)? {
             done.push(format!("takeover on {}", host.interface));
         }
     }
@@ -141,102 +141,9 @@ pub fn down(interface: &str, bpffs: &Path) -> Result<Vec<String>> {
         }
     }
     Notes::forget(interface);
-    if let Some(program) = pins.pinned_program("decap").map(|(_, program)| program)
-        && xdp::detach(interface, program.id).unwrap_or(false)
-    {
-        done.push(format!("decap (id {}) off {interface}", program.id));
+    if let Some(id) = decap::detach(interface, &pins)? {
+        done.push(format!("decap (id {id}) off {interface}"));
     }
-    unpin(&pins)?;
     pins.remove_dir();
     Ok(done)
-}
-
-/// The services' addresses that this host unwraps packets for.
-fn vips(pins: &Pins) -> Vec<IpAddr> {
-    Table::<address, u8>::open(&pins.map_of(Object::BrokerHost, "decap_vips"))
-        .and_then(|table| table.keys())
-        .unwrap_or_default()
-        .iter()
-        .map(vip_of)
-        .collect()
-}
-
-fn unpin(pins: &Pins) -> Result<()> {
-    takeover::detach(pins)?;
-    pins::remove_pins_in(&pins.current(Object::BrokerHost))?;
-    pins::remove_pin(&pins.program("decap"))?;
-    Ok(())
-}
-
-fn vip_key(vip: IpAddr) -> address {
-    address { addr: addr_words(vip) }
-}
-
-fn vip_of(key: &address) -> IpAddr {
-    let v6 = key.addr[1..].iter().any(|w| *w != 0);
-    crate::kernel::abi::words_addr(key.addr, v6)
-}
-
-fn attach_decap(host: &BrokerHost, done: &mut Vec<String>) -> Result<()> {
-    let pins = pins_of(&host.bpffs, &host.interface);
-    pins.check()?;
-    xdp::interface_index(&host.interface)?;
-    let _lock = pins.lock()?;
-    let attached = xdp::attached(&host.interface)?;
-    let pinned = pins.pinned_program("decap").map(|(_, program)| program);
-    let ours = matches!((&attached, &pinned), (Some(a), Some(p)) if a.id == p.id);
-    if let (Some(program), false) = (&attached, ours) {
-        return Err(BpfError::ForeignXdp {
-            interface: host.interface.clone(),
-            program: program.name.clone(),
-            id: program.id,
-            root_array: pins.root_array().to_owned(),
-        }
-        .into());
-    }
-    if !ours {
-        // Pins and notes of a program that is not attached any more.
-        Notes::forget(&host.interface);
-        unpin(&pins)?;
-        pins::make_dir(&pins.current(Object::BrokerHost))?;
-        let failed = |source| BpfError::Load { object: "decap", source };
-        let mut storage = MaybeUninit::uninit();
-        let mut open = DecapSkelBuilder::default().open(&mut storage).map_err(failed)?;
-        if let Some(rodata) = open.maps.rodata_data.as_deref_mut() {
-            rodata.gue_port = host.gue_port;
-        }
-        let mut skel = open.load().map_err(failed)?;
-        let table = Table::<address, u8>::of(&skel.maps.decap_vips)?;
-        for vip in &host.vips {
-            table.put(&vip_key(*vip), &1)?;
-        }
-        xdp::attach(&host.interface, skel.progs.decap.as_fd(), host.mode)?;
-        done.push(format!("decap on {}", host.interface));
-        let pin = |source| BpfError::Pin { path: pins.dir(), action: "pinning", source };
-        skel.maps.decap_vips.pin(pins.map_of(Object::BrokerHost, "decap_vips")).map_err(pin)?;
-        skel.maps
-            .decap_counters
-            .pin(pins.map_of(Object::BrokerHost, "decap_counters"))
-            .map_err(pin)?;
-        skel.progs.decap.pin(pins.program("decap")).map_err(pin)?;
-        return Ok(());
-    }
-    let table = Table::<address, u8>::open(&pins.map_of(Object::BrokerHost, "decap_vips"))?;
-    for vip in &host.vips {
-        table.put(&vip_key(*vip), &1)?;
-    }
-    Ok(())
-}
-
-/// Puts a program that passes everything on the other end of a veth pair. What a native XDP
-/// program sends back (`XDP_TX`) arrives there only if there is a native program, too.
-pub fn veth_peer_up(interface: &str) -> Result<()> {
-    if xdp::attached(interface)?.is_some() {
-        return Ok(());
-    }
-    let failed = |source| BpfError::Load { object: "xdp_root", source };
-    let mut storage = MaybeUninit::uninit();
-    let open = XdpRootSkelBuilder::default().open(&mut storage).map_err(failed)?;
-    let skel = open.load().map_err(failed)?;
-    Ok(xdp::attach(interface, skel.progs.xdp_root.as_fd(), XdpMode::Native)?)
 }

@@ -1,4 +1,4 @@
-//! What a broker host was like before `real up`, so that `real down` can put it back.
+//! What a broker host was like before `host up`, so that `host down` can put it back.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -23,7 +23,7 @@ pub struct Notes {
 }
 
 fn path(interface: &str) -> PathBuf {
-    run_files::path("real", interface, "json")
+    run_files::path("host", interface, "json")
 }
 
 impl Notes {

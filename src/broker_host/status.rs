@@ -5,10 +5,10 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::{HostError, pins_of, sysctl, takeover, vips};
+use super::{HostError, pins_of, sysctl};
 use crate::balancer::sock_diag;
 use crate::handover::keys::{KeyFile, now};
-use crate::kernel::xdp;
+use crate::kernel::{decap, takeover, xdp};
 
 /// For tables and JSON.
 #[derive(Debug, Serialize)]
@@ -34,20 +34,20 @@ pub fn status(interface: &str, bpffs: &Path, key_file: Option<&Path>) -> Result<
     let pins = pins_of(bpffs, interface);
     pins.check()?;
     let attached = xdp::attached(interface)?;
-    let decap = pins.pinned_program("decap").map(|(_, program)| program);
-    let unwraps = matches!((&attached, &decap), (Some(a), Some(d)) if a.id == d.id);
+    let pinned = pins.pinned_program("decap").map(|(_, program)| program);
+    let unwraps = matches!((&attached, &pinned), (Some(a), Some(d)) if a.id == d.id);
     let takes_over = takeover::is_attached(&pins);
-    let vips = vips(&pins);
+    let vips = decap::vips(&pins);
     let mut problems = Vec::new();
     if !unwraps {
         problems.push(format!(
-            "{interface}: packets are not unwrapped; run `mqtt-fwd real up` (again)"
+            "{interface}: packets are not unwrapped; run `mqtt-fwd host up` (again)"
         ));
     }
     for vip in &vips {
         if !super::net::on_loopback(*vip)? {
             problems.push(format!(
-                "{vip} is not on lo: packets for it go nowhere; run `mqtt-fwd real up` again"
+                "{vip} is not on lo: packets for it go nowhere; run `mqtt-fwd host up` again"
             ));
         }
     }
@@ -60,10 +60,10 @@ pub fn status(interface: &str, bpffs: &Path, key_file: Option<&Path>) -> Result<
         key_epoch = Some(held.epoch);
         if let Some(path) = key_file {
             let file = KeyFile::read(path)?;
-            let wanted = file.image(now());
+            let wanted = file.cookie_keys(now());
             if held.key != wanted.key {
                 problems.push(format!(
-                    "{} holds other keys than the programs; `mqtt-fwd real up` again gives them \
+                    "{} holds other keys than the programs; `mqtt-fwd host up` again gives them \
                      these",
                     path.display()
                 ));
@@ -84,7 +84,7 @@ fn wrong_settings(interface: &str, takes_over: bool, problems: &mut Vec<String>)
         let Some(value) = sysctl::value(&key) else { continue };
         if !sysctl::is_enough(&key, wanted, value) {
             problems.push(format!(
-                "{} = {value}; it has to be {wanted}: `mqtt-fwd real up` again sets it",
+                "{} = {value}; it has to be {wanted}: `mqtt-fwd host up` again sets it",
                 key.replace('/', ".")
             ));
         }

@@ -2,9 +2,10 @@
 
 use clap::Args;
 
+use super::error::Error;
 use super::table::line;
 use crate::config::{BalancerKind, Config};
-use crate::control::{Error, instance};
+use crate::instance;
 use crate::kernel::{adopt, load, unload};
 
 #[derive(Debug, Args)]
@@ -44,10 +45,10 @@ pub fn load(args: &Load, config: &Config) -> Result<(), Error> {
 
 #[derive(Debug, Args)]
 pub struct Unload {
-    /// Only take mqtt_fwd out of the chain; `load` puts it back with all that it knew
+    /// Only take mqtt_fwd out of the chain; `load` puts it back with flows and clients
     #[arg(long)]
     keep_state: bool,
-    /// End a `run` that is at work on the interface, which would put everything back
+    /// Stop the `run` that manages the interface, which would put everything back
     #[arg(long)]
     force: bool,
 }
@@ -57,8 +58,8 @@ impl Unload {
         match instance::find(config) {
             Some(running) if self.force => running.end(config)?,
             Some(running) => {
-                return Err(Error::Busy(format!(
-                    "`run` (pid {}) is at work on {} and would put back what is removed; end it \
+                return Err(Error::Failed(format!(
+                    "`run` (pid {}) manages {} and would put back what is removed; stop it \
                      first, or use --force, which does that",
                     running.pid, config.interface
                 )));

@@ -5,10 +5,12 @@ use std::net::IpAddr;
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::block_on;
+use super::error::Error;
 use super::table::line;
+use crate::api::Run;
 use crate::config::edit::{self, Change as Edit, RouteKey};
 use crate::config::{Config, address};
-use crate::control::{Error, api, instance};
+use crate::instance;
 
 #[derive(Debug, Args)]
 pub struct Change {
@@ -93,7 +95,7 @@ enum What {
         #[arg(value_parser = address)]
         real: IpAddr,
     },
-    /// Change a broker's share of new connections; 0: none
+    /// Change a broker's weight, its share of new connections; 0: none
     SetWeight {
         group: String,
         #[arg(value_parser = address)]
@@ -106,15 +108,11 @@ impl Change {
     pub fn run(self, config: &Config) -> Result<(), Error> {
         let (service, file) = (self.service.as_deref(), config.path.display());
         let change = self.what.into();
-        if let Some(running) = instance::find(config) {
-            if !running.reads(config) {
-                return Err(Error::Refused(format!(
-                    "`run` (pid {}) works by {}, and not by {file}",
-                    running.pid,
-                    running.config.display()
-                )));
-            }
-            block_on(api::change(config, service, &change, self.persist))?;
+        if instance::find(config).is_some() {
+            block_on(async {
+                let mut run = Run::require(config, "changing services").await?;
+                run.change(service, &change, self.persist).await
+            })?;
             line(&if self.persist {
                 format!("in force, and in {file}")
             } else {
@@ -123,8 +121,8 @@ impl Change {
             return Ok(());
         }
         if !self.persist {
-            return Err(Error::Busy(format!(
-                "no `run` is at work on {}; --persist changes {file}",
+            return Err(Error::Failed(format!(
+                "`mqtt-fwd run` is not running on {}; --persist changes {file}",
                 config.interface
             )));
         }

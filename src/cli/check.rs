@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 
 use serde::Serialize;
 
+use super::error::Error;
 use super::table::{self, Output, counted, line};
 use crate::config::{Binding, Config, Group, Service};
-use crate::control::Error;
-use crate::control::reconcile::plan;
 use crate::datapath::Datapath;
+use crate::datapath::plan::MapPlan;
 use crate::handover::keys::{KeyFile, now};
 use crate::kernel::xdp;
 
@@ -16,7 +16,7 @@ pub fn check(config: &Config) -> Result<(), Error> {
     // Where another configuration is in force, both have to fit for a moment.
     if let Ok(datapath) = Datapath::open(&config.pins()) {
         let mtu = xdp::interface_mtu(&config.interface)?;
-        plan::plan_maps(config, &datapath, mtu)?;
+        MapPlan::of(config, &datapath, mtu)?;
     }
     line(&format!("{}: valid", config.path.display()));
     for service in &config.services {
@@ -62,7 +62,7 @@ fn handover(config: &Config, service: &Service) {
     let list: Vec<_> = hosts.into_iter().collect();
     line(&format!(
         "  binding = \"delayed\": each broker host ({}) needs Linux 6.9 or later and \
-         `mqtt-fwd real up --handover-key FILE`; `mqtt-fwd real status` there says what is missing",
+         `mqtt-fwd host up --handover-key FILE`; `mqtt-fwd host status` there says what is missing",
         list.join(", ")
     ));
     match KeyFile::read(&config.handover_key) {

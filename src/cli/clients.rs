@@ -2,17 +2,21 @@
 
 use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, Read};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
+use super::error::Error;
+use super::from_run_or;
 use super::table::{self, Output, age, mark};
-use super::{block_on, or_here};
+use crate::clients::ClientsError;
+use crate::clients::format::{Format, export, import};
+use crate::clients::validate::validate;
 use crate::config::Config;
-use crate::control::known::{self, Format, Known};
-use crate::control::view::{self, Names};
-use crate::control::{Error, api};
 use crate::datapath::Datapath;
+use crate::datapath::clients::{Client, clients, restore, snapshot};
+use crate::datapath::names::Names;
+use crate::domain::client_record::ClientRecord;
 
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true)]
@@ -25,12 +29,12 @@ pub struct Clients {
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// Print what is known of all clients, those learned last first
+    /// Print all clients' records, those learned last first
     Export {
         #[arg(long, value_enum, default_value = "csv")]
         format: Format,
     },
-    /// Make clients known, so that their first connections go where they belong; what the datapath has
+    /// Import records, so that clients' first connections go where they belong; what the datapath has
     /// learned itself stays
     Import {
         /// Columns service, by (address or client_id), client, topic; or lines as "export --format json"
@@ -44,50 +48,37 @@ enum What {
 
 impl Clients {
     pub fn run(self, config: &Config) -> Result<(), Error> {
-        let datapath = || Datapath::open(&config.pins());
         match self.what {
             None => show(config, self.output),
             Some(What::Export { format }) => {
-                let records = match block_on(api::export_clients(config))? {
-                    Some(records) => records
-                        .into_iter()
-                        .map(Known::try_from)
-                        .collect::<Result<_, _>>()
-                        .map_err(Error::Refused)?,
-                    None => known::collect(config, &datapath()?, usize::MAX)?,
-                };
+                let records = from_run_or(
+                    config,
+                    async |mut run| run.export_clients().await,
+                    async || Ok(snapshot(config, &Datapath::open(&config.pins())?, usize::MAX)?),
+                )?;
                 let mut text = Vec::new();
-                known::export(&records, format, &mut text)
+                export(&records, format, &mut text)
                     .map_err(|source| Error::Io { what: "the export".to_owned(), source })?;
                 table::line(String::from_utf8_lossy(&text).trim_end());
                 Ok(())
             }
             Some(What::Import { file, format }) => {
-                let name = file.display().to_string();
-                let opened: io::Result<Box<dyn Read>> = if name == "-" {
-                    Ok(Box::new(io::stdin()))
-                } else {
-                    File::open(&file).map(|file| Box::new(file) as Box<dyn Read>)
-                };
-                let of_file = |source| Error::Io { what: name.clone(), source };
-                let mut reader = BufReader::new(opened.map_err(of_file)?);
-                let begin = reader.fill_buf().map_err(of_file)?.first();
-                let found = if begin == Some(&b'{') { Format::Json } else { Format::Csv };
-                let format = format.unwrap_or(found);
-                let records = known::import(config, format, reader).map_err(|why| {
-                    Error::Refused(format!("{name}: {why}; nothing was imported"))
-                })?;
-                let done = match block_on(api::import_clients(config, &records))? {
-                    Some(done) => done,
-                    None => known::restore(config, &datapath()?, records)?,
-                };
+                let records = read(&file, format)?;
+                validate(config, &records).map_err(ClientsError::from)?;
+                let done = from_run_or(
+                    config,
+                    async |mut run| run.import_clients(&records).await,
+                    async || {
+                        Ok(restore(config, &Datapath::open(&config.pins())?, records.clone())?)
+                    },
+                )?;
                 let instead = match done.without_group {
                     0 => String::new(),
                     n => format!(", {n} whose groups are not in force (`mqtt-fwd apply`)"),
                 };
                 table::line(&format!(
-                    "{} clients made known; {} were already{instead}",
-                    done.added, done.known_already
+                    "{} clients imported; {} had been learned already{instead}",
+                    done.added, done.already_learned
                 ));
                 Ok(())
             }
@@ -95,11 +86,31 @@ impl Clients {
     }
 }
 
+fn read(path: &Path, format: Option<Format>) -> Result<Vec<ClientRecord>, Error> {
+    let opened: io::Result<Box<dyn Read>> = if path == Path::new("-") {
+        Ok(Box::new(io::stdin()))
+    } else {
+        File::open(path).map(|file| Box::new(file) as Box<dyn Read>)
+    };
+    let failed = |source| ClientsError::Io { path: path.to_owned(), source };
+    let mut reader = BufReader::new(opened.map_err(failed)?);
+    let begin = reader.fill_buf().map_err(failed)?.first();
+    let found = if begin == Some(&b'{') { Format::Json } else { Format::Csv };
+    let records = import(format.unwrap_or(found), reader)
+        .map_err(|source| ClientsError::Format { path: path.to_owned(), source })?;
+    Ok(records)
+}
+
 fn show(config: &Config, output: Output) -> Result<(), Error> {
-    let rows = or_here(api::clients(config), || {
-        let datapath = Datapath::open(&config.pins())?;
-        view::clients(&datapath, &Names::read(config, &datapath)?)?.collect()
-    })?;
+    let rows: Vec<Client> = from_run_or(
+        config,
+        async |mut run| run.clients().await,
+        async || {
+            let datapath = Datapath::open(&config.pins())?;
+            let names = Names::read(config, &datapath)?;
+            Ok(clients(&datapath, &names)?.collect::<Result<_, _>>()?)
+        },
+    )?;
     if output.json {
         table::json(&rows);
         return Ok(());

@@ -1,20 +1,30 @@
 //! `doctor`: what stands in the way of packets.
 
 use super::block_on;
-use super::table::{self, Output, complain, line};
+use super::error::Error;
+use super::table::{self, Output, line};
+use crate::api::{ApiError, Run};
 use crate::config::Config;
-use crate::control::doctor::examine;
-use crate::control::{Error, api};
+use crate::inspect::Context;
+use crate::inspect::doctor::{Finding, examine};
 
-pub fn doctor(config: &Config, output: Output) -> Result<(), Error> {
-    let found = block_on(async {
-        match api::diagnose(config).await {
-            Ok(Some(found)) => return Ok(found),
-            Ok(None) => {}
-            Err(error) => complain(&format!("{error}; looking from here instead")),
+/// `run` looks, and where it does not answer or there is none, this process.
+async fn findings(config: Config) -> Result<Vec<Finding>, ApiError> {
+    match Run::find(&config).await {
+        Ok(Some(mut run)) => run.diagnose().await,
+        Ok(None) => Ok(examine(&Context::outside(config)).await),
+        Err(silent @ ApiError::NotAnswering { .. }) => {
+            let mut found = examine(&Context::outside(config)).await;
+            found.push(Finding::fault("run", silent.to_string(), "systemctl restart mqtt-fwd"));
+            Ok(found)
         }
-        Ok(examine(config).await)
-    })?;
+        Err(error) => Err(error),
+    }
+}
+
+pub fn doctor(config: Config, output: Output) -> Result<(), Error> {
+    let interface = config.interface.clone();
+    let found = block_on(findings(config))?;
     if output.json {
         table::json(&found);
     } else {
@@ -35,8 +45,5 @@ pub fn doctor(config: &Config, output: Output) -> Result<(), Error> {
     if faults == 0 {
         return Ok(());
     }
-    Err(Error::Unhealthy {
-        interface: config.interface.clone(),
-        problems: table::counted(faults, "fault"),
-    })
+    Err(Error::Unhealthy { interface, problems: table::counted(faults, "fault") })
 }

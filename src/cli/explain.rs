@@ -5,11 +5,14 @@ use std::net::SocketAddr;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
-use super::or_here;
+use super::error::Error;
+use super::from_run_or;
 use super::table::{self, Output, age, line};
 use crate::config::Config;
-use crate::control::api::{self, proto};
-use crate::control::{Error, explain};
+use crate::inspect::Context;
+use crate::inspect::explain::{
+    self, BeatenRoute, ClientExplanation, FlowExplanation, TopicExplanation, Trial,
+};
 
 #[derive(Debug, Args)]
 pub struct Explain {
@@ -22,14 +25,14 @@ pub struct Explain {
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// Which route a topic takes, and which it beats
+    /// The route that a topic takes, and those that it beats
     Topic { topic: String },
-    /// What is known of a client, and what its next connections would come to
+    /// A client's record, and the outcome of its next connections
     Client {
-        /// Its address, or its client id where those are what clients are known by
+        /// Its address, or its client id where clients are identified by that
         client: String,
     },
-    /// What a connection is bound to, by what, and which real has it
+    /// The group of a connection, how it was bound, and which real has it
     Flow {
         #[arg(value_name = "ADDRESS:PORT")]
         client: SocketAddr,
@@ -38,18 +41,31 @@ enum What {
 
 impl Explain {
     pub fn run(&self, config: &Config) -> Result<(), Error> {
+        let here = || Context::outside(config.clone());
         match &self.what {
             What::Topic { topic } => {
-                let from_run = api::explain_topic(config, topic);
-                self.print(&or_here(from_run, || explain::topic(config, topic))?, show_topic);
+                let found = from_run_or(
+                    config,
+                    async |mut run| run.explain_topic(topic).await,
+                    async || Ok(explain::topic(config, topic)?),
+                )?;
+                self.print(&found, show_topic);
             }
             What::Client { client } => {
-                let from_run = api::explain_client(config, client);
-                self.print(&or_here(from_run, || explain::client(config, client))?, show_client);
+                let found = from_run_or(
+                    config,
+                    async |mut run| run.explain_client(client).await,
+                    async || Ok(explain::client(&here(), client)?),
+                )?;
+                self.print(&found, show_client);
             }
             What::Flow { client } => {
-                let from_run = api::explain_flow(config, *client);
-                self.print(&or_here(from_run, || explain::flow(config, *client))?, show_flow);
+                let found = from_run_or(
+                    config,
+                    async |mut run| run.explain_flow(*client).await,
+                    async || Ok(explain::flow(&here(), *client)?),
+                )?;
+                self.print(&found, show_flow);
             }
         }
         Ok(())
@@ -68,15 +84,15 @@ fn item(name: &str, text: &str) {
     line(&format!("  {name:<12}{text}"));
 }
 
-fn show_topic(t: &proto::TopicExplanation) {
+fn show_topic(t: &TopicExplanation) {
     line(&format!("topic {}, service {}", t.topic, t.service));
     show_route(t);
 }
 
-fn show_route(t: &proto::TopicExplanation) {
+fn show_route(t: &TopicExplanation) {
     item("route", t.route.as_deref().unwrap_or("none matches: the default group"));
     for beaten in &t.beaten {
-        let proto::BeatenRoute { route, belongs_to, at_level } = beaten;
+        let BeatenRoute { route, belongs_to, at_level } = beaten;
         item("", &format!("before {route} ({belongs_to}), less specific at level {at_level}"));
     }
     if t.reals.is_empty() {
@@ -86,10 +102,10 @@ fn show_route(t: &proto::TopicExplanation) {
     }
 }
 
-fn show_client(c: &proto::ClientExplanation) {
-    let Some(record) = &c.record else { return };
-    let by = record.by.replace('_', " ");
-    line(&format!("client {}, service {}, known by its {by}", record.client, record.service));
+fn show_client(c: &ClientExplanation) {
+    let record = &c.record;
+    let by = record.by.key().replace('_', " ");
+    line(&format!("client {}, service {}, identified by {by}", record.client, record.service));
     if !record.topic.is_empty() {
         item("last topic", &format!("{}, {} ago", record.topic, age(record.age_s)));
     }
@@ -109,38 +125,43 @@ fn show_client(c: &proto::ClientExplanation) {
             item("note", text);
         }
     }
-    for proto::Trial { opening, group, bound_by, why } in &c.trials {
+    for Trial { opening, group, bound_by, fallback_reason } in &c.trials {
         let outcome = match group {
-            Some(group) => format!("to {group}, by {}", because(bound_by, why.as_deref())),
+            Some(group) => {
+                format!("to {group}, by {}", because(bound_by, fallback_reason.as_deref()))
+            }
             None => "answered; the first message decides".to_owned(),
         };
         item("next", &format!("{opening}: {outcome}"));
     }
     for flow in &c.flows {
-        let by = because(&flow.bound_by, flow.why.as_deref());
+        let by = because(&flow.bound_by, flow.fallback_reason.as_deref());
         item("flow", &format!("{}: to {}, by {by}, {}", flow.client, flow.group, flow.state));
     }
 }
 
-fn because(by: &str, why: Option<&str>) -> String {
-    why.map_or_else(|| by.to_owned(), |why| format!("{by} (no better: {why})"))
+fn because(by: &str, reason: Option<&str>) -> String {
+    reason.map_or_else(|| by.to_owned(), |reason| format!("{by} (fallback: {reason})"))
 }
 
-fn show_flow(f: &proto::FlowExplanation) {
-    let Some(row) = &f.flow else { return };
+fn show_flow(f: &FlowExplanation) {
+    let row = &f.flow;
     line(&format!("flow {}, service {}", row.client, row.service));
     if !row.client_id.is_empty() {
         item("client id", &row.client_id);
     }
-    item("bound to", &format!("{}, by {}", row.group, because(&row.bound_by, row.why.as_deref())));
+    item(
+        "bound to",
+        &format!("{}, by {}", row.group, because(&row.bound_by, row.fallback_reason.as_deref())),
+    );
     match &f.real {
         Some(real) => item("real", &format!("{real}, as the balancer says")),
         None => item("real", "the balancer does not say"),
     }
     item("state", &row.state);
-    if let Some(topic) = &f.topic {
-        item("last topic", &topic.topic);
-        show_route(topic);
+    if let Some(route) = &f.route {
+        item("last topic", &route.topic);
+        show_route(route);
     }
     if row.misrouted {
         item("note", "its last topic belongs to another group than it is bound to");

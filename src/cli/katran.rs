@@ -7,14 +7,14 @@ use std::path::Path;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
+use super::error::Error;
 use super::table::{self, Output, line};
 use super::{DEFAULT_CONFIG, block_on};
 use crate::balancer::client::{Client, Stats};
 use crate::balancer::flags::{flag, flag_names};
-use crate::balancer::listeners;
-use crate::balancer::{VerbatimVip, mac_text};
+use crate::balancer::{VerbatimVip, by_hand, listeners};
 use crate::config::{Config, ConfigError, address, endpoint, mac};
-use crate::control::{Error, vips};
+use crate::domain::vip::mac_text;
 
 #[derive(Debug, Args)]
 pub struct Katran {
@@ -63,7 +63,7 @@ enum Action {
         /// Address of the real, without a port
         #[arg(value_parser = address)]
         real: IpAddr,
-        /// Its share of new connections, 1 to 1000
+        /// Its weight, the share of new connections, 1 to 1000
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
         weight: u32,
     },
@@ -98,15 +98,15 @@ impl Katran {
             | Action::DelReal { vip, .. } => Some(vip),
         };
         if let (Some(verbatim), Ok(config)) = (changed, &config) {
-            vips::refuse_groups(verbatim, config)?;
+            by_hand::refuse_groups(verbatim, config)?;
         }
         block_on(async {
             let mut client = Client::connect(&endpoint).await?;
-            self.action.run(&mut client).await
+            self.action.run(&mut client).await as Result<(), Error>
         })
         .map_err(|error| match listeners::listeners(&endpoint).as_slice() {
             [] | [_] => error,
-            several => Error::Busy(format!(
+            several => Error::Failed(format!(
                 "{error}; {} servers listen at {endpoint}, each with a state of its own, and any of \
                  them gets a call: {}",
                 several.len(),
@@ -147,40 +147,40 @@ impl Action {
                 Ok(())
             }
             Self::Mac { set: Some(mac) } => {
-                vips::set_mac(client, mac).await?;
+                by_hand::set_mac(client, mac).await?;
                 line(&format!("gateway's MAC address is {}", mac_text(mac)));
                 Ok(())
             }
             Self::AddVip { vip, flags } => {
-                let vip = vips::canonical(&vip)?;
-                let now = vips::add(client, vip, all_of(flags)).await?;
+                let vip = by_hand::canonical(&vip)?;
+                let now = by_hand::add(client, vip, all_of(flags)).await?;
                 line(&format!("{vip} has flags {}", flag_names(now)));
                 Ok(())
             }
             Self::ClearFlags { vip, flags } => {
-                let vip = vips::canonical(&vip)?;
-                let now = vips::clear_flags(client, vip, all_of(flags)).await?;
+                let vip = by_hand::canonical(&vip)?;
+                let now = by_hand::clear_flags(client, vip, all_of(flags)).await?;
                 line(&format!("{vip} has flags {}", flag_names(now)));
                 Ok(())
             }
             Self::DelVip { vip } => {
-                if let Some(other) = vips::delete(client, vip.clone()).await? {
+                if let Some(other) = by_hand::delete(client, vip.clone()).await? {
                     line(&format!(
-                        "{other} is written anew, as the two had one entry in the datapath"
+                        "{other} is rewritten, as the two had one entry in the datapath"
                     ));
                 }
                 line(&format!("{vip} is removed"));
                 Ok(())
             }
             Self::AddReal { vip, real, weight } => {
-                let vip = vips::canonical(&vip)?;
-                vips::add_real(client, vip, real, weight).await?;
+                let vip = by_hand::canonical(&vip)?;
+                by_hand::add_real(client, vip, real, weight).await?;
                 line(&format!("{vip} has {real} with weight {weight}"));
                 Ok(())
             }
             Self::DelReal { vip, real } => {
-                let vip = vips::canonical(&vip)?;
-                vips::delete_real(client, vip, real).await?;
+                let vip = by_hand::canonical(&vip)?;
+                by_hand::delete_real(client, vip, real).await?;
                 line(&format!(
                     "{vip} has no {real} any more; its established connections stay there"
                 ));
@@ -262,7 +262,7 @@ async fn stats(client: &mut Client, output: Output) -> Result<(), Error> {
         &["of all VIPs", ">count", "meaning"],
         [
             ("packets", totals.packets, "all of them"),
-            ("lru_miss", totals.lru_misses, "packets without a known connection"),
+            ("lru_miss", totals.lru_misses, "packets whose connection is in no table"),
             ("lru_miss_syn", totals.misses_syn, "of these: new connections"),
             (
                 "lru_miss_other",

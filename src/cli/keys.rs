@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
+use super::error::Error;
 use super::table::{self, Output, age};
-use crate::control::Error;
 use crate::handover::keys::{KeyFile, now};
 
 #[derive(Debug, Args)]

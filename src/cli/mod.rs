@@ -5,35 +5,31 @@ mod change;
 mod check;
 mod clients;
 mod doctor;
+mod error;
+mod events;
 mod explain;
+mod host;
 mod katran;
 mod keys;
-mod real;
 mod reals;
 mod replay;
-mod sidecar;
+mod run;
 mod status;
 mod table;
 mod tables;
+#[cfg(feature = "top")]
 mod top;
-mod trace;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{CommandFactory as _, Parser, Subcommand};
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
+use self::error::{DONE, Error, USAGE};
+use crate::api::{self, Run};
 use crate::config::Config;
-use crate::control::{Error, api};
 
 const DEFAULT_CONFIG: &str = "/etc/mqtt-fwd/config.toml";
-
-/// Done.
-const DONE: u8 = 0;
-/// Something failed that is not the user's input.
-const FAILED: u8 = 1;
-/// The command line or the configuration is wrong.
-const USAGE: u8 = 2;
 
 #[derive(Debug, Parser)]
 #[command(
@@ -41,7 +37,7 @@ const USAGE: u8 = 2;
     version,
     about = "MQTT load balancing by topic, at XDP speed, in front of Katran",
     after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage or configuration.\n\
-                  Start with `mqtt-fwd check`, then `mqtt-fwd run`; docs/ has the rest."
+                  Start with `mqtt-fwd check`, then `mqtt-fwd run`. docs/ has the rest."
 )]
 struct Cli {
     /// The configuration file
@@ -75,60 +71,61 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Check the configuration and say what it means
-    Check,
-    /// Put mqtt_fwd into the chain on the interface
-    Load(chain::Load),
-    /// Take programs and pins out again, or only mqtt_fwd
-    Unload(chain::Unload),
-    /// Bring groups, reals, services and routes to what the configuration says
-    Apply(sidecar::Apply),
-    /// Print what of the configuration file is not in force; ends with 1 if anything is not
-    Diff,
-    /// Change routes, groups and reals at run time
-    Change(change::Change),
     /// Load, apply and watch, in the foreground; SIGHUP reloads the configuration
     Run,
-    /// Run only the embedded balancer, in the foreground
+    /// Run the embedded balancer alone, in the foreground
     Balancer,
-    /// Show chain, services, balancer and counters
+    /// Run the relay, in the foreground: it routes each message to its group
+    Relay,
+    /// Check the configuration file and summarize it
+    Check,
+    /// Show the state of chain, balancer and services, with counters
     Status(status::Show),
-    /// Look for what stands in packets' way: host, interface, chain, balancer, brokers, clients
+    /// Follow the packet path and report whatever blocks it
     Doctor(table::Output),
+    /// Show groups, reals, topics and clients on one screen, with rates
+    #[cfg(feature = "top")]
+    Top(top::Top),
     /// Show clients with their predictions; export and import them
     Clients(clients::Clients),
     /// Show flows with their groups
     Flows(table::Output),
     /// Show routes
     Routes(table::Output),
-    /// Say why a topic, client or flow goes where it goes
-    Explain(explain::Explain),
     /// Show groups with their reals and traffic
     Groups(table::Output),
-    /// Show reals with the state of their checks
+    /// Show reals with their health
     Reals(table::Output),
-    /// Give a real no new connections; established ones stay
-    Drain(reals::Drain),
-    /// Give it new connections again
-    Undrain(reals::Undrain),
-    /// Show what packets met, by reason
+    /// Show packet counters by reason
     Counters(tables::Counters),
-    /// Show groups, reals, topics and clients of several groups on one screen, with rates
-    Top(top::Top),
     /// Print events as they happen: bound, learned, mispredicted, …
-    Trace(trace::Trace),
-    /// Say what would become of captured traffic: which group gets what, what is lost and why
+    Events(events::Events),
+    /// Explain why a topic, client or flow goes where it goes
+    Explain(explain::Explain),
+    /// Replay a capture and report where each message would go
     Replay(replay::Replay),
-    /// Show and change what the balancer holds: VIPs, reals, weights, flags, statistics
+    /// Show what differs between the file and the running state; exits with 1 if anything does
+    Diff,
+    /// Load mqtt_fwd into the interface's XDP chain
+    Load(chain::Load),
+    /// Detach and unpin all programs, or only mqtt_fwd
+    Unload(chain::Unload),
+    /// Bring groups, reals, services and routes to what the file says
+    Apply(run::Apply),
+    /// Change routes, groups and reals at run time
+    Change(change::Change),
+    /// Stop sending new connections to a real; established ones continue
+    Drain(reals::Drain),
+    /// Put a drained real back into use
+    Undrain(reals::Undrain),
+    /// Show and change the balancer's VIPs, reals, weights and flags; show its statistics
     Katran(katran::Katran),
-    /// Make, change and show the key that delayed binding shares with the broker hosts
+    /// Create, rotate and show the key that delayed binding shares with broker hosts
     Keys(keys::Keys),
-    /// Run the relay, in the foreground: every message its group, many brokers as one
-    Relay,
     /// Prepare a broker host for direct server return, or undo it
-    Real(real::Real),
-    /// Make the other end of a veth pair take what a native XDP program sends
-    VethPeer(real::VethPeer),
+    Host(host::Host),
+    /// Attach a pass-all XDP program to a veth peer, so that XDP_TX reaches it
+    VethPeer(host::VethPeer),
     /// Print the manual page
     #[command(hide = true)]
     Man,
@@ -139,10 +136,44 @@ enum Command {
     },
 }
 
+/// The commands as `--help` lists them.
+const GROUPS: [(&str, &[&str]); 5] = [
+    ("Daemons", &["run", "balancer", "relay"]),
+    (
+        "Inspect",
+        &[
+            "check", "status", "doctor", "top", "diff", "explain", "replay", "events", "counters",
+            "flows", "clients", "routes", "groups", "reals",
+        ],
+    ),
+    ("Change", &["apply", "change", "drain", "undrain", "load", "unload", "katran"]),
+    ("Broker hosts", &["host", "keys", "veth-peer"]),
+    ("Other", &["completions", "help"]),
+];
+
+/// The command line, with its commands under headings.
+fn command() -> clap::Command {
+    let mut command = Cli::command();
+    command.build();
+    let mut list = String::new();
+    for (heading, names) in GROUPS {
+        let there = names.iter().filter_map(|name| command.find_subcommand(name));
+        list.push_str(&format!("\n{heading}:\n"));
+        for one in there {
+            let about = one.get_about().map(ToString::to_string).unwrap_or_default();
+            list.push_str(&format!("  {:<12} {about}\n", one.get_name()));
+        }
+    }
+    Cli::command().help_template(format!(
+        "{{about}}\n\n{{usage-heading}} {{usage}}\n{list}\nOptions:\n{{options}}\n\n{{after-help}}"
+    ))
+}
+
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
     // clap ends the process with 2 on wrong usage, and with 0 after --help.
-    let cli = Cli::parse();
+    let parsed = Cli::from_arg_matches(&command().get_matches());
+    let cli = parsed.unwrap_or_else(|error| error.exit());
     if let Err(problem) = crate::telemetry::init(&cli.log, cli.log_format) {
         table::complain(&problem);
         return USAGE.into();
@@ -151,36 +182,26 @@ pub fn main() -> ExitCode {
         Ok(()) => DONE.into(),
         Err(error) => {
             table::complain(&error.to_string());
-            exit_code(&error).into()
+            error.exit_code().into()
         }
-    }
-}
-
-fn exit_code(error: &Error) -> u8 {
-    match error {
-        Error::Config(_) | Error::Edit(_) | Error::Refused(_) | Error::Key(_) => USAGE,
-        _ => FAILED,
     }
 }
 
 fn run(cli: Cli) -> Result<(), Error> {
     let config = || Config::load(&cli.config);
-    // What `run` works by may have been changed since it was read from the file.
-    let in_force = || -> Result<Config, Error> {
-        let config = config()?;
-        Ok(block_on(async { Ok(api::in_force(&config).await) })?.unwrap_or(config))
-    };
+    // What is in force may have been changed since it was read from the file.
+    let in_force = || -> Result<Config, Error> { block_on(api::in_force(config()?)) };
     match cli.command {
         Command::Check => check::check(&config()?),
         Command::Load(args) => chain::load(&args, &config()?),
         Command::Unload(args) => args.run(&config()?),
         Command::Apply(args) => args.run(&config()?),
-        Command::Diff => sidecar::diff(&config()?),
+        Command::Diff => run::diff(config()?),
         Command::Change(args) => args.run(&config()?),
-        Command::Run => sidecar::run(config()?),
-        Command::Balancer => sidecar::balancer(&config()?),
-        Command::Status(args) => args.run(&in_force()?),
-        Command::Doctor(output) => doctor::doctor(&in_force()?, output),
+        Command::Run => run::run(config()?),
+        Command::Balancer => run::balancer(&config()?),
+        Command::Status(args) => args.run(config()?),
+        Command::Doctor(output) => doctor::doctor(config()?, output),
         Command::Clients(args) => args.run(&in_force()?),
         Command::Flows(output) => tables::flows(&in_force()?, output),
         Command::Routes(output) => {
@@ -192,18 +213,19 @@ fn run(cli: Cli) -> Result<(), Error> {
         Command::Drain(args) => args.run(&in_force()?),
         Command::Undrain(args) => args.run(&in_force()?),
         Command::Counters(args) => args.run(&in_force()?),
+        #[cfg(feature = "top")]
         Command::Top(args) => args.run(&in_force()?),
-        Command::Trace(args) => args.run(&in_force()?),
+        Command::Events(args) => args.run(&in_force()?),
         Command::Explain(args) => args.run(&in_force()?),
         Command::Replay(args) => args.run(&config()?),
         Command::Katran(args) => args.run(config().map_err(Error::from)),
         Command::Keys(args) => args.run(),
         Command::Relay => crate::relay::run(&config()?).map_err(Error::from),
-        Command::Real(args) => args.run(),
+        Command::Host(args) => args.run(),
         Command::VethPeer(args) => args.run(),
         Command::Man => {
             let mut text = Vec::new();
-            clap_mangen::Man::new(Cli::command())
+            clap_mangen::Man::new(command())
                 .render(&mut text)
                 .map_err(|source| Error::Io { what: "the manual page".to_owned(), source })?;
             table::line(String::from_utf8_lossy(&text).trim_end());
@@ -211,7 +233,7 @@ fn run(cli: Cli) -> Result<(), Error> {
         }
         Command::Completions { shell } => {
             let mut text = Vec::new();
-            clap_complete::generate(shell, &mut Cli::command(), "mqtt-fwd", &mut text);
+            clap_complete::generate(shell, &mut command(), "mqtt-fwd", &mut text);
             table::line(String::from_utf8_lossy(&text).trim_end());
             Ok(())
         }
@@ -219,16 +241,25 @@ fn run(cli: Cli) -> Result<(), Error> {
 }
 
 /// What `run` says, and where there is none, what can be seen from here.
-fn or_here<T>(
-    from_run: impl Future<Output = Result<Option<T>, Error>>,
-    here: impl FnOnce() -> Result<T, Error>,
+fn from_run_or<T>(
+    config: &Config,
+    ask: impl AsyncFnOnce(Run) -> api::Result<T>,
+    here: impl AsyncFnOnce() -> Result<T, Error>,
 ) -> Result<T, Error> {
-    block_on(from_run)?.map_or_else(here, Ok)
+    block_on(async {
+        match Run::find(config).await? {
+            Some(run) => Ok(ask(run).await?),
+            None => here().await,
+        }
+    })
 }
 
 /// Waits for what talks to `run` or the balancer.
-fn block_on<T>(future: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-    executor()?.block_on(future)
+fn block_on<T, E>(future: impl Future<Output = Result<T, E>>) -> Result<T, Error>
+where
+    Error: From<E>,
+{
+    Ok(executor()?.block_on(future)?)
 }
 
 fn executor() -> Result<tokio::runtime::Runtime, Error> {
@@ -246,6 +277,18 @@ mod tests {
 
     #[test]
     fn the_command_line_is_sound() {
-        Cli::command().debug_assert();
+        command().debug_assert();
+    }
+
+    #[test]
+    fn help_lists_each_command_once() {
+        let mut cli = Cli::command();
+        cli.build();
+        let shown = cli.get_subcommands().filter(|c| !c.is_hide_set()).map(clap::Command::get_name);
+        let mut shown: Vec<_> = shown.collect();
+        let mut listed: Vec<_> = GROUPS.iter().flat_map(|(_, names)| *names).copied().collect();
+        shown.sort_unstable();
+        listed.sort_unstable();
+        assert_eq!(shown, listed);
     }
 }

@@ -6,10 +6,10 @@ use clap::Args;
 use serde::Serialize;
 
 use super::block_on;
+use super::error::Error;
 use super::table::{self, Output, counted, line};
+use crate::api::Run;
 use crate::config::{Config, address};
-use crate::control::Error;
-use crate::control::api::{self, proto};
 
 #[derive(Serialize)]
 struct Row {
@@ -23,9 +23,7 @@ struct Row {
 }
 
 pub fn reals(config: &Config, output: Output) -> Result<(), Error> {
-    let reals = block_on(api::reals(config))?.ok_or_else(|| {
-        Error::Busy(format!("no `run` is at work on {}; it is what checks", config.interface))
-    })?;
+    let reals = block_on(async { Run::require(config, "this table").await?.reals().await })?;
     let rows: Vec<Row> = reals
         .into_iter()
         .map(|real| Row {
@@ -59,7 +57,7 @@ pub struct Drain {
     #[arg(value_parser = address)]
     real: IpAddr,
 
-    /// Also end its connections, so many a second, each with DISCONNECT when its client sends next
+    /// Also end its connections, this many per second, each with DISCONNECT when its client sends next
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     end_per_second: Option<u32>,
 }
@@ -73,23 +71,21 @@ pub struct Undrain {
 
 impl Drain {
     pub fn run(&self, config: &Config) -> Result<(), Error> {
-        let request = proto::SetDrainRequest {
-            address: self.real.to_string(),
-            drained: true,
-            end_per_second: self.end_per_second.unwrap_or_default(),
-        };
-        let done = block_on(api::set_drain(config, request))?;
+        let per_second = self.end_per_second.unwrap_or_default();
+        let done = block_on(async {
+            Run::require(config, "a drain").await?.drain(self.real, per_second).await
+        })?;
         let established = match self.end_per_second {
             Some(n) => format!(
-                "{} of it end as their clients send, {n} a second",
-                counted(done.ending as usize, "connection")
+                "{} of it end as their clients send, {n} per second",
+                counted(done.ending, "connection")
             ),
             None => "established ones stay until they end".to_owned(),
         };
         line(&format!(
             "{}: no new connections in {}; {established} (`mqtt-fwd undrain {0}` takes it back)",
             self.real,
-            counted(done.groups as usize, "group")
+            counted(done.groups, "group")
         ));
         Ok(())
     }
@@ -97,13 +93,12 @@ impl Drain {
 
 impl Undrain {
     pub fn run(&self, config: &Config) -> Result<(), Error> {
-        let request =
-            proto::SetDrainRequest { address: self.real.to_string(), ..Default::default() };
-        let done = block_on(api::set_drain(config, request))?;
+        let done =
+            block_on(async { Run::require(config, "a drain").await?.undrain(self.real).await })?;
         line(&format!(
             "{}: gets new connections in {} again",
             self.real,
-            counted(done.groups as usize, "group")
+            counted(done.groups, "group")
         ));
         Ok(())
     }

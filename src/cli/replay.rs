@@ -1,4 +1,4 @@
-//! `replay`: what would become of captured traffic.
+//! `replay`: the outcome of captured traffic.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -7,10 +7,10 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 
+use super::error::Error;
 use super::table::{self, Output, counted, line};
 use crate::config::Config;
-use crate::control::Error;
-use crate::control::replay::{Message, Outcome, Report, replay};
+use crate::replay::{Message, Outcome, Report, replay};
 
 #[derive(Debug, Args)]
 pub struct Replay {
@@ -77,7 +77,7 @@ impl Replay {
                     "bound by",
                 ],
                 report.messages.iter().map(|m| {
-                    let bound_by = m.why.map_or_else(
+                    let bound_by = m.fallback_reason.map_or_else(
                         || m.bound_by.to_owned(),
                         |why| format!("{} ({why})", m.bound_by),
                     );
@@ -108,14 +108,15 @@ impl Replay {
             }),
         );
         line("");
-        let mut ways: BTreeMap<String, usize> = BTreeMap::new();
+        let mut bound_by: BTreeMap<String, usize> = BTreeMap::new();
         for message in &report.messages {
-            let why = message.why.map(|why| format!(" ({why})")).unwrap_or_default();
-            *ways.entry(format!("{}{why}", message.bound_by)).or_default() += 1;
+            let reason = message.fallback_reason.map(|reason| format!(" ({reason})"));
+            let text = format!("{}{}", message.bound_by, reason.unwrap_or_default());
+            *bound_by.entry(text).or_default() += 1;
         }
         table::print(
             &["connection bound by", ">messages"],
-            ways.into_iter().map(|(way, n)| vec![way, n.to_string()]),
+            bound_by.into_iter().map(|(text, n)| vec![text, n.to_string()]),
         );
     }
 

@@ -3,11 +3,14 @@
 use clap::Args;
 use serde::Serialize;
 
+use super::block_on;
+use super::error::Error;
 use super::table::{self, Output, line};
-use super::{block_on, or_here};
+use crate::api::{ApiError, Run};
 use crate::config::Config;
-use crate::control::api::{self, proto};
-use crate::control::{Error, status};
+use crate::domain::Problem;
+use crate::inspect::Context;
+use crate::inspect::status::{self, Status};
 use crate::kernel::reasons::REASONS;
 
 /// Of the JSON: it changes when a field goes or means something else.
@@ -17,7 +20,7 @@ const SCHEMA: u32 = 1;
 struct Printed<'a> {
     schema: u32,
     #[serde(flatten)]
-    status: &'a proto::GetStatusResponse,
+    status: &'a Status,
 }
 
 #[derive(Debug, Args)]
@@ -30,13 +33,28 @@ pub struct Show {
     output: Output,
 }
 
+/// As `run` has it, and where it does not answer or there is none, as it is seen from here.
+async fn read(config: Config) -> Result<Status, Error> {
+    let silent = match Run::find(&config).await {
+        Ok(Some(mut run)) => return Ok(run.status().await?),
+        Ok(None) => None,
+        Err(silent @ ApiError::NotAnswering { .. }) => Some(silent),
+        Err(error) => return Err(error.into()),
+    };
+    let mut status = status::read(&Context::outside(config)).await?;
+    if let Some(error) = silent {
+        status.add(Problem::new("run_not_answering", error.to_string()));
+    }
+    Ok(status)
+}
+
 impl Show {
-    pub fn run(&self, config: &Config) -> Result<(), Error> {
-        let status = or_here(api::status(config), || block_on(status::read(config)))?;
+    pub fn run(&self, config: Config) -> Result<(), Error> {
+        let status = block_on(read(config))?;
         if self.check && !status.healthy {
             let problems: Vec<_> =
                 status.problems.into_iter().map(|problem| problem.text).collect();
-            let (interface, problems) = (config.interface.clone(), problems.join("; "));
+            let (interface, problems) = (status.interface, problems.join("; "));
             return Err(Error::Unhealthy { interface, problems });
         }
         if self.output.json {
@@ -48,7 +66,7 @@ impl Show {
     }
 }
 
-fn print(status: &proto::GetStatusResponse) {
+fn print(status: &Status) {
     let or_none = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".to_owned());
     line(&format!(
         "{}: {}",
@@ -65,7 +83,7 @@ fn print(status: &proto::GetStatusResponse) {
         status.mode.as_ref().map(|m| format!(", {m} XDP")).unwrap_or_default()
     ));
     for (i, position) in status.positions.iter().enumerate() {
-        line(&format!("  [{i}]      {}", or_none(&position.program)));
+        line(&format!("  [{i}]      {}", or_none(position)));
     }
     line(&format!("balancer   {}", status.balancer));
     for service in &status.services {

@@ -28,7 +28,7 @@ pub fn line(text: &str) {
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
         Err(e) => {
             complain(&format!("writing to standard output: {e}"));
-            std::process::exit(i32::from(super::FAILED));
+            std::process::exit(i32::from(super::error::FAILED));
         }
     }
 }
@@ -72,15 +72,15 @@ pub fn mark(is: bool, text: &str) -> String {
     if is { text.to_owned() } else { "-".to_owned() }
 }
 
-/// So many of something.
+/// A number of things.
 pub fn counted(n: usize, what: &str) -> String {
     if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") }
 }
 
 /// The time of day (UTC) of seconds since 1970-01-01T00:00:00Z.
 pub fn time_of_day(seconds: f64) -> String {
-    let time = jiff::Timestamp::from_microsecond((seconds * 1e6) as i64).unwrap_or_default();
-    time.strftime("%H:%M:%S%.3f").to_string()
+    let time = chrono::DateTime::from_timestamp_micros((seconds * 1e6) as i64).unwrap_or_default();
+    time.format("%H:%M:%S%.3f").to_string()
 }
 
 /// Seconds as people say them.

@@ -4,19 +4,26 @@ use std::collections::BTreeMap;
 
 use clap::Args;
 
+use super::error::Error;
+use super::from_run_or;
 use super::table::{self, Output, mark};
-use super::{block_on, or_here};
 use crate::config::Config;
-use crate::control::api::{self, proto};
-use crate::control::view::{self, Names};
-use crate::control::{Error, status};
 use crate::datapath::Datapath;
+use crate::datapath::counts::Counter;
+use crate::datapath::flows;
+use crate::datapath::names::Names;
+use crate::inspect::status;
 
 pub fn flows(config: &Config, output: Output) -> Result<(), Error> {
-    let rows = or_here(api::flows(config), || {
-        let datapath = Datapath::open(&config.pins())?;
-        view::flows(&datapath, &Names::read(config, &datapath)?)?.collect()
-    })?;
+    let rows: Vec<flows::Flow> = from_run_or(
+        config,
+        async |mut run| run.flows().await,
+        async || {
+            let datapath = Datapath::open(&config.pins())?;
+            let names = Names::read(config, &datapath)?;
+            Ok(flows::flows(&datapath, &names)?.collect::<Result<_, _>>()?)
+        },
+    )?;
     if output.json {
         table::json(&rows);
         return Ok(());
@@ -38,8 +45,8 @@ pub fn flows(config: &Config, output: Output) -> Result<(), Error> {
                 r.client,
                 r.client_id,
                 r.group,
-                match r.why {
-                    Some(why) => format!("{} ({why})", r.bound_by),
+                match r.fallback_reason {
+                    Some(reason) => format!("{} ({reason})", r.bound_by),
                     None => r.bound_by,
                 },
                 r.state,
@@ -52,8 +59,11 @@ pub fn flows(config: &Config, output: Output) -> Result<(), Error> {
 }
 
 pub fn groups(config: &Config, output: Output) -> Result<(), Error> {
-    let rows =
-        or_here(api::groups(config), || block_on(async { Ok(status::groups(config).await) }))?;
+    let rows = from_run_or(
+        config,
+        async |mut run| run.groups().await,
+        async || Ok(status::groups(config).await),
+    )?;
     if output.json {
         table::json(&rows);
         return Ok(());
@@ -80,8 +90,11 @@ pub struct Counters {
 
 impl Counters {
     pub fn run(&self, config: &Config) -> Result<(), Error> {
-        let counters =
-            or_here(api::counters(config), || status::counters(&Datapath::open(&config.pins())?))?;
+        let counters = from_run_or(
+            config,
+            async |mut run| run.counters().await,
+            async || Ok(status::counters(&Datapath::open(&config.pins())?)?),
+        )?;
         if self.output.json {
             let by_name: BTreeMap<_, _> = counters.iter().map(|c| (&c.name, c.count)).collect();
             table::json(&by_name);
@@ -90,7 +103,7 @@ impl Counters {
         let shown = counters.into_iter().filter(|c| self.all || c.count > 0);
         table::print(
             &["reason", "kind", ">count", "meaning"],
-            shown.map(|proto::Counter { name, is_verdict, count, meaning }| {
+            shown.map(|Counter { name, is_verdict, count, meaning }| {
                 let kind = if is_verdict { "verdict" } else { "note" };
                 vec![name, kind.to_owned(), count.to_string(), meaning]
             }),

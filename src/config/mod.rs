@@ -7,17 +7,15 @@ mod reader;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 pub use error::{ConfigError, Problem};
-pub use read::{address, endpoint, mac, parse_mac};
+pub use read::{address, endpoint, mac};
 
 pub use crate::domain::{
-    Api, BalancerKind, Binding, Encapsulation, Group, OnMisprediction, Real, RelayLimits, Route,
-    Service, Target, XdpMode,
+    Api, BalancerKind, Binding, Encapsulation, Group, MapSizes, OnMisprediction, Rates, Real,
+    RelayLimits, Route, Service, Target, XdpMode,
 };
-use crate::kernel::load::LoadSpec;
-use crate::kernel::pins::Pins;
-pub use crate::kernel::sizes::{MapSizes, Rates};
 
 /// A validated configuration.
 #[derive(Debug, Clone)]
@@ -48,12 +46,12 @@ pub struct Config {
     pub api: Option<Api>,
     /// The key that delayed binding shares with the broker hosts.
     pub handover_key: PathBuf,
-    /// Where what is known of clients is kept over a reboot; `None`: nowhere.
+    /// The file that clients' records are saved to, for a reboot; `None`: none.
     pub clients_file: Option<PathBuf>,
-    /// Seconds from one time that it is written to the next.
-    pub clients_save_s: u64,
-    /// Seconds between two reconciliations with the balancer.
-    pub watch_interval_s: u64,
+    /// From one time that it is written to the next.
+    pub clients_save_interval: Duration,
+    /// Between two reconciliations with the balancer.
+    pub reconcile_interval: Duration,
     /// How much the datapath reports and stores in a second.
     pub rates: Rates,
     /// Map capacities.
@@ -90,24 +88,8 @@ impl Config {
         read::config(path, text, table.get_ref())
     }
 
-    /// Whether any service binds late.
-    pub fn binds_late(&self) -> bool {
+    /// Whether any service uses delayed binding.
+    pub fn uses_delayed_binding(&self) -> bool {
         self.services.iter().any(|service| service.binding == Binding::Delayed)
-    }
-
-    /// What the loader has to know.
-    pub fn load_spec(&self) -> LoadSpec {
-        LoadSpec {
-            interface: self.interface.clone(),
-            xdp_mode: self.xdp_mode,
-            pins: self.pins(),
-            maps: self.maps,
-            rates: self.rates,
-        }
-    }
-
-    /// Where this interface's programs and maps are pinned.
-    pub fn pins(&self) -> Pins {
-        Pins::new(&self.bpffs, &self.interface, self.root_array.as_deref())
     }
 }

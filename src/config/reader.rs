@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::collections::{BTreeSet, HashMap};
 use std::ops::{Range, RangeInclusive};
+use std::time::Duration;
 
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
@@ -180,6 +181,21 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// An optional duration within bounds, such as "300ms" or "5m".
+    pub fn duration(&self, key: &'static str, range: RangeInclusive<Duration>) -> Option<Duration> {
+        self.parsed(key, |text| {
+            let (low, high) = (range.start(), range.end());
+            match humantime::parse_duration(text) {
+                Ok(duration) if range.contains(&duration) => Ok(duration),
+                _ => Err(format!(
+                    "must be a duration from {:?} to {:?}, such as \"300ms\" or \"5m\"",
+                    humantime::format_duration(*low).to_string(),
+                    humantime::format_duration(*high).to_string()
+                )),
+            }
+        })
+    }
+
     /// An optional true or false.
     pub fn flag(&self, key: &'static str) -> Option<bool> {
         match self.get(key)? {
@@ -233,8 +249,9 @@ impl<'a> Reader<'a> {
         let known = self.known.borrow();
         let keys = self.table.keys().map(|key| key.get_ref().as_ref());
         for key in keys.filter(|key| !known.contains(key)) {
-            let nearest = known.iter().min_by_key(|k| distance(k, key));
-            let text = match nearest.filter(|k| distance(k, key) <= 1 + key.len() / 3) {
+            let distance = |k: &&&str| strsim::levenshtein(k, key);
+            let nearest = known.iter().min_by_key(distance);
+            let text = match nearest.filter(|k| distance(k) <= 1 + key.len() / 3) {
                 Some(k) => format!("unknown key; is {k:?} meant?"),
                 None => format!(
                     "unknown key; known here: {}",
@@ -249,20 +266,4 @@ impl<'a> Reader<'a> {
 fn in_range(number: &toml::de::DeInteger<'_>, range: &RangeInclusive<i64>) -> Option<i64> {
     let number = i64::from_str_radix(number.as_str(), number.radix()).ok()?;
     range.contains(&number).then_some(number)
-}
-
-/// Levenshtein's edit distance.
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, ca) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, cb) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(ca != *cb);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }

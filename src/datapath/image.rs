@@ -11,10 +11,11 @@ use crate::domain::{Affinity, ClientRouteKind};
 use crate::kernel::abi::{
     Pod as _, addr_words, affinity, binding_mode, client_route, client_route_kind, limits, member,
     member_slot, misprediction_policy, route_edge, route_state, route_state_flags, service,
-    service_table,
+    service_table, special_group,
 };
 use crate::routes::compile::{Automaton, DEAD, TooManyStates};
 use crate::routes::hash::Keys;
+use crate::routes::walk;
 
 /// The services and routes of one generation.
 #[derive(Debug)]
@@ -27,7 +28,7 @@ pub struct Image {
     pub members: Vec<(member_slot, member)>,
     /// For the map `client_routes`: key → group.
     pub client_routes: Vec<(client_route, u32)>,
-    /// For the map `mqtt_topic_to_vip`: (state, level's hash) → state.
+    /// For the map `route_edges`: (state, level's hash) → state.
     pub edges: BTreeMap<(u32, u64), u32>,
 }
 
@@ -147,7 +148,8 @@ impl Image {
                 addr: addr_words(svc.addr),
                 port: svc.port.to_be(),
                 id,
-                default_group: group_id(&svc.default_group).unwrap_or(limits::NO_GROUP.0 as u16),
+                default_group: group_id(&svc.default_group)
+                    .unwrap_or(special_group::NO_GROUP.0 as u16),
                 max_packet: max_packet(config, svc, mtu)?,
                 start: automaton.0,
                 start_dollar: automaton.1,
@@ -170,7 +172,7 @@ impl Image {
                     .relay
                     .as_ref()
                     .and_then(|name| group_id(name))
-                    .unwrap_or(limits::NO_GROUP.0 as u16),
+                    .unwrap_or(special_group::NO_GROUP.0 as u16),
                 pad2: [0; 20],
             };
         }
@@ -261,7 +263,7 @@ impl Image {
             let number = number as u32;
             let group = match state.accepts.map(|filter| &svc.routes[filter].target) {
                 Some(Target::Group(name)) => group_id(name),
-                Some(Target::Any) => Some(limits::ANY_GROUP.0 as u16),
+                Some(Target::Any) => Some(special_group::ANY_GROUP.0 as u16),
                 None => None,
             };
             let mut flags = 0;
@@ -272,7 +274,7 @@ impl Image {
             }
             let entry = route_state {
                 other: place(state.other),
-                group: group.unwrap_or(limits::NO_GROUP.0 as u16),
+                group: group.unwrap_or(special_group::NO_GROUP.0 as u16),
                 flags: flags as u16,
             };
             self.states.insert(place(number), entry);
@@ -301,20 +303,16 @@ impl Image {
         self.edges.iter().map(entry).collect()
     }
 
-    /// The group of a topic, or `ANY_GROUP`, by the same walk as the datapath's.
+    /// The group of a topic, or `ANY_GROUP`, as the datapath finds it.
     pub fn route(&self, service: &service, topic: &[u8]) -> u16 {
         let keys = keys_of(&self.table);
-        let mut state =
-            if topic.first() == Some(&b'$') { service.start_dollar } else { service.start };
-        for level in topic.split(|byte| *byte == b'/') {
-            state = self
-                .edges
-                .get(&(state, keys.level(level)))
-                .copied()
-                .unwrap_or_else(|| self.states.get(&state).map_or(DEAD, |s| s.other));
-        }
+        let next = |state, level: &[u8]| {
+            let edge = self.edges.get(&(state, keys.level(level))).copied();
+            edge.unwrap_or_else(|| self.states.get(&state).map_or(DEAD, |s| s.other))
+        };
+        let state = walk(service.start, service.start_dollar, topic, next);
         match self.states.get(&state) {
-            Some(s) if s.group != limits::NO_GROUP.0 as u16 => s.group,
+            Some(s) if s.group != special_group::NO_GROUP.0 as u16 => s.group,
             _ => service.default_group,
         }
     }

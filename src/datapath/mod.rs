@@ -1,8 +1,18 @@
-//! The datapath as user space sees it: its tables, what they hold for a configuration, its events.
+//! The datapath as user space sees it: its maps, in domain types. The types of `bpf/abi/` stay in here.
 
+pub mod clients;
+pub mod counts;
+pub mod embedded;
 pub mod events;
+pub mod flows;
+mod handovers;
 pub mod ids;
 pub mod image;
+pub mod names;
+pub mod plan;
+pub mod real_of_flow;
+pub mod rescues;
 mod tables;
 
+pub use handovers::Silent;
 pub use tables::Datapath;

@@ -10,7 +10,7 @@ use crate::kernel::maps::Table;
 use crate::kernel::pins::Pins;
 use crate::kernel::skeletons::mqtt_fwd::MqttFwdMaps;
 
-/// Handles on the maps; see `bpf/forward/maps.h` for what they hold.
+/// Handles on the maps; see `bpf/maps/` for what they hold.
 #[derive(Debug)]
 #[allow(missing_docs)] // documented there
 pub struct Datapath {
@@ -32,8 +32,8 @@ pub struct Datapath {
     pub rescuer: Table<u32, rescuer>,
     pub flows: Table<flow4, flow>,
     pub flows6: Table<flow6, flow>,
-    pub flows_weak: Table<flow4, flow>,
-    pub flows6_weak: Table<flow6, flow>,
+    pub flows_probation: Table<flow4, flow>,
+    pub flows6_probation: Table<flow6, flow>,
     pub counters: Table<u32, u64>,
     pub map_uses: Table<u32, map_use>,
 }
@@ -45,22 +45,22 @@ impl Datapath {
             generation: Table::open(&pins.map("generation"))?,
             services: Table::open(&pins.map("services"))?,
             groups: Table::open(&pins.map("groups"))?,
-            route_edges: Table::open(&pins.map("mqtt_topic_to_vip"))?,
+            route_edges: Table::open(&pins.map("route_edges"))?,
             route_states: Table::open(&pins.map("route_states"))?,
             members: Table::open(&pins.map("members"))?,
             client_routes: Table::open(&pins.map("client_routes"))?,
             service_vips: Table::open(&pins.map("mqtt_service_vips"))?,
             topics: Table::open(&pins.map("topics"))?,
-            clients: Table::open(&pins.map("mqtt_client_ip_to_topic"))?,
-            clients6: Table::open(&pins.map("mqtt_client6_to_topic"))?,
+            clients: Table::open(&pins.map("clients"))?,
+            clients6: Table::open(&pins.map("clients6"))?,
             client_ids: Table::open(&pins.map("client_ids"))?,
             handovers: Table::open(&pins.map("handovers"))?,
             handover_keys: Table::open(&pins.map("handover_keys"))?,
             rescuer: Table::open(&pins.map("rescuer"))?,
             flows: Table::open(&pins.map("flows"))?,
             flows6: Table::open(&pins.map("flows6"))?,
-            flows_weak: Table::open(&pins.map("flows_weak"))?,
-            flows6_weak: Table::open(&pins.map("flows6_weak"))?,
+            flows_probation: Table::open(&pins.map("flows_probation"))?,
+            flows6_probation: Table::open(&pins.map("flows6_probation"))?,
             counters: Table::open(&pins.map("counters"))?,
             map_uses: Table::open(&pins.map("map_uses"))?,
         })
@@ -72,22 +72,22 @@ impl Datapath {
             generation: Table::of(&maps.generation)?,
             services: Table::of(&maps.services)?,
             groups: Table::of(&maps.groups)?,
-            route_edges: Table::of(&maps.mqtt_topic_to_vip)?,
+            route_edges: Table::of(&maps.route_edges)?,
             route_states: Table::of(&maps.route_states)?,
             members: Table::of(&maps.members)?,
             client_routes: Table::of(&maps.client_routes)?,
             service_vips: Table::of(&maps.mqtt_service_vips)?,
             topics: Table::of(&maps.topics)?,
-            clients: Table::of(&maps.mqtt_client_ip_to_topic)?,
-            clients6: Table::of(&maps.mqtt_client6_to_topic)?,
+            clients: Table::of(&maps.clients)?,
+            clients6: Table::of(&maps.clients6)?,
             client_ids: Table::of(&maps.client_ids)?,
             handovers: Table::of(&maps.handovers)?,
             handover_keys: Table::of(&maps.handover_keys)?,
             rescuer: Table::of(&maps.rescuer)?,
             flows: Table::of(&maps.flows)?,
             flows6: Table::of(&maps.flows6)?,
-            flows_weak: Table::of(&maps.flows_weak)?,
-            flows6_weak: Table::of(&maps.flows6_weak)?,
+            flows_probation: Table::of(&maps.flows_probation)?,
+            flows6_probation: Table::of(&maps.flows6_probation)?,
             counters: Table::of(&maps.counters)?,
             map_uses: Table::of(&maps.map_uses)?,
         })
@@ -99,12 +99,12 @@ impl Datapath {
         pinned.is_ok_and(|pinned| pinned.id() == self.services.id())
     }
 
-    /// The number of the generation in force; 0: nothing was applied yet.
+    /// The current generation; 0: nothing was applied yet.
     pub fn generation(&self) -> kernel::Result<u32> {
         Ok(self.generation.get(&0)?.unwrap_or_default())
     }
 
-    /// The services in force.
+    /// The current generation's services.
     pub fn service_table(&self) -> kernel::Result<service_table> {
         let side = self.generation()? & 1;
         Ok(self.services.get(&side)?.unwrap_or_default())
@@ -114,12 +114,5 @@ impl Datapath {
     pub fn groups(&self) -> kernel::Result<Vec<(u16, group)>> {
         let all = self.groups.entries()?;
         Ok(all.into_iter().filter(|(_, g)| g.epoch != 0).map(|(id, g)| (id as u16, g)).collect())
-    }
-
-    /// The reasons' counters, summed over CPUs, in the order of [`crate::kernel::reasons::REASONS`].
-    pub fn counters(&self) -> kernel::Result<Vec<u64>> {
-        (0..self.counters.max_entries())
-            .map(|i| Ok(self.counters.get_per_cpu(&i)?.iter().sum()))
-            .collect()
     }
 }

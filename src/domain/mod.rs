@@ -2,17 +2,29 @@
 //! of how they are configured or carried out.
 
 mod api;
+pub mod client_record;
+mod cookie_keys;
 pub mod filter;
 pub mod health;
+pub mod limits;
+pub mod problem;
+mod real_state;
 mod relay;
 pub mod rendezvous;
+mod sizes;
+pub mod vip;
 
 use std::net::IpAddr;
 use std::sync::Arc;
 
 pub use api::Api;
+pub use cookie_keys::CookieKeys;
 use filter::TopicFilter;
+pub use problem::Problem;
+pub use real_state::{Health, RealState};
 pub use relay::{BrokerTls, Certificate, RelayLimits, RelayListener, RelayTls};
+pub use sizes::{MapSizes, Rates};
+pub use vip::{Mac, Vip};
 
 /// How XDP programs run on an interface.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -247,6 +259,25 @@ impl Target {
 }
 
 impl Service {
+    /// The most specific route of a topic; `None`: the default group's.
+    pub fn route_of(&self, topic: &str) -> Option<&Route> {
+        let matching = self.routes.iter().filter(|route| route.filter.matches(topic));
+        matching.max_by(|a, b| a.filter.specificity(&b.filter))
+    }
+
+    /// Where a topic belongs: the name of a group, or [`ANY`].
+    pub fn group_name_of(&self, topic: &str) -> &str {
+        self.route_of(topic).map_or(&self.default_group, |route| route.target.name())
+    }
+
+    /// The group with this VIP, its own or that of one of its reals.
+    pub fn group_at(&self, vip: IpAddr) -> Option<&Group> {
+        let has = |group: &&Group| {
+            group.vip == vip || group.reals.iter().any(|real| real.vip == Some(vip))
+        };
+        self.groups.iter().find(has)
+    }
+
     /// The group of a name; routes and default of a valid configuration always have one.
     pub fn group(&self, name: &str) -> Option<&Group> {
         self.groups.iter().find(|g| g.name == name)

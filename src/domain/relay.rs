@@ -57,17 +57,17 @@ pub struct RelayLimits {
     pub connections: u32,
     /// Concurrent connections of an IPv4 address or IPv6 /64.
     pub connections_per_address: u32,
-    /// New connections a second of the same.
+    /// New connections per second of the same.
     pub connections_per_second: u32,
-    /// Timeout for TLS, WebSocket and CONNECT, seconds.
-    pub connect_timeout_s: u16,
+    /// Timeout for TLS, WebSocket and CONNECT.
+    pub connect_timeout: std::time::Duration,
     /// Largest control packet, bytes.
     pub max_packet: usize,
     /// Subscriptions of a client.
     pub subscriptions: u32,
     /// How long a client must use a single group before it is sent to the fast path; `None`: never.
     pub return_after: Option<std::time::Duration>,
-    /// Clients sent to the fast path a second, by each thread.
+    /// Clients sent to the fast path per second, by each thread.
     pub returns_per_second: u32,
 }
 
@@ -78,7 +78,7 @@ impl Default for RelayLimits {
             connections: 100_000,
             connections_per_address: 10_000,
             connections_per_second: 1000,
-            connect_timeout_s: 10,
+            connect_timeout: std::time::Duration::from_secs(10),
             // The protocol's maximum is 256 MiB.
             max_packet: 16 << 20,
             subscriptions: 10_000,

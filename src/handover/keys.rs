@@ -13,7 +13,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use siphasher::sip::SipHasher24;
 
-use crate::kernel::abi::handover_keys;
+use crate::domain::CookieKeys;
 
 /// What can be wrong with it, each with what to do about it.
 #[derive(Debug, thiserror::Error)]
@@ -25,7 +25,7 @@ pub enum KeyError {
     #[error("{path}: others may read this secret (mode {mode:04o}); `chmod 600 {path}`")]
     Readable { path: PathBuf, mode: u32 },
     #[error(
-        "{path}: not a handover key ({why}); copy it anew, or make one with `mqtt-fwd keys new`"
+        "{path}: not a handover key ({why}); copy it again, or make one with `mqtt-fwd keys new`"
     )]
     Malformed { path: PathBuf, why: String },
     #[error(
@@ -186,12 +186,20 @@ impl KeyFile {
     }
 
     /// What the datapath and the broker hosts hold at a time.
-    pub fn image(&self, at: u64) -> handover_keys {
-        let mut image = handover_keys { epoch: self.in_use(at).epoch, ..Default::default() };
+    pub fn cookie_keys(&self, at: u64) -> CookieKeys {
+        let mut keys = CookieKeys { key: [[0; 2]; 2], epoch: self.in_use(at).epoch };
         for key in &self.key {
-            image.key[(key.epoch & 1) as usize] = key.words().unwrap_or_default();
+            keys.key[(key.epoch & 1) as usize] = key.words().unwrap_or_default();
         }
-        image
+        keys
+    }
+}
+
+impl CookieKeys {
+    /// Keys that nobody else has.
+    pub fn random() -> Result<Self> {
+        let word = || getrandom::u64().map_err(KeyError::Random);
+        Ok(Self { key: [[word()?, word()?], [word()?, word()?]], epoch: 0 })
     }
 }
 
@@ -213,9 +221,9 @@ mod tests {
         assert_eq!(second.in_use(now()).fingerprint(), first.in_use(now()).fingerprint());
         assert_eq!(second.in_use(now() + 61).epoch, 2);
         assert!(matches!(KeyFile::rotate(&path, 60), Err(KeyError::TooEarly { .. })));
-        let image = second.image(now());
-        assert_eq!(image.epoch, 1);
-        assert!(image.key[0] != [0, 0] && image.key[1] != [0, 0] && image.key[0] != image.key[1]);
+        let keys = second.cookie_keys(now());
+        assert_eq!(keys.epoch, 1);
+        assert!(keys.key[0] != [0, 0] && keys.key[1] != [0, 0] && keys.key[0] != keys.key[1]);
         assert_eq!(KeyFile::read(&path).unwrap(), second);
     }
 

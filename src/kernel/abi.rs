@@ -6,13 +6,14 @@ pub use super::skeletons::balancer::types::{
     balancer_limits, balancer_stat, gateway, lb_stats, real_definition, vip_meta, vip_real,
 };
 pub use super::skeletons::decap::types::address;
+use super::skeletons::mqtt_fwd::types::__anon_flow_6;
 pub use super::skeletons::mqtt_fwd::types::{
-    affinity, binding_mode, client, client_flags, client_id, client_route, client_route_kind,
-    client4, client6, event, event_kind, flow, flow_flags, flow4, flow6, group, handover,
-    handover_keys, handover_limits, handover_state, limits, map_use, member, member_slot,
-    misprediction_policy, parser, reason, rescue, rescue_flags, rescuer, route_edge, route_state,
-    route_state_flags, service, service_table, topic, topic_verdict, tracked_map, vip_definition,
-    way, why,
+    affinity, binding_mode, bound_by, chain_position, client, client_flags, client_id,
+    client_route, client_route_kind, client4, client6, event, event_kind, fallback_reason, flow,
+    flow_flags, flow4, flow6, group, handover, handover_keys, handover_limits, handover_state,
+    limits, map_use, member, member_slot, misprediction_policy, parser, reason, rescue,
+    rescue_flags, rescuer, route_edge, route_state, route_state_flags, service, service_table,
+    special_group, topic, topic_verdict, tracked_map, vip_definition, vip_flags,
 };
 pub use super::skeletons::takeover::types::takeover_counter;
 pub use super::skeletons::wrap::types::check_path;
@@ -39,7 +40,7 @@ impl<T: bytemuck::Pod> Pod for T {}
 
 macro_rules! pod {
     ($($type:ty),+ $(,)?) => {$(
-        // SAFETY: integers, and arrays of them.
+        // SAFETY: integers, arrays of them, and unions of integers of one size.
         unsafe impl bytemuck::Zeroable for $type {}
         // SAFETY: repr(C) by its BTF; bpf/abi/ declares all padding as fields, and asserts it by the size.
         unsafe impl bytemuck::Pod for $type {}
@@ -50,6 +51,12 @@ pod! {
     address, check_path, client, client_id, client_route, client4, client6, event, flow, flow4, flow6, gateway, group,
     handover, handover_keys, lb_stats, map_use, member, member_slot, real_definition, rescue, rescuer, route_edge,
     route_state, service, service_table, topic, topic_verdict, vip_definition, vip_meta, vip_real,
+}
+
+impl From<&crate::domain::CookieKeys> for handover_keys {
+    fn from(keys: &crate::domain::CookieKeys) -> Self {
+        Self { key: keys.key, epoch: keys.epoch, pad: 0 }
+    }
 }
 
 /// A group's number and epoch as the maps have them; 0: no binding.
@@ -66,6 +73,44 @@ pub fn binding_parts(binding: u32) -> (u16, u16) {
 pub fn flow_binding(flow: &flow) -> u32 {
     flow.bound as u32
 }
+
+/// The key in `client_ids` of a flow's client, by the same rule as `flow_client()` of `bpf/forward/flow/flow.h`;
+/// `None`: the client is identified by its address.
+pub fn flow_client(flow: &flow) -> Option<u64> {
+    let by_prediction = u32::from(flow.bound_by) == bound_by::BOUND_BY_PREDICTION.0;
+    // SAFETY: both members are numbers of the same size; `bound_by` says which of them it is.
+    let id = unsafe { flow.__anon_flow_4.client_id };
+    (!by_prediction && id != 0).then_some(id)
+}
+
+/// Begins a flow's rescue by a sidecar's instance (0: none), at a time in ms of CLOCK_BOOTTIME.
+pub fn set_rescue(flow: &mut flow, began_ms: u32, instance: u32) {
+    flow.candidates = 0;
+    flow.__anon_flow_3.__anon_flow_6 =
+        __anon_flow_6 { rescue_began_ms: began_ms, rescue_instance: instance };
+}
+
+/// The sequence number that the parser wants next; of a flow that is not rescued.
+pub fn flow_next(flow: &flow) -> u32 {
+    // SAFETY: both members are numbers of the same size, and any bytes are one.
+    unsafe { flow.__anon_flow_1.next as u32 }
+}
+
+// What a configuration may be, and Katran's flags, are written down where no BPF is known.
+const _: () = {
+    use crate::balancer::flags::{BY_ADDRESS_FLAG, GROUP_FLAG};
+    use crate::domain::limits as l;
+
+    assert!(limits::MAX_SERVICES.0 as usize == l::SERVICES);
+    assert!(limits::GROUP_NAME_MAX.0 as usize == l::NAME + 1);
+    assert!(limits::MAX_GROUP_VIPS.0 == l::GROUP_VIPS);
+    assert!(limits::MAX_ROUTE_LEVELS.0 as usize == l::ROUTE_LEVELS);
+    assert!(limits::CLIENT_ROUTE_TEXT_MAX.0 as usize == l::CLIENT_ROUTE_TEXT + 1);
+    assert!(limits::TOPIC_TEXT_MAX.0 as usize == l::TOPIC_TEXT);
+    assert!(limits::CLIENT_ID_TEXT_MAX.0 as usize == l::CLIENT_ID_TEXT);
+    assert!(vip_flags::VIP_FLAG_MQTT_GROUP.0 == GROUP_FLAG);
+    assert!(vip_flags::VIP_FLAG_BY_ADDRESS.0 == BY_ADDRESS_FLAG);
+};
 
 /// An address as the maps have it: network order, IPv4 in the first word.
 pub fn addr_words(addr: IpAddr) -> [u32; 4] {

@@ -13,7 +13,7 @@ use super::pins::{self, Object, Pins};
 use super::skeletons::balancer::BalancerSkelBuilder;
 use super::skeletons::mqtt_fwd::MqttFwdSkelBuilder;
 use super::xdp::{self, ProgramInfo};
-use super::{BpfError, Result, namespace, privileges};
+use super::{BpfError, Result, catalog, namespace, privileges};
 
 /// Characters of a name that the kernel keeps (BPF_OBJ_NAME_LEN, less the zero).
 const NAME_KEPT: usize = 15;
@@ -55,7 +55,7 @@ pub fn adopt(spec: &LoadSpec) -> Result<Vec<String>> {
 
 /// Katran's balancer has the same name as the embedded one, but not its maps.
 fn is_of(program: &ProgramInfo, name: &str, object: Object) -> bool {
-    let own = if object == Object::Balancer { "connections6" } else { "flows6_weak" };
+    let own = if object == Object::Balancer { "connections6" } else { "flows6_probation" };
     name.starts_with(&program.name) && maps_of(program).iter().any(|map| is_called(map, own))
 }
 
@@ -113,7 +113,7 @@ fn adopt_maps(
 fn names(object: Object) -> Result<Vec<String>> {
     let list = |open: &OpenObject| {
         let names = open.maps().map(|map| map.name().to_string_lossy().into_owned());
-        names.filter(|name| !name.contains('.') && name != "work").collect()
+        names.filter(|name| catalog::is_pinned(name)).collect()
     };
     let failed = |source| BpfError::Load { object: "its maps", source };
     let mut storage = MaybeUninit::uninit();

@@ -5,15 +5,15 @@ use std::path::PathBuf;
 
 use libbpf_rs::{MapCore as _, MapFlags, MapHandle, MapType};
 
-use super::abi::{Pod as _, limits};
+use super::abi::{Pod as _, chain_position, limits};
 use super::pins::Pins;
 use super::xdp::ProgramInfo;
 use super::{BpfError, Result};
 
 /// Position of `mqtt_fwd`.
-pub const MQTT_FWD: u32 = limits::POSITION_MQTT_FWD.0;
+pub const MQTT_FWD: u32 = chain_position::POSITION_MQTT_FWD.0;
 /// Position of the balancer.
-pub const BALANCER: u32 = limits::POSITION_BALANCER.0;
+pub const BALANCER: u32 = chain_position::POSITION_BALANCER.0;
 /// How many positions there are.
 pub const POSITIONS: u32 = limits::ROOT_ARRAY_SIZE.0;
 

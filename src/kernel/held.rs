@@ -29,9 +29,9 @@ struct OfObject {
     maps: Vec<(PathBuf, MapHandle)>,
 }
 
-/// What is held of one interface's chain.
+/// One interface's chain.
 #[derive(Debug)]
-pub struct Held {
+pub struct ChainHandle {
     chain: Chain,
     /// Ours; `None`: the root on the interface is another's.
     root: Option<(OwnedFd, ProgramInfo)>,
@@ -39,7 +39,7 @@ pub struct Held {
     maps: Vec<OfObject>,
 }
 
-/// What [`Held::restore`] did, or found.
+/// What [`ChainHandle::restore`] did, or found.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Restored {
     /// What was put back.
@@ -50,7 +50,7 @@ pub struct Restored {
     pub rootless: bool,
 }
 
-impl Held {
+impl ChainHandle {
     /// Opens all that is pinned; of the balancer only if that is this process' own.
     pub fn open(spec: &LoadSpec, own_balancer: bool) -> Result<Self> {
         let pins = &spec.pins;
@@ -76,7 +76,7 @@ impl Held {
     }
 
     /// Puts back what is missing of it. What another put in its place is left, for
-    /// `control::health` to name.
+    /// `chain::health` to report.
     pub fn restore(&self, spec: &LoadSpec) -> Result<Restored> {
         let pins = &spec.pins;
         // Another process is loading or unloading: it is about to change all this.

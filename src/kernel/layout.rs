@@ -9,6 +9,8 @@ use std::ptr::NonNull;
 use libbpf_rs::{AsRawLibbpf as _, MapHandle, MapInfo, OpenObject};
 use siphasher::sip::SipHasher13;
 
+use super::catalog;
+
 /// A number, or a run of bytes, somewhere in a key or value.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Field {
@@ -64,16 +66,16 @@ impl MapLayout {
     }
 }
 
-/// A hash of all maps of an object that is not loaded yet: names, types, capacities and layouts.
-/// Of those that `foreign` names, others decide.
-pub fn hash_of(object: &OpenObject, foreign: &[&str]) -> String {
+/// A hash of all maps of an object that is not loaded yet: names, types, capacities and layouts. Of shared maps,
+/// others decide.
+pub fn hash_of(object: &OpenObject) -> String {
     let raw = object.as_libbpf_object().as_ptr();
     // SAFETY: the object is open; libbpf keeps the BTF as long as it is.
     let btf = unsafe { libbpf_sys::bpf_object__btf(raw) };
     let mut hasher = SipHasher13::new();
     for map in object.maps() {
         let name = map.name().to_string_lossy().into_owned();
-        if name.contains('.') || foreign.contains(&name.as_str()) {
+        if name.contains('.') || catalog::role(&name) == catalog::Role::Shared {
             continue;
         }
         let raw = map.as_libbpf_object().as_ptr();

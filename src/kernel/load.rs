@@ -13,21 +13,22 @@ use libbpf_rs::{MapCore as _, MapFlags, MapHandle, OpenMapMut, OpenObject, Progr
 use nix::fcntl::Flock;
 use tracing::info;
 
-use super::abi::{Pod as _, map_use, tracked_map};
+use super::abi::{Pod as _, map_use};
+use super::catalog;
 use super::chain::{self, Chain};
 use super::layout;
 use super::maps::Table;
 use super::namespace;
 use super::pins::{self, Pins};
 use super::privileges;
-use super::sizes::{MapSizes, Rates};
 use super::skeletons::balancer::BalancerSkelBuilder;
 use super::skeletons::mqtt_fwd::MqttFwdSkelBuilder;
 use super::skeletons::xdp_root::XdpRootSkelBuilder;
 use super::upgrade::{Moved, Upgrade};
 use super::xdp::{self, ProgramInfo};
 use super::{BpfError, Result};
-use crate::domain::XdpMode;
+use crate::config::Config;
+use crate::domain::{MapSizes, Rates, XdpMode};
 
 /// What is to be loaded, and where.
 #[derive(Debug, Clone)]
@@ -42,6 +43,19 @@ pub struct LoadSpec {
     pub maps: MapSizes,
     /// Rates.
     pub rates: Rates,
+}
+
+impl Config {
+    /// What the loader has to know of it.
+    pub fn load_spec(&self) -> LoadSpec {
+        LoadSpec {
+            interface: self.interface.clone(),
+            xdp_mode: self.xdp_mode,
+            pins: self.pins(),
+            maps: self.maps,
+            rates: self.rates,
+        }
+    }
 }
 
 /// What [`load`] found and did, for people.
@@ -82,9 +96,6 @@ pub(super) fn check_privileges() -> Result<()> {
         Err(BpfError::Privileges { missing: missing.join(", ") })
     }
 }
-
-/// Maps that are not the object's alone, and do not say what build it is.
-const SHARED: [&str; 2] = ["root_array", "mqtt_service_vips"];
 
 /// Loads `mqtt_fwd` into its position and attaches the root, as far as that is not so yet. What
 /// maps of another build, or of other sizes, hold is moved to the new ones while packets pass.
@@ -195,16 +206,12 @@ struct Prepared {
 fn prepare(spec: &LoadSpec, object: pins::Object, open: &mut OpenObject) -> Result<Prepared> {
     for mut map in open.maps_mut() {
         let name = map.name().to_string_lossy().into_owned();
-        let size = match object {
-            pins::Object::Balancer => spec.maps.of_balancer(&name),
-            _ => spec.maps.of_mqtt_fwd(&name),
-        };
-        if let Some(entries) = size {
+        if let Some(entries) = spec.maps.of(&name) {
             let failed = |source| BpfError::Map { map: name, action: "setting its size", source };
             map.set_max_entries(entries).map_err(failed)?;
         }
     }
-    let dir = spec.pins.of_hash(object, &layout::hash_of(open, &SHARED));
+    let dir = spec.pins.of_hash(object, &layout::hash_of(open));
     let old = spec.pins.current_target(object).filter(|old| *old != dir && old.exists());
     if old.is_some() {
         // Left by an upgrade that was cut short: what it holds is not what is in use.
@@ -308,19 +315,6 @@ impl Predecessor {
     }
 }
 
-/// In the order of `enum tracked_map`.
-const TRACKED: [(&str, tracked_map); 9] = [
-    ("flows", tracked_map::TRACKED_FLOWS),
-    ("flows6", tracked_map::TRACKED_FLOWS6),
-    ("flows_weak", tracked_map::TRACKED_FLOWS_WEAK),
-    ("flows6_weak", tracked_map::TRACKED_FLOWS6_WEAK),
-    ("mqtt_client_ip_to_topic", tracked_map::TRACKED_CLIENTS),
-    ("mqtt_client6_to_topic", tracked_map::TRACKED_CLIENTS6),
-    ("topics", tracked_map::TRACKED_TOPICS),
-    ("client_ids", tracked_map::TRACKED_CLIENT_IDS),
-    ("handovers", tracked_map::TRACKED_HANDOVERS),
-];
-
 /// What was moved was added, as far as evictions are concerned.
 fn count_as_added(dir: &Path, moved: &Moved) -> Result<()> {
     let path = dir.join("map_uses");
@@ -328,11 +322,11 @@ fn count_as_added(dir: &Path, moved: &Moved) -> Result<()> {
         return Ok(());
     }
     let uses: Table<u32, map_use> = Table::open(&path)?;
-    for (name, tracked) in TRACKED {
-        let mut cpus = uses.get_per_cpu(&tracked.0)?;
+    for (name, tracked) in catalog::tracked() {
+        let mut cpus = uses.get_per_cpu(&tracked.index())?;
         if let (Some(first), Some(count)) = (cpus.first_mut(), moved.entries.get(name)) {
             first.added += count;
-            uses.put_per_cpu(&tracked.0, &cpus)?;
+            uses.put_per_cpu(&tracked.index(), &cpus)?;
         }
     }
     Ok(())
@@ -428,17 +422,12 @@ pub(super) fn open_skeleton<'obj, B: SkelBuilder<'obj>>(
     builder.open(storage).map_err(|source| BpfError::Load { object, source })
 }
 
-/// libbpf's own maps (.rodata, .bss) belong to the program and go with it.
-fn is_internal(name: &str) -> bool {
-    name.contains('.')
-}
-
 /// Takes over maps that are pinned already. Returns those.
 fn adopt_maps(object: &mut OpenObject, place: &dyn Fn(&str) -> PathBuf) -> Result<Vec<String>> {
     let mut adopted = Vec::new();
     for mut map in object.maps_mut() {
         let name = map.name().to_string_lossy().into_owned();
-        if is_internal(&name) {
+        if !catalog::is_pinned(&name) {
             continue;
         }
         let path = place(&name);
@@ -483,7 +472,7 @@ fn pin_new_maps(
 ) -> Result<()> {
     for mut map in object.maps_mut() {
         let name = map.name().to_string_lossy().into_owned();
-        if is_internal(&name) || adopted.contains(&name) || name == "work" {
+        if !catalog::is_pinned(&name) || adopted.contains(&name) {
             continue;
         }
         let path = place(&name);

@@ -112,12 +112,18 @@ impl<K: Pod, V: Pod> Table<K, V> {
     /// All entries of a hash map or an array, complete: see [`for_each_batch`].
     pub fn entries(&self) -> Result<Vec<(K, V)>> {
         let mut all = Vec::new();
-        for_each_batch(&self.map, |keys, values| {
-            let entry = |(k, v)| (K::from_bytes(k), V::from_bytes(v));
-            all.extend(keys.zip(values).map(entry));
-            Ok(())
-        })?;
+        self.for_each(|key, value| all.push((key, value)))?;
         Ok(all)
+    }
+
+    /// Gives each of them to `handle`, and keeps none.
+    pub fn for_each(&self, mut handle: impl FnMut(K, V)) -> Result<()> {
+        for_each_batch(&self.map, |keys, values| {
+            for (key, value) in keys.zip(values) {
+                handle(K::from_bytes(key), V::from_bytes(value));
+            }
+            Ok(())
+        })
     }
 
     /// All keys, as [`Table::entries`].

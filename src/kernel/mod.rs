@@ -2,7 +2,9 @@
 
 pub mod abi;
 pub mod adopt;
+pub mod catalog;
 pub mod chain;
+pub mod decap;
 pub mod driver;
 pub mod held;
 pub mod ifreq;
@@ -14,12 +16,13 @@ pub mod pins;
 pub mod privileges;
 pub mod reasons;
 pub mod sandbox;
-pub mod sizes;
 pub mod skeletons;
+pub mod takeover;
 pub mod tcx;
 pub mod test_run;
 pub mod unload;
 pub mod upgrade;
+pub mod wrap;
 pub mod xdp;
 
 use std::path::PathBuf;
@@ -84,13 +87,13 @@ pub enum BpfError {
          (net:[{owner}]); give this one a bpffs of its own with `bpffs` in the configuration"
     )]
     OtherNamespace { path: PathBuf, owner: u64 },
-    #[error("{path}: another `mqtt-fwd trace` reads the events; end that one first")]
+    #[error("{path}: another `mqtt-fwd events` reads the events; stop that one first")]
     EventsTaken { path: PathBuf },
     #[error("{path}: {what}; run `mqtt-fwd load` first")]
     NotLoaded { path: PathBuf, what: &'static str },
     #[error(
         "this kernel cannot take connections over (no bpf_sk_assign_tcp_reqsk; Linux 6.9 or later has \
-         it); use binding = \"predicted\" at the balancer, and `real up` without --handover-key"
+         it); use binding = \"predicted\" at the balancer, and `host up` without --handover-key"
     )]
     NoTakeover,
     #[error(

@@ -8,9 +8,9 @@ use libbpf_rs::skel::OpenSkel as _;
 use libbpf_rs::{MapCore as _, MapFlags, OpenObject, RingBufferBuilder};
 
 use super::abi::Pod as _;
-use super::sizes::MapSizes;
 use super::skeletons::mqtt_fwd::{MqttFwdSkel, MqttFwdSkelBuilder};
 use super::{BpfError, Result, chain, load, test_run};
+use crate::domain::MapSizes;
 
 /// What became of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,22 +24,23 @@ pub enum Verdict {
     Passed,
 }
 
-/// The loaded program, as long as the process lives.
-pub struct Sandbox {
-    skel: MqttFwdSkel<'static>,
+/// Where the object is kept, by whoever loads it.
+pub type Storage = MaybeUninit<OpenObject>;
+
+/// The loaded program. Dropped, nothing is left of it.
+pub struct Sandbox<'a> {
+    skel: MqttFwdSkel<'a>,
     _end: OwnedFd,
 }
 
-impl Sandbox {
+impl<'a> Sandbox<'a> {
     /// Loads it. No budget of the datapath's is ever used up.
-    pub fn load(sizes: &MapSizes) -> Result<Self> {
+    pub fn load(sizes: &MapSizes, storage: &'a mut Storage) -> Result<Self> {
         load::check_privileges()?;
-        let storage: &'static mut MaybeUninit<OpenObject> =
-            Box::leak(Box::new(MaybeUninit::uninit()));
         let failed = |source| BpfError::Load { object: "mqtt_fwd", source };
         let mut open = load::open_skeleton(MqttFwdSkelBuilder::default(), "mqtt_fwd", storage)?;
         for mut map in open.open_object_mut().maps_mut() {
-            let size = map.name().to_str().and_then(|name| sizes.of_mqtt_fwd(name));
+            let size = map.name().to_str().and_then(|name| sizes.of(name));
             if let Some(size) = size {
                 map.set_max_entries(size).map_err(failed)?;
             }
@@ -70,7 +71,7 @@ impl Sandbox {
     }
 
     /// Its maps.
-    pub fn maps(&self) -> &super::skeletons::mqtt_fwd::MqttFwdMaps<'static> {
+    pub fn maps(&self) -> &super::skeletons::mqtt_fwd::MqttFwdMaps<'a> {
         &self.skel.maps
     }
 

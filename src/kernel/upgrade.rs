@@ -19,37 +19,10 @@ use std::path::Path;
 use libbpf_rs::{ErrorKind, MapCore as _, MapFlags, MapHandle, MapType};
 use siphasher::sip::SipHasher13;
 
+use super::catalog::{Role, role};
 use super::layout::MapLayout;
 use super::maps::for_each_batch;
 use super::{BpfError, Result};
-
-/// What becomes of a map's entries.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
-    /// Written by user space, read by packets: moved before the new program works.
-    Configuration,
-    /// Learned from packets, and of use to new flows: moved before, and what changed then, after.
-    Knowledge,
-    /// Of flows: moved after.
-    Flows,
-    /// Made anew.
-    Scratch,
-}
-
-/// The role of a map of either object.
-pub fn role(name: &str) -> Role {
-    match name {
-        "generation" | "handover_keys" | "client_routes" | "members" | "services" | "groups"
-        | "mqtt_topic_to_vip" | "route_states" | "vip_map" | "ch_rings" | "reals" | "vip_reals"
-        | "ctl_array" => Role::Configuration,
-        "mqtt_client_ip_to_topic" | "mqtt_client6_to_topic" | "client_ids" | "topics" => {
-            Role::Knowledge
-        }
-        "handovers" | "flows" | "flows6" | "flows_weak" | "flows6_weak" | "topic_streams"
-        | "connections" | "connections6" => Role::Flows,
-        _ => Role::Scratch,
-    }
-}
 
 /// How much was moved.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -88,7 +61,9 @@ impl Upgrade {
         for entry in std::fs::read_dir(new).into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             let (old_path, new_path) = (old.join(&name), entry.path());
-            if role(&name) == Role::Scratch || !old_path.exists() {
+            let is_moved =
+                matches!(role(&name), Role::Configuration | Role::Knowledge | Role::Flows);
+            if !is_moved || !old_path.exists() {
                 continue;
             }
             let open = |path: &Path| {

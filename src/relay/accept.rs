@@ -16,14 +16,14 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tracing::{debug, warn};
 
-use super::connect::Connect;
-use super::scan::{self, kind};
 use super::session::{self, End, Session};
 use super::stream::Stream;
 use super::websocket::WebSocket;
 use super::worker::{Admitted, Shared, Worker};
 use super::{Port, RelayError};
 use crate::domain::RelayLimits;
+use crate::mqtt::connect::Connect;
+use crate::mqtt::wire::{self, kind};
 
 /// Connections on their way to a thread, at most; others are served where they were accepted.
 const ON_THE_WAY: usize = 1024;
@@ -184,7 +184,7 @@ fn spawn(
 
 /// Serves one connection.
 async fn serve(stream: TcpStream, from: SocketAddr, worker: &Rc<Worker>, port: &Port) {
-    let timeout = Duration::from_secs(worker.limits.connect_timeout_s.into());
+    let timeout = worker.limits.connect_timeout;
     let (mut stream, connect, rest) =
         // Boxed, so that the connection's task does not keep the handshakes' memory.
         match tokio::time::timeout(timeout, Box::pin(handshake(stream, worker, port))).await {
@@ -195,7 +195,7 @@ async fn serve(stream: TcpStream, from: SocketAddr, worker: &Rc<Worker>, port: &
             }
             Err(_) => {
                 worker.stats.failed_handshakes.add(1);
-                return debug!(client = %from, "no CONNECT within connect_timeout_s");
+                return debug!(client = %from, "no CONNECT within connect_timeout");
             }
         };
     let connect = match connect {
@@ -233,7 +233,7 @@ async fn handshake(
     stream: TcpStream,
     worker: &Worker,
     port: &Port,
-) -> io::Result<(Stream, Result<Connect, scan::Malformed>, Vec<u8>)> {
+) -> io::Result<(Stream, Result<Connect, wire::Malformed>, Vec<u8>)> {
     let most = worker.limits.max_packet;
     let mut username = None;
     let mut stream = match (&port.tls, port.listener.websocket) {
@@ -251,7 +251,7 @@ async fn handshake(
     };
     let mut bytes = Vec::with_capacity(512);
     loop {
-        let header = match scan::header(&bytes) {
+        let header = match wire::header(&bytes) {
             Ok(header) => header,
             Err(malformed) => return Ok((stream, Err(malformed), Vec::new())),
         };

@@ -4,20 +4,15 @@
 //! ```text
 //! listeners ─► limits ─► TLS, WebSocket ─► CONNECT ─► session ─► brokers      a thread each, SO_REUSEPORT
 //! └─────────────────── accept ───────────────────┘      │
-//!            connect  subscriptions  ids  scan  table ────┘
+//!            crate::mqtt  subscriptions  ids  crate::brokers ────┘
 //! ```
 
 mod accept;
-pub mod broker;
-pub(crate) mod connect;
 mod ids;
-pub mod proxy;
-pub mod scan;
 mod session;
 pub mod stats;
 mod stream;
 mod subscriptions;
-pub mod table;
 mod tls;
 mod unsent;
 mod upstream;
@@ -33,11 +28,12 @@ use tokio::net::TcpSocket;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
+use crate::brokers::router::{Router, RouterError};
+use crate::brokers::tls::TlsError;
 use crate::config::Config;
 use crate::domain::RelayListener;
-use crate::{metrics, service};
-use connect::Connect;
-use table::Table;
+use crate::mqtt::connect::{Connack, Connect};
+use crate::{metrics, systemd};
 use tls::Tls;
 use worker::Shared;
 
@@ -45,7 +41,7 @@ use worker::Shared;
 #[doc(hidden)]
 pub fn read_anything(bytes: &[u8], v5: bool) {
     let _ = Connect::read(bytes);
-    let _ = connect::Connack::read(bytes, v5);
+    let _ = Connack::read(bytes, v5);
     let _ = subscriptions::Request::read(bytes, v5);
     let _ = subscriptions::codes(bytes, 2, v5);
 }
@@ -61,7 +57,7 @@ pub enum RelayError {
     NoService,
     /// Too many routes, or a group's TLS files.
     #[error(transparent)]
-    Table(#[from] table::TableError),
+    Router(#[from] RouterError),
     /// A listening socket cannot be opened.
     #[error("listening on {addr}: {source}{}", hint(.source))]
     Listen {
@@ -72,7 +68,7 @@ pub enum RelayError {
     },
     /// A certificate or key cannot be used.
     #[error(transparent)]
-    Tls(#[from] tls::TlsError),
+    Tls(#[from] TlsError),
     /// Threads, signals.
     #[error("{what}: {source}")]
     Io {
@@ -86,7 +82,7 @@ pub enum RelayError {
 fn hint(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::AddrNotAvailable => {
-            "; the relay's host has the service's address on lo: `mqtt-fwd real up --vip …`"
+            "; the relay's host has the service's address on lo: `mqtt-fwd host up --vip …`"
         }
         io::ErrorKind::AddrInUse => "; another program listens there, a broker perhaps: `ss -ltnp`",
         _ => "",
@@ -103,9 +99,9 @@ struct Port {
     tls: Option<Arc<Tls>>,
 }
 
-fn tables(config: &Config) -> Result<Vec<Arc<Table>>, RelayError> {
+fn tables(config: &Config) -> Result<Vec<Arc<Router>>, RelayError> {
     let relayed = config.services.iter().filter(|service| service.relay.is_some());
-    relayed.map(|service| Ok(Arc::new(Table::new(config, service)?))).collect()
+    relayed.map(|service| Ok(Arc::new(Router::new(config, service)?))).collect()
 }
 
 fn ports(config: &Config) -> Result<Vec<Port>, RelayError> {
@@ -156,9 +152,9 @@ pub fn run(config: &Config) -> Result<(), RelayError> {
     if let Some(listener) = metrics {
         runtime.spawn(metrics::serve(listener, Metrics(Arc::clone(&shared))));
     }
-    service::ready();
+    systemd::ready();
     runtime.block_on(supervise(config, &shared, &ports))?;
-    service::stopping();
+    systemd::stopping();
     shared.stop.cancel();
     info!(connections = shared.stats.connections.get(), "ending");
     for worker in workers {
@@ -214,9 +210,9 @@ async fn supervise(config: &Config, shared: &Shared, ports: &[Port]) -> Result<(
     loop {
         tokio::select! {
             _ = hangup.recv() => {
-                service::reloading();
+                systemd::reloading();
                 reload(config, shared, ports);
-                service::ready();
+                systemd::ready();
             }
             _ = terminate.recv() => return Ok(()),
             _ = interrupt.recv() => return Ok(()),

@@ -8,8 +8,8 @@ use rmqtt_codec::{v3, v5};
 use tokio_util::codec::{Decoder as _, Encoder as _};
 
 use super::ids::Slot;
-use super::scan::{self, Malformed};
-use super::table::Broker;
+use crate::brokers::router::Broker;
+use crate::mqtt::wire::{self, Malformed};
 
 /// A client's subscription.
 #[derive(Debug, Clone)]
@@ -281,7 +281,7 @@ impl Subscriptions {
             body.extend(codes);
         }
         let mut out = vec![if unsubscribe { 0xb0 } else { 0x90 }];
-        scan::put_varint(body.len(), &mut out);
+        wire::put_varint(body.len(), &mut out);
         out.extend(body);
         Some(out)
     }
@@ -313,7 +313,7 @@ pub fn codes(packet: &[u8], header: usize, is_v5: bool) -> &[u8] {
     if !is_v5 {
         return body;
     }
-    match scan::varint(body) {
+    match wire::varint(body) {
         Ok(Some((properties, at))) => body.get(at + properties..).unwrap_or_default(),
         _ => &[],
     }

@@ -1,77 +1,25 @@
-//! TLS: towards clients, with certificates by name, reload and client certificates; towards brokers.
+//! TLS towards clients, with certificates by name, reload and client certificates.
 
 use std::io;
-use std::net::IpAddr;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use tokio::net::TcpStream;
-use tokio_rustls::rustls::client::ClientConfig;
+use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::crypto::CryptoProvider;
-use tokio_rustls::rustls::pki_types::ServerName;
-use tokio_rustls::rustls::pki_types::pem::PemObject as _;
-use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::server::{ClientHello, ResolvesServerCert, WebPkiClientVerifier};
 use tokio_rustls::rustls::sign::CertifiedKey;
-use tokio_rustls::rustls::{self, RootCertStore, ServerConfig};
+use tokio_rustls::rustls::{self, ServerConfig};
 use tokio_rustls::server::TlsStream;
-use tokio_rustls::{TlsAcceptor, TlsConnector, client};
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
-use crate::domain::{BrokerTls, Certificate, RelayTls};
-
-/// A certificate or key that cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum TlsError {
-    /// A file.
-    #[error("{}: {why}", .path.display())]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// What is wrong with it.
-        why: String,
-    },
-    /// Certificate and key do not match, or are of an unsupported kind.
-    #[error("{} and its key: {source}", .path.display())]
-    Pair {
-        /// The certificate.
-        path: PathBuf,
-        /// Why.
-        source: rustls::Error,
-    },
-}
+use crate::brokers::tls::{TlsError, authorities, certificates, file, private_key};
+use crate::domain::{Certificate, RelayTls};
 
 /// A listener's TLS.
 #[derive(Debug)]
 pub struct Tls {
     settings: RelayTls,
     config: RwLock<Arc<ServerConfig>>,
-}
-
-fn file(path: &Path, why: impl std::fmt::Display) -> TlsError {
-    TlsError::File { path: path.to_owned(), why: why.to_string() }
-}
-
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let all = CertificateDer::pem_file_iter(path)
-        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .map_err(|e| file(path, e))?;
-    if all.is_empty() {
-        return Err(file(path, "there is no certificate in it (-----BEGIN CERTIFICATE-----)"));
-    }
-    Ok(all)
-}
-
-fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
-    PrivateKeyDer::from_pem_file(path).map_err(|e| file(path, e))
-}
-
-fn authorities(path: &Path) -> Result<RootCertStore, TlsError> {
-    let mut roots = RootCertStore::empty();
-    for certificate in certificates(path)? {
-        roots.add(certificate).map_err(|e| file(path, e))?;
-    }
-    Ok(roots)
 }
 
 /// A certificate that clients may ask for by name (SNI, RFC 6066 §3).
@@ -142,53 +90,6 @@ fn server(settings: &RelayTls) -> Result<ServerConfig, TlsError> {
     // ALPN, for clients that send it.
     config.alpn_protocols = vec![b"mqtt".to_vec(), b"http/1.1".to_vec()];
     Ok(config)
-}
-
-/// TLS towards the brokers of a group.
-#[derive(Clone)]
-pub struct Connector {
-    tls: TlsConnector,
-    /// In their certificates; `None`: their addresses.
-    name: Option<ServerName<'static>>,
-}
-
-impl std::fmt::Debug for Connector {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Connector").field("name", &self.name).finish_non_exhaustive()
-    }
-}
-
-impl Connector {
-    /// Reads authorities, and the certificate that is shown to brokers.
-    pub fn load(settings: &BrokerTls) -> Result<Self, TlsError> {
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let builder = ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .expect("the provider knows TLS 1.2 and 1.3")
-            .with_root_certificates(authorities(&settings.ca)?);
-        let config = match &settings.certificate {
-            None => builder.with_no_client_auth(),
-            Some(own) => {
-                let chain = certificates(&own.certificate)?;
-                let path = own.certificate.clone();
-                builder
-                    .with_client_auth_cert(chain, private_key(&own.key)?)
-                    .map_err(|source| TlsError::Pair { path, source })?
-            }
-        };
-        let name = settings.server_name.clone();
-        Ok(Self { tls: TlsConnector::from(Arc::new(config)), name })
-    }
-
-    /// TLS' handshake with a broker at that address.
-    pub async fn connect(
-        &self,
-        addr: IpAddr,
-        stream: TcpStream,
-    ) -> io::Result<client::TlsStream<TcpStream>> {
-        let name = self.name.clone().unwrap_or_else(|| ServerName::IpAddress(addr.into()));
-        self.tls.connect(name, stream).await
-    }
 }
 
 impl Tls {

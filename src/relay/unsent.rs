@@ -87,7 +87,8 @@ impl Unsent {
         let room = if paused { 0 } else { FILTERS_MAX - list.entries.len() };
         for i in (0..request.len()).take(room.min(FILTERS_OF_ONE)) {
             // An invalid one is refused by its broker.
-            if let Ok(filter) = TopicFilter::parse(super::table::unshared(request.filter(i)))
+            if let Ok(filter) =
+                TopicFilter::parse(crate::brokers::router::unshared(request.filter(i)))
                 && filter.levels().len() <= LEVELS_MAX
             {
                 list.entries.push(Entry { number, service, filter, since: now });

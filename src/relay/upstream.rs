@@ -7,10 +7,10 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::broker::{BrokerInfo, BrokerStream};
-use super::connect::{Connack, Kind};
 use super::stream::Pending;
-use super::table::Broker;
+use crate::brokers::connection::{BrokerInfo, BrokerStream};
+use crate::brokers::router::Broker;
+use crate::mqtt::connect::{Connack, Kind};
 
 /// From TCP's SYN to CONNACK.
 pub const OPEN_TIMEOUT: Duration = Duration::from_secs(5);

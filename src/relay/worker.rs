@@ -12,8 +12,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::stats::Stats;
 use super::subscriptions::Request;
-use super::table::Table;
 use super::unsent::{Earlier, Ticket, Unsent};
+use crate::brokers::router::Router;
 use crate::domain::RelayLimits;
 
 /// How long a broker that was not reached counts as down, at least.
@@ -29,7 +29,7 @@ const TOGETHER: u32 = 8;
 pub struct Shared {
     /// Counters.
     pub stats: Arc<Stats>,
-    tables: RwLock<Vec<Arc<Table>>>,
+    tables: RwLock<Vec<Arc<Router>>>,
     generation: AtomicU64,
     clients: Mutex<HashMap<IpAddr, Client>>,
     unsent: Arc<Unsent>,
@@ -51,7 +51,7 @@ struct Client {
 
 impl Shared {
     /// With the table of each service.
-    pub fn new(tables: Vec<Arc<Table>>) -> Self {
+    pub fn new(tables: Vec<Arc<Router>>) -> Self {
         Self {
             stats: Arc::default(),
             tables: RwLock::new(tables),
@@ -63,12 +63,12 @@ impl Shared {
     }
 
     /// The table of a service.
-    pub fn table(&self, service: usize) -> Arc<Table> {
+    pub fn table(&self, service: usize) -> Arc<Router> {
         Arc::clone(&self.tables.read().unwrap_or_else(PoisonError::into_inner)[service])
     }
 
     /// Replaces all tables.
-    pub fn set_tables(&self, tables: Vec<Arc<Table>>) {
+    pub fn set_tables(&self, tables: Vec<Arc<Router>>) {
         *self.tables.write().unwrap_or_else(PoisonError::into_inner) = tables;
         self.generation.fetch_add(1, Ordering::Release);
     }
@@ -182,7 +182,7 @@ impl Worker {
     }
 
     /// The table in force.
-    pub fn table(&self) -> Arc<Table> {
+    pub fn table(&self) -> Arc<Router> {
         self.shared.table(self.service)
     }
 

@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+use super::walk;
 use crate::domain::Service;
 use crate::domain::filter::{Level, TopicFilter};
 
@@ -86,15 +87,12 @@ impl Automaton {
         Compiler { trie: trie(filters), ..Compiler::default() }.run(filters, limit)
     }
 
-    /// The filter for a topic, by walking the automaton as the datapath does.
-    pub fn route(&self, edges: &HashMap<(u32, &str), u32>, topic: &str) -> Option<usize> {
-        let mut state = if topic.starts_with('$') { self.start_dollar } else { self.start };
-        for level in topic.split('/') {
-            state = edges
-                .get(&(state, level))
-                .copied()
-                .unwrap_or_else(|| self.states[state as usize].other);
-        }
+    /// The filter for a topic.
+    pub fn route(&self, edges: &HashMap<(u32, &[u8]), u32>, topic: &str) -> Option<usize> {
+        let next = |state: u32, level: &[u8]| {
+            edges.get(&(state, level)).copied().unwrap_or(self.states[state as usize].other)
+        };
+        let state = walk(self.start, self.start_dollar, topic.as_bytes(), next);
         self.states[state as usize].accepts
     }
 
@@ -106,8 +104,8 @@ impl Automaton {
     }
 
     /// The edges by what they are looked up by.
-    pub fn edge_index(&self) -> HashMap<(u32, &str), u32> {
-        self.edges.iter().map(|e| ((e.state, e.level.as_str()), e.next)).collect()
+    pub fn edge_index(&self) -> HashMap<(u32, &[u8]), u32> {
+        self.edges.iter().map(|e| ((e.state, e.level.as_bytes()), e.next)).collect()
     }
 }
 

@@ -11,12 +11,11 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use mqtt_fwd::balancer::embedded::{Embedded, Refusal};
 use mqtt_fwd::balancer::proto::katran_service_server::{KatranService, KatranServiceServer};
 use mqtt_fwd::balancer::proto::{self, Action};
-use mqtt_fwd::balancer::{Vip, mac_text};
-use mqtt_fwd::config::{Config, parse_mac};
-use mqtt_fwd::kernel::abi::balancer_stat;
+use mqtt_fwd::config::Config;
+use mqtt_fwd::datapath::embedded::{Embedded, Refusal};
+use mqtt_fwd::domain::vip::{Vip, mac_text, parse_mac};
 use mqtt_fwd::kernel::chain::{self, Chain};
 use mqtt_fwd::kernel::load;
 use tokio::net::{TcpListener, TcpSocket, UnixListener};
@@ -277,11 +276,11 @@ impl KatranService for Silent {
     }
 
     async fn get_lru_stats(&self, _: Request<proto::Empty>) -> Reply<proto::Stats> {
-        Ok(stats(self.state().balancer.stat(balancer_stat::STAT_LRU.0).map_err(|_| no())?))
+        Ok(stats(self.state().balancer.lru_stats().map_err(|_| no())?))
     }
 
     async fn get_lru_miss_stats(&self, _: Request<proto::Empty>) -> Reply<proto::Stats> {
-        Ok(stats(self.state().balancer.stat(balancer_stat::STAT_LRU_MISS.0).map_err(|_| no())?))
+        Ok(stats(self.state().balancer.lru_miss_stats().map_err(|_| no())?))
     }
 
     async fn get_lru_fallback_stats(&self, _: Request<proto::Empty>) -> Reply<proto::Stats> {

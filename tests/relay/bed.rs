@@ -27,8 +27,8 @@ balancer = "embedded"
 gateway_mac = "02:00:00:00:00:09"
 [relay]
 threads = 2
-return_after_s = 0
-connect_timeout_s = 2
+return_after = "0s"
+connect_timeout = "2s"
 #relay
 [[service]]
 name = "mqtt"
@@ -76,8 +76,8 @@ impl Bed {
         let mut bed = Self::empty("", "");
         let file = bed.dir.join("config.toml");
         let text = std::fs::read_to_string(&file).unwrap();
-        let after = format!("return_after_s = {seconds}");
-        std::fs::write(&file, text.replace("return_after_s = 0", &after)).unwrap();
+        let after = format!("return_after = \"{seconds}s\"");
+        std::fs::write(&file, text.replace("return_after = \"0s\"", &after)).unwrap();
         for broker in 1..=6 {
             bed.start_broker(broker);
         }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use mqtt_fwd::broker_host::takeover;
+use mqtt_fwd::kernel::takeover;
 
 use crate::client::{Client, SIZES, connect, padded};
 use crate::support::lab::{Group, Lab, config, unpadded};
@@ -30,7 +30,7 @@ pub fn lab(delayed: bool) -> Option<Lab> {
         "default_group = \"default\"\n",
         "default_group = \"default\"\nrelay = \"relay\"\n",
     );
-    let text = format!("{text}\n[relay]\nreturn_after_s = 0\n");
+    let text = format!("{text}\n[relay]\nreturn_after = \"0s\"\n");
     let options: &[&str] = if delayed { &["--relay", "--delayed"] } else { &["--relay"] };
     Some(Lab::up(&text, options))
 }
@@ -318,7 +318,7 @@ fn imported_clients_go_straight_from_their_first_connection_on() {
                 mqtt6, client_id, seeded, m/hum/x\nmqtt,client_id,known,m/temp/x\n";
     std::fs::write(&file, text).unwrap();
     let said = lab.mqtt_fwd(&["clients", "import", file.to_str().unwrap()]);
-    assert_eq!(said.trim(), "3 clients made known; 0 were already");
+    assert_eq!(said.trim(), "3 clients imported; 0 had been learned already");
     for (service, id, direct) in
         [(SERVICE, "seeded", true), (SERVICE6, "seeded", true), (SERVICE, "stranger", false)]
     {
@@ -333,7 +333,7 @@ fn imported_clients_go_straight_from_their_first_connection_on() {
         client.disconnect();
     }
     let said = lab.mqtt_fwd(&["clients", "import", file.to_str().unwrap()]);
-    assert_eq!(said.trim(), "0 clients made known; 3 were already");
+    assert_eq!(said.trim(), "0 clients imported; 3 had been learned already");
     let exported = lab.mqtt_fwd(&["clients", "export"]);
     for line in text.lines().map(|l| l.replace(' ', "")) {
         assert!(exported.contains(&line), "{line}: {exported}");

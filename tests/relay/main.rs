@@ -5,6 +5,7 @@ mod client;
 mod corners;
 mod hostile;
 mod lab;
+mod many;
 mod rescue;
 #[path = "../support/mod.rs"]
 mod support;

@@ -9,13 +9,13 @@ use std::path::Path;
 use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
 use libbpf_rs::{MapCore as _, MapFlags, OpenObject};
 use mqtt_fwd::config::{Config, MapSizes};
-use mqtt_fwd::control::api::proto;
-use mqtt_fwd::control::reconcile::{apply, plan};
-use mqtt_fwd::control::view::{self, Names};
 use mqtt_fwd::datapath::Datapath;
+use mqtt_fwd::datapath::clients::{self, Client};
+use mqtt_fwd::datapath::flows::{self, Flow};
+use mqtt_fwd::datapath::names::Names;
+use mqtt_fwd::datapath::plan::MapPlan;
 use mqtt_fwd::kernel::abi::Pod as _;
 use mqtt_fwd::kernel::chain;
-use mqtt_fwd::kernel::reasons::REASONS;
 use mqtt_fwd::kernel::skeletons::mqtt_fwd::types::rodata;
 use mqtt_fwd::kernel::skeletons::mqtt_fwd::{MqttFwdSkel, MqttFwdSkelBuilder};
 use mqtt_fwd::kernel::test_run;
@@ -105,7 +105,7 @@ pub fn test_run(program: &impl AsFd, packet: &[u8], repeat: u32) -> (Outcome, u3
 pub const SMALL: MapSizes = MapSizes {
     clients: 4096,
     flows: 4096,
-    weak_flows: 1024,
+    probation_flows: 1024,
     client_ids: 4096,
     handovers: 1024,
     topics: 4096,
@@ -147,7 +147,7 @@ impl Fixture {
         let mut open = MqttFwdSkelBuilder::default().open(storage).unwrap();
         for mut map in open.open_object_mut().maps_mut() {
             let name = map.name().to_string_lossy().into_owned();
-            if let Some(size) = sizes.of_mqtt_fwd(&name) {
+            if let Some(size) = sizes.of(&name) {
                 map.set_max_entries(size).unwrap();
             }
         }
@@ -167,8 +167,8 @@ impl Fixture {
 
     /// Brings the maps to `self.config`.
     pub fn apply(&self) {
-        let plan = plan::plan_maps(&self.config, &self.datapath, 1500).unwrap();
-        apply::carry_out_maps(&plan, &self.datapath).unwrap();
+        let plan = MapPlan::of(&self.config, &self.datapath, 1500).unwrap();
+        plan.carry_out(&self.datapath).unwrap();
     }
 
     /// Is somebody in the balancer's position?
@@ -188,8 +188,8 @@ impl Fixture {
 
     /// Counters that are not zero, by name.
     pub fn counters(&self) -> BTreeMap<&'static str, u64> {
-        let values = self.datapath.counters().unwrap();
-        REASONS.iter().map(|r| r.name).zip(values).filter(|(_, n)| *n > 0).collect()
+        let counters = self.datapath.counters().unwrap();
+        counters.iter().map(|(r, n)| (r.name, n)).filter(|(_, n)| *n > 0).collect()
     }
 
     /// Sends a packet and says by what the counters rose.
@@ -209,15 +209,15 @@ impl Fixture {
         Names::read(&self.config, &self.datapath).unwrap()
     }
 
-    pub fn client(&self, addr: &str) -> Option<proto::Client> {
+    pub fn client(&self, addr: &str) -> Option<Client> {
         let names = self.names();
-        let mut rows = view::clients(&self.datapath, &names).unwrap().map(Result::unwrap);
+        let mut rows = clients::clients(&self.datapath, &names).unwrap().map(Result::unwrap);
         rows.find(|row| row.client == addr)
     }
 
-    pub fn flow(&self, client: SocketAddr) -> Option<proto::Flow> {
+    pub fn flow(&self, client: SocketAddr) -> Option<Flow> {
         let (names, client) = (self.names(), client.to_string());
-        let mut rows = view::flows(&self.datapath, &names).unwrap().map(Result::unwrap);
+        let mut rows = flows::flows(&self.datapath, &names).unwrap().map(Result::unwrap);
         rows.find(|row| row.client == client)
     }
 }

@@ -5,10 +5,10 @@
 
 #include "segment.h"
 
-enum glimpse {
-	GLIMPSE_NOTHING,
-	GLIMPSE_CONNACK, /* its payload begins as one */
-	GLIMPSE_END, /* FIN or RST, without payload */
+enum reply {
+	REPLY_OTHER,
+	REPLY_CONNACK, /* its payload begins as one */
+	REPLY_END, /* FIN or RST, without payload */
 };
 
 #define MQTT_CONNACK_TYPE 0x20
@@ -17,37 +17,37 @@ enum glimpse {
  * Whether a packet is one to look at more closely. As little as says so: every packet of the
  * broker's is asked, and its payload need not be where its headers are.
  */
-static __always_inline enum glimpse glimpse(struct __sk_buff *skb)
+static __always_inline enum reply classify_reply(struct __sk_buff *skb)
 {
-	struct cursor cur = { .pos = skb_start(skb), .end = skb_end(skb) };
+	struct cursor cur = {.pos = skb_start(skb), .end = skb_end(skb)};
 	const struct ethhdr *eth = parse_eth(&cur);
 	const struct tcphdr *tcp;
 	__u32 offset;
 	__u8 first;
 
 	if (!eth)
-		return GLIMPSE_NOTHING;
+		return REPLY_OTHER;
 	if (eth->h_proto == bpf_htons(ETH_P_IP)) {
 		const struct iphdr *ip = parse_ipv4(&cur);
 		if (!ip || ip->protocol != IPPROTO_TCP)
-			return GLIMPSE_NOTHING;
+			return REPLY_OTHER;
 		offset = sizeof(*eth) + sizeof(*ip);
 	} else {
 		const struct ipv6hdr *ip = parse_ipv6(&cur);
 		if (eth->h_proto != bpf_htons(ETH_P_IPV6) || !ip || ip->nexthdr != IPPROTO_TCP)
-			return GLIMPSE_NOTHING;
+			return REPLY_OTHER;
 		offset = sizeof(*eth) + sizeof(*ip);
 	}
 	tcp = parse_tcp(&cur);
 	if (!tcp)
-		return GLIMPSE_NOTHING;
+		return REPLY_OTHER;
 	bool ends = tcp->fin || tcp->rst;
 	offset += tcp->doff * 4;
 	if (skb->len <= offset)
-		return ends ? GLIMPSE_END : GLIMPSE_NOTHING;
+		return ends ? REPLY_END : REPLY_OTHER;
 	if (bpf_skb_load_bytes(skb, offset, &first, 1) || first != MQTT_CONNACK_TYPE)
-		return GLIMPSE_NOTHING;
-	return GLIMPSE_CONNACK;
+		return REPLY_OTHER;
+	return REPLY_CONNACK;
 }
 
 #define PAYLOAD_MAX 2048 /* of a segment that is turned into RST */
@@ -101,29 +101,29 @@ static __always_inline int from_broker(struct __sk_buff *skb)
 	struct segment s;
 	__u8 connack[HANDOVER_CONNACK] = {};
 
-	if (skb->mark == MARK_RESET_AHEAD) {
+	if (skb->mark == SKB_MARK_RST_PAST_CONNACK) {
 		if (read_segment(skb, &s) && s.flags & bpf_htons(TCP_RST))
 			set_word(skb, &s, SEQ_OFFSET, s.seq, s.seq + HANDOVER_CONNACK);
 		return TC_ACT_OK;
 	}
-	if (skb->mark == MARK_NO_RESET) {
+	if (skb->mark == SKB_MARK_SUPPRESS_RST) {
 		if (!read_segment(skb, &s) || !(s.flags & bpf_htons(TCP_RST)))
 			return TC_ACT_OK;
 		count(TAKEOVER_RESET_HELD);
 		return TC_ACT_SHOT;
 	}
-	enum glimpse seen = glimpse(skb);
+	enum reply reply = classify_reply(skb);
 
-	if (seen == GLIMPSE_NOTHING || !read_segment(skb, &s) || !s.payload != (seen == GLIMPSE_END))
+	if (reply == REPLY_OTHER || !read_segment(skb, &s) || !s.payload != (reply == REPLY_END))
 		return TC_ACT_OK;
-	struct guard_key key = guard_key_of(s.tuple.dst, s.tuple.dport, s.tuple.sport);
-	struct guard *guard = bpf_map_lookup_elem(&guards, &key);
-	if (!guard || guard->seq != s.seq || guard->state == GUARD_DONE)
+	struct taken_over_key key = taken_over_key_of(s.tuple.dst, s.tuple.dport, s.tuple.sport);
+	struct taken_over_conn *conn = bpf_map_lookup_elem(&taken_over, &key);
+	if (!conn || conn->seq != s.seq || conn->state == TAKEN_OVER_DONE)
 		return TC_ACT_OK;
-	__u32 at = guard->seq, state = guard->state;
-	guard->done_s = now_s();
-	guard->state = GUARD_DONE;
-	if (state == GUARD_OPEN)
+	__u32 at = conn->seq, state = conn->state;
+	conn->done_s = now_s16();
+	conn->state = TAKEN_OVER_DONE;
+	if (state == TAKEN_OVER_OPEN)
 		return TC_ACT_OK;
 	if (!s.payload) {
 		count(TAKEOVER_CONNACK_NONE);

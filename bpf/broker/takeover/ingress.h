@@ -37,7 +37,7 @@ static __always_inline int for_listener(struct __sk_buff *skb, const struct segm
 		 * as if it acknowledged the SYN-ACK, and if it is lost, answers no RST.
 		 */
 		count(s->payload && !held ? TAKEOVER_NO_COOKIE : TAKEOVER_EARLY);
-		skb->mark = MARK_NO_RESET;
+		skb->mark = SKB_MARK_SUPPRESS_RST;
 		if (held)
 			set_word(skb, s, ACK_OFFSET, s->ack, s->ack - held);
 		return TC_ACT_OK;
@@ -47,10 +47,10 @@ static __always_inline int for_listener(struct __sk_buff *skb, const struct segm
 	 * §3.6.1). A first segment that the network doubled must not become another connection, and
 	 * its messages not come twice.
 	 */
-	struct guard_key key = guard_key_of(s->tuple.src, s->tuple.sport, s->tuple.dport);
-	const struct guard *before = bpf_map_lookup_elem(&guards, &key);
-	if (before && before->seq == s->ack && before->state == GUARD_DONE &&
-	    (__u16)(now_s() - before->done_s) < REPLAY_S) {
+	struct taken_over_key key = taken_over_key_of(s->tuple.src, s->tuple.sport, s->tuple.dport);
+	const struct taken_over_conn *before = bpf_map_lookup_elem(&taken_over, &key);
+	if (before && before->seq == s->ack && before->state == TAKEN_OVER_DONE &&
+	    (__u16)(now_s16() - before->done_s) < REPLAY_S) {
 		count(TAKEOVER_REPLAYED);
 		return TC_ACT_SHOT;
 	}
@@ -79,11 +79,11 @@ static __always_inline int for_listener(struct __sk_buff *skb, const struct segm
 		return TC_ACT_SHOT;
 	}
 	count(TAKEOVER_DONE);
-	struct guard guard = {
+	struct taken_over_conn conn = {
 		.seq = s->ack,
-		.state = s->mark & MARK_HANDOVER ? GUARD_ANSWERED : GUARD_OPEN,
+		.state = s->mark & MARK_HANDOVER ? TAKEN_OVER_ANSWERED : TAKEN_OVER_OPEN,
 	};
-	bpf_map_update_elem(&guards, &key, &guard, BPF_ANY);
+	bpf_map_update_elem(&taken_over, &key, &conn, BPF_ANY);
 	return TC_ACT_OK;
 }
 
@@ -101,7 +101,7 @@ static __always_inline __u32 time_wait_rcv_nxt(struct tcp_timewait_sock *tw)
 static __always_inline int end_older(struct __sk_buff *skb, const struct segment *s, __u32 rcv_nxt)
 {
 	count(TAKEOVER_OLD_SOCKET);
-	skb->mark = MARK_AGAIN;
+	skb->mark = SKB_MARK_REINJECTED;
 	bpf_clone_redirect(skb, skb->ifindex, BPF_F_INGRESS);
 	set_word(skb, s, SEQ_OFFSET, s->seq, rcv_nxt);
 	set_flags(skb, s, s->flags | bpf_htons(TCP_RST));
@@ -140,7 +140,7 @@ static __always_inline int from_balancer(struct __sk_buff *skb)
 	if (!sk) {
 		/* Nobody listens: the client is told so, though it has an answer to its CONNECT. */
 		if (s.mark & MARK_HANDOVER)
-			skb->mark = MARK_RESET_AHEAD;
+			skb->mark = SKB_MARK_RST_PAST_CONNACK;
 		return TC_ACT_OK;
 	}
 
@@ -171,7 +171,7 @@ static __always_inline int from_balancer(struct __sk_buff *skb)
 	}
 	bpf_sk_release(sk);
 
-	if (older && s.payload && skb->mark != MARK_AGAIN) {
+	if (older && s.payload && skb->mark != SKB_MARK_REINJECTED) {
 		const struct tcp_options *o = options_of(skb, &s);
 		if (o && segment_has_cookie(&s, o))
 			return end_older(skb, &s, rcv_nxt);

@@ -43,7 +43,7 @@ static __always_inline __u32 mark_of(__u16 word)
 /* The balancer's mark in a packet's IP header; 0: not marked. */
 static __always_inline __u32 read_mark(struct __sk_buff *skb)
 {
-	struct cursor cur = { .pos = skb_start(skb), .end = skb_end(skb) };
+	struct cursor cur = {.pos = skb_start(skb), .end = skb_end(skb)};
 	const struct ethhdr *eth = parse_eth(&cur);
 
 	if (!eth)
@@ -61,7 +61,7 @@ static __always_inline __u32 read_mark(struct __sk_buff *skb)
 
 static __always_inline bool read_segment(struct __sk_buff *skb, struct segment *s)
 {
-	struct cursor cur = { .pos = skb_start(skb), .end = skb_end(skb) };
+	struct cursor cur = {.pos = skb_start(skb), .end = skb_end(skb)};
 	struct ethhdr *eth = parse_eth(&cur);
 	struct tcphdr *tcp;
 	__u32 length;
@@ -129,19 +129,21 @@ static __always_inline void set_flags(struct __sk_buff *skb, const struct segmen
 }
 
 /* A segment's options on their way through the parser (lib/tcp.h). */
-MAP(scratch, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct tcp_option_scan, 1);
+MAP(option_scan, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct tcp_option_scan, 1);
 
-static __always_inline struct tcp_options *options_of(struct __sk_buff *skb, const struct segment *s)
+static __always_inline struct tcp_options *options_of(struct __sk_buff *skb,
+						      const struct segment *s)
 {
 	__u32 zero = 0, length = s->header - sizeof(struct tcphdr);
-	struct tcp_option_scan *scan = bpf_map_lookup_elem(&scratch, &zero);
+	struct tcp_option_scan *scan = bpf_map_lookup_elem(&option_scan, &zero);
 
 	if (!scan || length > TCP_OPTIONS_MAX)
 		return NULL;
 	scan->length = length;
 	barrier_var(length);
-	if (length && (length > TCP_OPTIONS_MAX ||
-		       bpf_skb_load_bytes(skb, s->tcp + sizeof(struct tcphdr), scan->bytes, length)))
+	if (length &&
+	    (length > TCP_OPTIONS_MAX ||
+	     bpf_skb_load_bytes(skb, s->tcp + sizeof(struct tcphdr), scan->bytes, length)))
 		return NULL;
 	tcp_options_scan(scan);
 	return &scan->o;

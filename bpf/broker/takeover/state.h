@@ -8,9 +8,15 @@
 
 #include <bpf/bpf_helpers.h>
 
-#define MARK_AGAIN 0x4d510001U /* skb->mark: sent round once more, an older socket has been ended */
-#define MARK_RESET_AHEAD 0x4d510003U /* its RST has to be where the client is: behind a CONNACK */
-#define MARK_NO_RESET 0x4d510002U /* its RST, which net.ipv4.fwmark_reflect marks alike, goes no further */
+/* skb->mark */
+enum {
+	/* Injected again, after an older socket was ended. */
+	SKB_MARK_REINJECTED = 0x4d510001,
+	/* Its RST, which net.ipv4.fwmark_reflect marks alike, is dropped at egress. */
+	SKB_MARK_SUPPRESS_RST = 0x4d510002,
+	/* Its RST has to be where the client is: behind a CONNACK. */
+	SKB_MARK_RST_PAST_CONNACK = 0x4d510003,
+};
 
 MAP(handover_keys, BPF_MAP_TYPE_ARRAY, __u32, struct handover_keys, 1);
 
@@ -32,24 +38,24 @@ enum takeover_counter {
 MAP(takeover_counters, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, __u64, TAKEOVER_COUNTERS);
 
 /* Connections that were taken over: what the broker's CONNACK has to be, and whether it was sent. */
-struct guard_key {
+struct taken_over_key {
 	__be32 client[4];
 	__be16 client_port;
 	__be16 port;
 };
 
-enum guard_state {
-	GUARD_OPEN, /* taken over; the broker may send what it likes */
-	GUARD_ANSWERED, /* the balancer has sent its CONNACK */
-	GUARD_DONE, /* the broker has: the same cookie is worth nothing for a while */
+enum taken_over_state {
+	TAKEN_OVER_OPEN, /* taken over; the broker may send what it likes */
+	TAKEN_OVER_ANSWERED, /* the balancer has sent its CONNACK */
+	TAKEN_OVER_DONE, /* the broker has: the same cookie is worth nothing for a while */
 };
 
-struct guard {
+struct taken_over_conn {
 	__u32 seq; /* of the CONNACK's first byte */
-	__u16 state; /* enum guard_state */
-	__u16 done_s; /* GUARD_DONE: when, CLOCK_BOOTTIME seconds */
+	__u16 state; /* enum taken_over_state */
+	__u16 done_s; /* TAKEN_OVER_DONE: when, CLOCK_BOOTTIME seconds */
 };
-MAP(guards, BPF_MAP_TYPE_LRU_HASH, struct guard_key, struct guard, 1 << 16);
+MAP(taken_over, BPF_MAP_TYPE_LRU_HASH, struct taken_over_key, struct taken_over_conn, 1 << 16);
 
 static __always_inline void count(__u32 counter)
 {
@@ -59,15 +65,15 @@ static __always_inline void count(__u32 counter)
 		*n += 1;
 }
 
-static __always_inline __u16 now_s(void)
+static __always_inline __u16 now_s16(void)
 {
 	return bpf_ktime_get_boot_ns() / 1000000000ULL;
 }
 
-static __always_inline struct guard_key guard_key_of(const __be32 client[4], __be16 client_port,
-						     __be16 port)
+static __always_inline struct taken_over_key taken_over_key_of(const __be32 client[4],
+							       __be16 client_port, __be16 port)
 {
-	struct guard_key key = { .client_port = client_port, .port = port };
+	struct taken_over_key key = {.client_port = client_port, .port = port};
 
 	__builtin_memcpy(key.client, client, sizeof(key.client));
 	return key;

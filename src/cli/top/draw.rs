@@ -7,7 +7,7 @@ use ratatui::style::{Color, Modifier, Style};
 use ratatui::text::{Line, Span};
 use ratatui::widgets::{Cell, Paragraph, Row, Table};
 
-use crate::control::api::proto::Overview;
+use crate::inspect::overview::Overview;
 
 /// What [`plain`] draws on.
 const PLAIN: (u16, u16) = (100, 40);
@@ -69,7 +69,7 @@ fn head(frame: &mut Frame<'_>, area: Rect, o: &Overview) {
         )),
         match o.problems.first() {
             Some(problem) => Line::styled(problem.clone(), Style::new().fg(Color::Red)),
-            None => Line::from(format!("{} flows   {} known clients", o.flows, o.clients)),
+            None => Line::from(format!("{} flows   {} clients", o.flows, o.clients)),
         },
     ];
     frame.render_widget(Paragraph::new(lines), area);
@@ -178,7 +178,9 @@ fn number(n: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::api::proto::{ClientOverview, GroupOverview, RealOverview, TopicOverview};
+    use crate::datapath::clients::MultiGroupClient;
+    use crate::datapath::flows::TopicUse;
+    use crate::inspect::overview::{GroupOverview, RealOverview};
 
     fn overview() -> Overview {
         let group = |name: &str, packets_s, flows| GroupOverview {
@@ -194,7 +196,7 @@ mod tests {
             weight: 1,
             state: state.into(),
         };
-        let topic = |topic: &str, group: &str, flows, misrouted| TopicOverview {
+        let topic = |topic: &str, group: &str, flows, misrouted| TopicUse {
             topic: topic.into(),
             group: group.into(),
             flows,
@@ -223,7 +225,7 @@ mod tests {
                 topic("measurements/temperature", "temperature", 1200, 0),
                 topic(&"long/".repeat(40), "humidity", 30, 7),
             ],
-            multi_group: vec![ClientOverview {
+            multi_group: vec![MultiGroupClient {
                 client: "gateway-17".into(),
                 topic: "measurements/humidity".into(),
                 group: "temperature".into(),

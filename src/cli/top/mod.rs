@@ -8,21 +8,22 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
 
+use crate::api::{Overviews, Run};
+use crate::cli::error::Error;
 use crate::config::Config;
-use crate::control::Error;
-use crate::control::api::{self, proto};
-use crate::control::overview::{self, Looks};
+use crate::inspect::Context;
+use crate::inspect::overview::{self, Overview, Sampler};
 
-/// From one look for keys to the next.
+/// From one poll of the keyboard to the next.
 const KEYS: Duration = Duration::from_millis(20);
 
 #[derive(Debug, Args)]
 pub struct Top {
-    /// Seconds from one look to the next
+    /// Seconds from one sample to the next
     #[arg(long, default_value_t = 1.0, value_name = "SECONDS", value_parser = seconds)]
     interval: f64,
 
-    /// Print this many looks as plain text, and end
+    /// Print this many samples as plain text, and end
     #[arg(long, short = 'n', value_name = "N")]
     iterations: Option<u32>,
 }
@@ -36,19 +37,19 @@ fn seconds(text: &str) -> Result<f64, String> {
 
 impl Top {
     pub fn run(&self, config: &Config) -> Result<(), Error> {
-        let executor = super::executor()?;
+        let executor = crate::cli::executor()?;
         let interval = Duration::from_secs_f64(self.interval);
         let mut source = executor.block_on(Source::of(config, interval))?;
-        // Rates are of two looks.
+        // Rates are of two samples.
         executor.block_on(source.next())?;
         if let Some(iterations) = self.iterations {
             for _ in 0..iterations {
-                super::table::line(&draw::plain(&executor.block_on(source.next())?));
+                crate::cli::table::line(&draw::plain(&executor.block_on(source.next())?));
             }
             return Ok(());
         }
         if !std::io::stdout().is_terminal() {
-            return Err(Error::Refused(
+            return Err(Error::Usage(
                 "standard output is no terminal; --iterations N prints text".to_owned(),
             ));
         }
@@ -60,12 +61,10 @@ impl Top {
     }
 }
 
-async fn show(
-    mut source: Source<'_>,
-    terminal: &mut ratatui::DefaultTerminal,
-) -> Result<(), Error> {
+async fn show(mut source: Source, terminal: &mut ratatui::DefaultTerminal) -> Result<(), Error> {
     let failed = |source| Error::Io { what: "the terminal".to_owned(), source };
-    let (to_screen, mut looks) = tokio::sync::watch::channel(proto::Overview::default());
+    let first = source.next().await?;
+    let (to_screen, mut samples) = tokio::sync::watch::channel(first);
     let reading = async {
         loop {
             let overview = source.next().await?;
@@ -74,10 +73,10 @@ async fn show(
     };
     let showing = async {
         loop {
-            let overview = looks.borrow_and_update().clone();
+            let overview = samples.borrow_and_update().clone();
             terminal.draw(|frame| draw::draw(frame, &overview)).map_err(failed)?;
             loop {
-                if looks.has_changed().unwrap_or(true) {
+                if samples.has_changed().unwrap_or(true) {
                     break;
                 }
                 if !event::poll(Duration::ZERO).map_err(failed)? {
@@ -108,35 +107,32 @@ fn ends(event: &Event) -> bool {
             || (control && key.code == KeyCode::Char('c')))
 }
 
-/// Where looks come from: `run`, or the maps.
-enum Source<'a> {
-    Run(api::Overviews),
-    Here { config: &'a Config, looks: Box<Looks>, interval: Duration, due: Instant },
+/// Where samples come from: `run`, or the maps.
+enum Source {
+    Run(Box<Overviews>),
+    Here { context: Context, sampler: Box<Sampler>, interval: Duration, due: Instant },
 }
 
-impl<'a> Source<'a> {
-    async fn of(config: &'a Config, interval: Duration) -> Result<Self, Error> {
-        Ok(match api::Overviews::of(config, interval).await? {
-            Some(overviews) => Self::Run(overviews),
-            None => Self::Here {
-                config,
-                looks: Box::new(Looks::new(config)?),
-                interval,
-                due: Instant::now(),
-            },
-        })
+impl Source {
+    async fn of(config: &Config, interval: Duration) -> Result<Self, Error> {
+        if let Some(mut run) = Run::find(config).await? {
+            return Ok(Self::Run(Box::new(run.overviews(interval).await?)));
+        }
+        let context = Context::outside(config.clone());
+        let sampler = Box::new(Sampler::new(&context)?);
+        Ok(Self::Here { context, sampler, interval, due: Instant::now() })
     }
 
     /// The next one, once it is due.
-    async fn next(&mut self) -> Result<proto::Overview, Error> {
+    async fn next(&mut self) -> Result<Overview, Error> {
         match self {
             Self::Run(overviews) => {
-                overviews.next().await?.ok_or_else(|| Error::Busy("`run` has ended".to_owned()))
+                overviews.next().await?.ok_or_else(|| Error::Failed("`run` has ended".to_owned()))
             }
-            Self::Here { config, looks, interval, due } => {
+            Self::Here { context, sampler, interval, due } => {
                 tokio::time::sleep_until((*due).into()).await;
                 let started = Instant::now();
-                let overview = looks.next(config).await?;
+                let overview = sampler.next(context).await?;
                 *due = started + (*interval).max(started.elapsed() * overview::PART);
                 Ok(overview)
             }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use super::super::reader::Source;
 use super::super::{BalancerKind, MapSizes, Service};
-use crate::kernel::abi::limits;
+use crate::domain::limits;
 use crate::routes::compile;
 
 /// Reports what does not fit together.
@@ -16,7 +16,7 @@ pub(super) fn check(
     source: &Source<'_>,
 ) {
     let report = |key: String, value: String, text: String| source.report(key, value, text);
-    let max_services = limits::MAX_SERVICES.0 as usize;
+    let max_services = limits::SERVICES;
     if services.len() > max_services {
         report(
             "service".to_owned(),

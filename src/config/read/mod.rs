@@ -8,18 +8,18 @@ mod values;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use toml::de::DeTable;
 
 use self::values::{absolute, certificate, is_of_this_host};
-pub use self::values::{address, endpoint, mac, parse_mac};
+pub use self::values::{address, endpoint, mac};
 use super::reader::{Reader, Source};
 use super::{
     Api, BalancerKind, Binding, Config, ConfigError, Encapsulation, MapSizes, Rates, Service,
     XdpMode,
 };
-use crate::domain::RelayLimits;
-use crate::kernel::abi::limits;
+use crate::domain::{RelayLimits, limits};
 use crate::run_files;
 
 /// Linux' IFNAMSIZ, less the terminating zero.
@@ -87,8 +87,11 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
         .parsed("handover_key", absolute)
         .unwrap_or_else(|| PathBuf::from("/etc/mqtt-fwd/handover.key"));
     let clients_file = r.parsed("clients_file", absolute);
-    let clients_save_s = r.number("clients_save_s", 1..=86_400).unwrap_or(300);
-    let watch_interval_s = r.number("watch_interval_s", 1..=3600).unwrap_or(1);
+    let seconds = Duration::from_secs;
+    let clients_save_interval =
+        r.duration("clients_save_interval", seconds(1)..=seconds(86_400)).unwrap_or(seconds(300));
+    let reconcile_interval =
+        r.duration("reconcile_interval", seconds(1)..=seconds(3600)).unwrap_or(seconds(1));
     let d = Rates::default();
     let rates = Rates {
         events: r.number("events_per_second", 0..=1_000_000).unwrap_or(d.events),
@@ -97,8 +100,8 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
     };
     let services: Vec<Service> =
         r.tables("service").into_iter().filter_map(service::service).collect();
-    let late = services.iter().any(|service| service.binding == Binding::Delayed);
-    let maps = map_sizes(r.table("maps"), late);
+    let delayed = services.iter().any(|service| service.binding == Binding::Delayed);
+    let maps = map_sizes(r.table("maps"), delayed);
     let relay = relay_limits(r.table("relay"));
     if !r.has("service") {
         r.problem("service", "there is none; describe one with [[service]]");
@@ -121,8 +124,8 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
         api,
         handover_key,
         clients_file,
-        clients_save_s,
-        watch_interval_s,
+        clients_save_interval,
+        reconcile_interval,
         rates,
         maps,
         relay,
@@ -144,6 +147,7 @@ fn api(r: Reader<'_>) -> Option<Api> {
 fn relay_limits(r: Option<Reader<'_>>) -> RelayLimits {
     let d = RelayLimits::default();
     let Some(r) = r else { return d };
+    let seconds = Duration::from_secs;
     let read = RelayLimits {
         threads: r.number("threads", 0..=1024).unwrap_or(d.threads),
         connections: r.number("connections", 1..=10_000_000).unwrap_or(d.connections),
@@ -153,14 +157,16 @@ fn relay_limits(r: Option<Reader<'_>>) -> RelayLimits {
         connections_per_second: r
             .number("connections_per_second", 1..=1_000_000)
             .unwrap_or(d.connections_per_second),
-        connect_timeout_s: r.number("connect_timeout_s", 1..=600).unwrap_or(d.connect_timeout_s),
+        connect_timeout: r
+            .duration("connect_timeout", seconds(1)..=seconds(600))
+            .unwrap_or(d.connect_timeout),
         max_packet: r
             .number::<u32>("max_packet_size", 1024..=268_435_460)
             .map_or(d.max_packet, |n| n as usize),
         subscriptions: r.number("subscriptions", 1..=10_000_000).unwrap_or(d.subscriptions),
-        return_after: match r.number::<u32>("return_after_s", 0..=86_400) {
-            Some(0) => None,
-            Some(s) => Some(std::time::Duration::from_secs(s.into())),
+        return_after: match r.duration("return_after", Duration::ZERO..=seconds(86_400)) {
+            Some(Duration::ZERO) => None,
+            Some(after) => Some(after),
             None => d.return_after,
         },
         returns_per_second: r
@@ -171,19 +177,19 @@ fn relay_limits(r: Option<Reader<'_>>) -> RelayLimits {
     read
 }
 
-/// `late`: there are services that bind late, whose maps are next to nothing otherwise.
-fn map_sizes(r: Option<Reader<'_>>, late: bool) -> MapSizes {
-    let d = if late { MapSizes::default() } else { MapSizes::default().without_delayed() };
+/// `delayed`: there are services with delayed binding, whose maps are next to nothing otherwise.
+fn map_sizes(r: Option<Reader<'_>>, delayed: bool) -> MapSizes {
+    let d = if delayed { MapSizes::default() } else { MapSizes::default().without_delayed() };
     let Some(r) = r else { return d };
     let sizes = MapSizes {
         clients: r.number("clients", 1..=100_000_000).unwrap_or(d.clients),
         flows: r.number("flows", 1..=100_000_000).unwrap_or(d.flows),
-        weak_flows: r.number("weak_flows", 1..=100_000_000).unwrap_or(d.weak_flows),
+        probation_flows: r.number("probation_flows", 1..=100_000_000).unwrap_or(d.probation_flows),
         client_ids: r.number("client_ids", 1..=100_000_000).unwrap_or(d.client_ids),
         handovers: r.number("handovers", 1..=10_000_000).unwrap_or(d.handovers),
         topics: r.number("topics", 1..=10_000_000).unwrap_or(d.topics),
         route_states: r.number("route_states", 16..=10_000_000).unwrap_or(d.route_states),
-        groups: r.number("groups", 1..=limits::MAX_GROUP_VIPS.0.into()).unwrap_or(d.groups),
+        groups: r.number("groups", 1..=limits::GROUP_VIPS.into()).unwrap_or(d.groups),
         vips: r.number("vips", 1..=512).unwrap_or(d.vips),
     };
     r.finish();

@@ -9,8 +9,7 @@ use super::group::group;
 use super::values::{absolute, address, certificate, name_text};
 use crate::domain::filter::TopicFilter;
 use crate::domain::health::{CheckKind, CheckPath, HealthCheck};
-use crate::domain::{ANY, ClientRoute, ClientRouteKind, RelayListener, RelayTls};
-use crate::kernel::abi::limits;
+use crate::domain::{ANY, ClientRoute, ClientRouteKind, RelayListener, RelayTls, limits};
 
 #[allow(clippy::too_many_lines)] // one key after the other
 pub(super) fn service(r: Reader<'_>) -> Option<Service> {
@@ -97,7 +96,7 @@ pub(super) fn service(r: Reader<'_>) -> Option<Service> {
         }
         let filter = route.required("topic", "measurements/#", |text| {
             let filter = TopicFilter::parse(text).map_err(|e| e.to_string())?;
-            let most = limits::MAX_ROUTE_LEVELS.0 as usize;
+            let most = limits::ROUTE_LEVELS;
             if filter.levels().len() > most {
                 return Err(format!(
                     "has more than {most} levels, each of which may cost a look-up"
@@ -214,7 +213,7 @@ fn client_route(
             None => (text, false),
         };
         // An exact text has a byte more in the datapath.
-        let most = limits::CLIENT_ROUTE_TEXT_MAX.0 as usize - 1;
+        let most = limits::CLIENT_ROUTE_TEXT;
         if text.len() > most || (text.is_empty() && !prefix) {
             return Err(format!("must be 1 to {most} bytes long"));
         }
@@ -249,18 +248,16 @@ fn health_check(r: Reader<'_>) -> Option<HealthCheck> {
     if texts[2].is_some() && texts[1].is_none() {
         r.problem("password", "needs username (MQTT 3.1.1 §3.1.2.9)");
     }
-    let milliseconds = |key, d: Duration, range| {
-        r.number::<u32>(key, range).map_or(d, |n| Duration::from_millis(n.into()))
-    };
-    let interval = milliseconds("interval_ms", d.interval, 100..=3_600_000);
-    let timeout = milliseconds("timeout_ms", d.timeout, 10..=60_000);
+    let ms = Duration::from_millis;
+    let interval = r.duration("interval", ms(100)..=ms(3_600_000)).unwrap_or(d.interval);
+    let timeout = r.duration("timeout", ms(10)..=ms(60_000)).unwrap_or(d.timeout);
     if timeout > interval {
         r.problem(
-            "timeout_ms",
+            "timeout",
             format!(
-                "{} is longer than interval_ms {}; shorten it, too",
-                timeout.as_millis(),
-                interval.as_millis()
+                "{} is longer than interval {}; shorten it, too",
+                humantime::format_duration(timeout),
+                humantime::format_duration(interval)
             ),
         );
     }
@@ -285,8 +282,8 @@ fn health_check(r: Reader<'_>) -> Option<HealthCheck> {
         fall: r.number("fall", 1..=1000).unwrap_or(d.fall),
         resets: r.choice("on_down", &[("keep", false), ("reset", true)]).unwrap_or(d.resets),
         slow_start: r
-            .number::<u32>("slow_start_s", 0..=3600)
-            .map_or(d.slow_start, |n| Duration::from_secs(n.into())),
+            .duration("slow_start", Duration::ZERO..=ms(3_600_000))
+            .unwrap_or(d.slow_start),
     };
     r.finish();
     Some(check)

@@ -4,10 +4,10 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use super::super::reader::Reader;
-use crate::domain::Certificate;
-use crate::kernel::abi::limits;
+use crate::domain::vip::{Mac, parse_mac};
+use crate::domain::{Certificate, limits};
 
-const NAME_MAX: usize = limits::GROUP_NAME_MAX.0 as usize - 1;
+const NAME_MAX: usize = limits::NAME;
 
 pub(super) fn name_text(text: &str) -> Result<String, String> {
     if text.is_empty() || text.len() > NAME_MAX {
@@ -68,20 +68,9 @@ pub(super) fn is_of_this_host(endpoint: &str) -> bool {
 }
 
 /// A MAC address.
-pub fn mac(text: &str) -> Result<[u8; 6], String> {
+pub fn mac(text: &str) -> Result<Mac, String> {
     parse_mac(text)
         .ok_or_else(|| "not a MAC address; write it like \"02:00:5e:10:00:01\"".to_owned())
-}
-
-/// Six pairs of hexadecimal digits with colons; all zero is what Katran makes of nonsense, so not that.
-pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
-    let mac: macaddr::MacAddr6 = text.parse().ok().filter(|_| {
-        let mut pairs = text.split(':');
-        pairs.clone().count() == 6
-            && pairs.all(|p| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit()))
-    })?;
-    // Nor one of many stations (the lowest bit of the first byte, IEEE 802).
-    (!mac.is_nil() && mac.is_unicast()).then(|| mac.into_array())
 }
 
 /// A certificate and its key, in the table that names them.

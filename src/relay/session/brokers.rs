@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 
 use tracing::{debug, warn};
 
-use super::super::connect::{Connack, Kind};
 use super::super::ids::Slot;
-use super::super::scan::{self, Header, kind};
 use super::super::upstream::{OPEN_TIMEOUT, RETRY, State, Upstream};
 use super::super::{stream, subscriptions};
 use super::{
     BUFFER, End, HIGH, Piece, SCRATCH, SESSIONS_TIMEOUT, Session, acknowledgement, append,
 };
+use crate::mqtt::connect::{Connack, Kind};
+use crate::mqtt::wire::{self, Header, kind};
 
 impl Session {
     /// Advances a broker connection: connects, reads, forwards.
@@ -116,7 +116,7 @@ impl Session {
                 self.delivering = (up.passing > 0).then_some(slot);
                 continue;
             }
-            let Ok(header) = scan::header(&buffer[*at..]) else {
+            let Ok(header) = wire::header(&buffer[*at..]) else {
                 return Some(End::ByBroker(up.addr));
             };
             let h = header?;
@@ -188,7 +188,7 @@ impl Session {
         }
         let mut parked = std::mem::take(&mut self.upstreams[usize::from(slot)].parked);
         let mut at = 0;
-        while let Ok(Some(h)) = scan::header(&parked[at..]) {
+        while let Ok(Some(h)) = wire::header(&parked[at..]) {
             let whole = parked.len() - at >= h.total();
             if !whole || self.fits(slot, &mut parked[at..], h) != Some(true) {
                 break;
@@ -222,9 +222,9 @@ impl Session {
             kind::CONNACK => return self.handle_connack(slot, packet),
             _ if !matches!(up.state, State::Ready(_)) => return Err(broken()),
             kind::PUBACK | kind::PUBREC | kind::PUBCOMP => {
-                let id = scan::id(packet, h).map_err(|_| broken())?;
+                let id = wire::id(packet, h).map_err(|_| broken())?;
                 if self.releases.contains_key(&id) {
-                    let known = scan::reason(packet, h) == 0;
+                    let known = wire::reason(packet, h) == 0;
                     let pubcomp = self.released(id, slot, known);
                     pieces.extend(pubcomp.map(|p| ((), Piece::Made(p))));
                     return Ok(());
@@ -232,21 +232,21 @@ impl Session {
                 if self.inflight.get(&id) != Some(&slot) {
                     return Ok(());
                 }
-                if h.kind() != kind::PUBREC || scan::reason(packet, h) >= 0x80 {
+                if h.kind() != kind::PUBREC || wire::reason(packet, h) >= 0x80 {
                     self.inflight.remove(&id);
                     up.inflight -= 1;
                 }
                 append(pieces, (), range);
             }
             kind::PUBREL => {
-                let id = scan::id(packet, h).map_err(|_| broken())?;
+                let id = wire::id(packet, h).map_err(|_| broken())?;
                 let Some(id) = self.deliveries.assign(slot, id) else { return Ok(()) };
                 buffer[range.start + h.length..range.start + h.length + 2]
                     .copy_from_slice(&id.to_be_bytes());
                 append(pieces, (), range);
             }
             kind::SUBACK | kind::UNSUBACK => {
-                let id = scan::id(packet, h).map_err(|_| broken())?;
+                let id = wire::id(packet, h).map_err(|_| broken())?;
                 let codes = subscriptions::codes(packet, h.length, self.connect.v5);
                 if let Some(all) = self.subscriptions.answered(slot, id, codes, self.connect.v5) {
                     self.listed = None;
@@ -366,7 +366,7 @@ impl Session {
             let v5 = self.connect.v5;
             if at_home && !self.upstreams.iter().filter(|u| u.is_ready()).all(present) {
                 // One broker has lost its part of the session, so the client has to subscribe again.
-                let flags = scan::header(&connack).ok().flatten().map_or(2, |h| h.length);
+                let flags = wire::header(&connack).ok().flatten().map_or(2, |h| h.length);
                 connack[flags] &= !1;
             }
             for (slot, up) in self.upstreams.iter_mut().enumerate() {
@@ -377,7 +377,7 @@ impl Session {
                 }
             }
         }
-        self.resumed = scan::header(&connack)
+        self.resumed = wire::header(&connack)
             .ok()
             .flatten()
             .is_some_and(|h| connack.get(h.length).is_some_and(|flags| flags & 1 == 1));

@@ -6,17 +6,17 @@ use std::time::Instant;
 
 use tokio::io::AsyncWrite;
 
-use super::super::connect::Kind;
 use super::super::ids::{GONE, Slot};
-use super::super::scan::{self, Header, Malformed, kind};
 use super::super::stream;
 use super::super::subscriptions::Request;
-use super::super::table::Broker;
 use super::super::upstream::State;
 use super::{
     BUFFER, End, HIGH, Piece, REPLIES_HIGH, Release, SCRATCH, Session, Step, acknowledgement,
     append,
 };
+use crate::brokers::router::Broker;
+use crate::mqtt::connect::Kind;
+use crate::mqtt::wire::{self, Header, Malformed, kind};
 
 impl Session {
     pub(super) fn read_client(&mut self, cx: &mut Context<'_>) -> Result<bool, End> {
@@ -82,7 +82,7 @@ impl Session {
                 self.passing = (n < left).then_some((slot, left - n));
                 continue;
             }
-            let h = match scan::header(&buffer[*at..]) {
+            let h = match wire::header(&buffer[*at..]) {
                 Ok(Some(h)) => h,
                 Ok(None) => return None,
                 Err(e) => return Some(End::Protocol(e)),
@@ -123,7 +123,7 @@ impl Session {
         pieces: &mut Vec<(Slot, Piece)>,
         now: Instant,
     ) -> Result<Step, End> {
-        let read = scan::publish(&buffer[at..], h, self.connect.v5).map_err(End::Protocol)?;
+        let read = wire::publish(&buffer[at..], h, self.connect.v5).map_err(End::Protocol)?;
         let Some(p) = read else { return Ok(Step::More) };
         let there = (buffer.len() - at).min(h.total());
         if self.leaving && p.qos > 0 {
@@ -195,7 +195,7 @@ impl Session {
             // Forwarded unchanged if this packet sets the alias, or the broker knows it.
             if alias == 0 || (p.topic.is_empty() && !told) {
                 let mut made = Vec::new();
-                scan::rewrite_publish(h, &p, topic, alias, &mut made);
+                wire::rewrite_publish(h, &p, topic, alias, &mut made);
                 pieces.push((slot, Piece::Made(made)));
                 from = p.payload_at;
             }
@@ -241,11 +241,11 @@ impl Session {
     ) -> Result<Step, End> {
         let range = at..at + h.total();
         let packet = &buffer[range.clone()];
-        let id = || scan::id(packet, h).map_err(End::Protocol);
+        let id = || wire::id(packet, h).map_err(End::Protocol);
         match h.kind() {
             kind::PUBACK | kind::PUBREC | kind::PUBCOMP => {
                 let id = id()?;
-                let failed = scan::reason(packet, h) >= 0x80;
+                let failed = wire::reason(packet, h) >= 0x80;
                 match self.deliveries.owner(id) {
                     // Its broker was lost: the relay completes the exchange.
                     Some((GONE, _)) | None if h.kind() == kind::PUBREC && !failed => {

@@ -7,15 +7,15 @@ use std::time::{Duration, Instant};
 
 use tokio::io::AsyncWrite as _;
 
-use super::super::connect::Kind;
 use super::super::ids::Slot;
-use super::super::scan::kind;
-use super::super::table::Broker;
 use super::super::upstream::{State, Upstream};
 use super::brokers::Lost;
 use super::{
     CONNACK_TIMEOUT, End, HIGH, ROUTES_INTERVAL, SESSIONS_TIMEOUT, Session, UNUSED, disconnect,
 };
+use crate::brokers::router::Broker;
+use crate::mqtt::connect::Kind;
+use crate::mqtt::wire::kind;
 
 impl Session {
     /// Flushes all connections. Returns whether anything was written.

@@ -31,18 +31,18 @@ use tokio::time::Sleep;
 use tokio_util::either::Either;
 use tracing::debug;
 
-use super::broker::BrokerStream;
-use super::connect::{Connect, Kind};
 use super::ids::{Deliveries, Slot};
-use super::proxy;
-use super::scan::{Malformed, kind};
 use super::stats::Stats;
 use super::stream::{Pending, Stream};
 use super::subscriptions::Subscriptions;
-use super::table::{Broker, Table};
 use super::unsent::{Earlier, Ticket};
 use super::upstream::{RETRY, State, Upstream};
 use super::worker::Worker;
+use crate::brokers::connection::BrokerStream;
+use crate::brokers::router::{Broker, Router};
+use crate::mqtt::connect::{Connect, Kind};
+use crate::mqtt::proxy_header;
+use crate::mqtt::wire::{Malformed, kind};
 
 /// Buffered bytes above which the source is no longer read.
 const HIGH: usize = 64 << 10;
@@ -140,7 +140,7 @@ enum Step {
 #[allow(clippy::struct_excessive_bools)] // they are independent of each other
 pub struct Session {
     worker: Rc<Worker>,
-    table: Arc<Table>,
+    table: Arc<Router>,
     /// Generation of the table.
     generation: u64,
     /// Client and service.
@@ -310,7 +310,7 @@ impl Session {
         }
         self.opened = true;
         let info = Arc::clone(self.table.broker(broker));
-        let header = info.proxy_protocol.then(|| proxy::header(self.addrs.0, self.addrs.1));
+        let header = info.proxy_protocol.then(|| proxy_header::header(self.addrs.0, self.addrs.1));
         self.upstreams.push(Upstream::new(broker, info, header, kind, self.keepalive, now));
         (self.upstreams.len() - 1) as Slot
     }

@@ -169,7 +169,7 @@ impl<'a> Model<'a> {
                     group
                 }
                 _ => {
-                    self.count("syn_rival");
+                    self.count("syn_reused_port");
                     let (group, _) = self.predict(client);
                     flow.rival = Some((first, group.clone(), true));
                     group
@@ -222,7 +222,7 @@ impl<'a> Model<'a> {
     fn open(&mut self, client: u32, key: u64, segment: &Segment) -> String {
         let (group, predicted) = self.predict(client);
         self.count(match (segment.syn, segment.fin, predicted) {
-            (false, true, _) => "stray",
+            (false, true, _) => "untracked",
             (false, false, _) => "flow_adopted",
             (true, _, true) => "flow_predicted",
             (true, _, false) => "flow_new",

@@ -1,0 +1,103 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* The first data of a connection: bound at once, or CONNECT is kept and answered (WAIT). */
+#ifndef MQTT_FWD_HANDSHAKE_CONNECT_H
+#define MQTT_FWD_HANDSHAKE_CONNECT_H
+
+#include "answer.h"
+#include "bound.h"
+#include "client.h"
+#include "first_message.h"
+
+/* Keeps CONNECT, which lies whole in the segment and is short, and answers it. */
+static __always_inline int handshake_wait(struct xdp_md *ctx, struct conn *c, struct scratch *w,
+					  const struct service *svc)
+{
+	struct handover *h = &w->handover;
+	__u32 length = w->connect.length;
+
+	__builtin_memset(h, 0, sizeof(*h));
+	h->start = c->seq;
+	h->server = c->ack;
+	h->tsval = w->options.o.tsecr;
+	h->born_s = now_s();
+	h->connect_length = length;
+	h->id = w->id;
+	h->id_offset = w->connect.id - c->payload;
+	h->id_length = w->connect.id_length;
+	h->state = HANDOVER_WAIT;
+	if (length > HANDOVER_CONNECT_MAX ||
+	    !frame_copy(ctx, c->payload, h->connect, length, CONNECT_BOUND))
+		return XDP_DROP;
+	h->connect_sum = csum_fold(
+		bpf_csum_diff(NULL, 0, (__be32 *)h->connect, HANDOVER_CONNECT_MAX, 0) & 0xffffffff);
+	/* It is acknowledged here, so nobody else will find out if it is damaged. */
+	if (!checksum_right(ctx, c, h->connect_sum)) {
+		count(REASON_WAIT_DROPPED);
+		return XDP_DROP;
+	}
+	/* The old connection's flow would take the next segments. */
+	flow_remove(c, false);
+	flow_remove(c, true);
+	if (!answer_connect(ctx, c, svc, h, true)) {
+		count(REASON_HANDOVER_FAILED);
+		return XDP_DROP;
+	}
+	handover_put(c, h);
+	count(REASON_CONNECT_ANSWERED);
+	return XDP_TX;
+}
+
+/* The first data of a connection, with a cookie. */
+static __always_inline int handshake_connect(struct xdp_md *ctx, struct conn *c, struct scratch *w,
+					     const struct service_table *t,
+					     const struct service *svc)
+{
+	const struct connect *k = &w->connect;
+	struct bind_decision *v = decision_begin(w, c->seq, 0);
+	bool more;
+	__u32 fallback;
+
+	read_connect(ctx, c);
+	identify(ctx, w, t, svc);
+	fallback = connect_unanswerable(k, c);
+	more = k->length && k->length < c->payload_length;
+
+	v->binding = route_of_client(ctx, w, t, svc);
+	if (v->binding) {
+		v->bound_by = BOUND_BY_ROUTE;
+		v->flags = FLOW_ROUTED;
+	}
+	if (!v->binding) {
+		v->binding = client_relayed(c, svc, w);
+		v->bound_by = BOUND_BY_CLIENT_ID;
+	}
+	if (!v->binding && more) {
+		v->binding = first_message_binding(ctx, c, t, svc, c->payload + k->length);
+		v->bound_by = BOUND_BY_MESSAGE;
+		fallback = FALLBACK_NO_TOPIC;
+	}
+	if (!v->binding) {
+		v->binding = client_steady(c, t, svc, w);
+		if (fallback == FALLBACK_NONE && needs_topic(t, svc, v->binding))
+			v->binding = 0;
+		v->bound_by = BOUND_BY_CLIENT_ID;
+		v->flags = v->binding ? FLOW_PREDICTED : 0;
+	}
+	if (!v->binding && fallback == FALLBACK_NONE)
+		return handshake_wait(ctx, c, w, svc);
+	if (!v->binding)
+		decide_by_prediction(c, w, t, svc, fallback);
+	client_id_keep(w);
+
+	/* Their first segment carries CONNECT: nothing of it has to be kept but its place. */
+	struct handover *h = &w->handover;
+	__builtin_memset(h, 0, sizeof(*h));
+	h->start = c->seq;
+	h->server = c->ack;
+	h->born_s = now_s();
+	h->state = HANDOVER_PASS;
+	handover_put(c, h);
+	return bound(ctx, c, w, t, svc, NULL);
+}
+
+#endif /* MQTT_FWD_HANDSHAKE_CONNECT_H */

@@ -1,0 +1,81 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * A connection without a flow, from its SYN until it is bound (delayed binding).
+ *
+ *   no state    SYN                   SYN-ACK                                    syn.h
+ *               without data          dropped, or RST if it ends
+ *               CONNECT, with cookie  bound, or WAIT and CONNACK                 connect.h
+ *               without a cookie      a flow that was lost, or nobody's          untracked.h
+ *   WAIT        any                   CONNACK again, bound, or dropped           waiting.h
+ *
+ * A connection that is bound gets a flow and goes back to mqtt_fwd (bound.h).
+ */
+#ifndef MQTT_FWD_HANDSHAKE_H
+#define MQTT_FWD_HANDSHAKE_H
+
+#include "../services.h"
+#include "connect.h"
+#include "syn.h"
+#include "untracked.h"
+#include "waiting.h"
+
+static __always_inline int handshake(struct xdp_md *ctx, struct scratch *w)
+{
+	const struct service_table *t = current_table();
+	const struct service *svc = t ? service_at(t, w->tail_args.slot) : NULL;
+	struct conn *c = &w->tail_args.conn;
+	const struct tcphdr *tcp = tcp_of(ctx, c->v6);
+	struct handover *h;
+	bool fin, rst, ack;
+
+	if (!svc || !tcp)
+		return pass_on(ctx, REASON_TRUNCATED);
+	fin = tcp->fin;
+	rst = tcp->rst;
+	ack = tcp->ack;
+	read_options(ctx, c);
+	/* A global function does not change the packet, but the verifier forgets what it knew of it. */
+	tcp = tcp_of(ctx, c->v6);
+	if (!tcp)
+		return pass_on(ctx, REASON_TRUNCATED);
+	if (tcp->syn)
+		return handshake_syn(ctx, c, w, t, svc, tcp);
+
+	h = handover_find(c);
+	if (h && h->state <= HANDOVER_SILENT) {
+		/* An old one may have left its place to a new one on the same addresses. */
+		if (c->seq - h->start <= h->connect_length || !has_cookie(ctx, c, true)) {
+			if (rst) {
+				if (c->seq == h->start + h->connect_length)
+					handover_remove(c);
+				count(REASON_WAIT_DROPPED);
+				return XDP_DROP;
+			}
+			return handshake_waiting(ctx, c, w, t, svc, h, fin);
+		}
+	}
+	if (!ack || rst || !has_cookie(ctx, c, true))
+		return handshake_untracked(ctx, c, t, svc, rst);
+	if (c->payload_length)
+		return handshake_connect(ctx, c, w, t, svc);
+	if (!fin) {
+		count(REASON_HANDSHAKE);
+		return XDP_DROP;
+	}
+	if (!answer_reset(ctx, c, true)) {
+		count(REASON_HANDOVER_FAILED);
+		return XDP_DROP;
+	}
+	count(REASON_REFUSED);
+	return XDP_TX;
+}
+
+SEC("xdp")
+int mqtt_handshake(struct xdp_md *ctx)
+{
+	struct scratch *w = scratch();
+
+	return w ? handshake(ctx, w) : XDP_DROP;
+}
+
+#endif /* MQTT_FWD_HANDSHAKE_H */

@@ -1,0 +1,52 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* Segments with neither a flow nor a cookie. */
+#ifndef MQTT_FWD_HANDSHAKE_UNTRACKED_H
+#define MQTT_FWD_HANDSHAKE_UNTRACKED_H
+
+#include "../../lib/clock.h"
+#include "bound.h"
+
+/*
+ * Whether something of this flow was here before: not just now, and not long ago. What follows
+ * CONNECT may overtake it, or CONNECT may be lost; a broker's RST would then end a connection that
+ * is being opened. A flow that the balancer lost sends again.
+ */
+#define UNTRACKED_SOON_MS 3000
+#define UNTRACKED_LATE_MS 60000
+
+static __always_inline bool untracked_again(const struct conn *c, const struct service_table *t)
+{
+	__u32 key = ((c->tag ^ (__u32)t->topic_key[0]) * 0x9e3779b1U) >> 20;
+	__u64 *place = bpf_map_lookup_elem(&untracked, &key), seen;
+	__u32 age;
+
+	if (!place)
+		return false;
+	seen = READ_ONCE(*place); /* ms | tag << 32 */
+	age = now_ms() - (__u32)seen;
+	if (seen >> 32 == c->tag && age < UNTRACKED_LATE_MS)
+		return age >= UNTRACKED_SOON_MS;
+	WRITE_ONCE(*place, tagged(c, now_ms()));
+	return false;
+}
+
+_Static_assert(UNTRACKED_SLOTS == 1 << (32 - 20), "a hash of so many bits");
+
+/* Neither a flow nor a cookie: a connection whose state was lost, or nobody's. Nothing is kept. */
+static __always_inline int handshake_untracked(struct xdp_md *ctx, struct conn *c,
+					       const struct service_table *t,
+					       const struct service *svc, bool rst)
+{
+	binding_t binding;
+
+	if (!rst && !untracked_again(c, t)) {
+		count(REASON_UNTRACKED_DROPPED);
+		return XDP_DROP;
+	}
+	binding = cache_binding(c, t);
+	if (!binding)
+		binding = predict(c, t, svc, 0);
+	return handshake_forward(ctx, c, svc, binding, REASON_UNTRACKED);
+}
+
+#endif /* MQTT_FWD_HANDSHAKE_UNTRACKED_H */

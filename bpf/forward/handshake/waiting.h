@@ -1,0 +1,91 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * A connection in WAIT: its CONNECT was answered, and the next message decides.
+ *
+ *   CONNECT                again: CONNACK
+ *   what comes behind it   bound
+ *   keepalive probe        acknowledged
+ *   anything else          dropped
+ */
+#ifndef MQTT_FWD_HANDSHAKE_WAITING_H
+#define MQTT_FWD_HANDSHAKE_WAITING_H
+
+#include "answer.h"
+#include "bound.h"
+#include "first_message.h"
+
+static __always_inline int handshake_answer(struct xdp_md *ctx, struct conn *c,
+					    const struct service *svc, struct handover *h,
+					    bool connack, enum reason verdict)
+{
+	if (!answer_connect(ctx, c, svc, h, connack)) {
+		count(REASON_HANDOVER_FAILED);
+		return XDP_DROP;
+	}
+	count(verdict);
+	return XDP_TX;
+}
+
+/* Its client id, from the CONNECT that is kept. */
+static __always_inline void identify_kept(struct scratch *w, const struct handover *h,
+					  const struct service *svc)
+{
+	w->id = h->id;
+	if (!w->id)
+		return;
+	w->client_id.service = svc->id;
+	w->client_id.length = h->id_length;
+	for (__u32 i = 0; i < CLIENT_ID_TEXT_MAX; i++) {
+		__u32 at = h->id_offset + i;
+		__u8 byte = 0;
+
+		barrier_var(at);
+		if (i < h->id_length && at < HANDOVER_CONNECT_MAX)
+			byte = h->connect[at];
+		WRITE_ONCE(w->client_id.text[i], byte);
+	}
+}
+
+/* A segment of a connection in WAIT. */
+static __always_inline int handshake_waiting(struct xdp_md *ctx, struct conn *c, struct scratch *w,
+					     const struct service_table *t,
+					     const struct service *svc, struct handover *h,
+					     bool fin)
+{
+	__u32 behind = h->start + h->connect_length;
+	struct bind_decision *v = decision_begin(w, behind, FLOW_CONNECTED);
+	bool again = c->seq == h->start, silent = h->state == HANDOVER_SILENT;
+
+	if (!c->payload_length && !fin) {
+		if (c->seq == behind - 1)
+			return handshake_answer(ctx, c, svc, h, false, REASON_WAIT_ANSWERED);
+		count(REASON_WAIT_DROPPED);
+		return XDP_DROP;
+	}
+	if (again && c->payload_length <= h->connect_length && !fin && !silent)
+		return handshake_answer(ctx, c, svc, h, true, REASON_CONNECT_ANSWERED);
+	if (again) {
+		/* CONNECT and more in one segment: repeated, or by user space, as nothing else came. */
+		v->next = c->seq;
+		v->flags = 0;
+	} else if (c->seq != behind) {
+		count(REASON_WAIT_DROPPED);
+		return XDP_DROP;
+	}
+
+	identify_kept(w, h, svc);
+	v->bound_by = BOUND_BY_ANSWERED;
+	w->connect.level = 4;
+	v->binding = c->payload_length
+			     ? first_message_binding(ctx, c, t, svc,
+						     c->payload + (again ? h->connect_length : 0))
+			     : 0;
+	if (!v->binding)
+		decide_by_prediction(c, w, t, svc,
+				     silent || !c->payload_length ? FALLBACK_SILENT
+								  : FALLBACK_NO_TOPIC);
+	client_id_keep(w);
+	return bound(ctx, c, w, t, svc, h);
+}
+
+#endif /* MQTT_FWD_HANDSHAKE_WAITING_H */

@@ -1,0 +1,94 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* The group of a topic that lies whole in the segment: known from before, or walked through the routes. */
+#ifndef MQTT_FWD_TOPIC_H
+#define MQTT_FWD_TOPIC_H
+
+#include "../learn/record.h"
+#include "route.h"
+
+/*
+ * What a segment may spend on topics other than its flow's last, in units of about 50 ns. A walk
+ * through the routes is for topics that `topics` does not know, and costs one more for each level
+ * that is looked up; long topics cost what their bytes cost. PUBLISHes beyond that are framed and
+ * not judged.
+ */
+#define TOPIC_BUDGET 40
+#define TOPIC_COST_STORED 2
+#define TOPIC_COST_WALK 24
+#define TOPIC_BYTES_A_UNIT 32
+
+/* The hash of a text that lies in the frame and is at most TOPIC_TEXT_MAX long; 0: it does not. */
+static __always_inline __u64 text_hash(struct xdp_md *ctx, __u64 key0, __u64 key1, __u32 offset,
+				       __u32 length)
+{
+	const void *end = frame_end(ctx);
+	const __u8 *pos = frame_start(ctx);
+	__u32 left = length;
+	struct siphash h;
+
+	siphash_init(&h, key0, key1);
+	pos += offset & FRAME_MASK;
+	for (int i = 0; i < TOPIC_TEXT_MAX / 8; i++) {
+		if (left < 8)
+			break;
+		/* Or clang computes with `end`, which the verifier forbids. */
+		barrier_var(pos);
+		if ((void *)(pos + 8) > end)
+			return 0;
+		siphash_word(&h, load_le64(pos));
+		pos += 8;
+		left -= 8;
+	}
+
+	__u64 tail = 0;
+	if (left) {
+		/* The eight bytes that end with the topic: headers lie before it, always. */
+		pos = frame_at(ctx, offset + length - 8, 8);
+		if (!pos)
+			return 0;
+		tail = load_le64(pos) >> (64 - 8 * (left & 7));
+	}
+	return siphash_final(&h, tail, length);
+}
+
+static __always_inline __u64 topic_hash(struct xdp_md *ctx, const struct service_table *t,
+					const struct service *svc, __u32 offset, __u32 length)
+{
+	return text_hash(ctx, t->topic_key[0] ^ svc->id, t->topic_key[1], offset, length);
+}
+
+/* The group of the topic in w->stream, which is complete. */
+static __always_inline binding_t stream_binding(const struct scratch *w, const struct service *svc)
+{
+	__u16 group = route_group(w->stream.state, svc);
+
+	return group == ANY_GROUP ? ANY_GROUP : binding_now(group);
+}
+
+/*
+ * A topic that is not long, and whose hash is in scratch.publish: its group, or ANY_GROUP, goes there; 0: none
+ * (group gone). What it cost is taken from scratch.budget.
+ */
+static __always_inline void topic_judge(struct xdp_md *ctx, const struct service_table *t,
+					const struct service *svc, struct scratch *w, __u32 offset,
+					__u32 length)
+{
+	const struct topic *stored = bpf_map_lookup_elem(&topics, &w->publish.hash);
+	const struct topic_verdict *v = stored ? &stored->verdict[t->generation & 1] : NULL;
+
+	w->publish.generation = t->generation;
+	if (v && v->generation == t->generation) {
+		w->budget -= TOPIC_COST_STORED;
+		w->publish.to = v->binding;
+		return;
+	}
+	topic_begin(&w->stream, t, svc);
+	topic_feed(ctx, t, svc, offset, length);
+	if (!(w->stream.flags & ROUTE_FINAL))
+		topic_level_end(&w->stream, t, svc);
+	w->budget -= TOPIC_COST_WALK + w->stream.lookups + length / TOPIC_BYTES_A_UNIT;
+	w->publish.to = stream_binding(w, svc);
+	topic_store(w, svc);
+}
+
+#endif /* MQTT_FWD_TOPIC_H */

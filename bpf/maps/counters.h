@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Counters, budgets, and the two rings to user space.
+ */
+#ifndef MQTT_FWD_MAPS_COUNTERS_H
+#define MQTT_FWD_MAPS_COUNTERS_H
+
+#include "../abi/event.h"
+#include "../abi/reason.h"
+#include "../abi/state.h"
+#include "../lib/map.h"
+#include "../lib/ratelimit.h"
+
+enum budget_kind {
+	BUDGET_EVENTS, /* one each kind of event */
+	BUDGET_FLOWS = BUDGET_EVENTS + EVENT_KINDS,
+	BUDGET_TOPICS,
+	BUDGET_RESCUES,
+	BUDGETS,
+};
+MAP(budgets, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct budget, BUDGETS);
+
+/* Per CPU and window of 0.1 s (lib/ratelimit.h). */
+const volatile __u32 events_per_window = 200; /* of each kind; 0 turns events off */
+const volatile __u32 flows_per_window = 10000; /* as Katran's is_under_flood, but for the rate */
+const volatile __u32 topics_per_window = 1000;
+const volatile __u32 rescues_per_window = 50;
+
+MAP(counters, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, __u64, REASONS);
+MAP(map_uses, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct map_use, TRACKED_MAPS);
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 22);
+} events SEC(".maps");
+
+/* What misrouted clients sent, for the sidecar (abi/rescue.h). */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 22);
+} rescues SEC(".maps");
+
+static __always_inline void count_many(enum reason reason, __u32 times)
+{
+	__u32 key = reason;
+	__u64 *counter = bpf_map_lookup_elem(&counters, &key);
+
+	if (counter)
+		*counter += times;
+}
+
+static __always_inline void count(enum reason reason)
+{
+	count_many(reason, 1);
+}
+
+static __always_inline void map_used(enum tracked_map map, __u32 added, __u32 removed)
+{
+	__u32 key = map;
+	struct map_use *use = bpf_map_lookup_elem(&map_uses, &key);
+
+	if (use) {
+		use->added += added;
+		use->removed += removed;
+	}
+}
+
+#endif /* MQTT_FWD_MAPS_COUNTERS_H */

@@ -1,0 +1,146 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * One packet's working memory.
+ */
+#ifndef MQTT_FWD_MAPS_SCRATCH_H
+#define MQTT_FWD_MAPS_SCRATCH_H
+
+#include "../abi/handover.h"
+#include "../abi/rescue.h"
+#include "../abi/state.h"
+#include "../forward/flow/conn.h"
+#include "../lib/map.h"
+#include "../lib/tcp.h"
+#include "counters.h"
+#include "state.h"
+
+/* A PUBLISH to be judged. */
+struct publish {
+	__u64 hash; /* of the topic */
+	binding_t to; /* where it belongs; 0: nowhere (group gone) */
+	__u32 generation; /* of the routes that say so */
+	__u32 start; /* sequence number of its first byte */
+	__u32 inside; /* that lies before this segment */
+};
+
+/* Why framing stops before the end of a segment. */
+enum stop_reason {
+	STOP_NONE,
+	STOP_TOPIC, /* a PUBLISH whose topic lies whole in the segment: scratch.hash, scratch.topic_length */
+	STOP_STREAM, /* a topic that is long or split: flow.parser is PARSER_TOPIC */
+	STOP_SUBSCRIBE, /* a SUBSCRIBE that begins at scratch.start */
+	STOP_UNFRAMED, /* no MQTT, or malformed: to be reported */
+};
+
+/* What a PUBLISH may be counted as: these reasons follow each other. */
+#define PUBLISH_REASONS 4
+_Static_assert(REASON_UNJUDGED == REASON_PUBLISH + PUBLISH_REASONS - 1 &&
+		       REASON_MISPREDICTED > REASON_PUBLISH &&
+		       REASON_MISPREDICTED < REASON_UNJUDGED &&
+		       REASON_PUBLISH_LOST > REASON_PUBLISH &&
+		       REASON_PUBLISH_LOST < REASON_UNJUDGED,
+	       "see scratch.tally");
+
+#define SEGMENT_MAX 4096 /* bytes; frames are linear, and no larger than a page */
+
+/* What a CONNECT says (mqtt/connect.h). Offsets are from the start of the frame. */
+struct connect {
+	__u32 length; /* of the whole packet; 0: this is no CONNECT */
+	__u32 id; /* offset of the client id */
+	__u32 id_length;
+	__u32 user; /* offset of the user name */
+	__u32 user_length;
+	__u32 properties; /* offset of MQTT 5's properties */
+	__u32 properties_length;
+	__u8 level; /* protocol level: 3, 4 (MQTT 3.1.1), 5 */
+	__u8 flags; /* MQTT 3.1.1 §3.1.2.3 */
+	__u8 has_id; /* the client id lies in the segment */
+	__u8 has_user;
+};
+
+/* An answer of delayed binding (handshake/answer.h). */
+#define ANSWER_WORDS 8 /* SYN-ACK: MSS, timestamps, window scale: 5; CONNACK: 4; a power of two */
+
+struct answer {
+	__u32 seq; /* host order, as the next ones */
+	__u32 ack;
+	__u16 window;
+	__u8 flags; /* the lower byte of the TCP header's flags (RFC 9293 §3.1) */
+	__u8 options; /* words */
+	__u32 words; /* of options and payload together */
+	__be32 word[ANSWER_WORDS]; /* zero behind those */
+};
+
+/* How a connection is bound (handshake/bound.h, flow/predicted.h). */
+struct bind_decision {
+	binding_t binding;
+	__u32 flags; /* enum flow_flags, beside those that all have */
+	__u32 next; /* sequence number from which on the flow is framed */
+	__u8 bound_by; /* enum bound_by */
+	__u8 fallback_reason; /* enum fallback_reason */
+	__u16 verdict; /* the packet's, enum reason (flow/predicted.h) */
+};
+
+/* What one stage leaves for the next. */
+struct tail_args {
+	struct conn conn;
+	__u32 slot; /* of the service */
+	binding_t binding;
+};
+
+/*
+ * One packet's working memory. A map value rather than the stack: there is more room, and
+ * the verifier takes what it reads from here as unknown, which keeps loops cheap to verify.
+ */
+struct scratch {
+	__u32 offset; /* of the next unread byte, from the start of the frame */
+	__u32 end; /* of the payload, likewise */
+	__u32 start; /* of the current control packet, likewise, or STARTED_BEFORE */
+	__u32 stop_reason; /* enum stop_reason */
+	__s32 budget; /* for judging topics, see mqtt/framing.h */
+	__u32 topic_length; /* STOP_TOPIC */
+	__u32 after_topic; /* STOP_TOPIC: bytes of the packet behind its topic */
+	__u32 new_data_off; /* of the bytes that are new, offset from the start of the frame */
+	/* A topic of this segment that is the flow's last: offset from the start of the frame, bytes. */
+	__u32 last_topic_off;
+	__u32 last_topic_len;
+	__u32 end_before; /* the flow's end before this segment: its broker may have what lies before that */
+	__u32 slot; /* of the service that is framed for */
+	__u32 tally[PUBLISH_REASONS]; /* for counters[REASON_PUBLISH …], once a segment */
+	__u64 hash; /* STOP_TOPIC */
+	struct publish publish;
+	/* Keys: there is more room for them here than on the stack. */
+	struct flow6 stream_key;
+	struct client6 client_key;
+	/*
+	 * Key in `client_ids` of the packet's client; 0: it is identified by its address. Set before
+	 * anything is learned or predicted of a client.
+	 */
+	__u64 id;
+	struct topic_stream stream;
+	__u8 text_verifier_slack
+		[TOPIC_TEXT_MAX]; /* what a copy to stream.text may touch, to the verifier */
+	struct topic topic;
+	struct client client;
+	struct client_id client_id;
+	struct tail_args tail_args;
+	struct connect connect;
+	struct bind_decision decision;
+	struct client_route client_route;
+	__u8 client_route_verifier_slack[CLIENT_ROUTE_TEXT_MAX]; /* as text_verifier_slack */
+	struct handover handover; /* with room behind it: see CONNECT_BOUND */
+	struct tcp_option_scan options;
+	struct answer answer;
+	struct rescue rescue; /* with its bytes behind it */
+	__u8 segment[SEGMENT_MAX];
+};
+MAP(scratch_area, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct scratch, 1);
+
+static __always_inline struct scratch *scratch(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&scratch_area, &zero);
+}
+
+#endif /* MQTT_FWD_MAPS_SCRATCH_H */

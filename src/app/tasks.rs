@@ -1,0 +1,153 @@
+//! What goes on beside the control loop, each in a task of its own, with the state.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use tokio::task::JoinHandle;
+use tracing::{debug, error, info, warn};
+
+use super::{Result, RunError};
+use crate::api::{self, Remote};
+use crate::config::Service;
+use crate::datapath::Datapath;
+use crate::inspect::metrics::Metrics;
+use crate::rescue::Rescuer;
+use crate::state::State;
+use crate::{chain, clients, health_checks, metrics};
+
+/// A task that ends with the value.
+#[derive(Debug)]
+struct Task(JoinHandle<()>);
+
+impl Task {
+    fn spawn<T: 'static>(work: impl Future<Output = T> + Send + 'static) -> Self {
+        Self(tokio::spawn(async {
+            work.await;
+        }))
+    }
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// All of them.
+#[derive(Debug)]
+pub struct Tasks {
+    state: State,
+    _api: Task,
+    _metrics: Option<Task>,
+    remote: Option<Remote>,
+    watchdog: Task,
+    checks: Task,
+    rescuer: Option<Rescuer>,
+    /// From when on the file's clients have been loaded.
+    saving: Option<Task>,
+}
+
+impl Tasks {
+    /// Starts them.
+    pub async fn spawn(state: &State) -> Result<Self> {
+        let config = state.config();
+        let api = api::serve(api::listen(&config)?, state.clone());
+        let metrics = config.metrics.map(|addr| serve_metrics(addr, state)).transpose()?;
+        let remote = match &config.api {
+            Some(api) => Some(Remote::serve(api, state.clone(), &mut None).await?),
+            None => None,
+        };
+        Ok(Self {
+            _api: Task::spawn(api),
+            _metrics: metrics,
+            remote,
+            watchdog: watchdog(state),
+            checks: checks(state),
+            rescuer: None,
+            saving: None,
+            state: state.clone(),
+        })
+    }
+
+    /// Starts what has ended, and what the configuration wants by now.
+    pub fn renew(&mut self) {
+        if self.rescuer.as_ref().is_some_and(Rescuer::has_ended) {
+            self.rescuer = None;
+        }
+        let wanted = self.state.config().services.iter().any(Service::rescues);
+        if self.rescuer.is_none() && wanted {
+            self.rescuer = Rescuer::start(&self.state)
+                .inspect_err(|error| warn!(%error, "misrouted messages are not rescued"))
+                .ok();
+        }
+    }
+
+    /// Other maps are pinned.
+    pub fn maps_changed(&mut self) {
+        self.rescuer = None;
+    }
+
+    /// The file was read again.
+    pub async fn reloaded(&mut self) {
+        self.watchdog = watchdog(&self.state);
+        self.checks = checks(&self.state);
+        let Some(api) = self.state.config().api.clone() else {
+            self.remote = None;
+            return;
+        };
+        match Remote::serve(&api, self.state.clone(), &mut self.remote).await {
+            Ok(new) => self.remote = Some(new),
+            Err(error) => error!("certificates of [api] not taken over: {error}"),
+        }
+    }
+
+    /// Other reals are checked, or otherwise.
+    pub fn checks_changed(&mut self) {
+        self.checks = checks(&self.state);
+    }
+
+    /// Loads clients' records once services are in force, and saves them from then on.
+    pub fn keep_clients(&mut self, datapath: &Datapath) {
+        if self.saving.is_none() && clients::load_at_start(&self.state.config(), datapath) {
+            self.saving = Some(Task::spawn(save_clients(self.state.clone())));
+        }
+    }
+
+    /// Ends them, and what they have in hand.
+    pub async fn finish(self, datapath: &Datapath) {
+        drop((self.watchdog, self.checks));
+        if let Some(rescuer) = self.rescuer {
+            rescuer.finish().await;
+        }
+        if self.saving.is_some() {
+            clients::save(&self.state.config(), datapath);
+        }
+    }
+}
+
+fn watchdog(state: &State) -> Task {
+    Task::spawn(chain::watchdog::run(state.config(), Arc::clone(&state.observed)))
+}
+
+fn checks(state: &State) -> Task {
+    Task::spawn(health_checks::run(state.config(), Arc::clone(&state.reals)))
+}
+
+fn serve_metrics(addr: SocketAddr, state: &State) -> Result<Task> {
+    let listener =
+        metrics::bind(addr).map_err(|source| RunError::ListenMetrics { addr, source })?;
+    info!(%addr, "serving /metrics and /health");
+    Ok(Task::spawn(metrics::serve(listener, Metrics(state.clone()))))
+}
+
+async fn save_clients(state: State) {
+    loop {
+        tokio::time::sleep(state.config().clients_save_interval).await;
+        let config = state.config();
+        let saving = tokio::task::spawn_blocking(move || match Datapath::open(&config.pins()) {
+            Ok(datapath) => clients::save(&config, &datapath),
+            Err(error) => debug!(%error, "clients not saved"),
+        });
+        let _ = saving.await;
+    }
+}

@@ -1,0 +1,182 @@
+//! `host` and `veth-peer`: hosts beside the balancer.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand, ValueEnum};
+
+use super::error::Error;
+use super::table::{self, line};
+use crate::broker_host;
+use crate::config::{XdpMode, address};
+use crate::kernel::{BpfError, decap, takeover};
+
+#[derive(Debug, Args)]
+pub struct Host {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Decapsulate the balancer's packets and answer as MQTT_VIP
+    Up {
+        /// Interface that the balancer's packets come in on
+        #[arg(long)]
+        interface: String,
+        /// Address of a service; may be repeated
+        #[arg(long = "vip", required = true, value_parser = address, value_name = "ADDRESS")]
+        vips: Vec<IpAddr>,
+        /// How the decapsulating program runs
+        #[arg(long, value_enum, default_value_t = Mode::Native)]
+        xdp_mode: Mode,
+        /// MSS to advertise to clients; default: what leaves room for the encapsulation; 0: leave routes alone
+        #[arg(long, value_parser = advmss, value_name = "BYTES")]
+        advmss: Option<u32>,
+        /// UDP port of GUE, if Katran was built with another GUE_DPORT
+        #[arg(long, default_value_t = 6080, value_parser = clap::value_parser!(u16).range(1..))]
+        gue_port: u16,
+        /// Take connections over (delayed binding): the balancer's handover key
+        #[arg(long, value_name = "FILE")]
+        handover_key: Option<PathBuf>,
+        /// Mount point of bpffs
+        #[arg(long, default_value = "/sys/fs/bpf")]
+        bpffs: PathBuf,
+    },
+    /// Show the host's state; ends with 1 if something is wrong
+    Status(Status),
+    /// Say whether this kernel can take connections over, as delayed binding needs
+    Probe,
+    /// Undo `up`
+    Down {
+        /// The interface given to `up`
+        #[arg(long)]
+        interface: String,
+        /// Mount point of bpffs
+        #[arg(long, default_value = "/sys/fs/bpf")]
+        bpffs: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+struct Status {
+    /// The interface given to `up`
+    #[arg(long)]
+    interface: String,
+    /// The key file, to compare with what the programs hold
+    #[arg(long, value_name = "FILE")]
+    handover_key: Option<PathBuf>,
+    /// Mount point of bpffs
+    #[arg(long, default_value = "/sys/fs/bpf")]
+    bpffs: PathBuf,
+    #[command(flatten)]
+    output: table::Output,
+}
+
+impl Status {
+    fn run(&self) -> Result<(), Error> {
+        let status = broker_host::status::status(
+            &self.interface,
+            &self.bpffs,
+            self.handover_key.as_deref(),
+        )?;
+        if self.output.json {
+            table::json(&status);
+        } else {
+            print(&self.interface, &status);
+        }
+        if status.problems.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Unhealthy {
+            interface: self.interface.clone(),
+            problems: status.problems.join("; "),
+        })
+    }
+}
+
+fn print(interface: &str, status: &broker_host::status::Status) {
+    let vips: Vec<_> = status.vips.iter().map(ToString::to_string).collect();
+    let unwraps = if status.unwraps {
+        "decapsulates packets for"
+    } else {
+        "does not decapsulate packets for"
+    };
+    line(&format!("{interface}: {unwraps} {}", vips.join(", ")));
+    match (status.takes_over, status.key_epoch) {
+        (true, Some(epoch)) => {
+            line(&format!("takes connections over, key of epoch {epoch} in use"));
+        }
+        _ if status.can_take_over => {
+            line("takes no connections over (`host up --handover-key FILE` does)");
+        }
+        _ => line("takes no connections over: this kernel cannot (Linux 6.9 or later can)"),
+    }
+    for (text, count) in &status.counters {
+        line(&format!("{count:10}  {text}"));
+    }
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Mode {
+    Native,
+    Generic,
+}
+
+fn advmss(text: &str) -> Result<u32, String> {
+    match text.parse() {
+        Ok(bytes @ (0 | 256..=9000)) => Ok(bytes),
+        _ => Err("0, or 256 to 9000".to_owned()),
+    }
+}
+
+impl Host {
+    pub fn run(self) -> Result<(), Error> {
+        let done = match self.action {
+            Action::Up { interface, vips, xdp_mode, advmss, gue_port, handover_key, bpffs } => {
+                let mode = match xdp_mode {
+                    Mode::Native => XdpMode::Native,
+                    Mode::Generic => XdpMode::Generic,
+                };
+                broker_host::up(&broker_host::BrokerHost {
+                    interface,
+                    vips,
+                    mode,
+                    gue_port,
+                    bpffs,
+                    handover_key,
+                    advmss,
+                })?
+            }
+            Action::Status(args) => return args.run(),
+            Action::Probe if takeover::supported() => {
+                line("this kernel can take connections over");
+                return Ok(());
+            }
+            Action::Probe => return Err(BpfError::NoTakeover.into()),
+            Action::Down { interface, bpffs } => broker_host::down(&interface, &bpffs)?,
+        };
+        for what in &done {
+            line(what);
+        }
+        if done.is_empty() {
+            line("nothing to do");
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct VethPeer {
+    /// The other end's interface, in this network namespace
+    #[arg(long)]
+    interface: String,
+}
+
+impl VethPeer {
+    pub fn run(&self) -> Result<(), Error> {
+        decap::veth_peer_up(&self.interface)?;
+        line(&format!("{} takes what native XDP sends", self.interface));
+        Ok(())
+    }
+}

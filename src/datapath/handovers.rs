@@ -1,0 +1,87 @@
+//! Connections on their way to a broker (delayed binding), and the keys of their cookies.
+
+use std::net::SocketAddr;
+
+use super::Datapath;
+use super::names::{address_of, boot_time, services_of};
+use crate::domain::CookieKeys;
+use crate::kernel::Result;
+use crate::kernel::abi::{Pod as _, flow6, handover, handover_keys, handover_state, words_addr};
+
+/// A connection whose CONNECT was answered, and whose client has said nothing since.
+#[derive(Debug)]
+pub struct Silent {
+    pub client: SocketAddr,
+    pub service: SocketAddr,
+    /// Sequence number of the client's first byte, and of the server's.
+    pub start: u32,
+    pub server: u32,
+    /// The last timestamps of the client and of the balancer (RFC 7323 §3), if they use them.
+    pub timestamps: Option<(u32, u32)>,
+    pub connect: Vec<u8>,
+    key: flow6,
+}
+
+impl Silent {
+    /// One between two addresses, for tests.
+    #[cfg(test)]
+    pub(crate) fn between(client: SocketAddr, service: SocketAddr) -> Self {
+        let connect = Vec::new();
+        let key = flow6::zeroed();
+        Self { client, service, start: 0, server: 0, timestamps: None, connect, key }
+    }
+}
+
+impl Datapath {
+    /// Connections that have been silent for at least `silent_s` seconds.
+    pub fn silent_handovers(&self, silent_s: u64) -> Result<Vec<Silent>> {
+        let now = boot_time().as_secs();
+        let is_silent = |h: &handover| {
+            u32::from(h.state) <= handover_state::HANDOVER_SILENT.0
+                && now.saturating_sub(u64::from(h.born_s)) >= silent_s
+        };
+        let mut entries = self.handovers.entries()?;
+        entries.retain(|(_, h)| is_silent(h));
+        let table = self.service_table()?;
+        let silent = |(key, h): (flow6, handover)| {
+            let service = services_of(&table).iter().find(|s| s.id == key.service)?;
+            let addr = words_addr(key.addr, service.v6 != 0);
+            let length = usize::from(h.connect_length).min(h.connect.len());
+            Some(Silent {
+                client: SocketAddr::new(addr, u16::from_be(key.port)),
+                service: address_of(service),
+                start: h.start,
+                server: h.server,
+                timestamps: (h.timestamps != 0).then_some((h.client_tsval, h.tsval)),
+                connect: h.connect[..length].to_vec(),
+                key,
+            })
+        };
+        Ok(entries.into_iter().filter_map(silent).collect())
+    }
+
+    /// Marks one, so that its CONNECT, sent again, binds it; false: it is bound meanwhile, or another connection has
+    /// taken its place and has just begun. Neither must be undone.
+    pub fn mark_silent(&self, silent: &Silent) -> Result<bool> {
+        let Some(mut h) = self.handovers.get(&silent.key)? else { return Ok(false) };
+        if (h.start, h.server) != (silent.start, silent.server)
+            || u32::from(h.state) > handover_state::HANDOVER_SILENT.0
+        {
+            return Ok(false);
+        }
+        h.state = handover_state::HANDOVER_SILENT.0 as u8;
+        self.handovers.put(&silent.key, &h)?;
+        Ok(true)
+    }
+
+    /// Brings cookie keys into the datapath; whether they differ from those there.
+    pub fn put_cookie_keys(&self, keys: &CookieKeys) -> Result<bool> {
+        let wanted = handover_keys::from(keys);
+        let before = self.handover_keys.get(&0)?.unwrap_or_default();
+        if before.bytes() == wanted.bytes() {
+            return Ok(false);
+        }
+        self.handover_keys.put(&0, &wanted)?;
+        Ok(true)
+    }
+}

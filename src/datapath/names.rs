@@ -1,0 +1,153 @@
+//! Names for the numbers in maps.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use super::Datapath;
+use super::ids::Entry;
+use crate::config::Config;
+use crate::kernel::Result;
+use crate::kernel::abi::{self, binding_parts, service, service_table, topic, words_addr};
+
+/// In place of a topic or client id whose record has been evicted.
+pub const EVICTED: &str = "(evicted)";
+
+/// The services of a table that are in use.
+pub(super) fn services_of(table: &service_table) -> &[service] {
+    &table.service[..usize::from(table.count)]
+}
+
+/// A service's address and port.
+pub(super) fn address_of(entry: &service) -> SocketAddr {
+    SocketAddr::new(words_addr(entry.addr, entry.v6 != 0), u16::from_be(entry.port))
+}
+
+/// The names of services and groups.
+#[derive(Debug)]
+pub struct Names {
+    services: BTreeMap<u16, String>,
+    groups: BTreeMap<u16, Entry>,
+}
+
+impl Names {
+    /// Reads them. Services are named by the configuration, groups by the map.
+    pub fn read(config: &Config, datapath: &Datapath) -> Result<Self> {
+        let table = datapath.service_table()?;
+        let mut services = BTreeMap::new();
+        let mut v6 = BTreeMap::new();
+        for entry in services_of(&table) {
+            let addr = address_of(entry);
+            let configured =
+                config.services.iter().find(|s| SocketAddr::new(s.addr, s.port) == addr);
+            let name = configured.map_or_else(|| addr.to_string(), |s| s.name.clone());
+            services.insert(entry.id, name);
+            v6.insert(entry.id, entry.v6 != 0);
+        }
+        let groups = datapath
+            .groups()?
+            .into_iter()
+            .map(|(id, g)| (id, Entry::of(&g, v6.get(&g.service).copied().unwrap_or(false))))
+            .collect();
+        Ok(Self { services, groups })
+    }
+
+    /// A service's name.
+    pub fn service(&self, id: u16) -> String {
+        self.services.get(&id).cloned().unwrap_or_else(|| format!("(removed {id})"))
+    }
+
+    /// The group of a binding, unless its number is another group's now.
+    fn group(&self, binding: u32) -> Option<&Entry> {
+        let (id, epoch) = binding_parts(binding);
+        self.groups.get(&id).filter(|entry| entry.epoch == epoch)
+    }
+
+    /// The name of a binding's group.
+    pub fn bound(&self, binding: u32) -> String {
+        self.group(binding).map_or_else(|| "(removed)".to_owned(), |entry| entry.name.clone())
+    }
+
+    /// The VIP that a binding's packets are forwarded to.
+    pub fn vip(&self, binding: u32) -> Option<IpAddr> {
+        self.group(binding).map(|entry| entry.vip)
+    }
+
+    /// The name of whatever group has this number now.
+    pub fn group_now(&self, id: u16) -> Option<&str> {
+        self.groups.get(&id).map(|entry| entry.name.as_str())
+    }
+}
+
+/// How a flow was bound, for people; and why not in a better way.
+pub(super) fn binding_text(
+    bound_by: u8,
+    fallback: u8,
+    predicted: bool,
+) -> (&'static str, Option<&'static str>) {
+    use abi::{bound_by as By, fallback_reason as Why};
+
+    let text = match By(u32::from(bound_by)) {
+        By::BOUND_BY_MESSAGE => "message",
+        By::BOUND_BY_CLIENT_ID => "client id",
+        By::BOUND_BY_ANSWERED if fallback == 0 => "message (answered)",
+        By::BOUND_BY_ROUTE => "route",
+        _ if predicted => "prediction",
+        _ => "no prediction",
+    };
+    let why = match Why(u32::from(fallback)) {
+        Why::FALLBACK_NOT_CONNECT => Some("no CONNECT that all brokers accept"),
+        Why::FALLBACK_CUT => Some("CONNECT in several segments"),
+        Why::FALLBACK_TOO_LONG => Some("CONNECT too long"),
+        Why::FALLBACK_MQTT5 => Some("MQTT 5"),
+        Why::FALLBACK_PERSISTENT => Some("persistent session"),
+        Why::FALLBACK_CREDENTIALS => Some("credentials"),
+        Why::FALLBACK_SILENT => Some("silent"),
+        Why::FALLBACK_NO_TOPIC => Some("no topic decides"),
+        _ => None,
+    };
+    (text, why)
+}
+
+/// The clock that the datapath stamps with.
+pub fn boot_time() -> Duration {
+    // It exists since Linux 2.6.39.
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
+        .map_or(Duration::ZERO, Duration::from)
+}
+
+/// A text of the maps, with a mark if only its beginning is kept.
+pub(super) fn text_of(text: &[u8], length: u16) -> String {
+    let kept = &text[..usize::from(length).min(text.len())];
+    let mut all = String::from_utf8_lossy(kept).into_owned();
+    if usize::from(length) > text.len() {
+        all.push('…');
+    }
+    all
+}
+
+/// Topics' texts, each read once.
+pub(super) struct Topics<'a> {
+    datapath: &'a Datapath,
+    cached: BTreeMap<u64, String>,
+}
+
+impl<'a> Topics<'a> {
+    pub(super) fn of(datapath: &'a Datapath) -> Self {
+        Self { datapath, cached: BTreeMap::new() }
+    }
+
+    pub(super) fn text(&mut self, hash: u64) -> Result<String> {
+        if let Some(text) = self.cached.get(&hash) {
+            return Ok(text.clone());
+        }
+        let found: Option<topic> = self.datapath.topics.get(&hash)?;
+        let text = match found {
+            Some(topic) => text_of(&topic.text, topic.length),
+            None if hash == 0 => String::new(),
+            None => EVICTED.to_owned(),
+        };
+        self.cached.insert(hash, text.clone());
+        Ok(text)
+    }
+}

@@ -1,0 +1,65 @@
+//! Problems, for people and for programs.
+
+use std::fmt;
+
+/// A problem: its code stays the same from release to release, its text need not.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Problem {
+    /// One of [`CODES`].
+    pub code: String,
+    /// The problem, and what to do about it.
+    pub text: String,
+}
+
+impl Problem {
+    /// Whether this host forwards regardless: the fault lies behind it, and is the same from any other
+    /// balancer.
+    pub fn is_elsewhere(&self) -> bool {
+        ELSEWHERE.contains(&self.code.as_str())
+    }
+
+    /// Whether others can only hear of it from `run`, which takes a while to find it.
+    pub fn is_seen_by_run_only(&self) -> bool {
+        self.is_elsewhere()
+    }
+
+    /// Of a code and a text.
+    pub fn new(code: &str, text: impl Into<String>) -> Self {
+        debug_assert!(CODES.iter().any(|(known, _)| *known == code), "{code}");
+        Self { code: code.to_owned(), text: text.into() }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+/// Codes of faults that are not this host's, and that only `run` sees, as it takes a while to find them.
+pub const ELSEWHERE: [&str; 3] = ["real_down", "not_checked", "misrouted"];
+
+/// All codes, with what they mean.
+pub const CODES: [(&str, &str); 18] = [
+    ("chain_missing", "the program array is not pinned"),
+    ("chain_unreadable", "the program array cannot be read"),
+    ("root_missing", "no XDP program is on the interface, or there is no interface"),
+    ("root_foreign", "the XDP program on the interface does not use the chain"),
+    ("mqtt_fwd_missing", "mqtt_fwd is not in its position"),
+    ("balancer_missing", "no program is in the balancer's position"),
+    ("balancer_unpatched", "the balancer does not put service addresses back"),
+    ("balancer_orphaned", "the program in the balancer's position is of a server that is gone"),
+    ("balancer_unreachable", "the balancer does not answer"),
+    ("balancer_differs", "the balancer holds something else than is configured, or refuses it"),
+    ("several_servers", "several servers listen at the balancer's address"),
+    ("service_not_in_force", "a service of the configuration is not in force"),
+    ("gateway_unknown", "the gateway towards the reals is not known"),
+    ("run_not_answering", "`run` is there and does not answer"),
+    ("apply_failed", "the configuration could not be applied"),
+    ("real_down", "a real's checks fail"),
+    ("not_checked", "checks of reals cannot be made"),
+    (
+        "misrouted",
+        "more than 1 % of the last minute's messages, and 10, were not at their group's brokers",
+    ),
+];

@@ -1,0 +1,123 @@
+//! Connections whose clients say nothing after CONNECT, and the keys in the datapath.
+
+use std::net::IpAddr;
+use std::os::fd::AsFd as _;
+
+use etherparse::{PacketBuilder, TcpHeader, TcpOptionElement};
+use libbpf_rs::Program;
+use tracing::{debug, info};
+
+use super::HandoverError;
+use super::keys::{KeyFile, now};
+use crate::config::Config;
+use crate::datapath::{Datapath, Silent};
+use crate::kernel::BpfError;
+use crate::kernel::{test_run, xdp};
+
+/// A client that has said nothing for so long after its CONNECT was answered is given to a broker as
+/// it is: it may only listen to what its session or its will is for.
+const SILENT_S: u64 = 3;
+
+/// Brings the keys into the datapath: once, and whenever the file or the time says otherwise.
+pub fn put_keys(config: &Config, datapath: &Datapath) -> Result<(), HandoverError> {
+    if !config.uses_delayed_binding() {
+        return Ok(());
+    }
+    let file = KeyFile::read(&config.handover_key)?;
+    if datapath.put_cookie_keys(&file.cookie_keys(now()))? {
+        let key = file.in_use(now());
+        info!(epoch = key.epoch, fingerprint = key.fingerprint(), "handover key in use");
+    }
+    Ok(())
+}
+
+/// Binds connections whose clients are silent. Returns how many.
+pub fn bind(config: &Config, datapath: &Datapath) -> Result<usize, HandoverError> {
+    if !config.uses_delayed_binding() {
+        return Ok(0);
+    }
+    let silent = datapath.silent_handovers(SILENT_S)?;
+    if silent.is_empty() {
+        return Ok(0);
+    }
+    let path = config.pins().program("mqtt_fwd");
+    let program = Program::fd_from_pinned_path(&path).map_err(|source| BpfError::Pin {
+        path: path.clone(),
+        action: "opening",
+        source,
+    })?;
+    let interface = xdp::interface_index(&config.interface)?;
+    let mut bound = 0;
+    for connection in silent {
+        if !datapath.mark_silent(&connection)? {
+            continue;
+        }
+        debug!(client = %connection.client, "silent since CONNECT: bound without a message");
+        test_run::inject(program.as_fd(), interface, &connect_again(&connection))
+            .map_err(HandoverError::Inject)?;
+        bound += 1;
+    }
+    Ok(bound)
+}
+
+/// The client's CONNECT, once more. Nothing if client and service are of different families, as
+/// those of one table never are.
+fn connect_again(s: &Silent) -> Vec<u8> {
+    const HOPS: u8 = 64;
+    let ethernet = PacketBuilder::ethernet2([0; 6], [0; 6]);
+    let ip = match (s.client.ip(), s.service.ip()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => ethernet.ipv4(from.octets(), to.octets(), HOPS),
+        (IpAddr::V6(from), IpAddr::V6(to)) => ethernet.ipv6(from.octets(), to.octets(), HOPS),
+        _ => return Vec::new(),
+    };
+    // The window is the client's next segment's to say.
+    let mut tcp = TcpHeader::new(s.client.port(), s.service.port(), s.start, 1024);
+    tcp.acknowledgment_number = s.server;
+    (tcp.ack, tcp.psh) = (true, true);
+    if let Some((tsval, tsecr)) = s.timestamps {
+        let timestamps = [
+            TcpOptionElement::Noop,
+            TcpOptionElement::Noop,
+            TcpOptionElement::Timestamp(tsval, tsecr),
+        ];
+        tcp.set_options(&timestamps).expect("12 bytes of options fit");
+    }
+    let segment = ip.tcp_header(tcp);
+    let mut frame = Vec::with_capacity(segment.size(s.connect.len()));
+    segment.write(&mut frame, &s.connect).expect("CONNECT, of bounded length, fits into a packet");
+    frame
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_injected_is_a_tcp_segment_with_right_checksums() {
+        for (timestamps, client, service) in [
+            (None, "10.1.1.1:40000", "10.1.50.200:1883"),
+            (Some((1, 2)), "[fd01:1::1]:40000", "[fd01:50::200]:1883"),
+        ] {
+            let mut silent = Silent::between(client.parse().unwrap(), service.parse().unwrap());
+            (silent.start, silent.server, silent.timestamps) = (1000, 5000, timestamps);
+            silent.connect = b"\x10\x0d\x00\x04MQTT\x04\x02\x00\x3c\x00\x01c".to_vec();
+            let frame = connect_again(&silent);
+            let packet = etherparse::PacketHeaders::from_ethernet_slice(&frame).unwrap();
+            let tcp = packet.transport.unwrap().tcp().unwrap();
+            assert_eq!((tcp.sequence_number, tcp.acknowledgment_number), (1000, 5000));
+            let payload = packet.payload.slice();
+            assert_eq!(payload, silent.connect);
+            let right = match packet.net.unwrap() {
+                etherparse::NetHeaders::Ipv4(ip, _) => {
+                    assert_eq!(ip.header_checksum, ip.calc_header_checksum());
+                    tcp.calc_checksum_ipv4(&ip, payload).unwrap()
+                }
+                etherparse::NetHeaders::Ipv6(ip, _) => {
+                    tcp.calc_checksum_ipv6(&ip, payload).unwrap()
+                }
+                etherparse::NetHeaders::Arp(_) => unreachable!(),
+            };
+            assert_eq!(tcp.checksum, right);
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! What `run` measures of datapath, balancer and itself.
+
+use std::sync::Arc;
+
+use crate::balancer::client::{BalancerError, Client};
+use crate::config::Config;
+use crate::datapath::Datapath;
+use crate::datapath::clients::multi_group_count;
+use crate::domain::problem::CODES;
+use crate::domain::{Health, Problem, Vip};
+use crate::kernel::driver;
+use crate::kernel::pins::{PROGRAMS, Pins};
+use crate::metrics::{Family, Source, build_info, number};
+use crate::state::{Observed, State};
+
+/// Everything that is asked at a scrape.
+#[derive(Debug)]
+pub struct Metrics(pub State);
+
+impl Source for Metrics {
+    async fn families(&self) -> Vec<Family> {
+        let config = self.0.config();
+        let mut all = vec![build_info()];
+        all.extend(self.sidecar());
+        all.extend(self.checks(&config));
+        all.extend(balancer(&config).await);
+        let observed = Arc::clone(&self.0.observed);
+        let datapath =
+            tokio::task::spawn_blocking(move || (datapath(&config, &observed), programs(&config)))
+                .await;
+        if let Ok((datapath, programs)) = datapath {
+            all.extend(datapath);
+            all.extend(programs);
+        }
+        all
+    }
+
+    fn health(&self) -> (bool, Vec<String>) {
+        let problems = self.0.observed.problems();
+        let usable = problems.iter().all(Problem::is_elsewhere);
+        (usable, problems.into_iter().map(|problem| problem.text).collect())
+    }
+}
+
+impl Metrics {
+    fn sidecar(&self) -> Vec<Family> {
+        let o = &self.0.observed;
+        let problems = o.problems();
+        let mut codes = Family::gauge("problem", "1: there is a problem of this code");
+        for (code, _) in CODES {
+            let there = problems.iter().any(|problem| problem.code == code);
+            codes.push(&[("code", code)], u32::from(there));
+        }
+        vec![
+            Family::gauge("problems", "Problems at present; `mqtt-fwd status` names them")
+                .with(&[], number(problems.len() as u64)),
+            codes,
+            Family::counter("reconciliations", "Comparisons with the balancer, by result")
+                .with(&[("result", "ok")], number(o.reconciled.get()))
+                .with(&[("result", "failed")], number(o.failed.get())),
+            Family::counter("repairs", "Times that something removed by others was put back")
+                .with(&[("what", "chain")], number(o.chain_repairs.get()))
+                .with(&[("what", "balancer")], number(o.balancer_repairs.get())),
+            Family::counter("rescues", "Messages of misrouted clients, by what became of them")
+                .with(&[("result", "published")], number(o.rescued.get()))
+                .with(&[("result", "lost")], number(o.rescue_lost.get()))
+                .with(&[("result", "left_to_client")], number(o.rescue_left.get())),
+        ]
+    }
+
+    fn checks(&self, config: &Config) -> Vec<Family> {
+        let mut up = Family::gauge("real_up", "1: the real's checks succeed; 0: they fail");
+        let mut used = Family::gauge("real_in_use", "1: the real gets new connections");
+        for real in self.0.reals.list(config) {
+            let addr = real.addr.to_string();
+            let labels =
+                [("service", &*real.service), ("group", &*real.group), ("real", addr.as_str())];
+            match real.health {
+                Health::Unchecked => {}
+                Health::Up => up.push(&labels, 1),
+                Health::Down(_) => up.push(&labels, 0),
+            }
+            used.push(&labels, u32::from(real.effective_weight > 0));
+        }
+        vec![up, used]
+    }
+}
+
+fn datapath(config: &Config, observed: &Observed) -> Vec<Family> {
+    let Ok(datapath) = Datapath::open(&config.pins()) else { return Vec::new() };
+    let mut packets = Family::counter("packets", "Packets by what became of them");
+    let mut notes = Family::counter("events", "What else the datapath met, by reason");
+    for (reason, count) in datapath.counters().unwrap_or_default().iter() {
+        if reason.is_verdict {
+            packets.push(&[("verdict", reason.name)], number(count));
+        } else {
+            notes.push(&[("reason", reason.name)], number(count));
+        }
+    }
+    let mut entries = Family::gauge("map_entries", "Entries in use of a map");
+    let mut capacity = Family::gauge("map_capacity", "Entries that a map can have");
+    let mut evicted = Family::counter("map_evictions", "Entries that gave way to others");
+    for map in datapath.map_uses().unwrap_or_default() {
+        let labels = [("map", map.map.as_str())];
+        entries.push(&labels, number(map.used));
+        capacity.push(&labels, map.capacity);
+        evicted.push(&labels, number(observed.evicted(&map.map, map.evicted)));
+    }
+    let mut all = vec![packets, notes, entries, capacity, evicted];
+    if let Ok(count) = multi_group_count(&datapath) {
+        let help = "Clients that publish to several groups in turn";
+        all.push(Family::gauge("multi_group_clients", help).with(&[], number(count)));
+    }
+    if let Ok(generation) = datapath.generation() {
+        let help = "Generation of services and routes in force";
+        all.push(Family::gauge("generation", help).with(&[], generation));
+    }
+    all
+}
+
+/// Time in our programs, where the kernel measures it (sysctl kernel.bpf_stats_enabled), and what the
+/// driver could not send.
+fn programs(config: &Config) -> Vec<Family> {
+    let pins: Pins = config.pins();
+    let mut runs =
+        Family::counter("bpf_runs", "Runs of a program, if kernel.bpf_stats_enabled is 1");
+    let mut time = Family::counter("bpf_run_seconds", "Time in a program, with what it calls");
+    for name in PROGRAMS {
+        if let Some((_, info)) = pins.pinned_program(name)
+            && info.runs > 0
+        {
+            runs.push(&[("program", name)], number(info.runs));
+            time.push(&[("program", name)], info.run_time.as_secs_f64());
+        }
+    }
+    let mut driver_counts = Family::counter(
+        "driver_xdp",
+        "The interface driver's own XDP counters (ethtool -S), summed over queues",
+    );
+    for (name, count) in driver::xdp_counters(&config.interface).unwrap_or_default() {
+        driver_counts.push(&[("counter", &name)], number(count));
+    }
+    vec![runs, time, driver_counts]
+}
+
+/// Packets and bytes of each group, as the balancer counts them.
+async fn balancer(config: &Config) -> Vec<Family> {
+    let mut up = Family::gauge("balancer_up", "1: the balancer answers");
+    let mut packets =
+        Family::counter("group_packets", "Packets of a group, by the balancer's count");
+    let mut bytes = Family::counter("group_bytes", "Their bytes");
+    let asked = async {
+        let mut client = Client::connect(&config.balancer_endpoint).await?;
+        for service in &config.services {
+            for group in &service.groups {
+                let stats = client.vip_stats(Vip::tcp(group.vip, service.port)).await?;
+                let labels = [("service", &*service.name), ("group", &*group.name)];
+                packets.push(&labels, number(stats.v1));
+                bytes.push(&labels, number(stats.v2));
+            }
+        }
+        Ok::<(), BalancerError>(())
+    };
+    let answers = asked.await.is_ok();
+    up.push(&[], u32::from(answers));
+    vec![up, packets, bytes]
+}

@@ -1,0 +1,92 @@
+//! Whether messages get where they belong: forwarding that goes on to the wrong brokers is not healthy.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use crate::datapath::counts::Counters;
+use crate::domain::Problem;
+
+/// How far back it looks.
+const WINDOW: Duration = Duration::from_secs(60);
+/// Fewer are what a few new clients cost, each its first message.
+const LEAST: u64 = 10;
+/// The tolerated share is 1/SHARE.
+const SHARE: u64 = 100;
+
+/// The datapath's counters at a time.
+#[derive(Debug, Clone, Copy)]
+struct Sample {
+    time: Instant,
+    right: u64,
+    misrouted: u64,
+    lost: u64,
+}
+
+/// The last minute's counters.
+#[derive(Debug, Default)]
+pub struct Misrouting {
+    samples: VecDeque<Sample>,
+}
+
+impl Misrouting {
+    /// Takes the counters of now. Returns what is wrong.
+    pub fn add(&mut self, counters: &Counters, time: Instant) -> Option<Problem> {
+        let [publish, mispredicted, ended, lost] =
+            ["publish", "mispredicted", "flow_ended", "publish_lost"].map(|n| counters.get(n));
+        // The message that ended its flow counts as mispredicted, too.
+        let misrouted = mispredicted.saturating_sub(ended);
+        let now = Sample { time, right: publish, misrouted, lost };
+        if self.samples.back().is_some_and(|last| last.right > now.right) {
+            // Other maps: they begin anew.
+            self.samples.clear();
+        }
+        self.samples.push_back(now);
+        while self.samples.front().is_some_and(|s| time.duration_since(s.time) > WINDOW) {
+            self.samples.pop_front();
+        }
+        let first = self.samples.front()?;
+        let misrouted = now.misrouted.saturating_sub(first.misrouted);
+        let lost = now.lost.saturating_sub(first.lost);
+        let all = now.right.saturating_sub(first.right) + misrouted + lost;
+        if misrouted + lost < LEAST || (misrouted + lost) * SHARE <= all {
+            return None;
+        }
+        Some(Problem::new(
+            "misrouted",
+            format!(
+                "of {all} messages in the last minute, {misrouted} were at a broker of another group and \
+                 {lost} at none; `mqtt-fwd clients` marks clients with several groups, which take a relay"
+            ),
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::reasons::REASONS;
+
+    fn counters(values: &[(&str, u64)]) -> Counters {
+        let value = |name: &str| values.iter().find(|(n, _)| *n == name).map_or(0, |(_, v)| *v);
+        Counters::of(REASONS.iter().map(|reason| value(reason.name)).collect())
+    }
+
+    #[test]
+    fn more_than_one_in_a_hundred_is_said_for_a_minute() {
+        let mut misrouting = Misrouting::default();
+        let start = Instant::now();
+        let at = |s| start + Duration::from_secs(s);
+        assert_eq!(misrouting.add(&counters(&[("publish", 1000)]), at(0)), None);
+        // Each flow that was ended had one mispredicted message: 9 are few, 10 of 1,000 allowed.
+        let few = counters(&[("publish", 1009), ("mispredicted", 14), ("flow_ended", 5)]);
+        assert_eq!(misrouting.add(&few, at(1)), None);
+        let allowed = counters(&[("publish", 1990), ("mispredicted", 15), ("flow_ended", 5)]);
+        assert_eq!(misrouting.add(&allowed, at(2)), None);
+        let more = counters(&[("publish", 1990), ("mispredicted", 15), ("flow_ended", 4)]);
+        let problem = misrouting.add(&more, at(3)).unwrap();
+        assert!(problem.text.contains("of 1001 messages in the last minute, 11 were"), "{problem}");
+        assert_eq!(misrouting.add(&more, at(64)), None);
+        // Maps made anew count from zero.
+        assert_eq!(misrouting.add(&counters(&[("publish", 5)]), at(65)), None);
+    }
+}

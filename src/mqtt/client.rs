@@ -1,0 +1,96 @@
+//! Connections of the sidecar's own to brokers.
+
+use std::io;
+use std::net::SocketAddr;
+
+use futures_util::{SinkExt as _, StreamExt as _};
+use rmqtt_codec::{v3, v5};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio_util::codec::Framed;
+
+/// PINGREQ (MQTT 3.1.1 §3.12).
+pub const PINGREQ: [u8; 2] = [0xc0, 0];
+/// DISCONNECT: of MQTT 3.1.1 (§3.14), and of MQTT 5 with reason code 0.
+pub const DISCONNECT: [u8; 2] = [0xe0, 0];
+
+/// The contents of a CONNECT.
+#[derive(Debug, Clone, Copy)]
+pub struct ConnectOptions<'a> {
+    pub v5: bool,
+    pub client_id: &'a str,
+    pub username: Option<&'a str>,
+    pub password: Option<&'a str>,
+    /// Seconds.
+    pub keep_alive: u16,
+}
+
+/// Completes a connection and writes a PROXY protocol header, if there is one. Closed, it leaves nothing in
+/// TIME-WAIT.
+pub async fn open(
+    to: SocketAddr,
+    connecting: impl Future<Output = io::Result<TcpStream>>,
+    header: Option<&[u8]>,
+) -> Result<TcpStream, String> {
+    let mut stream = connecting.await.map_err(|e| format!("connecting to {to}: {e}"))?;
+    let _ = stream.set_zero_linger();
+    let _ = stream.set_nodelay(true);
+    if let Some(header) = header {
+        let written = stream.write_all(header).await;
+        written.map_err(|e| format!("writing to {to}: {e}"))?;
+    }
+    Ok(stream)
+}
+
+/// Sends CONNECT, for a clean session, and waits for a CONNACK that accepts it.
+pub async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    to: SocketAddr,
+    options: &ConnectOptions<'_>,
+) -> Result<(), String> {
+    // The two versions' types differ, and not their fields.
+    macro_rules! exchange {
+        ($version:ident, $clean:ident, $code:ident) => {{
+            let connect = $version::Connect {
+                $clean: true,
+                keep_alive: options.keep_alive,
+                client_id: options.client_id.to_owned().into(),
+                username: options.username.map(|name| name.to_owned().into()),
+                password: options.password.map(|secret| secret.to_owned().into()),
+                ..Default::default()
+            };
+            let mut framed = Framed::new(stream, $version::Codec::default());
+            let connect = $version::Packet::Connect(Box::new(connect));
+            framed.send(connect).await.map_err(|e| wrong(to, &e))?;
+            match framed.next().await {
+                Some(Ok(($version::Packet::ConnectAck(ack), _))) => {
+                    accepted(to, u8::from(ack.$code))
+                }
+                Some(Ok(_)) => Err(no_connack(to)),
+                Some(Err(e)) => Err(wrong(to, &e)),
+                None => Err(closed(to)),
+            }
+        }};
+    }
+    if options.v5 {
+        exchange!(v5, clean_start, reason_code)
+    } else {
+        exchange!(v3, clean_session, return_code)
+    }
+}
+
+fn accepted(to: SocketAddr, code: u8) -> Result<(), String> {
+    if code == 0 { Ok(()) } else { Err(format!("{to} refused CONNECT with code {code:#04x}")) }
+}
+
+fn no_connack(to: SocketAddr) -> String {
+    format!("{to} answered with another packet than CONNACK")
+}
+
+fn closed(to: SocketAddr) -> String {
+    format!("{to} closed the connection before CONNACK")
+}
+
+fn wrong(to: SocketAddr, error: &impl std::fmt::Debug) -> String {
+    format!("reading CONNACK from {to}: {error:?}")
+}

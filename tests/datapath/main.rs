@@ -1,0 +1,16 @@
+//! The real programs in this kernel, packet by packet (BPF_PROG_TEST_RUN).
+
+mod cost;
+mod differential;
+mod flows;
+mod framing;
+mod fuzz;
+mod handshake;
+mod load;
+mod maps;
+mod packets;
+mod relay_framing;
+mod rescue;
+#[path = "../support/mod.rs"]
+mod support;
+mod writers;

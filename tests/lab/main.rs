@@ -1,0 +1,8 @@
+//! Clients, balancer and brokers in network namespaces: what really arrives.
+
+mod delayed;
+mod health;
+mod replay;
+#[path = "../support/mod.rs"]
+mod support;
+mod whole;

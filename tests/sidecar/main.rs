@@ -1,0 +1,10 @@
+//! The binary as its users see it: commands, the chain, changes, operation.
+
+mod broker_host;
+mod chain;
+mod change;
+mod cli;
+mod operation;
+#[path = "../support/mod.rs"]
+mod support;
+mod views;
