@@ -158,19 +158,21 @@ async fn balancer(context: &Context) -> (Option<&'static str>, String) {
 /// `slow_start` for example.
 async fn lasting_difference(context: &Context) -> Result<Option<String>, BalancerError> {
     const PAUSE: Duration = Duration::from_millis(100);
-    const TRIES: u32 = 5;
+    /// The same difference so often in a row lasts.
+    const LASTING: u32 = 5;
+    const TRIES: u32 = 30;
     let gateway = gateway::desired_or_warn(context.config()).await;
-    let mut found = None;
-    for again in 0..TRIES {
-        if again > 0 {
-            tokio::time::sleep(PAUSE).await;
-        }
+    let (mut found, mut seen) = (None, 0);
+    for _ in 0..TRIES {
         let config = &context.in_effect();
         let mut client = Client::connect(&config.balancer_endpoint).await?;
-        found = apply::difference(config, gateway, &mut client).await?;
-        if found.is_none() {
+        let now = apply::difference(config, gateway, &mut client).await?;
+        seen = if now == found { seen + 1 } else { 1 };
+        found = now;
+        if found.is_none() || seen == LASTING {
             break;
         }
+        tokio::time::sleep(PAUSE).await;
     }
     Ok(found)
 }

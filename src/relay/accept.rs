@@ -1,9 +1,5 @@
-//! Accepting connections: which thread serves them, handshakes up to CONNECT.
-//!
-//! Each thread has listening sockets of its own (SO_REUSEPORT), and serves what it accepts. Only the first few
-//! connections of an address are brought together on one thread: what a program on that host sends over one of
-//! them and then over another is read in that order, as one broker would read it. Several threads would not
-//! know which came first.
+//! Accepting connections, and handshakes up to CONNECT. Each thread has listening sockets of its own (SO_REUSEPORT),
+//! and serves what it accepts.
 
 use std::io;
 use std::net::SocketAddr;
@@ -13,36 +9,16 @@ use std::time::Duration;
 
 use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
 use tracing::{debug, warn};
 
 use super::session::{self, End, Session};
 use super::stream::Stream;
 use super::websocket::WebSocket;
-use super::worker::{Admitted, Shared, Worker};
+use super::worker::{Shared, Worker};
 use super::{Port, RelayError};
 use crate::domain::RelayLimits;
 use crate::mqtt::connect::Connect;
 use crate::mqtt::wire::{self, kind};
-
-/// Connections on their way to a thread, at most; others are served where they were accepted.
-const ON_THE_WAY: usize = 1024;
-
-/// A connection that another thread accepted.
-struct Accepted {
-    stream: std::net::TcpStream,
-    from: SocketAddr,
-    /// Index of the listening address.
-    port: usize,
-    admitted: Admitted,
-}
-
-/// A thread, and the way to the others.
-struct Thread {
-    number: usize,
-    ports: Vec<(Port, Rc<Worker>)>,
-    threads: Vec<mpsc::Sender<Accepted>>,
-}
 
 /// Starts the threads, each with sockets of its own for all listening addresses.
 pub fn start(
@@ -56,55 +32,38 @@ pub fn start(
         ports.iter().map(|port| Ok((port.clone(), super::listen(port.addr)?))).collect()
     };
     let sockets = (0..threads).map(|_| sockets()).collect::<Result<Vec<_>, _>>()?;
-    let (senders, receivers): (Vec<_>, Vec<_>) =
-        (0..threads).map(|_| mpsc::channel(ON_THE_WAY)).unzip();
     let mut started = Vec::new();
-    for (number, (sockets, accepted)) in sockets.into_iter().zip(receivers).enumerate() {
-        let (shared, senders) = (Arc::clone(shared), senders.clone());
+    for (number, sockets) in sockets.into_iter().enumerate() {
+        let shared = Arc::clone(shared);
         let thread = std::thread::Builder::new()
             .name(format!("relay-{number}"))
-            .spawn(move || work(&shared, limits, number, sockets, senders, accepted))
+            .spawn(move || work(&shared, limits, sockets))
             .map_err(|source| RelayError::Io { what: "starting a thread", source })?;
         started.push(thread);
     }
     Ok(started)
 }
 
-fn work(
-    shared: &Arc<Shared>,
-    limits: RelayLimits,
-    number: usize,
-    sockets: Vec<(Port, std::net::TcpListener)>,
-    threads: Vec<mpsc::Sender<Accepted>>,
-    accepted: mpsc::Receiver<Accepted>,
-) {
+fn work(shared: &Arc<Shared>, limits: RelayLimits, sockets: Vec<(Port, std::net::TcpListener)>) {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return tracing::error!(%error, "starting a thread's executor"),
     };
     let local = tokio::task::LocalSet::new();
     let mut by_service: Vec<Rc<Worker>> = Vec::new();
-    let (mut ports, mut listeners) = (Vec::new(), Vec::new());
     for (port, socket) in sockets {
         while by_service.len() <= port.service {
             let service = by_service.len();
             by_service.push(Rc::new(Worker::new(Arc::clone(shared), limits, service)));
         }
         let worker = Rc::clone(&by_service[port.service]);
-        ports.push((port, worker));
-        listeners.push(socket);
-    }
-    let thread = Rc::new(Thread { number, ports, threads });
-    for (port, socket) in listeners.into_iter().enumerate() {
-        let thread = Rc::clone(&thread);
         local.spawn_local(async move {
             match TcpListener::from_std(socket) {
-                Ok(listener) => accept(&listener, &thread, port).await,
-                Err(error) => tracing::error!(%error, "listening"),
+                Ok(listener) => accept(&listener, &worker, &port).await,
+                Err(error) => tracing::error!(%error, "listening failed"),
             }
         });
     }
-    local.spawn_local(take_over(thread, accepted));
     let stopped = async {
         shared.stop.cancelled().await;
         // Sessions end gracefully.
@@ -118,8 +77,7 @@ fn work(
     local.block_on(&runtime, stopped);
 }
 
-async fn accept(listener: &TcpListener, thread: &Rc<Thread>, port: usize) {
-    let worker = &thread.ports[port].1;
+async fn accept(listener: &TcpListener, worker: &Rc<Worker>, port: &Port) {
     loop {
         let accepted = tokio::select! {
             biased;
@@ -130,56 +88,23 @@ async fn accept(listener: &TcpListener, thread: &Rc<Thread>, port: usize) {
             Ok(accepted) => accepted,
             Err(error) => {
                 // Most likely out of file descriptors, which other connections will free.
-                warn!(%error, "accepting a connection");
+                warn!(%error, "accepting a connection failed");
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }
         };
-        let Some(admitted) = worker.shared.admit(from.ip(), &worker.limits, thread.number) else {
+        let Some(admitted) = worker.shared.admit(from.ip(), &worker.limits) else {
             worker.stats.refused.add(1);
             continue;
         };
         worker.stats.accepted.add(1);
-        if admitted.thread == thread.number {
-            spawn(thread, stream, from, port, admitted);
-            continue;
-        }
-        // If that thread is far behind, or could not start, it is served here.
-        let Ok(place) = thread.threads[admitted.thread].try_reserve() else {
-            spawn(thread, stream, from, port, admitted);
-            continue;
-        };
-        match stream.into_std() {
-            Ok(stream) => place.send(Accepted { stream, from, port, admitted }),
-            Err(error) => warn!(%error, "handing a connection to another thread"),
-        }
+        let (worker, port) = (Rc::clone(worker), port.clone());
+        tokio::task::spawn_local(async move {
+            // Counted until this task ends, even by a panic.
+            let _admitted = admitted;
+            serve(stream, from, &worker, &port).await;
+        });
     }
-}
-
-/// Serves what other threads accepted.
-async fn take_over(thread: Rc<Thread>, mut accepted: mpsc::Receiver<Accepted>) {
-    while let Some(Accepted { stream, from, port, admitted }) = accepted.recv().await {
-        match TcpStream::from_std(stream) {
-            Ok(stream) => spawn(&thread, stream, from, port, admitted),
-            Err(error) => warn!(%error, "taking a connection over from another thread"),
-        }
-    }
-}
-
-fn spawn(
-    thread: &Rc<Thread>,
-    stream: TcpStream,
-    from: SocketAddr,
-    port: usize,
-    admitted: Admitted,
-) {
-    let thread = Rc::clone(thread);
-    tokio::task::spawn_local(async move {
-        // Counted until this task ends, even by a panic.
-        let _admitted = admitted;
-        let (port, worker) = &thread.ports[port];
-        serve(stream, from, worker, port).await;
-    });
 }
 
 /// Serves one connection.

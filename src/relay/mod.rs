@@ -14,7 +14,6 @@ pub mod stats;
 mod stream;
 mod subscriptions;
 mod tls;
-mod unsent;
 mod upstream;
 mod websocket;
 mod worker;

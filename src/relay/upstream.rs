@@ -33,6 +33,44 @@ pub enum State {
     Closed,
 }
 
+/// A broker's deliveries to the client, as far as they are in progress.
+#[derive(Debug, Default)]
+pub struct Delivery {
+    /// Bytes still to be forwarded of the one in progress.
+    pub forwarding: usize,
+    /// Those held back by the client's receive maximum.
+    pub deferred: Vec<u8>,
+    /// Bytes still to be received of the last of them.
+    pub deferring: usize,
+}
+
+impl Delivery {
+    fn is_empty(&self) -> bool {
+        self.forwarding == 0 && self.deferred.is_empty()
+    }
+}
+
+/// Keepalive towards a broker (MQTT 3.1.1 §3.1.2.10).
+#[derive(Debug)]
+pub struct Keepalive {
+    /// 0: none.
+    pub seconds: u16,
+    /// When something was last written.
+    pub last_out: Instant,
+    /// When the unanswered PINGREQ was sent.
+    pub pinged: Option<Instant>,
+}
+
+impl Keepalive {
+    /// When PINGREQ is due, or PINGRESP overdue.
+    fn deadline(&self) -> Instant {
+        match self.pinged {
+            Some(at) => at + Duration::from_secs(u64::from(self.seconds / 2).max(5)),
+            None => self.last_out + Duration::from_millis(u64::from(self.seconds) * 750),
+        }
+    }
+}
+
 /// A connection to a broker.
 #[allow(clippy::struct_excessive_bools)] // they are independent of each other
 pub struct Upstream {
@@ -55,24 +93,16 @@ pub struct Upstream {
     pub out: Pending,
     /// Bytes received that are no complete packet yet.
     pub rest: Vec<u8>,
-    /// Bytes still to be forwarded of the delivery in progress.
-    pub passing: usize,
-    /// Deliveries held back by the client's receive maximum.
-    pub parked: Vec<u8>,
-    /// Bytes still to be received of the last of them.
-    pub parking: usize,
+    /// Its deliveries to the client.
+    pub delivery: Delivery,
     /// The client's messages at QoS 1 and 2 in flight.
     pub inflight: u16,
     /// Topic aliases set on this connection.
     pub aliases: HashMap<u16, Box<str>>,
-    /// Keepalive, seconds; 0: none.
-    pub keepalive: u16,
-    /// When something was last written.
-    pub last_out: Instant,
+    /// Its keepalive.
+    pub keepalive: Keepalive,
     /// When the client last used it.
     pub last_used: Instant,
-    /// When the unanswered PINGREQ was sent.
-    pub pinged: Option<Instant>,
     /// When the connection attempt began.
     pub since: Instant,
     /// It has subscriptions of the client, or is to get them.
@@ -82,7 +112,7 @@ pub struct Upstream {
     /// A write failed.
     pub broken: bool,
     /// `rest` may hold a complete packet.
-    pub held: bool,
+    pub has_unparsed: bool,
 }
 
 impl Upstream {
@@ -106,20 +136,16 @@ impl Upstream {
             connack: None,
             out: Pending::default(),
             rest: Vec::new(),
-            passing: 0,
-            parked: Vec::new(),
-            parking: 0,
+            delivery: Delivery::default(),
             inflight: 0,
             aliases: HashMap::new(),
-            keepalive,
-            last_out: now,
+            keepalive: Keepalive { seconds: keepalive, last_out: now, pinged: None },
             last_used: now,
-            pinged: None,
             since: now,
             subscribed: false,
             refused: false,
             broken: false,
-            held: false,
+            has_unparsed: false,
         }
     }
 
@@ -127,7 +153,7 @@ impl Upstream {
     pub fn reconnect(&mut self, kind: Kind, now: Instant) {
         let (then, subscribed) = (std::mem::take(&mut self.then), self.subscribed);
         let (info, header) = (Arc::clone(&self.info), self.header.take());
-        *self = Self::new(self.broker, info, header, kind, self.keepalive, now);
+        *self = Self::new(self.broker, info, header, kind, self.keepalive.seconds, now);
         (self.then, self.subscribed) = (then, subscribed);
     }
 
@@ -136,13 +162,13 @@ impl Upstream {
         self.state = state;
         self.out = Pending::default();
         self.rest = Vec::new();
-        self.parked = Vec::new();
-        (self.passing, self.parking, self.inflight) = (0, 0, 0);
+        self.delivery = Delivery::default();
+        self.inflight = 0;
         self.aliases = HashMap::new();
         self.connack = None;
-        self.pinged = None;
+        self.keepalive.pinged = None;
         self.subscribed = false;
-        (self.broken, self.held) = (false, false);
+        (self.broken, self.has_unparsed) = (false, false);
     }
 
     /// Whether CONNACK was received.
@@ -157,7 +183,7 @@ impl Upstream {
 
     /// Whether nothing would be lost with it.
     pub fn is_quiet(&self) -> bool {
-        self.inflight == 0 && self.out.is_empty() && self.passing == 0 && self.parked.is_empty()
+        self.inflight == 0 && self.out.is_empty() && self.delivery.is_empty()
     }
 
     /// Its next timeout.
@@ -166,21 +192,8 @@ impl Upstream {
             State::Connecting(_) | State::Opening(_) => Some(self.since + OPEN_TIMEOUT),
             State::Waiting(until) => Some(until),
             State::Closed => None,
-            State::Ready(_) if self.keepalive == 0 => None,
-            State::Ready(_) => Some(match self.pinged {
-                Some(at) => at + self.patience(),
-                None => self.last_out + self.pause(),
-            }),
+            State::Ready(_) if self.keepalive.seconds == 0 => None,
+            State::Ready(_) => Some(self.keepalive.deadline()),
         }
-    }
-
-    /// Idle time before PINGREQ.
-    fn pause(&self) -> Duration {
-        Duration::from_millis(u64::from(self.keepalive) * 750)
-    }
-
-    /// Time for PINGRESP.
-    fn patience(&self) -> Duration {
-        Duration::from_secs(u64::from(self.keepalive / 2).max(5))
     }
 }

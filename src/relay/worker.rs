@@ -5,14 +5,11 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
 use super::stats::Stats;
-use super::subscriptions::Request;
-use super::unsent::{Earlier, Ticket, Unsent};
 use crate::brokers::router::Router;
 use crate::domain::RelayLimits;
 
@@ -20,10 +17,6 @@ use crate::domain::RelayLimits;
 const DOWN: Duration = Duration::from_secs(2);
 /// Clients sent to the fast path that a thread remembers.
 const RETURNED_MAX: usize = 100_000;
-/// Connections of an address that are brought together on one thread. With more, a host that opens many, or a NAT,
-/// would have no more than one CPU of the relay.
-const TOGETHER: u32 = 8;
-
 /// Shared by all threads.
 #[derive(Debug)]
 pub struct Shared {
@@ -32,7 +25,6 @@ pub struct Shared {
     tables: RwLock<Vec<Arc<Router>>>,
     generation: AtomicU64,
     clients: Mutex<HashMap<IpAddr, Client>>,
-    unsent: Arc<Unsent>,
     /// Ends all sessions.
     pub stop: CancellationToken,
 }
@@ -41,9 +33,6 @@ pub struct Shared {
 #[derive(Debug)]
 struct Client {
     connections: u32,
-    /// The thread of the first of them, and how many it was given.
-    thread: usize,
-    there: u32,
     /// Token bucket, and when it was last refilled.
     tokens: f64,
     at: Instant,
@@ -57,7 +46,6 @@ impl Shared {
             tables: RwLock::new(tables),
             generation: AtomicU64::new(0),
             clients: Mutex::default(),
-            unsent: Arc::default(),
             stop: CancellationToken::new(),
         }
     }
@@ -73,13 +61,8 @@ impl Shared {
         self.generation.fetch_add(1, Ordering::Release);
     }
 
-    /// Admits a connection that the thread `here` has accepted, within the limits.
-    pub fn admit(
-        self: &Arc<Self>,
-        addr: IpAddr,
-        limits: &RelayLimits,
-        here: usize,
-    ) -> Option<Admitted> {
+    /// Admits a connection, within the limits.
+    pub fn admit(self: &Arc<Self>, addr: IpAddr, limits: &RelayLimits) -> Option<Admitted> {
         let addr = network_of(addr);
         let now = Instant::now();
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
@@ -88,13 +71,8 @@ impl Shared {
         if clients.len() as u64 > 2 * self.stats.connections.get() + 100_000 {
             clients.retain(|_, c| c.connections > 0);
         }
-        let client = clients.entry(addr).or_insert(Client {
-            connections: 0,
-            thread: here,
-            there: 0,
-            tokens: rate,
-            at: now,
-        });
+        let client =
+            clients.entry(addr).or_insert(Client { connections: 0, tokens: rate, at: now });
         let passed = now.duration_since(client.at).as_secs_f64();
         client.tokens = (client.tokens + passed * rate).min(rate);
         client.at = now;
@@ -102,15 +80,10 @@ impl Shared {
         if full || client.connections >= limits.connections_per_address || client.tokens < 1.0 {
             return None;
         }
-        if client.connections == 0 {
-            client.thread = here;
-        }
         client.tokens -= 1.0;
         client.connections += 1;
         self.stats.connections.add(1);
-        let thread = if client.there < TOGETHER { client.thread } else { here };
-        client.there += u32::from(thread == client.thread);
-        Some(Admitted { shared: Arc::clone(self), addr, thread })
+        Some(Admitted { shared: Arc::clone(self), addr })
     }
 }
 
@@ -119,8 +92,6 @@ impl Shared {
 pub struct Admitted {
     shared: Arc<Shared>,
     addr: IpAddr,
-    /// The thread that is to serve it.
-    pub thread: usize,
 }
 
 impl Drop for Admitted {
@@ -128,7 +99,6 @@ impl Drop for Admitted {
         let mut clients = self.shared.clients.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(client) = clients.get_mut(&self.addr) {
             client.connections -= 1;
-            client.there -= u32::from(self.thread == client.thread);
         }
         self.shared.stats.connections.sub(1);
     }
@@ -191,21 +161,6 @@ impl Worker {
         self.shared.generation.load(Ordering::Acquire)
     }
 
-    /// Lists a SUBSCRIBE that waits for connections to brokers.
-    pub fn list(&self, request: &Request, now: Instant) -> Ticket {
-        self.shared.unsent.add(self.service, request, now)
-    }
-
-    /// The SUBSCRIBE that a message, received at `at`, has to wait for.
-    pub fn earlier(&self, topic: &str, at: Instant, now: Instant) -> Option<Earlier> {
-        self.shared.unsent.earlier(self.service, topic, at, now)
-    }
-
-    /// Wakes a session when that SUBSCRIBE is in effect. False: it is already.
-    pub fn wake_after(&self, earlier: Earlier, waker: &Waker) -> bool {
-        self.shared.unsent.wake_after(earlier, waker)
-    }
-
     /// Whether a broker counts as down.
     pub fn is_down(&self, broker: SocketAddr) -> bool {
         self.down.borrow().get(&broker).is_some_and(|until| Instant::now() < *until)
@@ -263,7 +218,7 @@ mod tests {
         };
         let shared = Arc::new(Shared::new(Vec::new()));
         let (a, b): (IpAddr, IpAddr) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
-        let admit = |addr| shared.admit(addr, &limits, 0);
+        let admit = |addr| shared.admit(addr, &limits);
         let mut of_a: Vec<Admitted> = (0..3).map(|_| admit(a).unwrap()).collect();
         assert!(admit(a).is_none(), "three at a time");
         of_a.pop();
@@ -276,25 +231,6 @@ mod tests {
         for v6 in ["fd01::1", "fd01::ffff:2"] {
             assert_eq!(network_of(v6.parse().unwrap()).to_string(), "fd01::");
         }
-    }
-
-    #[test]
-    fn the_first_connections_of_an_address_are_on_one_thread() {
-        let shared = Arc::new(Shared::new(Vec::new()));
-        let limits = RelayLimits::default();
-        let (a, b): (IpAddr, IpAddr) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
-        let admit = |addr, here| shared.admit(addr, &limits, here).unwrap();
-        let first = admit(a, 1);
-        let mut others: Vec<Admitted> = (0..7).map(|here| admit(a, here)).collect();
-        assert!(others.iter().all(|other| other.thread == 1));
-        let more = [admit(a, 0), admit(a, 1), admit(a, 2)];
-        assert_eq!(more.map(|one| one.thread), [0, 1, 2], "where they were accepted");
-        assert_eq!(admit(b, 3).thread, 3, "another address");
-        // One that ended makes room, the first one, too, as long as one is left.
-        drop((first, others.pop()));
-        assert_eq!(admit(a, 0).thread, 1);
-        drop(others);
-        assert_eq!(admit(a, 2).thread, 2, "none was left");
     }
 
     #[test]

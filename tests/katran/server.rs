@@ -414,7 +414,7 @@ fn what_is_taken_away_under_run_comes_back() {
     wait_healthy(&net, &sidecar);
     let error = net.fails(1, &["unload"]);
     assert!(
-        error.contains("would put back what is removed; end it first, or use --force"),
+        error.contains("would put back what is removed; stop it first, or use --force"),
         "{error}"
     );
     // `run` holds the array, so it does not empty itself: nothing has to be started again.

@@ -261,17 +261,6 @@ impl Client {
         message
     }
 
-    /// The same, past a SUBACK.
-    pub fn try_message_or_suback(&mut self) -> Option<Message> {
-        self.wire.patience(Duration::from_millis(400));
-        let packet = match self.try_packet() {
-            Ok(Some(packet)) if packet[0] == 0x90 => self.try_packet(),
-            other => other,
-        };
-        self.wire.patience(Duration::from_secs(10));
-        packet.ok().flatten().map(|packet| self.take(&packet))
-    }
-
     /// A message out of its packet, which is acknowledged.
     pub fn take(&mut self, packet: &[u8]) -> Message {
         let (message, id) = self.read(packet);

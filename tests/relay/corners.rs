@@ -1,7 +1,7 @@
 //! What went wrong once.
 
 use std::io::Read as _;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use socket2::{Domain, SockRef, Socket, Type};
@@ -325,103 +325,6 @@ fn the_log_says_when_ports_to_a_broker_have_run_out() {
         .collect();
     wait_for("the log", || bed.relay_log().contains("net.ipv4.ip_local_port_range").then_some(()));
     drop(clients);
-}
-
-/// A publisher, and which of the two brokers of its topic's group it does not use.
-fn publisher_and_other_broker(bed: &Bed) -> (Client, usize) {
-    let mut watchers = bed.watchers();
-    let mut publisher = bed.client("publisher");
-    publisher.publish_and_wait("temp/x", 1, b"");
-    let used = watchers.iter_mut().position(|w| w.try_message_soon().is_some()).unwrap() + 1;
-    (publisher, 3 - used)
-}
-
-#[test]
-fn messages_do_not_overtake_a_subscription() {
-    let bed = Bed::new();
-    let (mut publisher, other) = publisher_and_other_broker(&bed);
-    let pause = || std::thread::sleep(Duration::from_millis(10));
-    // On a busy machine, it may take longer than messages wait, and then they do not for ten seconds.
-    let waited = (0..40).any(|round| {
-        bed.signal_broker(other, Signal::SIGSTOP);
-        let mut subscriber = bed.client(&format!("subscriber{round}"));
-        subscriber.send_subscribe(&["temp/#"], 0);
-        pause();
-        publisher.publish("temp/x", 0, b"now");
-        pause();
-        bed.signal_broker(other, Signal::SIGCONT);
-        subscriber.try_message_or_suback().is_some_and(|m| m.text() == "now")
-    });
-    assert!(waited, "messages overtake subscriptions");
-}
-
-#[test]
-fn messages_do_not_wait_long_for_subscriptions_at_a_broker_that_hangs() {
-    let bed = Bed::new();
-    let (mut publisher, other) = publisher_and_other_broker(&bed);
-    bed.signal_broker(other, Signal::SIGSTOP);
-    let begun = Instant::now();
-    let _subscribers: Vec<_> = (0..5)
-        .map(|n| {
-            let mut subscriber = bed.client(&format!("subscriber{n}"));
-            subscriber.send_subscribe(&["temp/#"], 0);
-            std::thread::sleep(Duration::from_millis(10));
-            publisher.publish_and_wait("temp/x", 1, b"");
-            subscriber
-        })
-        .collect();
-    let took = begun.elapsed();
-    bed.signal_broker(other, Signal::SIGCONT);
-    assert!(took < Duration::from_secs(3), "brokers get five seconds to answer: {took:?}");
-}
-
-#[test]
-fn what_a_host_sends_over_two_connections_is_read_in_that_order() {
-    let bed = Bed::new();
-    for round in 0..50 {
-        let mut subscriber = Client::new(bed.stream(RELAY), 4);
-        let mut publisher = Client::new(bed.stream(RELAY), 4);
-        for (client, id) in [(&mut subscriber, "subscriber"), (&mut publisher, "publisher")] {
-            client.send(&connect(4, id).packet());
-            client.expect(&[0x20, 2, 0, 0]);
-        }
-        // Their connections to brokers are there before. Brokers read last what the subscriber sent: they may ask for
-        // that connection first again.
-        publisher.publish_and_wait("temp/x", 1, b"before");
-        subscriber.subscribe(&["temp/other"], 0);
-        subscriber.send_subscribe(&["temp/x"], 0);
-        publisher.publish("temp/x", 0, b"now");
-        let mut got = Vec::new();
-        loop {
-            let packet = subscriber.packet().unwrap();
-            if packet[0] == 0x90 {
-                break;
-            }
-            got.push(subscriber.read(&packet).0.text());
-        }
-        publisher.publish("temp/x", 0, b"later");
-        while got.last().is_none_or(|last| last != "later") {
-            got.push(subscriber.message().text());
-        }
-        assert_eq!(got, ["now", "later"], "round {round}");
-    }
-}
-
-#[test]
-fn each_of_many_connections_of_a_host_is_heard() {
-    let bed = Bed::new();
-    let clients: Vec<Client> = (0..30)
-        .map(|n| {
-            let mut client = Client::new(bed.stream(RELAY), 4);
-            client.send(&connect(4, &format!("c{n}")).packet());
-            client.expect(&[0x20, 2, 0, 0]);
-            client.publish_and_wait(TOPICS[n % 3], 1, b"");
-            client
-        })
-        .collect();
-    for client in clients {
-        client.disconnect();
-    }
 }
 
 #[test]

@@ -30,9 +30,11 @@ impl Session {
                     self.broker_lost(slot, &Lost::Failed(error), now).map(|()| true)
                 }
                 Poll::Ready(Ok(stream)) => {
-                    up.out.push(&self.connect.for_broker(up.kind, self.assigned.as_deref()));
+                    up.out.push(
+                        &self.connect.for_broker(up.kind, self.handshake.assigned.as_deref()),
+                    );
                     up.state = State::Opening(stream);
-                    up.last_out = now;
+                    up.keepalive.last_out = now;
                     Ok(true)
                 }
             },
@@ -43,9 +45,9 @@ impl Session {
     pub(super) fn read_broker(&mut self, slot: Slot, cx: &mut Context<'_>) -> Result<bool, End> {
         let drained = self.deliver_parked(slot);
         let up = &mut self.upstreams[usize::from(slot)];
-        let others = self.delivering.is_some_and(|getting| getting != slot);
-        let early = !self.connack_sent && up.is_ready();
-        if others || early || self.out.len() > HIGH {
+        let others = self.outbound.delivering.is_some_and(|getting| getting != slot);
+        let early = !self.handshake.sent && up.is_ready();
+        if others || early || self.outbound.pending.len() > HIGH {
             return Ok(drained);
         }
         BUFFER.with_borrow_mut(|buffer| {
@@ -57,10 +59,10 @@ impl Session {
             let (State::Opening(stream) | State::Ready(stream)) = &mut up.state else {
                 return Ok(drained);
             };
-            let held = std::mem::take(&mut up.held);
+            let held = std::mem::take(&mut up.has_unparsed);
             let length = match stream::read(stream, cx, &mut buffer[..], kept) {
                 Poll::Ready(Ok(n)) if n > 0 => {
-                    up.pinged = None;
+                    up.keepalive.pinged = None;
                     kept + n
                 }
                 _ if held => kept,
@@ -78,13 +80,13 @@ impl Session {
             let end = self.parse_broker(slot, &mut buffer[..length], &mut at, &mut pieces);
             let mut slices: Vec<IoSlice<'_>> =
                 pieces.iter().map(|((), piece)| IoSlice::new(piece.slice(buffer))).collect();
-            let written = self.out.write(&mut self.client, cx, &mut slices);
+            let written = self.outbound.pending.write(&mut self.client, cx, &mut slices);
             let up = &mut self.upstreams[usize::from(slot)];
             up.rest = buffer[at..length].to_vec();
             written.map_err(End::ClientGone)?;
-            if self.delivering.is_none() && !self.after_delivery.is_empty() {
-                let behind = std::mem::take(&mut self.after_delivery);
-                self.out.push(&behind);
+            if self.outbound.delivering.is_none() && !self.outbound.deferred.is_empty() {
+                let behind = std::mem::take(&mut self.outbound.deferred);
+                self.outbound.pending.push(&behind);
             }
             end.map_or(Ok(true), Err)
         })
@@ -101,19 +103,19 @@ impl Session {
         while *at < buffer.len() {
             let there = buffer.len() - *at;
             let up = &mut self.upstreams[usize::from(slot)];
-            if up.parking > 0 {
-                let n = up.parking.min(there);
-                up.parked.extend_from_slice(&buffer[*at..*at + n]);
-                up.parking -= n;
+            if up.delivery.deferring > 0 {
+                let n = up.delivery.deferring.min(there);
+                up.delivery.deferred.extend_from_slice(&buffer[*at..*at + n]);
+                up.delivery.deferring -= n;
                 *at += n;
                 continue;
             }
-            if up.passing > 0 {
-                let n = up.passing.min(there);
+            if up.delivery.forwarding > 0 {
+                let n = up.delivery.forwarding.min(there);
                 append(pieces, (), *at..*at + n);
-                up.passing -= n;
+                up.delivery.forwarding -= n;
                 *at += n;
-                self.delivering = (up.passing > 0).then_some(slot);
+                self.outbound.delivering = (up.delivery.forwarding > 0).then_some(slot);
                 continue;
             }
             let Ok(header) = wire::header(&buffer[*at..]) else {
@@ -138,8 +140,8 @@ impl Session {
                 return Some(end);
             }
             let up = &mut self.upstreams[usize::from(slot)];
-            if !self.connack_sent && up.is_ready() {
-                up.held = *at < buffer.len();
+            if !self.handshake.sent && up.is_ready() {
+                up.has_unparsed = *at < buffer.len();
                 return None;
             }
         }
@@ -167,33 +169,33 @@ impl Session {
     pub(super) fn deliver(&mut self, slot: Slot, bytes: &mut [u8], h: Header) -> bool {
         // QoS 0 is not subject to the receive maximum, and its order is independent of QoS 1 and 2.
         let up = &self.upstreams[usize::from(slot)];
-        let waits = h.first & 0x06 != 0 && !up.parked.is_empty();
+        let waits = h.first & 0x06 != 0 && !up.delivery.deferred.is_empty();
         let Some(fits) = (if waits { Some(false) } else { self.fits(slot, bytes, h) }) else {
             return false;
         };
         let up = &mut self.upstreams[usize::from(slot)];
         if fits {
-            up.passing = h.total();
+            up.delivery.forwarding = h.total();
             self.worker.stats.delivered.add(1);
         } else {
-            up.parking = h.total();
+            up.delivery.deferring = h.total();
         }
         true
     }
 
     /// Delivers what was held back, as far as the receive maximum allows. Returns whether there was any.
     pub(super) fn deliver_parked(&mut self, slot: Slot) -> bool {
-        if self.delivering.is_some() || self.out.len() > HIGH {
+        if self.outbound.delivering.is_some() || self.outbound.pending.len() > HIGH {
             return false;
         }
-        let mut parked = std::mem::take(&mut self.upstreams[usize::from(slot)].parked);
+        let mut parked = std::mem::take(&mut self.upstreams[usize::from(slot)].delivery.deferred);
         let mut at = 0;
         while let Ok(Some(h)) = wire::header(&parked[at..]) {
             let whole = parked.len() - at >= h.total();
             if !whole || self.fits(slot, &mut parked[at..], h) != Some(true) {
                 break;
             }
-            self.out.push(&parked[at..at + h.total()]);
+            self.outbound.pending.push(&parked[at..at + h.total()]);
             self.worker.stats.delivered.add(1);
             at += h.total();
         }
@@ -201,7 +203,7 @@ impl Session {
         if parked.is_empty() {
             parked = Vec::new();
         }
-        self.upstreams[usize::from(slot)].parked = parked;
+        self.upstreams[usize::from(slot)].delivery.deferred = parked;
         at > 0
     }
 
@@ -223,17 +225,17 @@ impl Session {
             _ if !matches!(up.state, State::Ready(_)) => return Err(broken()),
             kind::PUBACK | kind::PUBREC | kind::PUBCOMP => {
                 let id = wire::id(packet, h).map_err(|_| broken())?;
-                if self.releases.contains_key(&id) {
+                if self.in_flight.releases.contains_key(&id) {
                     let known = wire::reason(packet, h) == 0;
                     let pubcomp = self.released(id, slot, known);
                     pieces.extend(pubcomp.map(|p| ((), Piece::Made(p))));
                     return Ok(());
                 }
-                if self.inflight.get(&id) != Some(&slot) {
+                if self.in_flight.messages.get(&id) != Some(&slot) {
                     return Ok(());
                 }
                 if h.kind() != kind::PUBREC || wire::reason(packet, h) >= 0x80 {
-                    self.inflight.remove(&id);
+                    self.in_flight.messages.remove(&id);
                     up.inflight -= 1;
                 }
                 append(pieces, (), range);
@@ -249,11 +251,10 @@ impl Session {
                 let id = wire::id(packet, h).map_err(|_| broken())?;
                 let codes = subscriptions::codes(packet, h.length, self.connect.v5);
                 if let Some(all) = self.subscriptions.answered(slot, id, codes, self.connect.v5) {
-                    self.listed = None;
                     pieces.push(((), Piece::Made(all)));
                 }
             }
-            kind::PINGRESP => up.pinged = None,
+            kind::PINGRESP => up.keepalive.pinged = None,
             // The client gets the reason if it is affected.
             kind::DISCONNECT if slot == self.home || !up.is_quiet() => {
                 append(pieces, (), range);
@@ -274,8 +275,8 @@ impl Session {
         };
         if connack.code != 0 {
             if slot == self.home {
-                self.out.push(packet);
-                self.connack_sent = true;
+                self.outbound.pending.push(packet);
+                self.handshake.sent = true;
                 return Err(End::ByBroker(up.addr));
             }
             debug!(broker = %up.addr, code = connack.code, "CONNECT is refused");
@@ -290,17 +291,17 @@ impl Session {
         if let State::Opening(stream) = std::mem::replace(&mut up.state, State::Closed) {
             up.state = State::Ready(stream);
         }
-        up.keepalive = connack.keepalive.unwrap_or(self.connect.keepalive);
-        (up.last_used, up.last_out) = (now, now);
+        up.keepalive.seconds = connack.keepalive.unwrap_or(self.connect.keepalive);
+        (up.last_used, up.keepalive.last_out) = (now, now);
         if slot == self.home {
-            self.keepalive = up.keepalive;
-            (self.alias_max, self.receive_max) = (connack.alias_max, connack.receive_max);
-            self.connack = Some(packet.to_vec());
+            self.keepalive.seconds = up.keepalive.seconds;
+            (self.aliases.max, self.in_flight.max) = (connack.alias_max, connack.receive_max);
+            self.handshake.connack = Some(packet.to_vec());
             if let Some(id) = &connack.client_id {
-                self.assigned = Some(id.clone());
+                self.handshake.assigned = Some(id.clone());
                 self.open_secondaries(now);
             }
-        } else if self.resumed && self.connack_sent && !connack.session_present {
+        } else if self.handshake.resumed && self.handshake.sent && !connack.session_present {
             // The client was told that its session is present.
             return Err(End::BrokerLost(up.addr));
         } else if up.subscribed && !(self.connect.persistent && connack.session_present) {
@@ -313,7 +314,7 @@ impl Session {
 
     /// A lost broker will not answer PUBREL.
     fn releases_lost(&mut self, slot: Slot) {
-        let ids: Vec<u16> = self.releases.keys().copied().collect();
+        let ids: Vec<u16> = self.in_flight.releases.keys().copied().collect();
         for id in ids {
             if let Some(pubcomp) = self.released(id, slot, false) {
                 self.send_to_client(&pubcomp);
@@ -324,13 +325,13 @@ impl Session {
     /// A broker answered a PUBREL that was sent to all of them, or was lost; `known`: it had the message.
     /// Returns the client's PUBCOMP if it was the last.
     fn released(&mut self, id: u16, slot: Slot, known: bool) -> Option<Vec<u8>> {
-        let release = self.releases.get_mut(&id)?;
+        let release = self.in_flight.releases.get_mut(&id)?;
         release.waiting.retain(|s| *s != slot);
         release.known |= known;
         if !release.waiting.is_empty() {
             return None;
         }
-        let known = self.releases.remove(&id)?.known;
+        let known = self.in_flight.releases.remove(&id)?.known;
         Some(acknowledgement(kind::PUBCOMP << 4, id, self.connect.v5, known))
     }
 
@@ -340,7 +341,7 @@ impl Session {
         let mut id = u16::MAX;
         let next = || {
             // Clients count upwards from 1.
-            while self.inflight.contains_key(&id) || self.subscriptions.is_open(id) {
+            while self.in_flight.messages.contains_key(&id) || self.subscriptions.is_open(id) {
                 id = (id - 1).max(1);
             }
             let free = id;
@@ -359,7 +360,7 @@ impl Session {
         if opening && now < self.since + SESSIONS_TIMEOUT {
             return;
         }
-        let Some(mut connack) = self.connack.take() else { return };
+        let Some(mut connack) = self.handshake.connack.take() else { return };
         let present = |u: &Upstream| u.connack.as_ref().is_some_and(|w| w.session_present);
         let at_home = present(&self.upstreams[usize::from(self.home)]);
         if self.connect.persistent && !self.connect.clean {
@@ -377,12 +378,12 @@ impl Session {
                 }
             }
         }
-        self.resumed = wire::header(&connack)
+        self.handshake.resumed = wire::header(&connack)
             .ok()
             .flatten()
             .is_some_and(|h| connack.get(h.length).is_some_and(|flags| flags & 1 == 1));
-        self.out.push(&connack);
-        self.connack_sent = true;
+        self.outbound.pending.push(&connack);
+        self.handshake.sent = true;
         self.stats().opened.add(1);
     }
 
@@ -392,8 +393,8 @@ impl Session {
         let up = &mut self.upstreams[usize::from(slot)];
         let addr = up.addr;
         let was_ready = up.is_ready();
-        let partial =
-            self.delivering == Some(slot) || self.passing.is_some_and(|p| p.0 == Some(slot));
+        let partial = self.outbound.delivering == Some(slot)
+            || self.inbound.forwarding.is_some_and(|p| p.0 == Some(slot));
         let lossy = partial || up.inflight > 0 || !up.out.is_empty();
         if !was_ready {
             if self.worker.is_news(addr) {
@@ -419,7 +420,6 @@ impl Session {
         up.subscribed = subscribed;
         self.deliveries.forget(slot);
         for answer in self.subscriptions.broker_lost(slot, self.connect.v5) {
-            self.listed = None;
             self.send_to_client(&answer);
         }
         self.releases_lost(slot);

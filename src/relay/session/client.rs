@@ -20,20 +20,19 @@ use crate::mqtt::wire::{self, Header, Malformed, kind};
 
 impl Session {
     pub(super) fn read_client(&mut self, cx: &mut Context<'_>) -> Result<bool, End> {
-        self.held = None;
-        let full = self.out.len() + self.after_delivery.len() > REPLIES_HIGH
+        let full = self.outbound.pending.len() + self.outbound.deferred.len() > REPLIES_HIGH
             || self.upstreams.iter().any(|u| u.out.len() > HIGH);
-        if !self.connack_sent || full {
+        if !self.handshake.sent || full {
             return Ok(false);
         }
         BUFFER.with_borrow_mut(|buffer| {
-            let kept = self.rest.len();
+            let kept = self.inbound.unparsed.len();
             if buffer.len() < kept + SCRATCH / 2 {
                 buffer.resize(kept + SCRATCH, 0);
             }
-            buffer[..kept].copy_from_slice(&self.rest);
+            buffer[..kept].copy_from_slice(&self.inbound.unparsed);
             let mut length = kept;
-            if !self.stalled {
+            if !self.inbound.blocked {
                 match stream::read(&mut self.client, cx, &mut buffer[..], kept) {
                     Poll::Pending => return Ok(false),
                     Poll::Ready(Ok(0)) => {
@@ -42,25 +41,19 @@ impl Session {
                     Poll::Ready(Ok(n)) => length += n,
                     Poll::Ready(Err(e)) => return Err(End::ClientGone(e)),
                 }
-                self.last_in = Instant::now();
-                self.read_at = self.last_in;
+                self.keepalive.last_in = Instant::now();
             }
             let mut pieces = Vec::new();
             let mut at = 0;
-            let waited = std::mem::take(&mut self.stalled);
+            let waited = std::mem::take(&mut self.inbound.blocked);
             let end = self.parse_client(&mut buffer[..length], &mut at, &mut pieces);
             if matches!(end, Some(End::Disconnected(_))) {
                 self.leave_for_disconnect(buffer, &pieces);
             } else {
                 self.write_to_brokers(cx, buffer, &pieces);
             }
-            self.rest = buffer[at..length].to_vec();
-            let in_effect =
-                self.held.is_some_and(|earlier| !self.worker.wake_after(earlier, cx.waker()));
-            if in_effect && end.is_none() {
-                return Ok(true);
-            }
-            end.map_or(Ok(!(waited && self.stalled && at == 0)), Err)
+            self.inbound.unparsed = buffer[at..length].to_vec();
+            end.map_or(Ok(!(waited && self.inbound.blocked && at == 0)), Err)
         })
     }
 
@@ -73,13 +66,13 @@ impl Session {
     ) -> Option<End> {
         let now = Instant::now();
         while *at < buffer.len() {
-            if let Some((slot, left)) = self.passing {
+            if let Some((slot, left)) = self.inbound.forwarding {
                 let n = left.min(buffer.len() - *at);
                 if let Some(slot) = slot {
                     append(pieces, slot, *at..*at + n);
                 }
                 *at += n;
-                self.passing = (n < left).then_some((slot, left - n));
+                self.inbound.forwarding = (n < left).then_some((slot, left - n));
                 continue;
             }
             let h = match wire::header(&buffer[*at..]) {
@@ -106,7 +99,7 @@ impl Session {
                 }
                 Ok(Step::More) => return None,
                 Ok(Step::Wait) => {
-                    self.stalled = true;
+                    self.inbound.blocked = true;
                     return None;
                 }
                 Err(end) => return Some(end),
@@ -131,13 +124,13 @@ impl Session {
             self.pass(None, h, there);
             return Ok(Step::Took(there));
         }
-        if p.alias > self.alias_max {
+        if p.alias > self.aliases.max {
             let what = "topic alias larger than CONNACK allows";
             return Err(End::Protocol(Malformed { code: 0x94, what }));
         }
         let known;
         let topic = if p.topic.is_empty() {
-            known = self.aliases.get(&p.alias).cloned();
+            known = self.aliases.topics.get(&p.alias).cloned();
             known.as_deref().ok_or(End::Protocol(Malformed {
                 code: 0x82,
                 what: "topic alias that stands for nothing",
@@ -145,14 +138,10 @@ impl Session {
         } else {
             p.topic
         };
-        self.held = self.worker.earlier(topic, self.read_at, now);
-        if self.held.is_some() {
-            return Ok(Step::Wait);
-        }
         let found = self.table.broker_of(topic, |b| self.is_down(b));
         let broker = found.unwrap_or(self.upstreams[usize::from(self.home)].broker);
-        let again = p.qos > 0 && self.inflight.contains_key(&p.id);
-        if p.qos > 0 && !again && self.inflight.len() >= usize::from(self.receive_max) {
+        let again = p.qos > 0 && self.in_flight.messages.contains_key(&p.id);
+        if p.qos > 0 && !again && self.in_flight.messages.len() >= usize::from(self.in_flight.max) {
             let what = "more messages at a time than CONNACK allows";
             return Err(End::Protocol(Malformed { code: 0x93, what }));
         }
@@ -165,8 +154,11 @@ impl Session {
         if unavailable && !again {
             return Err(End::Unavailable(self.table.broker(broker).group.clone()));
         }
-        let slot =
-            if again { self.inflight[&p.id] } else { self.open(broker, Kind::Secondary, now) };
+        let slot = if again {
+            self.in_flight.messages[&p.id]
+        } else {
+            self.open(broker, Kind::Secondary, now)
+        };
         let up = &mut self.upstreams[usize::from(slot)];
         if up.is_opening() {
             return Ok(Step::Wait);
@@ -185,7 +177,7 @@ impl Session {
         let alias = if p.alias <= connack.alias_max { p.alias } else { 0 };
         if p.qos > 0 && !again {
             up.inflight += 1;
-            self.inflight.insert(p.id, slot);
+            self.in_flight.messages.insert(p.id, slot);
         }
         up.last_used = now;
         let mut from = 0;
@@ -200,7 +192,7 @@ impl Session {
                 from = p.payload_at;
             }
             if !p.topic.is_empty() {
-                self.aliases.insert(p.alias, p.topic.into());
+                self.aliases.topics.insert(p.alias, p.topic.into());
             }
         }
         append(pieces, slot, at + from..at + there);
@@ -214,7 +206,7 @@ impl Session {
 
     /// Records the part of a message that is still to be received.
     pub(super) fn pass(&mut self, slot: Option<Slot>, h: Header, there: usize) {
-        self.passing = (there < h.total()).then_some((slot, h.total() - there));
+        self.inbound.forwarding = (there < h.total()).then_some((slot, h.total() - there));
     }
 
     /// Tracks whether the client publishes to a single group.
@@ -267,17 +259,19 @@ impl Session {
             }
             kind::PUBREL => {
                 let id = id()?;
-                match self.inflight.get(&id) {
+                match self.in_flight.messages.get(&id) {
                     Some(slot) => append(pieces, *slot, range),
                     // Of an earlier connection: ask all brokers.
-                    None if self.connect.persistent && !self.releases.contains_key(&id) => {
+                    None if self.connect.persistent
+                        && !self.in_flight.releases.contains_key(&id) =>
+                    {
                         let ready = (0..self.upstreams.len() as Slot)
                             .filter(|slot| self.upstreams[usize::from(*slot)].is_ready());
                         let all: Vec<Slot> = ready.collect();
                         for slot in &all {
                             append(pieces, *slot, range.clone());
                         }
-                        self.releases.insert(id, Release { waiting: all, known: false });
+                        self.in_flight.releases.insert(id, Release { waiting: all, known: false });
                     }
                     None if self.connect.persistent => {}
                     None => {
@@ -321,9 +315,6 @@ impl Session {
             }
         }
         if wanted.iter().any(|(slot, _)| self.upstreams[usize::from(*slot)].is_opening()) {
-            if self.listed.is_none() && matches!(request, Request::Subscribe(..)) {
-                self.listed = Some(self.worker.list(&request, now));
-            }
             return Ok(Step::Wait);
         }
         if matches!(request, Request::Subscribe(..)) {
@@ -338,7 +329,6 @@ impl Session {
         }
         self.subscriptions.begin(id, &request, wanted);
         if let Some(answer) = self.subscriptions.finished(id, self.connect.v5) {
-            self.listed = None;
             self.send_to_client(&answer);
         }
         Ok(Step::Took(packet.len()))
@@ -359,7 +349,7 @@ impl Session {
             if slices.is_empty() {
                 continue;
             }
-            up.last_out = now;
+            up.keepalive.last_out = now;
             // Handled when the connection is read.
             let stream: &mut (dyn AsyncWrite + Unpin) = match &mut up.state {
                 State::Ready(stream) | State::Opening(stream) => stream,
@@ -380,10 +370,10 @@ impl Session {
 
     /// Sends a packet of the relay's own to the client, after the delivery in progress.
     pub(super) fn send_to_client(&mut self, bytes: &[u8]) {
-        if self.delivering.is_some() {
-            self.after_delivery.extend_from_slice(bytes);
+        if self.outbound.delivering.is_some() {
+            self.outbound.deferred.extend_from_slice(bytes);
         } else {
-            self.out.push(bytes);
+            self.outbound.pending.push(bytes);
         }
     }
 }

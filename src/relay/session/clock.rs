@@ -21,9 +21,9 @@ impl Session {
     /// Flushes all connections. Returns whether anything was written.
     pub(super) fn flush(&mut self, cx: &mut Context<'_>) -> Result<bool, End> {
         let mut progress = false;
-        if !self.connack_sent {
+        if !self.handshake.sent {
             self.send_connack(Instant::now());
-            progress |= self.connack_sent;
+            progress |= self.handshake.sent;
         }
         for up in &mut self.upstreams {
             let (State::Ready(stream) | State::Opening(stream)) = &mut up.state else { continue };
@@ -34,8 +34,8 @@ impl Session {
                 Err(_) => {}
             }
         }
-        progress |= self.out.flush(&mut self.client, cx).map_err(End::ClientGone)?;
-        if self.leaving && self.out.is_empty() {
+        progress |= self.outbound.pending.flush(&mut self.client, cx).map_err(End::ClientGone)?;
+        if self.leaving && self.outbound.pending.is_empty() {
             // Half-close: the client's last messages may still arrive.
             let _ = Pin::new(&mut self.client).poll_shutdown(cx).map_err(End::ClientGone)?;
         }
@@ -65,18 +65,19 @@ impl Session {
     /// Runs the timers that are due. Returns the next deadline.
     pub(super) fn run_timers(&mut self, now: Instant, acted: &mut bool) -> Result<Instant, End> {
         let mut next = now + Duration::from_secs(3600);
-        if self.keepalive > 0 && self.connack_sent {
-            if self.stalled || self.upstreams.iter().any(|u| u.out.len() > HIGH) {
+        if self.keepalive.seconds > 0 && self.handshake.sent {
+            if self.inbound.blocked || self.upstreams.iter().any(|u| u.out.len() > HIGH) {
                 // Not while the client is not read.
-                self.last_in = now;
+                self.keepalive.last_in = now;
             }
-            let silent = self.last_in + Duration::from_millis(u64::from(self.keepalive) * 1500);
+            let silent = self.keepalive.last_in
+                + Duration::from_millis(u64::from(self.keepalive.seconds) * 1500);
             if now >= silent {
                 return Err(End::Silent);
             }
             next = next.min(silent);
         }
-        if !self.connack_sent {
+        if !self.handshake.sent {
             if now >= self.since + CONNACK_TIMEOUT {
                 let home = self.upstreams[usize::from(self.home)].broker;
                 return Err(End::Unavailable(self.table.broker(home).group.clone()));
@@ -94,22 +95,25 @@ impl Session {
                 && due <= now
             {
                 *acted = true;
-                let unread = self.out.len() > HIGH || self.delivering.is_some_and(|s| s != slot);
+                let unread = self.outbound.pending.len() > HIGH
+                    || self.outbound.delivering.is_some_and(|s| s != slot);
                 match up.state {
                     // PINGRESP may be queued behind deliveries that are not read.
-                    State::Ready(_) if up.pinged.is_some() && unread => up.pinged = Some(now),
+                    State::Ready(_) if up.keepalive.pinged.is_some() && unread => {
+                        up.keepalive.pinged = Some(now);
+                    }
                     State::Waiting(_) if up.subscribed || self.connect.persistent => {
-                        let kind = if self.connack_sent { Kind::Resume } else { Kind::Secondary };
+                        let kind = if self.handshake.sent { Kind::Resume } else { Kind::Secondary };
                         up.reconnect(kind, now);
                     }
                     State::Waiting(_) => up.state = State::Closed,
-                    State::Ready(_) if up.pinged.is_none() => {
+                    State::Ready(_) if up.keepalive.pinged.is_none() => {
                         // Not within a message, which is traffic itself.
-                        if self.passing.is_none_or(|p| p.0 != Some(slot)) {
+                        if self.inbound.forwarding.is_none_or(|p| p.0 != Some(slot)) {
                             up.out.push(&[kind::PINGREQ << 4, 0]);
-                            up.pinged = Some(now);
+                            up.keepalive.pinged = Some(now);
                         }
-                        up.last_out = now;
+                        up.keepalive.last_out = now;
                     }
                     _ => self.broker_lost(slot, &Lost::Silent, now)?,
                 }
@@ -122,9 +126,6 @@ impl Session {
             if up.is_ready() && now < up.last_used + UNUSED {
                 next = next.min(up.last_used + UNUSED);
             }
-        }
-        if let Some(earlier) = self.held {
-            next = next.min(earlier.until);
         }
         let before = self.leaving;
         let due = self.return_to_fast_path(now)?;
@@ -144,8 +145,8 @@ impl Session {
         let needed = self.will == Some(slot)
             || up.subscribed
             || self.connect.persistent
-            || !self.connack_sent;
-        let passing = self.passing.is_some() || self.delivering == Some(slot);
+            || !self.handshake.sent;
+        let passing = self.inbound.forwarding.is_some() || self.outbound.delivering == Some(slot);
         if needed || passing || !up.is_ready() || !up.is_quiet() || !newer(up) {
             return;
         }
@@ -162,7 +163,7 @@ impl Session {
     /// Applies a new configuration: routes, and brokers added or removed.
     pub(super) fn apply_new_routes(&mut self, now: Instant) -> Result<(), End> {
         // Indices of brokers change, so not within a message.
-        if self.passing.is_some() {
+        if self.inbound.forwarding.is_some() {
             return Ok(());
         }
         self.generation = self.worker.generation();
@@ -200,12 +201,12 @@ impl Session {
     pub(super) fn return_to_fast_path(&mut self, now: Instant) -> Result<Option<Instant>, End> {
         let Some(after) = self.worker.limits.return_after else { return Ok(None) };
         if self.leaving {
-            let patience = self.last_in + Duration::from_secs(10);
+            let patience = self.keepalive.last_in + Duration::from_secs(10);
             return if now < patience { Ok(Some(patience)) } else { Err(End::Returned) };
         }
         let one_group = self.published.as_ref().is_some_and(|(_, count)| *count > 0);
         let candidate = one_group
-            && self.connack_sent
+            && self.handshake.sent
             && self.subscriptions.is_empty()
             && !self.connect.persistent
             && self.deliveries.is_empty();
@@ -215,10 +216,10 @@ impl Session {
         if now < self.since + after {
             return Ok(Some(self.since + after));
         }
-        let idle = self.inflight.is_empty()
-            && self.passing.is_none()
-            && self.rest.is_empty()
-            && self.delivering.is_none()
+        let idle = self.in_flight.messages.is_empty()
+            && self.inbound.forwarding.is_none()
+            && self.inbound.unparsed.is_empty()
+            && self.outbound.delivering.is_none()
             && self.upstreams.iter().all(Upstream::is_quiet);
         let id = &self.connect.client_id;
         let key = if id.is_empty() { self.addrs.0.ip().to_string() } else { id.clone() };
@@ -227,10 +228,10 @@ impl Session {
         }
         if self.connect.v5 {
             const SERVER_MOVED: u8 = 0x9d;
-            self.out.push(&[kind::DISCONNECT << 4, 2, SERVER_MOVED, 0]);
+            self.outbound.pending.push(&[kind::DISCONNECT << 4, 2, SERVER_MOVED, 0]);
         }
         self.leaving = true;
-        self.last_in = now;
+        self.keepalive.last_in = now;
         self.stats().returned.add(1);
         Ok(Some(now + Duration::from_millis(1)))
     }

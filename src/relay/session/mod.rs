@@ -35,7 +35,6 @@ use super::ids::{Deliveries, Slot};
 use super::stats::Stats;
 use super::stream::{Pending, Stream};
 use super::subscriptions::Subscriptions;
-use super::unsent::{Earlier, Ticket};
 use super::upstream::{RETRY, State, Upstream};
 use super::worker::Worker;
 use crate::brokers::connection::BrokerStream;
@@ -132,12 +131,67 @@ enum Step {
     Took(usize),
     /// More bytes are needed.
     More,
-    /// Its broker connection is not open yet, or another client's SUBSCRIBE comes first.
+    /// Its broker connection is not open yet.
     Wait,
 }
 
+/// CONNACK, from home to the client.
+#[derive(Default)]
+struct Handshake {
+    /// Home's CONNACK, until it is sent.
+    connack: Option<Vec<u8>>,
+    sent: bool,
+    /// The client was told that its session is present.
+    resumed: bool,
+    /// The client identifier that home assigned.
+    assigned: Option<String>,
+}
+
+/// What the client sends.
+struct Inbound {
+    /// Bytes received that were not handled yet.
+    unparsed: Vec<u8>,
+    /// They wait for a broker connection.
+    blocked: bool,
+    /// The message being forwarded: its destination (`None`: discarded), and bytes still to be received.
+    forwarding: Option<(Option<Slot>, usize)>,
+}
+
+/// What the client gets.
+#[derive(Default)]
+struct Outbound {
+    pending: Pending,
+    /// The broker whose delivery is in progress.
+    delivering: Option<Slot>,
+    /// Packets behind that delivery.
+    deferred: Vec<u8>,
+}
+
+/// The client's messages at QoS 1 and 2 that brokers have not finished.
+struct InFlight {
+    messages: HashMap<u16, Slot>,
+    /// PUBRELs for messages of an earlier connection, which went to all brokers.
+    releases: HashMap<u16, Release>,
+    /// Receive maximum of home's CONNACK.
+    max: u16,
+}
+
+/// The client's topic aliases (MQTT 5 §3.3.2.3.4).
+#[derive(Default)]
+struct Aliases {
+    topics: HashMap<u16, Box<str>>,
+    /// Topic alias maximum of home's CONNACK.
+    max: u16,
+}
+
+/// The client's keepalive.
+struct Keepalive {
+    seconds: u16,
+    /// When something was last received.
+    last_in: Instant,
+}
+
 /// A client's session.
-#[allow(clippy::struct_excessive_bools)] // they are independent of each other
 pub struct Session {
     worker: Rc<Worker>,
     table: Arc<Router>,
@@ -146,49 +200,21 @@ pub struct Session {
     /// Client and service.
     addrs: (SocketAddr, SocketAddr),
     connect: Connect,
-    /// The client identifier that home assigned.
-    assigned: Option<String>,
     client: Stream,
-    out: Pending,
-    /// Bytes received that were not handled yet.
-    rest: Vec<u8>,
-    /// `rest` waits for a broker connection, or for another client's SUBSCRIBE.
-    stalled: bool,
-    /// When `rest` was received.
-    read_at: Instant,
-    /// The SUBSCRIBE that waits for broker connections, and then for SUBACK.
-    listed: Option<Ticket>,
-    /// Another client's SUBSCRIBE that is waited for.
-    held: Option<Earlier>,
+    handshake: Handshake,
+    inbound: Inbound,
+    outbound: Outbound,
     /// A broker connection was begun, and has to be polled.
     opened: bool,
-    /// The message being forwarded: its destination (`None`: discarded), and bytes still to be received.
-    passing: Option<(Option<Slot>, usize)>,
-    /// The broker whose delivery is in progress.
-    delivering: Option<Slot>,
-    /// Packets for the client after that delivery.
-    after_delivery: Vec<u8>,
     upstreams: Vec<Upstream>,
     home: Slot,
     /// The broker with the will.
     will: Option<Slot>,
-    /// Home's CONNACK, until it is sent to the client.
-    connack: Option<Vec<u8>>,
-    connack_sent: bool,
-    /// The client was told that its session is present.
-    resumed: bool,
-    /// The client's messages at QoS 1 and 2 in flight.
-    inflight: HashMap<u16, Slot>,
-    /// PUBRELs for messages of an earlier connection, which went to all brokers.
-    releases: HashMap<u16, Release>,
+    in_flight: InFlight,
     deliveries: Deliveries,
     subscriptions: Subscriptions,
-    aliases: HashMap<u16, Box<str>>,
-    /// Topic alias maximum and receive maximum of home's CONNACK.
-    alias_max: u16,
-    receive_max: u16,
-    keepalive: u16,
-    last_in: Instant,
+    aliases: Aliases,
+    keepalive: Keepalive,
     since: Instant,
     /// The group that the client publishes to, and its messages; `None`: several groups.
     published: Option<(Box<str>, u64)>,
@@ -208,36 +234,27 @@ impl Session {
         let now = Instant::now();
         let generation = worker.generation();
         let table = worker.table();
+        let blocked = !rest.is_empty();
         let mut session = Self {
             generation,
             addrs,
-            assigned: None,
             client,
-            out: Pending::default(),
-            stalled: !rest.is_empty(),
-            read_at: now,
-            listed: None,
-            held: None,
+            handshake: Handshake::default(),
+            inbound: Inbound { unparsed: rest, blocked, forwarding: None },
+            outbound: Outbound::default(),
             opened: false,
-            rest,
-            passing: None,
-            delivering: None,
-            after_delivery: Vec::new(),
             upstreams: Vec::new(),
             home: 0,
             will: None,
-            connack: None,
-            connack_sent: false,
-            resumed: false,
-            inflight: HashMap::new(),
-            releases: HashMap::new(),
+            in_flight: InFlight {
+                messages: HashMap::new(),
+                releases: HashMap::new(),
+                max: u16::MAX,
+            },
             deliveries: Deliveries::default(),
             subscriptions: Subscriptions::default(),
-            aliases: HashMap::new(),
-            alias_max: 0,
-            receive_max: u16::MAX,
-            keepalive: connect.keepalive,
-            last_in: now,
+            aliases: Aliases::default(),
+            keepalive: Keepalive { seconds: connect.keepalive, last_in: now },
             since: now,
             published: Some(("".into(), 0)),
             leaving: false,
@@ -311,7 +328,7 @@ impl Session {
         self.opened = true;
         let info = Arc::clone(self.table.broker(broker));
         let header = info.proxy_protocol.then(|| proxy_header::header(self.addrs.0, self.addrs.1));
-        self.upstreams.push(Upstream::new(broker, info, header, kind, self.keepalive, now));
+        self.upstreams.push(Upstream::new(broker, info, header, kind, self.keepalive.seconds, now));
         (self.upstreams.len() - 1) as Slot
     }
 
@@ -368,8 +385,7 @@ impl Session {
     /// Closes all connections.
     pub async fn finish(mut self, end: End) {
         debug!(client = %self.addrs.0, id = self.connect.client_id, "session ended: {end}");
-        self.listed = None;
-        let whole = self.passing.is_none();
+        let whole = self.inbound.forwarding.is_none();
         let goodbye: &[u8] = match &end {
             End::Disconnected(packet) => packet,
             End::Returned => &[kind::DISCONNECT << 4, 0],
@@ -381,7 +397,7 @@ impl Session {
             let state = std::mem::replace(&mut up.state, State::Closed);
             let (State::Ready(stream) | State::Opening(stream)) = state else { continue };
             let mut last = up.out.take();
-            let cut = !whole && self.passing.is_some_and(|p| p.0 == Some(slot as Slot));
+            let cut = !whole && self.inbound.forwarding.is_some_and(|p| p.0 == Some(slot as Slot));
             if cut || goodbye.is_empty() {
                 streams.push(Either::Left(close_gracefully(stream, last)));
             } else {
@@ -396,13 +412,13 @@ impl Session {
             End::Shutdown => Some(0x8b),
             _ => None,
         };
-        let mut last = self.out.take();
-        if self.delivering.is_none() {
+        let mut last = self.outbound.pending.take();
+        if self.outbound.delivering.is_none() {
             match code {
-                Some(_) if !self.connack_sent && self.connect.v5 => {
+                Some(_) if !self.handshake.sent && self.connect.v5 => {
                     last.extend_from_slice(&[kind::CONNACK << 4, 3, 0, 0x88, 0]);
                 }
-                Some(_) if !self.connack_sent => {
+                Some(_) if !self.handshake.sent => {
                     last.extend_from_slice(&[kind::CONNACK << 4, 2, 0, 3]);
                 }
                 Some(code) if self.connect.v5 => {

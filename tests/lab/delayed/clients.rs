@@ -100,6 +100,9 @@ fn another_tcp_than_linux_with_small_windows_and_late_acknowledgements() {
             }
         }
     }
+    // The broker has acknowledged them all; its watchers may not have written down the last yet.
+    let last = wanted.last().unwrap();
+    wait_for("the last message", || lab.arrivals().contains_key(last).then_some(()));
     let all = lab.arrivals();
     for payload in wanted {
         assert!(
