@@ -14,13 +14,36 @@ use crate::domain::{Service, Target, rendezvous};
 use crate::routes::compile::{Automaton, State, TooManyStates};
 use crate::routes::walk;
 
-/// Automaton states that a topic filter may lead to; with more, it is sent to all groups.
-const STATES_MAX: usize = 4096;
+/// States that are visited for what is behind one state, at most.
+const REACHABLE_MAX: u32 = 4096;
 /// Slots of a group's table: a prime, and many times the number of brokers.
 const SLOTS: u32 = 1021;
 
 /// Index of a broker in its table.
 pub type Broker = u16;
+
+/// States of the automaton that may be visited for topic filters: whoever writes them chooses how many there are. Once
+/// it is spent, filters are sent to all groups, which misses nothing.
+#[derive(Debug)]
+pub struct Budget(u32);
+
+impl Budget {
+    /// For one packet, or one client at a change of routes: a fraction of a millisecond.
+    pub fn of_packet() -> Self {
+        Self(4096)
+    }
+
+    /// Whether there is none left.
+    pub fn is_spent(&self) -> bool {
+        self.0 == 0
+    }
+
+    /// False: there is none left.
+    fn spend(&mut self, states: usize) -> bool {
+        self.0 = self.0.saturating_sub(u32::try_from(states).unwrap_or(u32::MAX));
+        self.0 > 0
+    }
+}
 
 /// A group of brokers.
 #[derive(Debug)]
@@ -163,45 +186,49 @@ impl Router {
     }
 
     /// The brokers that may have messages for a topic filter of SUBSCRIBE.
-    pub fn brokers_for(&self, filter: &str) -> Vec<Broker> {
+    pub fn brokers_for(&self, filter: &str, budget: &mut Budget) -> Vec<Broker> {
         // An invalid filter is refused by a broker; one is enough.
         let Ok(filter) = TopicFilter::parse(unshared(filter)) else { return vec![0] };
-        let groups = self.groups_for(&filter);
-        groups.iter().flat_map(|g| &self.groups[*g].brokers).copied().collect()
+        match self.groups_for(&filter, budget) {
+            Some(groups) => groups.iter().flat_map(|g| &self.groups[*g].brokers).copied().collect(),
+            None => self.all().collect(),
+        }
     }
 
-    fn groups_for(&self, filter: &TopicFilter) -> BTreeSet<usize> {
+    /// `None`: the budget is spent.
+    fn groups_for(&self, filter: &TopicFilter, budget: &mut Budget) -> Option<BTreeSet<usize>> {
         let first = filter.levels().first();
         let dollar = matches!(first, Some(Level::Literal(l)) if l.starts_with('$'));
         let mut states = BTreeSet::from([if dollar { self.start_dollar } else { self.start }]);
+        let mut groups = BTreeSet::new();
         for level in filter.levels() {
             let mut after = BTreeSet::new();
             for state in &states {
+                let visits = match level {
+                    Level::Literal(_) | Level::Rest => 1,
+                    Level::One => 1 + self.edges.get(state).map_or(0, HashMap::len),
+                };
+                if !budget.spend(visits) {
+                    return None;
+                }
                 match level {
                     Level::Literal(text) => {
                         after.insert(self.next(*state, text.as_bytes()));
                     }
                     Level::One => after.extend(self.after(*state)),
-                    Level::Rest => {
-                        // "a/#" also matches "a" (MQTT 3.1.1 §4.7.1.2).
-                        let mut groups = BTreeSet::new();
-                        for state in &states {
-                            groups.extend(self.reachable(*state));
-                        }
-                        return groups;
-                    }
+                    // "a/#" also matches "a" (MQTT 3.1.1 §4.7.1.2).
+                    Level::Rest => groups.extend(self.reachable(*state, budget)),
                 }
             }
-            if after.len() > STATES_MAX {
-                return (0..self.groups.len()).collect();
+            if matches!(level, Level::Rest) {
+                return Some(groups);
             }
             states = after;
         }
-        let mut groups = BTreeSet::new();
         for state in states {
             self.accepted(state, &mut groups);
         }
-        groups
+        Some(groups)
     }
 
     /// The states that one more level can lead to.
@@ -219,21 +246,29 @@ impl Router {
         }
     }
 
-    fn reachable(&self, from: u32) -> BTreeSet<usize> {
-        let mut known = self.reachable.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if let Some(groups) = known.get(&from) {
+    /// The groups of all topics that pass a state; beyond some thousand states, all groups.
+    fn reachable(&self, from: u32, budget: &mut Budget) -> BTreeSet<usize> {
+        let mut cached = self.reachable.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(groups) = cached.get(&from) {
             return groups.clone();
         }
         let mut groups = BTreeSet::new();
         let (mut seen, mut todo) = (BTreeSet::from([from]), vec![from]);
+        let mut visits = Budget(REACHABLE_MAX);
         while let Some(state) = todo.pop() {
             self.accepted(state, &mut groups);
             if groups.len() == self.groups.len() {
                 break;
             }
+            let edges = 1 + self.edges.get(&state).map_or(0, HashMap::len);
+            if !visits.spend(edges) {
+                groups = (0..self.groups.len()).collect();
+                break;
+            }
             todo.extend(self.after(state).filter(|next| seen.insert(*next)));
         }
-        known.insert(from, groups.clone());
+        budget.spend((REACHABLE_MAX - visits.0) as usize);
+        cached.insert(from, groups.clone());
         groups
     }
 }
@@ -322,13 +357,39 @@ route = [{}]
             ("$share/n/b/1", "b"),
             ("other/+/x", "d"),
         ] {
-            let groups: BTreeSet<_> =
-                t.brokers_for(filter).into_iter().map(|b| group(&t, b)).collect();
+            let groups: BTreeSet<_> = t
+                .brokers_for(filter, &mut Budget::of_packet())
+                .into_iter()
+                .map(|b| group(&t, b))
+                .collect();
             assert_eq!(groups.into_iter().collect::<String>(), expected, "{filter}");
         }
-        assert_eq!(t.brokers_for("#").len(), 6);
+        assert_eq!(t.brokers_for("#", &mut Budget::of_packet()).len(), 6);
         let any = table(&[("birth/#", "any")]);
-        assert_eq!(any.brokers_for("birth/x").len(), 6, "wherever its publisher is");
+        assert_eq!(
+            any.brokers_for("birth/x", &mut Budget::of_packet()).len(),
+            6,
+            "wherever its publisher is"
+        );
+    }
+
+    #[test]
+    fn filters_beyond_the_budget_go_to_all_groups_and_cost_nothing() {
+        let routes: Vec<_> = (0..1000).map(|i| format!("r{i}/x/+/y{i}")).collect();
+        let routes: Vec<_> = routes.iter().map(|route| (route.as_str(), "a")).collect();
+        let t = table(&routes);
+        let mut budget = Budget::of_packet();
+        let start = std::time::Instant::now();
+        for n in 0..13_000 {
+            let brokers = t.brokers_for("+/+/+/+", &mut budget);
+            // "+/+/+/+" can match topics of a and of the default group; b has no route.
+            assert_eq!(brokers.len(), if n == 0 { 4 } else { 6 }, "{n}");
+            if n == 0 {
+                budget = Budget(1);
+            }
+        }
+        // Without a bound, 25 s.
+        assert!(start.elapsed() < std::time::Duration::from_secs(1), "{:?}", start.elapsed());
     }
 
     fn level() -> impl Strategy<Value = &'static str> {
@@ -358,7 +419,7 @@ route = [{}]
             prop_assume!(!filter.is_empty());
             // Sets with routes that can never match are refused; they are not tested here.
             let Ok(t) = std::panic::catch_unwind(|| table(&routes)) else { return Ok(()) };
-            let subscribed = t.brokers_for(&filter);
+            let subscribed = t.brokers_for(&filter, &mut Budget::of_packet());
             let filter: TopicFilter = filter.parse().unwrap();
             for topic in topics.iter().filter(|t| !t.is_empty() && filter.matches(t)) {
                 match t.broker_of(topic, |_| false) {

@@ -1,12 +1,13 @@
 //! A client's CONNECT, the CONNECTs that brokers get in its place, and what CONNACK says.
 
 use std::num::NonZeroU16;
+use std::ops::Range;
 
 use bytes::BytesMut;
 use rmqtt_codec::{v3, v5};
 use tokio_util::codec::{Decoder as _, Encoder as _};
 
-use super::wire::Malformed;
+use super::wire::{Malformed, put_varint, varint};
 
 /// What the relay needs of a CONNECT, and the packet itself.
 #[derive(Debug, Clone)]
@@ -28,9 +29,15 @@ pub struct Connect {
     pub will: Option<String>,
     /// Receive maximum.
     pub receive_max: u16,
+    /// Its credentials.
+    pub has_username: bool,
+    pub has_password: bool,
     /// The packet.
     pub bytes: Box<[u8]>,
 }
+
+/// Set in a bridge's protocol level (mosquitto's `try_private`): MQTT otherwise.
+const BRIDGE: u8 = 0x80;
 
 /// Receive maximum towards brokers other than home: what each of them has in flight may have to be
 /// buffered until the client has room.
@@ -60,16 +67,13 @@ fn refused(code: u8, what: &'static str) -> Malformed {
 impl Connect {
     /// Reads a whole CONNECT.
     pub fn read(packet: &[u8]) -> Result<Self, Malformed> {
-        let no_connect = refused(0x81, "CONNECT that cannot be read");
-        // The level is behind the protocol's name (MQTT 5 §3.1.2.2).
-        let name = packet.windows(7).take(6).find_map(|w| match w {
-            [0, 4, b'M', b'Q', b'T', b'T', level] => Some(*level),
-            [0, 6, b'M', b'Q', b'I', b's', b'd'] => Some(3),
-            _ => None,
-        });
-        match name {
-            Some(3 | 4) => {
-                let Some(c) = decode_v3(packet) else { return Err(no_connect) };
+        let no_connect = || refused(0x81, "CONNECT that cannot be read");
+        let (level, plain) = plain(packet).ok_or_else(no_connect)?;
+        let packet_bytes: Box<[u8]> = packet.into();
+        let packet = &*plain;
+        match level {
+            3 | 4 => {
+                let Some(c) = decode_v3(packet) else { return Err(no_connect()) };
                 Ok(Self {
                     v5: false,
                     client_id: c.client_id.to_string(),
@@ -79,11 +83,13 @@ impl Connect {
                     authenticates: false,
                     will: c.last_will.map(|w| w.topic.to_string()),
                     receive_max: u16::MAX,
-                    bytes: packet.into(),
+                    has_username: c.username.is_some(),
+                    has_password: c.password.is_some(),
+                    bytes: packet_bytes,
                 })
             }
-            Some(5) => {
-                let Some(c) = decode_v5(packet) else { return Err(no_connect) };
+            5 => {
+                let Some(c) = decode_v5(packet) else { return Err(no_connect()) };
                 Ok(Self {
                     v5: true,
                     client_id: c.client_id.to_string(),
@@ -93,11 +99,12 @@ impl Connect {
                     authenticates: c.auth_method.is_some(),
                     will: c.last_will.map(|w| w.topic.to_string()),
                     receive_max: c.receive_max.map_or(u16::MAX, u16::from),
-                    bytes: packet.into(),
+                    has_username: c.username.is_some(),
+                    has_password: c.password.is_some(),
+                    bytes: packet_bytes,
                 })
             }
-            Some(_) => Err(refused(0x84, "protocol level other than 3, 4 and 5")),
-            None => Err(no_connect),
+            _ => Err(refused(0x84, "protocol level other than 3, 4 and 5")),
         }
     }
 
@@ -147,21 +154,56 @@ impl Connect {
     // What was decoded once can be decoded again, and encoded.
     fn edited_v3(&self, edit: impl FnOnce(&mut v3::Connect)) -> Box<[u8]> {
         let mut out = BytesMut::new();
-        if let Some(mut c) = decode_v3(&self.bytes) {
+        if let Some(mut c) = plain(&self.bytes).and_then(|(_, p)| decode_v3(&p)) {
             edit(&mut c);
             let _ = v3::Codec::default().encode(v3::Packet::Connect(Box::new(c)), &mut out);
         }
-        out[..].into()
+        self.with_its_protocol(&out)
     }
 
     fn edited_v5(&self, edit: impl FnOnce(&mut v5::Connect)) -> Box<[u8]> {
         let mut out = BytesMut::new();
-        if let Some(mut c) = decode_v5(&self.bytes) {
+        if let Some(mut c) = plain(&self.bytes).and_then(|(_, p)| decode_v5(&p)) {
             edit(&mut c);
             let _ = v5::Codec::default().encode(v5::Packet::Connect(Box::new(c)), &mut out);
         }
-        out[..].into()
+        self.with_its_protocol(&out)
     }
+
+    /// An encoded CONNECT with the protocol name and level that the client's has.
+    fn with_its_protocol(&self, encoded: &[u8]) -> Box<[u8]> {
+        let (Some(own), Some(other)) = (protocol_of(&self.bytes), protocol_of(encoded)) else {
+            return encoded.into();
+        };
+        let body = [&self.bytes[own], &encoded[other.end..]].concat();
+        let mut packet = vec![encoded[0]];
+        put_varint(body.len(), &mut packet);
+        packet.extend(body);
+        packet.into()
+    }
+}
+
+/// Where the protocol's name and level are (MQTT 5 §3.1.2.1, §3.1.2.2).
+fn protocol_of(packet: &[u8]) -> Option<Range<usize>> {
+    let (_, length) = varint(packet.get(1..)?).ok()??;
+    let at = 1 + length;
+    let name = u16::from_be_bytes(packet.get(at..at + 2)?.try_into().ok()?);
+    let end = at + 2 + usize::from(name) + 1;
+    (end <= packet.len()).then_some(at..end)
+}
+
+/// The protocol's level, and the packet as one that is no bridge sends it; `None`: it is no CONNECT of MQTT.
+fn plain(packet: &[u8]) -> Option<(u8, Vec<u8>)> {
+    let protocol = protocol_of(packet)?;
+    let level = packet[protocol.end - 1] & !BRIDGE;
+    let is_mqtt = match &packet[protocol.start + 2..protocol.end - 1] {
+        b"MQTT" => true,
+        b"MQIsdp" => level == 3,
+        _ => false,
+    };
+    let mut plain = packet.to_vec();
+    plain[protocol.end - 1] = level;
+    is_mqtt.then_some((level, plain))
 }
 
 fn decode_v3(packet: &[u8]) -> Option<v3::Connect> {
@@ -290,6 +332,21 @@ mod tests {
         assert!(!original.v5 && original.persistent && original.client_id == "id");
         let clean = Connect::read(&original.for_broker(Kind::CleanStart, None)).unwrap();
         assert!(!clean.persistent);
+        // Brokers other than home get the name and level as they came, a bridge's, too.
+        for (protocol, rest) in [
+            (&b"\x00\x06MQIsdp\x03"[..], &b"\x02\x00\x0a\x00\x02id"[..]),
+            (b"\x00\x06MQIsdp\x83", b"\x02\x00\x0a\x00\x02id"),
+            (b"\x00\x04MQTT\x84", b"\x02\x00\x0a\x00\x02id"),
+            (b"\x00\x04MQTT\x85", b"\x02\x00\x0a\x00\x00\x02id"),
+        ] {
+            let body = [protocol, rest].concat();
+            let packet = [&[0x10, body.len() as u8][..], &body].concat();
+            let read = Connect::read(&packet).unwrap();
+            assert_eq!(read.for_broker(Kind::Original, None)[..], packet);
+            let other = read.for_broker(Kind::Secondary, None);
+            assert!(other[2..].starts_with(protocol), "{other:02x?}");
+            assert_eq!(usize::from(other[1]), other.len() - 2);
+        }
         let v6 = b"\x10\x0e\x00\x04MQTT\x06\x02\x00\x0a\x00\x02id";
         // An empty id without clean start: what comes of it is for a broker to say.
         for (v5, level, rest) in [(false, 4, &b"\x00\x00"[..]), (true, 5, &b"\x00\x00\x00"[..])] {

@@ -13,6 +13,7 @@ use tracing::{debug, warn};
 
 use super::session::{self, End, Session};
 use super::stream::Stream;
+use super::tls::Tls;
 use super::websocket::WebSocket;
 use super::worker::{Shared, Worker};
 use super::{Port, RelayError};
@@ -125,13 +126,17 @@ async fn serve(stream: TcpStream, from: SocketAddr, worker: &Rc<Worker>, port: &
         };
     let connect = match connect {
         Ok(connect) => connect,
-        Err(malformed) => {
+        Err(Refusal { malformed, v5 }) => {
             worker.stats.protocol_errors.add(1);
             debug!(client = %from, %malformed, "CONNECT is refused");
-            // MQTT 3.1.1 §3.1.2.2: return code 1 for an unsupported protocol level.
-            let refusal: &[u8] =
-                if malformed.code == 0x84 { &[kind::CONNACK << 4, 2, 0, 1] } else { &[] };
-            return session::close_gracefully(&mut stream, refusal.to_vec()).await;
+            let connack = match (malformed.code, v5) {
+                // MQTT 3.1.1 §3.1.2.2: return code 1 for an unsupported protocol level.
+                (0x84, _) => vec![kind::CONNACK << 4, 2, 0, 1],
+                (NOT_AUTHORIZED, true) => vec![kind::CONNACK << 4, 3, 0, NOT_AUTHORIZED, 0],
+                (NOT_AUTHORIZED, false) => vec![kind::CONNACK << 4, 2, 0, 5],
+                _ => Vec::new(),
+            };
+            return session::close_gracefully(&mut stream, connack).await;
         }
     };
     if connect.authenticates {
@@ -153,20 +158,58 @@ async fn serve(stream: TcpStream, from: SocketAddr, worker: &Rc<Worker>, port: &
     Box::pin(session.finish(end)).await;
 }
 
+/// Not authorized (MQTT 5 §3.2.2.2).
+const NOT_AUTHORIZED: u8 = 0x87;
+
+/// A CONNECT that no broker gets.
+struct Refusal {
+    malformed: wire::Malformed,
+    v5: bool,
+}
+
+/// The user names that a listener takes.
+enum User {
+    Any,
+    /// Not one without a password: that would be one from a certificate.
+    WithPassword,
+    /// The certificate's; `None`: it has none that can be read.
+    Named(Option<String>),
+}
+
+impl User {
+    fn admit(&self, mut connect: Connect) -> Result<Connect, Refusal> {
+        let what = match self {
+            Self::WithPassword if connect.has_username && !connect.has_password => {
+                "user name without a password, where those come from certificates"
+            }
+            Self::Named(None) => "a certificate without a readable common name (X.509 v3)",
+            Self::Any | Self::WithPassword => return Ok(connect),
+            Self::Named(Some(name)) => {
+                connect.set_username(name);
+                return Ok(connect);
+            }
+        };
+        let malformed = wire::Malformed { code: NOT_AUTHORIZED, what };
+        Err(Refusal { malformed, v5: connect.v5 })
+    }
+}
+
 /// TLS and WebSocket handshakes, and CONNECT. Also returns what the client sent after it.
 async fn handshake(
     stream: TcpStream,
     worker: &Worker,
     port: &Port,
-) -> io::Result<(Stream, Result<Connect, wire::Malformed>, Vec<u8>)> {
+) -> io::Result<(Stream, Result<Connect, Refusal>, Vec<u8>)> {
     let most = worker.limits.max_packet;
-    let mut username = None;
+    let mut user = if port.trusts_names { User::WithPassword } else { User::Any };
     let mut stream = match (&port.tls, port.listener.websocket) {
         (None, false) => Stream::Tcp(stream),
         (None, true) => Stream::Ws(Box::new(WebSocket::accept(stream, most).await?)),
         (Some(tls), websocket) => {
             let stream = tls.accept(stream).await?;
-            username = tls.username(&stream);
+            if tls.names_users() {
+                user = User::Named(Tls::username(&stream));
+            }
             if websocket {
                 Stream::Wss(Box::new(WebSocket::accept(stream, most).await?))
             } else {
@@ -178,7 +221,9 @@ async fn handshake(
     loop {
         let header = match wire::header(&bytes) {
             Ok(header) => header,
-            Err(malformed) => return Ok((stream, Err(malformed), Vec::new())),
+            Err(malformed) => {
+                return Ok((stream, Err(Refusal { malformed, v5: false }), Vec::new()));
+            }
         };
         if let Some(h) = header {
             let large = h.total() > most.min(256 << 10);
@@ -188,13 +233,9 @@ async fn handshake(
             }
             if bytes.len() >= h.total() {
                 let rest = bytes.split_off(h.total());
-                let connect = Connect::read(&bytes).map(|mut connect| {
-                    if let Some(name) = &username {
-                        connect.set_username(name);
-                    }
-                    connect
-                });
-                return Ok((stream, connect, rest));
+                let read = Connect::read(&bytes);
+                let connect = read.map_err(|malformed| Refusal { malformed, v5: false });
+                return Ok((stream, connect.and_then(|connect| user.admit(connect)), rest));
             }
         }
         if stream.read_buf(&mut bytes).await? == 0 {

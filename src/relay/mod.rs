@@ -96,6 +96,8 @@ struct Port {
     addr: SocketAddr,
     listener: RelayListener,
     tls: Option<Arc<Tls>>,
+    /// Brokers trust user names without a password, since another listener takes those from certificates.
+    trusts_names: bool,
 }
 
 fn tables(config: &Config) -> Result<Vec<Arc<Router>>, RelayError> {
@@ -108,9 +110,14 @@ fn ports(config: &Config) -> Result<Vec<Port>, RelayError> {
     let relayed = config.services.iter().filter(|service| service.relay.is_some());
     for (service, s) in relayed.enumerate() {
         let plain = RelayListener { port: s.port, tls: None, websocket: false };
+        let names_users =
+            |l: &RelayListener| l.tls.as_ref().is_some_and(|tls| tls.username_from_certificate);
+        let trusts_names = s.listeners.iter().any(names_users);
         for listener in [plain].into_iter().chain(s.listeners.iter().cloned()) {
-            let tls = listener.tls.as_ref().map(Tls::load).transpose()?.map(Arc::new);
-            all.push(Port { service, addr: SocketAddr::new(s.addr, listener.port), listener, tls });
+            let load = |tls| Tls::load(tls, listener.websocket);
+            let tls = listener.tls.as_ref().map(load).transpose()?.map(Arc::new);
+            let addr = SocketAddr::new(s.addr, listener.port);
+            all.push(Port { service, addr, listener, tls, trusts_names });
         }
     }
     Ok(all)

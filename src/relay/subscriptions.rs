@@ -1,6 +1,6 @@
 //! Splits SUBSCRIBE and UNSUBSCRIBE among brokers, and merges SUBACK and UNSUBACK.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::num::NonZeroU16;
 
 use bytes::BytesMut;
@@ -8,7 +8,6 @@ use rmqtt_codec::{v3, v5};
 use tokio_util::codec::{Decoder as _, Encoder as _};
 
 use super::ids::Slot;
-use crate::brokers::router::Broker;
 use crate::mqtt::wire::{self, Malformed};
 
 /// A client's subscription.
@@ -21,6 +20,9 @@ pub struct Subscription {
     /// MQTT 5's subscription identifier.
     id: Option<std::num::NonZeroU32>,
 }
+
+/// Topic filters of one packet: the brokers of each are looked up while others wait.
+const FILTERS_MAX: usize = 1000;
 
 /// A SUBSCRIBE or UNSUBSCRIBE.
 #[derive(Debug)]
@@ -71,6 +73,10 @@ impl Request {
                     _ => return Err(unreadable()),
                 }
             };
+        if request.len() > FILTERS_MAX {
+            let what = "SUBSCRIBE or UNSUBSCRIBE with more topic filters than are taken at once";
+            return Err(Malformed { code: 0x97, what });
+        }
         if request.len() == 0 {
             return Err(Malformed { code: 0x82, what: "SUBSCRIBE without a topic filter" });
         }
@@ -201,12 +207,9 @@ impl Subscriptions {
         self.open.contains_key(&id)
     }
 
-    /// The brokers that the subscriptions need.
-    pub fn brokers<'a>(
-        &'a self,
-        brokers_for: impl Fn(&str) -> Vec<Broker> + 'a,
-    ) -> impl Iterator<Item = Broker> + 'a {
-        self.all.keys().flat_map(move |filter| brokers_for(filter))
+    /// All topic filters.
+    pub fn filters(&self) -> impl Iterator<Item = &str> {
+        self.all.keys().map(String::as_str)
     }
 
     /// Records a request, and the brokers that will answer it.
@@ -289,19 +292,18 @@ impl Subscriptions {
     /// SUBSCRIBE packets for a broker that lost its subscriptions, one for each subscription identifier.
     pub fn again(
         &self,
-        wanted: impl Fn(&str) -> bool,
+        mut wanted: impl FnMut(&str) -> bool,
         mut id: impl FnMut() -> u16,
         is_v5: bool,
     ) -> Vec<u8> {
+        let mut by_id: BTreeMap<_, Vec<&Subscription>> = BTreeMap::new();
+        for one in self.all.values().filter(|s| wanted(&s.filter)) {
+            by_id.entry(one.id).or_default().push(one);
+        }
         let mut out = Vec::new();
-        let mut left: Vec<&Subscription> =
-            self.all.values().filter(|s| wanted(&s.filter)).collect();
-        left.sort_by(|a, b| a.filter.cmp(&b.filter));
-        while let Some(first) = left.first() {
-            let with = first.id;
-            let (same, others): (Vec<_>, Vec<_>) = left.into_iter().partition(|s| s.id == with);
+        for mut same in by_id.into_values() {
+            same.sort_by(|a, b| a.filter.cmp(&b.filter));
             out.extend(subscribe(id(), &same, Vec::new(), is_v5));
-            left = others;
         }
         out
     }

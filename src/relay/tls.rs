@@ -19,6 +19,7 @@ use crate::domain::{Certificate, RelayTls};
 #[derive(Debug)]
 pub struct Tls {
     settings: RelayTls,
+    websocket: bool,
     config: RwLock<Arc<ServerConfig>>,
 }
 
@@ -69,7 +70,7 @@ impl ResolvesServerCert for ByName {
     }
 }
 
-fn server(settings: &RelayTls) -> Result<ServerConfig, TlsError> {
+fn server(settings: &RelayTls, websocket: bool) -> Result<ServerConfig, TlsError> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let all = settings.certificates.iter().map(|c| Named::load(c, &provider));
     let all = ByName(all.collect::<Result<_, _>>()?);
@@ -88,20 +89,21 @@ fn server(settings: &RelayTls) -> Result<ServerConfig, TlsError> {
     };
     let mut config = builder.with_cert_resolver(Arc::new(all));
     // ALPN, for clients that send it.
-    config.alpn_protocols = vec![b"mqtt".to_vec(), b"http/1.1".to_vec()];
+    let protocol: &[u8] = if websocket { b"http/1.1" } else { b"mqtt" };
+    config.alpn_protocols = vec![protocol.to_vec()];
     Ok(config)
 }
 
 impl Tls {
-    /// Reads certificate and key.
-    pub fn load(settings: &RelayTls) -> Result<Self, TlsError> {
-        let config = RwLock::new(Arc::new(server(settings)?));
-        Ok(Self { settings: settings.clone(), config })
+    /// Reads certificate and key. What is spoken in TLS is what ALPN offers.
+    pub fn load(settings: &RelayTls, websocket: bool) -> Result<Self, TlsError> {
+        let config = RwLock::new(Arc::new(server(settings, websocket)?));
+        Ok(Self { settings: settings.clone(), websocket, config })
     }
 
     /// Reloads them, for new connections.
     pub fn reload(&self) -> Result<(), TlsError> {
-        let new = Arc::new(server(&self.settings)?);
+        let new = Arc::new(server(&self.settings, self.websocket)?);
         *self.config.write().unwrap_or_else(PoisonError::into_inner) = new;
         Ok(())
     }
@@ -112,14 +114,17 @@ impl Tls {
         TlsAcceptor::from(config).accept(stream).await
     }
 
-    /// The user name that a client's certificate stands for: its subject's common name.
-    pub fn username(&self, stream: &TlsStream<TcpStream>) -> Option<String> {
-        if !self.settings.username_from_certificate {
-            return None;
-        }
+    /// Whether user names come from certificates.
+    pub fn names_users(&self) -> bool {
+        self.settings.username_from_certificate
+    }
+
+    /// The user name that a client's certificate stands for: its subject's common name. `None`: it has none that can be
+    /// read, so this client is nobody.
+    pub fn username(stream: &TlsStream<TcpStream>) -> Option<String> {
         let certificate = stream.get_ref().1.peer_certificates()?.first()?;
         let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
         let name = certificate.subject().iter_common_name().next()?;
-        name.as_str().ok().map(str::to_owned)
+        name.as_str().ok().filter(|name| !name.is_empty()).map(str::to_owned)
     }
 }

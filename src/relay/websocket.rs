@@ -13,7 +13,8 @@ use tokio_tungstenite::tungstenite::http::{HeaderValue, StatusCode, header};
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{Error, Message};
 
-const PROTOCOL: &str = "mqtt";
+/// Of MQTT since 3.1.1, and of MQTT 3.1.
+const PROTOCOLS: [&str; 2] = ["mqtt", "mqttv3.1"];
 
 /// A byte stream over WebSocket messages.
 #[derive(Debug)]
@@ -40,23 +41,22 @@ impl<S: AsyncRead + AsyncWrite + Unpin> WebSocket<S> {
     }
 }
 
-/// Selects the subprotocol "mqtt", which clients must offer (MQTT 5 §6.0.0-3, -4).
+/// Selects the subprotocol, which clients must offer (MQTT 5 §6.0.0-3, -4).
 #[allow(clippy::result_large_err, clippy::unnecessary_wraps)] // tungstenite's signature
 fn subprotocol(request: &Request, mut response: Response) -> Result<Response, ErrorResponse> {
     let offered = request.headers().get_all(header::SEC_WEBSOCKET_PROTOCOL);
-    let offers = |value: &HeaderValue| {
-        value.to_str().is_ok_and(|v| v.split(',').any(|p| p.trim().eq_ignore_ascii_case(PROTOCOL)))
+    let offers = |value: &HeaderValue, protocol: &str| {
+        value.to_str().is_ok_and(|v| v.split(',').any(|p| p.trim().eq_ignore_ascii_case(protocol)))
     };
-    if !offered.iter().any(offers) {
+    let chosen = PROTOCOLS.into_iter().find(|p| offered.iter().any(|value| offers(value, p)));
+    let Some(chosen) = chosen else {
         let mut refusal = ErrorResponse::new(Some(
             "MQTT clients offer the WebSocket subprotocol \"mqtt\"\n".to_owned(),
         ));
         *refusal.status_mut() = StatusCode::BAD_REQUEST;
         return Err(refusal);
-    }
-    response
-        .headers_mut()
-        .insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(PROTOCOL));
+    };
+    response.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(chosen));
     Ok(response)
 }
 

@@ -419,7 +419,7 @@ fn full_maps_forget_the_oldest_and_go_on() {
 }
 
 #[test]
-fn strays_make_no_live_flow_and_close_none() {
+fn untracked_segments_make_no_live_flow_and_close_none() {
     let f = Fixture::new();
     let stranger = Conn::new(&f, "10.1.1.9:4000");
     assert_eq!(stranger.flagged(|h| h.rst = true), seen("default", &["untracked 1"]));

@@ -37,6 +37,53 @@ fn protocol_violations_are_answered_and_the_connection_closed() {
     bed.client("good").publish_and_wait("temp/x", 1, b"");
 }
 
+/// Without bounds, each filter of these took two milliseconds of the relay's thread, and nobody was served for a minute.
+#[test]
+fn topic_filters_without_end_do_not_keep_others_waiting() {
+    let mut bed = Bed::empty("", "");
+    let file = bed.dir.join("config.toml");
+    let routes = (0..2000).map(|i| format!("{{ topic = \"r{i}/x/+/y{i}\", group = \"temp\" }},\n"));
+    let text = std::fs::read_to_string(&file).unwrap();
+    let text = text.replace("route = [\n", &format!("route = [\n{}", routes.collect::<String>()));
+    std::fs::write(&file, text).unwrap();
+    for broker in 1..=6 {
+        bed.start_broker(broker);
+    }
+    bed.start_relay();
+    let mut victim = bed.client("victim");
+    let mut round_trips = |seconds| {
+        let end = Instant::now() + Duration::from_secs(seconds);
+        let mut all = Vec::new();
+        while Instant::now() < end {
+            let start = Instant::now();
+            victim.publish_and_wait("temp/x", 1, b"");
+            all.push(start.elapsed());
+        }
+        all.sort();
+        (all[all.len() * 99 / 100], all[all.len() - 1])
+    };
+    let before = round_trips(2);
+    let text =
+        |filter: &str| [&(filter.len() as u16).to_be_bytes()[..], filter.as_bytes()].concat();
+    let unsubscribe = |id: &[u8], filters: usize| {
+        let body = [id, &text("+/+/+/+").repeat(filters)].concat();
+        client::packet(0xa2, &body)
+    };
+    // More than are taken at once.
+    let mut much = bed.client5("much");
+    much.send(&unsubscribe(&[0, 1, 0], 13_000));
+    assert_eq!(much.packet().unwrap()[..3], [0xe0, 2, 0x97]);
+    let mut attackers: Vec<Client> = (0..4).map(|n| bed.client(&format!("attacker{n}"))).collect();
+    for attacker in &mut attackers {
+        attacker.send(&unsubscribe(&[0, 1], 1000).repeat(16));
+    }
+    let during = round_trips(4);
+    println!("p99 and worst before: {before:?}; during the attack: {during:?}");
+    // Tests are built without optimization.
+    assert!(during.0 < before.0 * 20 + Duration::from_millis(100), "{before:?} {during:?}");
+    assert!(during.1 < Duration::from_secs(2), "{before:?} {during:?}");
+}
+
 #[test]
 fn more_at_a_time_than_connack_allows_is_refused() {
     let bed = Bed::new();

@@ -81,26 +81,48 @@ fn over_tls(
     over_tls_to(bed, port, with_certificate, "relay.test")
 }
 
+fn trusting(bed: &Bed) -> rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert> {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_file(bed.dir.join("ca.crt")).unwrap()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+}
+
 fn over_tls_to(
     bed: &Bed,
     port: u16,
     with_certificate: bool,
     name: &str,
 ) -> StreamOwned<ClientConnection, TcpStream> {
-    let mut roots = RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_file(bed.dir.join("ca.crt")).unwrap()).unwrap();
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(roots);
+    let builder = trusting(bed);
     let config = if with_certificate {
-        let chain = vec![CertificateDer::from_pem_file(bed.dir.join("client.crt")).unwrap()];
-        let key = PrivateKeyDer::from_pem_file(bed.dir.join("client.key")).unwrap();
-        builder.with_client_auth_cert(chain, key).unwrap()
+        with_certificate_of(bed, builder, "client")
     } else {
         builder.with_no_client_auth()
     };
+    tls_client(bed, port, config, name)
+}
+
+fn with_certificate_of(
+    bed: &Bed,
+    builder: rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert>,
+    file: &str,
+) -> ClientConfig {
+    let path = |end: &str| bed.dir.join(format!("{file}.{end}"));
+    let chain = vec![CertificateDer::from_pem_file(path("crt")).unwrap()];
+    let key = PrivateKeyDer::from_pem_file(path("key")).unwrap();
+    builder.with_client_auth_cert(chain, key).unwrap()
+}
+
+fn tls_client(
+    bed: &Bed,
+    port: u16,
+    config: ClientConfig,
+    name: &str,
+) -> StreamOwned<ClientConnection, TcpStream> {
     let name = name.to_owned().try_into().unwrap();
     let stream = bed.stream(("10.9.1.200", port));
     StreamOwned::new(ClientConnection::new(Arc::new(config), name).unwrap(), stream)
@@ -110,7 +132,8 @@ pub fn over_websocket<S: Read + Write>(stream: S, protocol: &str) -> Option<InMe
     let mut request = "ws://relay.test/mqtt".into_client_request().unwrap();
     request.headers_mut().insert("Sec-WebSocket-Protocol", protocol.parse().unwrap());
     let (socket, response) = tungstenite::client(request, stream).ok()?;
-    assert_eq!(response.headers()["Sec-WebSocket-Protocol"], "mqtt");
+    let chosen = if protocol == "mqttv3.1" { "mqttv3.1" } else { "mqtt" };
+    assert_eq!(response.headers()["Sec-WebSocket-Protocol"], chosen);
     Some(InMessages { socket, rest: Vec::new() })
 }
 
@@ -250,6 +273,83 @@ fn brokers_get_the_clients_address_and_the_name_in_its_certificate() {
     assert_eq!(addresses.destination_address.to_string(), "10.9.1.200");
     let connect = &bytes[header.len()..];
     assert!(connect.windows(8).any(|w| w == b"device-7"), "{connect:02x?}");
+}
+
+/// CONNECT (MQTT 3.1.1 §3.1) with a user name, and a password if there is one.
+fn connect_as(level: u8, username: &str, password: Option<&str>) -> Vec<u8> {
+    let text = |text: &str| [&(text.len() as u16).to_be_bytes()[..], text.as_bytes()].concat();
+    let mut body = b"\x00\x04MQTT".to_vec();
+    body.extend([level, 0x82 | if password.is_some() { 0x40 } else { 0 }, 0, 60]);
+    body.extend(if level == 5 { &[0][..] } else { &[] });
+    body.extend([text("id"), text(username)].concat());
+    body.extend(password.map(text).unwrap_or_default());
+    [&[0x10, body.len() as u8][..], &body].concat()
+}
+
+#[test]
+fn nobody_gets_a_user_name_that_is_not_in_a_certificate() {
+    let mut bed = Bed::empty("", &LISTENERS.replace('\n', ""));
+    let authority = Authority::new(&bed.dir);
+    authority.sign(&bed.dir, "relay", "relay.test");
+    authority.sign(&bed.dir, "client", "device-7");
+    authority.sign(&bed.dir, "nameless", "");
+    for broker in 1..=6 {
+        bed.start_broker(broker);
+    }
+    bed.start_relay();
+    let answer = |mut stream: Box<dyn Wire>, connect: &[u8]| {
+        stream.patience(Duration::from_secs(5));
+        stream.write_all(connect).unwrap();
+        let mut answer: Vec<u8> = Vec::new();
+        let mut buffer = [0; 16];
+        while answer.len() < 4 {
+            match stream.read(&mut buffer) {
+                Ok(n @ 1..) => answer.extend(&buffer[..n]),
+                _ => break,
+            }
+        }
+        answer
+    };
+    let nameless = || {
+        let config = with_certificate_of(&bed, trusting(&bed), "nameless");
+        Box::new(tls_client(&bed, 8884, config, "relay.test"))
+    };
+    // A certificate without a common name stands for nobody, whatever its client says.
+    assert_eq!(answer(nameless(), &connect_as(4, "admin", None)), [0x20, 2, 0, 5]);
+    assert_eq!(answer(nameless(), &connect_as(4, "admin", Some("x"))), [0x20, 2, 0, 5]);
+    assert_eq!(answer(nameless(), &connect_as(5, "admin", None)), [0x20, 3, 0, 0x87, 0]);
+    // Nor does a name without a password on a listener that asks for no certificate.
+    let plain = || Box::new(bed.stream(RELAY));
+    assert_eq!(answer(plain(), &connect_as(4, "admin", None)), [0x20, 2, 0, 5]);
+    assert_eq!(answer(plain(), &connect_as(4, "admin", Some("x"))), [0x20, 2, 0, 0]);
+    assert_eq!(answer(plain(), &connect(4, "anonymous").packet()), [0x20, 2, 0, 0]);
+    let named = || Box::new(over_tls(&bed, 8884, true));
+    assert_eq!(answer(named(), &connect_as(4, "admin", None)), [0x20, 2, 0, 0]);
+}
+
+#[test]
+fn alpn_and_subprotocol_are_what_the_listener_speaks() {
+    let mut bed = Bed::empty("", &LISTENERS.replace('\n', ""));
+    let authority = Authority::new(&bed.dir);
+    authority.sign(&bed.dir, "relay", "relay.test");
+    for broker in 1..=6 {
+        bed.start_broker(broker);
+    }
+    bed.start_relay();
+    let chosen = |port, offered: &[&[u8]]| {
+        let mut config = trusting(&bed).with_no_client_auth();
+        config.alpn_protocols = offered.iter().map(|protocol| protocol.to_vec()).collect();
+        let mut stream = tls_client(&bed, port, config, "relay.test");
+        while stream.conn.is_handshaking() {
+            stream.conn.complete_io(&mut stream.sock).ok()?;
+        }
+        stream.conn.alpn_protocol().map(<[u8]>::to_vec)
+    };
+    let both: &[&[u8]] = &[b"http/1.1", b"mqtt"];
+    assert_eq!(chosen(8883, both), Some(b"mqtt".to_vec()));
+    assert_eq!(chosen(8084, both), Some(b"http/1.1".to_vec()));
+    let ws = over_websocket(bed.stream(("10.9.1.200", 8083)), "mqttv3.1").unwrap();
+    try_out(&bed, ws, "old");
 }
 
 #[test]

@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, Issuer, KeyPair,
+};
 
 /// An authority, whose certificate is in `ca.crt`.
 pub struct Authority {
@@ -28,7 +30,10 @@ impl Authority {
     pub fn sign_for(&self, dir: &Path, file: &str, name: &str, names: &[&str]) {
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
         let mut params = CertificateParams::new(names).unwrap();
-        params.distinguished_name.push(DnType::CommonName, name);
+        params.distinguished_name = DistinguishedName::new();
+        // An empty name: only an organization.
+        let kind = if name.is_empty() { DnType::OrganizationName } else { DnType::CommonName };
+        params.distinguished_name.push(kind, if name.is_empty() { "nobody" } else { name });
         let key = KeyPair::generate().unwrap();
         let certificate = params.signed_by(&key, &self.issuer).unwrap();
         std::fs::write(dir.join(format!("{file}.crt")), certificate.pem()).unwrap();

@@ -93,7 +93,7 @@ static __always_inline int reset(struct __sk_buff *skb, const struct segment *s,
 		bpf_l3_csum_replace(skb, sizeof(struct ethhdr) + 10, was, length, 2);
 		bpf_skb_store_bytes(skb, sizeof(struct ethhdr) + 2, &length, 2, 0);
 	}
-	return bpf_skb_change_tail(skb, s->tcp + s->header, 0) ? TC_ACT_SHOT : TC_ACT_OK;
+	return bpf_skb_change_tail(skb, s->tcp + s->header, 0) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 
 static __always_inline int from_broker(struct __sk_buff *skb)
@@ -104,27 +104,27 @@ static __always_inline int from_broker(struct __sk_buff *skb)
 	if (skb->mark == SKB_MARK_RST_PAST_CONNACK) {
 		if (read_segment(skb, &s) && s.flags & bpf_htons(TCP_RST))
 			set_word(skb, &s, SEQ_OFFSET, s.seq, s.seq + HANDOVER_CONNACK);
-		return TC_ACT_OK;
+		return TC_ACT_UNSPEC;
 	}
 	if (skb->mark == SKB_MARK_SUPPRESS_RST) {
 		if (!read_segment(skb, &s) || !(s.flags & bpf_htons(TCP_RST)))
-			return TC_ACT_OK;
+			return TC_ACT_UNSPEC;
 		count(TAKEOVER_RESET_HELD);
 		return TC_ACT_SHOT;
 	}
 	enum reply reply = classify_reply(skb);
 
 	if (reply == REPLY_OTHER || !read_segment(skb, &s) || !s.payload != (reply == REPLY_END))
-		return TC_ACT_OK;
+		return TC_ACT_UNSPEC;
 	struct taken_over_key key = taken_over_key_of(s.tuple.dst, s.tuple.dport, s.tuple.sport);
 	struct taken_over_conn *conn = bpf_map_lookup_elem(&taken_over, &key);
 	if (!conn || conn->seq != s.seq || conn->state == TAKEN_OVER_DONE)
-		return TC_ACT_OK;
+		return TC_ACT_UNSPEC;
 	__u32 at = conn->seq, state = conn->state;
 	conn->done_s = now_s16();
 	conn->state = TAKEN_OVER_DONE;
 	if (state == TAKEN_OVER_OPEN)
-		return TC_ACT_OK;
+		return TC_ACT_UNSPEC;
 	if (!s.payload) {
 		count(TAKEOVER_CONNACK_NONE);
 		return reset(skb, &s, at + HANDOVER_CONNACK);
@@ -133,7 +133,7 @@ static __always_inline int from_broker(struct __sk_buff *skb)
 	    !bpf_skb_load_bytes(skb, s.tcp + s.header, connack, sizeof(connack)) &&
 	    connack[1] == 2 && !connack[2] && !connack[3]) {
 		count(TAKEOVER_CONNACK_SAME);
-		return TC_ACT_OK;
+		return TC_ACT_UNSPEC;
 	}
 	count(TAKEOVER_CONNACK_DIFFERENT);
 	return reset(skb, &s, at + HANDOVER_CONNACK);

@@ -28,7 +28,7 @@ static __always_inline int for_listener(struct __sk_buff *skb, const struct segm
 	struct tcp_sock *sk;
 
 	if (!o)
-		return TC_ACT_OK;
+		return TC_ACT_UNSPEC;
 	if (!s->payload || !segment_has_cookie(s, o)) {
 		__u32 held = s->mark & MARK_HANDOVER ? 0 : s->mark & MARK_ACK_MASK;
 
@@ -40,7 +40,7 @@ static __always_inline int for_listener(struct __sk_buff *skb, const struct segm
 		skb->mark = SKB_MARK_SUPPRESS_RST;
 		if (held)
 			set_word(skb, s, ACK_OFFSET, s->ack, s->ack - held);
-		return TC_ACT_OK;
+		return TC_ACT_UNSPEC;
 	}
 	/*
 	 * TCP remembers connections that ended, but only one of both ends does (TIME_WAIT, RFC 9293
@@ -68,7 +68,7 @@ static __always_inline int for_listener(struct __sk_buff *skb, const struct segm
 	}
 	sk = bpf_skc_to_tcp_sock(listener);
 	if (!sk)
-		return TC_ACT_OK;
+		return TC_ACT_UNSPEC;
 	int error = bpf_sk_assign_tcp_reqsk(skb, (struct sock *)sk, &attrs, sizeof(attrs));
 	if (error) {
 		__u32 last_error = TAKEOVER_ERROR;
@@ -84,7 +84,7 @@ static __always_inline int for_listener(struct __sk_buff *skb, const struct segm
 		.state = s->mark & MARK_HANDOVER ? TAKEN_OVER_ANSWERED : TAKEN_OVER_OPEN,
 	};
 	bpf_map_update_elem(&taken_over, &key, &conn, BPF_ANY);
-	return TC_ACT_OK;
+	return TC_ACT_UNSPEC;
 }
 
 /* What an older connection's TIME_WAIT socket expects next. */
@@ -105,7 +105,7 @@ static __always_inline int end_older(struct __sk_buff *skb, const struct segment
 	bpf_clone_redirect(skb, skb->ifindex, BPF_F_INGRESS);
 	set_word(skb, s, SEQ_OFFSET, s->seq, rcv_nxt);
 	set_flags(skb, s, s->flags | bpf_htons(TCP_RST));
-	return TC_ACT_OK;
+	return TC_ACT_UNSPEC;
 }
 
 static __always_inline int from_balancer(struct __sk_buff *skb)
@@ -114,16 +114,16 @@ static __always_inline int from_balancer(struct __sk_buff *skb)
 	struct segment s;
 	struct bpf_sock *sk;
 	struct address vip = {};
-	int verdict = TC_ACT_OK;
+	int verdict = TC_ACT_UNSPEC;
 	__u32 mark = read_mark(skb);
 
 	if (!mark || !read_segment(skb, &s) || s.flags & bpf_htons(TCP_SYN | TCP_RST) ||
 	    !(s.flags & bpf_htons(TCP_ACK)))
-		return TC_ACT_OK;
+		return TC_ACT_UNSPEC;
 	s.mark = mark;
 	__builtin_memcpy(vip.addr, s.tuple.dst, sizeof(vip.addr));
 	if (!bpf_map_lookup_elem(&decap_vips, &vip))
-		return TC_ACT_OK;
+		return TC_ACT_UNSPEC;
 	if (s.v6) {
 		__builtin_memcpy(tuple.ipv6.saddr, s.tuple.src, 16);
 		__builtin_memcpy(tuple.ipv6.daddr, s.tuple.dst, 16);
@@ -141,7 +141,7 @@ static __always_inline int from_balancer(struct __sk_buff *skb)
 		/* Nobody listens: the client is told so, though it has an answer to its CONNECT. */
 		if (s.mark & MARK_HANDOVER)
 			skb->mark = SKB_MARK_RST_PAST_CONNACK;
-		return TC_ACT_OK;
+		return TC_ACT_UNSPEC;
 	}
 
 	if (sk->state == BPF_TCP_LISTEN) {
@@ -180,7 +180,7 @@ static __always_inline int from_balancer(struct __sk_buff *skb)
 		set_word(skb, &s, ACK_OFFSET, s.ack, write_seq);
 		count(TAKEOVER_ACK_HELD);
 	}
-	return TC_ACT_OK;
+	return TC_ACT_UNSPEC;
 }
 
 #endif /* MQTT_FWD_TAKEOVER_INGRESS_H */

@@ -3,6 +3,7 @@
 use std::fmt::{self, Display, Formatter};
 use std::io::{self, IoSlice};
 use std::ops::Range;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,7 @@ use super::super::{stream, subscriptions};
 use super::{
     BUFFER, End, HIGH, Piece, SCRATCH, SESSIONS_TIMEOUT, Session, acknowledgement, append,
 };
+use crate::brokers::router::Budget;
 use crate::mqtt::connect::{Connack, Kind};
 use crate::mqtt::wire::{self, Header, kind};
 
@@ -305,7 +307,11 @@ impl Session {
             // The client was told that its session is present.
             return Err(End::BrokerLost(up.addr));
         } else if up.subscribed && !(self.connect.persistent && connack.session_present) {
-            self.resubscribe(slot, |_, _| true);
+            let (table, broker) = (Arc::clone(&self.table), up.broker);
+            let mut budget = Budget::of_packet();
+            self.resubscribe(slot, |filter| {
+                table.brokers_for(filter, &mut budget).contains(&broker)
+            });
         }
         let up = &mut self.upstreams[usize::from(slot)];
         up.connack = Some(connack);
@@ -336,8 +342,7 @@ impl Session {
     }
 
     /// Subscribes again at a broker, to the wanted topic filters.
-    pub(super) fn resubscribe(&mut self, slot: Slot, wanted: impl Fn(&Self, &str) -> bool) {
-        let broker = self.upstreams[usize::from(slot)].broker;
+    pub(super) fn resubscribe(&mut self, slot: Slot, wanted: impl FnMut(&str) -> bool) {
         let mut id = u16::MAX;
         let next = || {
             // Clients count upwards from 1.
@@ -348,8 +353,6 @@ impl Session {
             id = (id - 1).max(1);
             free
         };
-        let wanted =
-            |filter: &str| self.table.brokers_for(filter).contains(&broker) && wanted(self, filter);
         let packets = self.subscriptions.again(wanted, next, self.connect.v5);
         self.upstreams[usize::from(slot)].out.push(&packets);
     }

@@ -14,9 +14,12 @@ use super::{
     BUFFER, End, HIGH, Piece, REPLIES_HIGH, Release, SCRATCH, Session, Step, acknowledgement,
     append,
 };
-use crate::brokers::router::Broker;
+use crate::brokers::router::{Broker, Budget};
 use crate::mqtt::connect::Kind;
 use crate::mqtt::wire::{self, Header, Malformed, kind};
+
+/// Topic filters of a packet whose handling nobody notices.
+const FILTERS_UNHEARD: usize = 50;
 
 impl Session {
     pub(super) fn read_client(&mut self, cx: &mut Context<'_>) -> Result<bool, End> {
@@ -93,6 +96,11 @@ impl Session {
                 self.control(buffer, *at, h, pieces, now)
             };
             match step {
+                Ok(Step::Took(n)) if self.inbound.yields => {
+                    *at += n;
+                    self.inbound.blocked = *at < buffer.len();
+                    return None;
+                }
                 Ok(Step::Took(n)) => *at += n,
                 Ok(Step::More) if buffer.len() - *at > SCRATCH => {
                     return Some(too_large("PUBLISH header too large"));
@@ -304,9 +312,12 @@ impl Session {
             let what = "more subscriptions than [relay] subscriptions allows";
             return Err(End::Protocol(Malformed { code: 0x97, what }));
         }
+        // Others of this thread get their turn before the next packet.
+        self.inbound.yields |= request.len() > FILTERS_UNHEARD;
         let mut wanted: Vec<(Slot, Vec<usize>)> = Vec::new();
+        let mut budget = Budget::of_packet();
         for i in 0..request.len() {
-            for broker in self.table.brokers_for(request.filter(i)) {
+            for broker in self.table.brokers_for(request.filter(i), &mut budget) {
                 let slot = self.open_or_retry(broker, now);
                 match wanted.iter_mut().find(|(s, _)| *s == slot) {
                     Some((_, filters)) => filters.push(i),

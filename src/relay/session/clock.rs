@@ -1,8 +1,10 @@
 //! Writes, timers, configuration changes, and the return to the fast path.
 
+use std::collections::{BTreeSet, HashMap};
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::Context;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use tokio::io::AsyncWrite as _;
@@ -13,7 +15,7 @@ use super::brokers::Lost;
 use super::{
     CONNACK_TIMEOUT, End, HIGH, ROUTES_INTERVAL, SESSIONS_TIMEOUT, Session, UNUSED, disconnect,
 };
-use crate::brokers::router::Broker;
+use crate::brokers::router::{Broker, Budget};
 use crate::mqtt::connect::Kind;
 use crate::mqtt::wire::kind;
 
@@ -59,6 +61,17 @@ impl Session {
             if self.timer.as_mut().poll(cx).is_pending() {
                 return Ok(());
             }
+        }
+    }
+
+    /// Goes on in a moment. A session that woke itself would come before all whose sockets have something: those are
+    /// asked only now and then.
+    pub(super) fn pause(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
+        const PAUSE: Duration = Duration::from_millis(1);
+        self.timer.as_mut().reset(tokio::time::Instant::now() + PAUSE);
+        match self.timer.as_mut().poll(cx) {
+            Poll::Pending => Ok(()),
+            Poll::Ready(()) => self.arm_timer(cx),
         }
     }
 
@@ -181,15 +194,31 @@ impl Session {
         }
         let before = std::mem::replace(&mut self.table, table);
         let table = Arc::clone(&self.table);
-        let brokers: Vec<Broker> = self.subscriptions.brokers(|f| table.brokers_for(f)).collect();
+        let (mut old_budget, mut new_budget) = (Budget::of_packet(), Budget::of_packet());
+        // Of each filter, the brokers that it had and those that it needs.
+        let filters: HashMap<String, (Vec<SocketAddr>, Vec<Broker>)> = self
+            .subscriptions
+            .filters()
+            .map(|filter| {
+                let had = before.brokers_for(filter, &mut old_budget);
+                let had = had.into_iter().map(|broker| before.broker(broker).addr);
+                // Rather twice than not at all.
+                let had = had.filter(|_| !old_budget.is_spent()).collect();
+                (filter.to_owned(), (had, table.brokers_for(filter, &mut new_budget)))
+            })
+            .collect();
+        let brokers: BTreeSet<Broker> =
+            filters.values().flat_map(|(_, needs)| needs).copied().collect();
         for broker in brokers {
             let slot = self.open_or_retry(broker, now);
             let up = &mut self.upstreams[usize::from(slot)];
             up.subscribed = true;
+            let addr = up.addr;
             if up.is_ready() {
-                let old = before.find(up.addr);
-                self.resubscribe(slot, |_, filter| {
-                    old.is_none_or(|old| !before.brokers_for(filter).contains(&old))
+                self.resubscribe(slot, |filter| {
+                    filters
+                        .get(filter)
+                        .is_none_or(|(had, needs)| needs.contains(&broker) && !had.contains(&addr))
                 });
             }
         }

@@ -153,6 +153,8 @@ struct Inbound {
     unparsed: Vec<u8>,
     /// They wait for a broker connection.
     blocked: bool,
+    /// The last packet took so long that other clients have their turn before the next.
+    yields: bool,
     /// The message being forwarded: its destination (`None`: discarded), and bytes still to be received.
     forwarding: Option<(Option<Slot>, usize)>,
 }
@@ -240,7 +242,7 @@ impl Session {
             addrs,
             client,
             handshake: Handshake::default(),
-            inbound: Inbound { unparsed: rest, blocked, forwarding: None },
+            inbound: Inbound { unparsed: rest, blocked, yields: false, forwarding: None },
             outbound: Outbound::default(),
             opened: false,
             upstreams: Vec::new(),
@@ -374,6 +376,9 @@ impl Session {
             progress |= self.flush(cx)?;
             // A new connection has to be polled once to be woken.
             progress |= std::mem::take(&mut self.opened);
+            if std::mem::take(&mut self.inbound.yields) {
+                return self.pause(cx);
+            }
             if !progress {
                 return self.arm_timer(cx);
             }

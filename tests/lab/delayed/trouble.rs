@@ -1,6 +1,10 @@
 //! Hosts, brokers and programs that come and go while connections are opened.
 
+use std::io::Write as _;
+use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
+
+use mqtt_fwd::kernel::{tcx, test_run};
 
 use super::loss::nth_of_kind;
 use super::{ROUTES, TOPICS, all_right, delayed, expect_all, sessions};
@@ -337,4 +341,42 @@ fn the_key_is_rotated_while_connections_open() {
     all_right(&lab, &all);
     let shown = lab.mqtt_fwd(&["keys", "show", "--file", &file]);
     assert!(shown.contains("in use") && shown.contains('3'), "{shown}");
+}
+
+/// What takes connections over is not the only one that looks at packets: a firewall behind it is still asked.
+#[test]
+fn filters_behind_the_takeover_are_asked() {
+    let Some(lab) = delayed(ROUTES) else { return };
+    lab.publish("c1", &["--topic", "m/hum", "--count", "1", "--qos", "1"]);
+    lab.wait_received("m/hum c1 0");
+    // Drops all that gets past the takeover, as a filter of the interface may.
+    const SHOT: u32 = 2;
+    let kind = libbpf_sys::BPF_PROG_TYPE_SCHED_CLS;
+    let firewall = test_run::constant(SHOT, kind, libbpf_sys::BPF_TCX_INGRESS).unwrap();
+    let attach = || {
+        std::thread::scope(|scope| {
+            let attach = || {
+                enter(&lab, "r2");
+                tcx::attach(firewall.as_fd(), "eth0", tcx::Direction::Ingress).unwrap()
+            };
+            scope.spawn(attach).join().unwrap()
+        })
+    };
+    let before = lab.counter("handover");
+    let link = attach();
+    let connect = mqtt::connect_as(4, 2, b"walled", &[]);
+    let publish = mqtt::publish(b"m/hum", 1, b"walled");
+    let mut stream = std::thread::scope(|scope| {
+        let open = || {
+            enter(&lab, "c2");
+            std::net::TcpStream::connect(SERVICE).unwrap()
+        };
+        scope.spawn(open).join().unwrap()
+    });
+    stream.write_all(&[connect, publish].concat()).unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(lab.counter("handover") >= before);
+    assert!(!lab.arrivals().contains_key("walled"), "the filter was not asked");
+    drop(link);
+    wait_for("the message", || lab.arrivals().contains_key("walled").then_some(()));
 }

@@ -62,7 +62,7 @@ pub struct Flow {
     candidate: Option<(u32, u32, u32)>,
     /// Another connection on the same addresses: its first sequence number, its group, and
     /// whether a SYN announced it.
-    rival: Option<(u32, String, bool)>,
+    challenger: Option<(u32, String, bool)>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -158,7 +158,7 @@ impl<'a> Model<'a> {
         let length = segment.payload.len() as u32;
         let first = segment.seq.wrapping_add(1);
         if segment.syn {
-            forwarded.group = match &flow.rival {
+            forwarded.group = match &flow.challenger {
                 _ if flow.next == first && !flow.closing => {
                     self.count("syn_again");
                     flow.group.clone()
@@ -171,7 +171,7 @@ impl<'a> Model<'a> {
                 _ => {
                     self.count("syn_reused_port");
                     let (group, _) = self.predict(client);
-                    flow.rival = Some((first, group.clone(), true));
+                    flow.challenger = Some((first, group.clone(), true));
                     group
                 }
             };
@@ -180,7 +180,7 @@ impl<'a> Model<'a> {
         }
 
         self.count(if length == 0 { "no_data" } else { "data" });
-        if let Some((seq, group, by_syn)) = flow.rival.clone() {
+        if let Some((seq, group, by_syn)) = flow.challenger.clone() {
             if seq == segment.seq && !(segment.fin && seq == flow.end) {
                 self.count("flow_replaced");
                 flow = Flow {
@@ -190,11 +190,11 @@ impl<'a> Model<'a> {
                     next: seq,
                     end: seq,
                     ack: segment.ack,
-                    rival: Some((flow.end, flow.group, false)),
+                    challenger: Some((flow.end, flow.group, false)),
                     ..Flow::default()
                 };
             } else if length > 0 && segment.seq == flow.end && by_syn {
-                flow.rival = None;
+                flow.challenger = None;
             }
         }
         if length > 0 {
