@@ -192,7 +192,12 @@ struct flow {
 		/* Any other bound_by: key in `client_ids`; 0: none. */
 		__u64 client_id;
 	};
-	__u32 end_seq; /* FLOW_ENDED: everything from here on is not the broker's to see */
+	union {
+		/* FLOW_ENDED: everything from here on is not the broker's to see. */
+		__u32 end_seq;
+		/* Else: the number behind the SYN-ACK that its CONNECT acknowledged; 0: not answered here. */
+		__u32 first_ack;
+	};
 	__u16 unrecorded; /* messages of `topic` that the client's record does not weigh yet */
 	__u8 bound_by; /* enum bound_by */
 	__u8 fallback_reason; /* enum fallback_reason */

@@ -76,6 +76,7 @@ struct bind_decision {
 	binding_t binding;
 	__u32 flags; /* enum flow_flags, beside those that all have */
 	__u32 next; /* sequence number from which on the flow is framed */
+	__u32 first_ack; /* see struct flow */
 	__u8 bound_by; /* enum bound_by */
 	__u8 fallback_reason; /* enum fallback_reason */
 	__u16 verdict; /* the packet's, enum reason (flow/predicted.h) */

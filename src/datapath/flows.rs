@@ -13,8 +13,8 @@ use super::real_of_flow::RealOfFlow;
 use crate::config::Config;
 use crate::kernel::Result;
 use crate::kernel::abi::{
-    Pod, addr_words, binding_parts, flow, flow_binding, flow_client, flow_flags, flow_next, flow4,
-    flow6, group, parser, set_rescue, words_addr,
+    Pod, addr_words, binding_parts, flow, flow_binding, flow_client, flow_end_seq, flow_flags,
+    flow_next, flow4, flow6, group, parser, set_end_seq, set_rescue, words_addr,
 };
 use crate::kernel::maps::Table;
 
@@ -235,7 +235,7 @@ pub fn follow(datapath: &Datapath, client: SocketAddr, service: u16) -> Result<O
             fallback_reason,
             routed: has(&f, flow_flags::FLOW_ROUTED),
             ended: has(&f, flow_flags::FLOW_ENDED)
-                .then_some((f.end_seq, has(&f, flow_flags::FLOW_RESCUED))),
+                .then_some((flow_end_seq(&f), has(&f, flow_flags::FLOW_RESCUED))),
         }
     }))
 }
@@ -373,7 +373,8 @@ fn mark<K: Pod>(flows: &Table<K, flow>, key: &K, how: Termination) -> Result<boo
     // DISCONNECT means nothing in what is not MQTT.
     let how = if has(&f, flow_flags::FLOW_OPAQUE) { Termination::Reset } else { how };
     let mut flags = flow_flags::FLOW_ENDED.0;
-    f.end_seq = f.end;
+    let end = f.end;
+    set_end_seq(&mut f, end);
     match how {
         Termination::Reset => {
             // A rescue that no sidecar began is answered with RST.

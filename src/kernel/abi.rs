@@ -6,7 +6,7 @@ pub use super::skeletons::balancer::types::{
     balancer_limits, balancer_stat, gateway, lb_stats, real_definition, vip_meta, vip_real,
 };
 pub use super::skeletons::decap::types::address;
-use super::skeletons::mqtt_fwd::types::__anon_flow_6;
+use super::skeletons::mqtt_fwd::types::__anon_flow_7;
 pub use super::skeletons::mqtt_fwd::types::{
     affinity, binding_mode, bound_by, chain_position, client, client_flags, client_id,
     client_route, client_route_kind, client4, client6, event, event_kind, fallback_reason, flow,
@@ -86,8 +86,19 @@ pub fn flow_client(flow: &flow) -> Option<u64> {
 /// Begins a flow's rescue by a sidecar's instance (0: none), at a time in ms of CLOCK_BOOTTIME.
 pub fn set_rescue(flow: &mut flow, began_ms: u32, instance: u32) {
     flow.candidates = 0;
-    flow.__anon_flow_3.__anon_flow_6 =
-        __anon_flow_6 { rescue_began_ms: began_ms, rescue_instance: instance };
+    flow.__anon_flow_3.__anon_flow_7 =
+        __anon_flow_7 { rescue_began_ms: began_ms, rescue_instance: instance };
+}
+
+/// Where a flow was ended; of one with FLOW_ENDED.
+pub fn flow_end_seq(flow: &flow) -> u32 {
+    // SAFETY: both members are numbers of the same size.
+    unsafe { flow.__anon_flow_5.end_seq }
+}
+
+/// Ends a flow at a sequence number; FLOW_ENDED goes with it.
+pub fn set_end_seq(flow: &mut flow, seq: u32) {
+    flow.__anon_flow_5.end_seq = seq;
 }
 
 /// The sequence number that the parser wants next; of a flow that is not rescued.

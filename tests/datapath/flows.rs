@@ -577,3 +577,75 @@ fn a_syn_on_a_closed_flow_is_a_new_flow() {
     assert_eq!(f.flow(c.client).unwrap().state, "opening");
     assert_eq!(f.datapath.flows_probation.keys().unwrap().len(), 0, "it is not closing any more");
 }
+
+/// What a broker's TCP makes of the segments that it gets: the stream up to the first gap, and whether FIN ends it.
+#[derive(Default)]
+struct Received {
+    bytes: std::collections::BTreeMap<u32, u8>,
+    fin: Option<u32>,
+}
+
+impl Received {
+    fn take(&mut self, frame: &[u8], isn: u32) {
+        let sliced = etherparse::SlicedPacket::from_ethernet(frame).unwrap();
+        let Some(etherparse::TransportSlice::Tcp(tcp)) = sliced.transport else { panic!() };
+        let at = tcp.sequence_number().wrapping_sub(isn).wrapping_sub(1);
+        // What is behind FIN is none of the application's.
+        for (at, byte) in (at..).zip(tcp.payload()) {
+            if self.fin.is_none_or(|fin| at < fin) {
+                self.bytes.entry(at).or_insert(*byte);
+            }
+        }
+        if tcp.fin() {
+            self.fin.get_or_insert(at + tcp.payload().len() as u32);
+        }
+    }
+
+    fn stream(&self) -> (Vec<u8>, bool) {
+        let whole = (0..).map_while(|at| self.bytes.get(&at)).copied().collect::<Vec<u8>>();
+        let ended = self.fin == Some(whole.len() as u32);
+        (whole, ended)
+    }
+}
+
+#[test]
+fn a_flow_ends_however_small_its_segments_are() {
+    let f = Fixture::new();
+    for v6 in [false, true] {
+        for qos in [0, 1] {
+            for first in 1..=16 {
+                for size in 1..=16 {
+                    let addr = if v6 {
+                        format!("[fd01:1::{first}:{size}:{qos}]:4000")
+                    } else {
+                        format!("10.{}.{first}.{size}:4000", 2 + qos)
+                    };
+                    let mut c = Conn::open(&f, &addr);
+                    let isn = c.isn;
+                    let mut got = Received::default();
+                    let connect = mqtt::connect(4);
+                    let mut send = |bytes: &[u8]| {
+                        got.take(&f.send(&c.segment(bytes)).packet, isn);
+                        c.sent += bytes.len() as u32;
+                    };
+                    send(&connect);
+                    let publish = mqtt::publish(b"sensor/a", qos, b"value");
+                    // Written in pieces; and the client goes on, as it does not know yet.
+                    let more =
+                        [publish, mqtt::pingreq(), mqtt::publish(b"sensor/a", 0, b"2")].concat();
+                    let (begin, rest) = more.split_at(first);
+                    for piece in std::iter::once(begin).chain(rest.chunks(size)) {
+                        send(piece);
+                    }
+                    let (stream, ended) = got.stream();
+                    assert!(ended, "first {first}, then {size}: {stream:02x?}, FIN {:?}", got.fin);
+                    let behind = stream.strip_prefix(&connect[..]).unwrap();
+                    let goodbye = behind == mqtt::disconnect();
+                    // Its first bytes may be there already: then FIN alone.
+                    assert!(goodbye || more.starts_with(behind), "{behind:02x?}");
+                    assert!(behind.len() < 2 + 2 + 8 + 2 * usize::from(qos) + 5, "{behind:02x?}");
+                }
+            }
+        }
+    }
+}

@@ -86,8 +86,8 @@ static __always_inline int rescued(struct xdp_md *ctx, struct scratch *w)
 		rescue_copy(ctx, &c, f, next, fin);
 	next = f->rescue_next;
 
-	if (c.payload_length && !seq_before(f->end_seq, c.seq)) {
-		/* Repeated: its broker may not know yet that the connection has ended. */
+	if (c.payload_length && !seq_before(f->end_seq + goodbye_length(f), c.seq)) {
+		/* Repeated, or a piece of it: its broker may not know yet that the connection has ended. */
 		truncate_segment(ctx, &c, f);
 		if (f->flags & FLOW_UNCONFIRMED)
 			tail_call_stage(ctx, &c, svc, w->tail_args.binding, STAGE_HANDOVER);

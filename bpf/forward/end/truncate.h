@@ -2,12 +2,15 @@
 /*
  * Ending a flow whose PUBLISH belongs to another group: from that PUBLISH on, its broker gets
  * DISCONNECT and FIN in place of what the client sent. So the broker ends the session without
- * publishing its will (MQTT 3.1.1 §3.14) and closes, the client sees that and connects anew, and
+ * publishing its will (MQTT 3.1.1 §3.14) and closes, the client sees that and reconnects, and
  * whatever came before in the segment still arrives. One packet in, one packet out.
  *
- * Segments that lie wholly behind the cut go on as they are: the broker's TCP has seen FIN, and
- * gives its application none of it (RFC 9293 §3.10.7.4). A repetition that crosses the cut is cut
- * again at the same place.
+ * Both have sequence numbers of their own, end_seq and up: a segment gets the part that it covers. A
+ * client that writes a byte at a time has its first byte replaced by the first of DISCONNECT, its
+ * second by the second, and its third by FIN. Inside a control packet there is FIN alone.
+ *
+ * Segments beyond that go on as they are: the broker's TCP has seen FIN, and gives its application none of it
+ * (RFC 9293 §3.10.7.4). A repetition is truncated again at the same place.
  */
 #ifndef MQTT_FWD_CUT_H
 #define MQTT_FWD_CUT_H
@@ -37,32 +40,41 @@ static __always_inline __u16 frame_sum(struct xdp_md *ctx, struct scratch *w, __
 	return csum_fold(sum & 0xffffffff);
 }
 
+/* Bytes of DISCONNECT that a flow's end has; FIN is behind them. */
+static __always_inline __u32 goodbye_length(const struct flow *f)
+{
+	return f->flags & FLOW_END_INSIDE ? 0 : 2;
+}
+
 /*
- * Cuts the segment at f->end_seq if that lies in it. Global (see event.h). The TCP checksum is
- * updated, not made anew: what was wrong with the segment stays visible to the broker's kernel.
+ * Truncates the segment at f->end_seq if that, or what replaces the bytes from there on, lies in it. Global
+ * (see event.h). The TCP checksum is updated, not made anew: what was wrong with the segment stays visible to
+ * the broker's kernel.
  */
 __noinline int truncate_segment(struct xdp_md *ctx, struct conn *c, const struct flow *f)
 {
 	struct scratch *w = scratch();
 
-	if (!c || !f || !w)
+	if (!c || !f || !w || !c->payload_length)
 		return 0;
 
-	__u32 kept = f->end_seq - c->seq;
-	if (seq_before(f->end_seq, c->seq) || kept >= c->payload_length)
+	__u32 goodbye = goodbye_length(f);
+	__u32 kept = seq_before(c->seq, f->end_seq) ? f->end_seq - c->seq : 0;
+	/* The position of the segment's first byte in what replaces the stream. */
+	__u32 first = kept ? 0 : c->seq - f->end_seq;
+
+	if (kept >= c->payload_length || first > goodbye)
 		return 0;
 
 	__u32 cut = c->payload + kept, removed = c->payload_length - kept;
 	__u32 tcp_offset =
 		sizeof(struct ethhdr) + (c->v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr));
-	/* A repetition may show only a byte of the PUBLISH: no room for DISCONNECT, so no end yet. */
-	bool ends = removed >= 2;
-	__u32 added = ends && !(f->flags & FLOW_END_INSIDE) ? 2 : 0;
+	__u32 added = goodbye - first < removed ? goodbye - first : removed;
 	/*
 	 * FIN takes a sequence number, too: an acknowledgement of more than was sent would be ignored. In place
 	 * of a PINGREQ there is DISCONNECT alone, and the broker closes for that (MQTT 3.1.1 §3.14.4).
 	 */
-	bool fin = ends && removed > added;
+	bool fin = removed > added;
 	__u32 was = frame_sum(ctx, w, cut, removed), is;
 	struct cursor cur = cursor_of(ctx);
 	struct ethhdr *eth = parse_eth(&cur);
@@ -70,7 +82,7 @@ __noinline int truncate_segment(struct xdp_md *ctx, struct conn *c, const struct
 
 	if (!eth)
 		return 0;
-	is = added ? bpf_htons(MQTT_DISCONNECT_PACKET) : 0;
+	is = added && !first ? bpf_htons(MQTT_DISCONNECT_PACKET) : 0;
 	if ((cut - tcp_offset) & 1) {
 		was = csum_swap(was);
 		is = csum_swap(is);
@@ -108,10 +120,14 @@ __noinline int truncate_segment(struct xdp_md *ctx, struct conn *c, const struct
 
 	if (added) {
 		__u8 *p = (__u8 *)frame_start(ctx) + (cut & 0x3fff);
-		if ((void *)(p + 2) > frame_end(ctx))
+		if ((void *)(p + 1) > frame_end(ctx))
 			return 0;
-		p[0] = MQTT_DISCONNECT_PACKET >> 8;
-		p[1] = 0;
+		p[0] = first ? 0 : MQTT_DISCONNECT_PACKET >> 8;
+		if (added > 1) {
+			if ((void *)(p + 2) > frame_end(ctx))
+				return 0;
+			p[1] = 0;
+		}
 	}
 	c->payload_length = kept + added;
 	/* Frames may have padding behind the packet, which goes, too. */

@@ -49,10 +49,17 @@ static __always_inline bool is_far(const struct flow *f, const struct conn *c)
 	return ahead + FLOW_WINDOW > 2 * FLOW_WINDOW;
 }
 
+/* The acknowledgement of the SYN-ACK that a flow began with; 0: it has none. */
+static __always_inline __u32 flow_first_ack(const struct flow *f)
+{
+	return f->flags & FLOW_ENDED ? 0 : f->first_ack;
+}
+
 /*
  * After a SYN on a flow's addresses: whether a segment is of the flow, or of another connection. The flow itself
- * shows by its next byte that it goes on; and what lies a little before that may well be its own CONNECT, doubled
- * by the network, cookie and all.
+ * shows by its next byte that it goes on. What acknowledges a SYN-ACK and nothing behind it is the first of a
+ * connection, of whatever numbers: the flow's own CONNECT, doubled by the network, if it is the flow's SYN-ACK, and
+ * else a new connection's, as of a device that lost power and has the same port again.
  */
 static __always_inline bool is_of_flow(struct xdp_md *ctx, const struct conn *c, struct flow *f)
 {
@@ -61,7 +68,9 @@ static __always_inline bool is_of_flow(struct xdp_md *ctx, const struct conn *c,
 			f->flags &= ~FLOW_REUSED_PORT;
 		return true;
 	}
-	return !is_far(f, c) && !(seq_before(f->end, c->seq) && has_cookie(ctx, c, false));
+	if (is_far(f, c))
+		return false;
+	return c->ack == flow_first_ack(f) || !has_cookie(ctx, c, false);
 }
 
 #endif /* MQTT_FWD_BIND_DELAYED_H */

@@ -33,6 +33,7 @@ __noinline int flow_bound(const struct conn *c)
 	f.next = tagged(c, v->next);
 	f.end = v->next;
 	f.ack = c->ack;
+	f.first_ack = v->first_ack;
 	f.flags = v->flags | FLOW_TRUSTED | FLOW_UNCONFIRMED;
 	f.client_id = w->id;
 	f.bound_by = v->bound_by;
@@ -96,6 +97,7 @@ static __always_inline int bound(struct xdp_md *ctx, struct conn *c, struct scra
 	if (svc->has_members)
 		v->binding = member_of(c, t, svc, v->binding, topic_of(c, w, v->bound_by));
 	g = group_of(v->binding);
+	v->first_ack = waiting ? waiting->server : c->ack;
 
 	/* What was on these addresses before is over: the cookie says so. */
 	flow_remove(c, false);

@@ -95,3 +95,59 @@ fn routes_by_connect_follow_one_rule() {
         panic!("{error}");
     }
 }
+
+/// Opens a connection with CONNECT and a message in one segment. Returns the client as its next segment needs it, and
+/// how far it is.
+fn open(f: &Fixture, client: Client, topic: &[u8]) -> (Client, u32) {
+    let mut client = client;
+    client.opened(&reply(&f.send(&client.syn())));
+    let first = [mqtt::connect(4), mqtt::publish(topic, 0, b"1")].concat();
+    let (outcome, rose) = f.send_counting(&client.segment(0, &first, |h| h.psh = true));
+    assert_eq!(outcome.verdict, JUMPED, "{rose:?}");
+    assert_eq!(rose.get("bound_message"), Some(&1), "isn {:#x}: {rose:?}", client.isn);
+    (client, first.len() as u32)
+}
+
+#[test]
+fn a_device_that_is_back_on_its_port_is_served_whatever_its_numbers() {
+    let f = delayed();
+    let mut port = 5000;
+    for addr in ["10.1.1.7", "[fd01:1::7]"] {
+        // After a power cut, and after FIN or RST.
+        for ending in ["", "fin", "rst"] {
+            for distance in
+                [-1_048_577i32, -1_048_575, -70_000, -1000, -40, -1, 1, 40, 1000, 1 << 20, 1 << 30]
+            {
+                port += 1;
+                let at = format!("{addr}:{port}");
+                let (old, length) = open(&f, Client::new(&at, 1 << 31), b"sensor/a");
+                if !ending.is_empty() {
+                    let end = |h: &mut etherparse::TcpHeader| {
+                        (h.fin, h.rst) = (ending == "fin", ending == "rst");
+                    };
+                    f.send(&old.segment(length, &[], end));
+                }
+                // Its first byte is that far from the old connection's end.
+                let isn = old.isn.wrapping_add(length).wrapping_add_signed(distance);
+                let (new, _) = open(&f, Client::new(&at, isn), b"sensor/b");
+                let bound = f.flow(new.addr).unwrap();
+                assert_eq!(bound.group, "b", "{at} {ending} {distance}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_connect_that_the_network_doubles_is_still_its_connections() {
+    let f = delayed();
+    let (client, length) = open(&f, Client::new("10.1.1.8:4000", 1 << 31), b"sensor/a");
+    // The SYN is doubled, too, and comes late.
+    f.send(&client.syn());
+    let first = [mqtt::connect(4), mqtt::publish(b"sensor/a", 0, b"1")].concat();
+    let (outcome, rose) = f.send_counting(&client.segment(0, &first, |h| h.psh = true));
+    assert_eq!(outcome.verdict, JUMPED);
+    assert_eq!((rose.get("bound_message"), rose.get("segment_old")), (None, Some(&1)), "{rose:?}");
+    let (_, rose) =
+        f.send_counting(&client.segment(length, &mqtt::publish(b"sensor/a", 0, b"2"), |_| {}));
+    assert_eq!(rose.get("publish"), Some(&1), "{rose:?}");
+}

@@ -103,21 +103,20 @@ pub struct Model<'a> {
     known: &'a mut HashSet<Vec<u8>>,
 }
 
-/// What is left of a segment that crosses the place where its flow was ended.
+/// What is left of a segment at the place where its flow was ended: DISCONNECT and FIN have sequence numbers there.
 fn cut(flow: &Flow, seq: u32, forwarded: &mut Forwarded) {
     let Some((cut, inside)) = flow.cut else { return };
-    let kept = cut.wrapping_sub(seq);
-    if kept.cast_signed() < 0 || kept as usize >= forwarded.payload.len() {
+    let goodbye: &[u8] = if inside { &[] } else { &[0xe0, 0] };
+    let behind = seq.wrapping_sub(cut).cast_signed();
+    let (kept, first) = if behind < 0 { (-behind, 0) } else { (0, behind) };
+    let (kept, first) = (kept as usize, first as usize);
+    if kept >= forwarded.payload.len() || first > goodbye.len() {
         return;
     }
-    let removed = forwarded.payload.split_off(kept as usize);
-    if removed.len() >= 2 {
-        // FIN takes a sequence number, of which there must not be more than the client sent.
-        forwarded.fin = inside || removed.len() > 2;
-        if !inside {
-            forwarded.payload.extend([0xe0, 0]);
-        }
-    }
+    let removed = forwarded.payload.split_off(kept);
+    let added = &goodbye[first..];
+    forwarded.payload.extend(&added[..added.len().min(removed.len())]);
+    forwarded.fin |= removed.len() > added.len();
 }
 
 impl<'a> Model<'a> {
