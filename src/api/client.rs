@@ -14,7 +14,7 @@ use crate::config::edit::Change;
 use crate::instance::{self, Running};
 
 /// For an answer from memory.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
 /// For a `run` that loads its programs before it listens.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 /// For other answers: a million entries take seconds, brokers that do not answer and 100,000 new routes, too.

@@ -59,7 +59,7 @@ impl Clients {
                 let mut text = Vec::new();
                 export(&records, format, &mut text)
                     .map_err(|source| Error::Io { what: "the export".to_owned(), source })?;
-                table::line(String::from_utf8_lossy(&text).trim_end());
+                table::data(String::from_utf8_lossy(&text).trim_end());
                 Ok(())
             }
             Some(What::Import { file, format }) => {

@@ -1,5 +1,8 @@
 //! Tables for people, JSON for programs.
 
+use std::borrow::Cow;
+use std::io::IsTerminal as _;
+
 use clap::Args;
 use comfy_table::{Cell, CellAlignment, ContentArrangement, Table};
 use serde::Serialize;
@@ -20,8 +23,36 @@ pub fn json(value: &impl Serialize) {
     }
 }
 
-/// Prints a line. A reader that went away (`| head`) is no error; a full disk is.
+/// Prints a line. Client ids and topics are strangers' words: what would move a terminal's cursor is escaped.
 pub fn line(text: &str) {
+    verbatim(&printable(text));
+}
+
+/// The text with control characters, and those that turn the direction of writing, escaped.
+fn printable(text: &str) -> Cow<'_, str> {
+    let turns = |c: char| matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let is_hidden = |c: char| (c.is_control() && c != '\n') || turns(c);
+    if !text.contains(is_hidden) {
+        return Cow::Borrowed(text);
+    }
+    let mut all = String::new();
+    for c in text.chars() {
+        if is_hidden(c) {
+            all.extend(c.escape_default());
+        } else {
+            all.push(c);
+        }
+    }
+    Cow::Owned(all)
+}
+
+/// Prints what programs read, as it is; a terminal gets it as [`line`] does.
+pub fn data(text: &str) {
+    if std::io::stdout().is_terminal() { line(text) } else { verbatim(text) }
+}
+
+/// A reader that went away (`| head`) is no error; a full disk is.
+fn verbatim(text: &str) {
     use std::io::Write as _;
     match writeln!(std::io::stdout(), "{text}") {
         Ok(()) => {}
@@ -36,7 +67,7 @@ pub fn line(text: &str) {
 /// Prints a line to standard error, if that can be written.
 pub fn complain(text: &str) {
     use std::io::Write as _;
-    let _ = writeln!(std::io::stderr(), "mqtt-fwd: {text}");
+    let _ = writeln!(std::io::stderr(), "mqtt-fwd: {}", printable(text));
 }
 
 /// Prints a table without frames: columns that line up, as `ss` and `kubectl` print them.
@@ -95,7 +126,13 @@ pub fn age(seconds: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::age;
+    use super::{age, printable};
+
+    #[test]
+    fn strangers_words_do_not_move_the_cursor() {
+        assert_eq!(printable("sensor/ä ✓\nnext"), "sensor/ä ✓\nnext");
+        assert_eq!(printable("a\u{1b}[2Jb\r\u{202e}c\0"), "a\\u{1b}[2Jb\\r\\u{202e}c\\u{0}");
+    }
 
     #[test]
     fn ages_have_two_units() {

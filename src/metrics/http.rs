@@ -9,7 +9,11 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
-use tokio::sync::Mutex;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::sync::{Mutex, Semaphore};
+use tracing::warn;
 
 use super::{Family, text};
 
@@ -23,6 +27,13 @@ pub trait Source: Send + Sync + 'static {
 
 /// Younger ones are given again: however often it is asked for, maps are counted once a second.
 const FRESH: Duration = Duration::from_secs(1);
+
+/// Connections at a time. More are closed at once.
+const CONNECTIONS: usize = 64;
+/// For a request's header.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+/// For a connection: one request.
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 struct Served<S> {
     source: S,
@@ -43,7 +54,29 @@ pub async fn serve(listener: TcpListener, source: impl Source) -> std::io::Resul
         .route("/metrics", get(metrics))
         .route("/health", get(health))
         .with_state(served);
-    axum::serve(tokio::net::TcpListener::from_std(listener)?, router).await
+    let listener = tokio::net::TcpListener::from_std(listener)?;
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut http = http1::Builder::new();
+    http.keep_alive(false).timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+    loop {
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            // Of this one connection, or of this moment (out of descriptors): not the end.
+            Err(error) => {
+                warn!(%error, "accepting a connection for metrics failed");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        // Whoever holds all places with requests that do not end has none of them for long.
+        let Ok(place) = Arc::clone(&places).try_acquire_owned() else { continue };
+        let service = TowerToHyperService::new(router.clone());
+        let connection = http.serve_connection(TokioIo::new(stream), service);
+        tokio::spawn(async move {
+            let _place = place;
+            let _ = tokio::time::timeout(TIMEOUT, connection).await;
+        });
+    }
 }
 
 async fn metrics<S: Source>(State(served): State<Arc<Served<S>>>) -> impl IntoResponse {
