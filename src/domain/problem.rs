@@ -60,6 +60,6 @@ pub const CODES: [(&str, &str); 18] = [
     ("not_checked", "checks of reals cannot be made"),
     (
         "misrouted",
-        "more than 1 % of the last minute's messages, and 10, were not at their group's brokers",
+        "more than 1 % of the last minute's messages, and 10, were not at their group's brokers, or not judged",
     ),
 ];

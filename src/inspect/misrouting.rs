@@ -20,6 +20,7 @@ struct Sample {
     right: u64,
     misrouted: u64,
     lost: u64,
+    unjudged: u64,
 }
 
 /// The last minute's counters.
@@ -31,11 +32,12 @@ pub struct Misrouting {
 impl Misrouting {
     /// Takes the counters of now. Returns what is wrong.
     pub fn add(&mut self, counters: &Counters, time: Instant) -> Option<Problem> {
-        let [publish, mispredicted, ended, lost] =
-            ["publish", "mispredicted", "flow_ended", "publish_lost"].map(|n| counters.get(n));
+        let [publish, mispredicted, ended, lost, unjudged] =
+            ["publish", "mispredicted", "flow_ended", "publish_lost", "unjudged"]
+                .map(|name| counters.get(name));
         // The message that ended its flow counts as mispredicted, too.
         let misrouted = mispredicted.saturating_sub(ended);
-        let now = Sample { time, right: publish, misrouted, lost };
+        let now = Sample { time, right: publish, misrouted, lost, unjudged };
         if self.samples.back().is_some_and(|last| last.right > now.right) {
             // Other maps: they begin anew.
             self.samples.clear();
@@ -47,15 +49,18 @@ impl Misrouting {
         let first = self.samples.front()?;
         let misrouted = now.misrouted.saturating_sub(first.misrouted);
         let lost = now.lost.saturating_sub(first.lost);
-        let all = now.right.saturating_sub(first.right) + misrouted + lost;
-        if misrouted + lost < LEAST || (misrouted + lost) * SHARE <= all {
+        let unjudged = now.unjudged.saturating_sub(first.unjudged);
+        let wrong = misrouted + lost + unjudged;
+        let all = now.right.saturating_sub(first.right) + wrong;
+        if wrong < LEAST || wrong * SHARE <= all {
             return None;
         }
         Some(Problem::new(
             "misrouted",
             format!(
-                "of {all} messages in the last minute, {misrouted} were at a broker of another group and \
-                 {lost} at none; `mqtt-fwd clients` marks clients with several groups, which take a relay"
+                "of {all} messages in the last minute, {misrouted} were at a broker of another group, {lost} at \
+                 none, and {unjudged} stayed with their connection, as too many topics came in a segment; \
+                 `mqtt-fwd clients` marks clients with several groups, which take a relay"
             ),
         ))
     }
@@ -86,7 +91,11 @@ mod tests {
         let problem = misrouting.add(&more, at(3)).unwrap();
         assert!(problem.text.contains("of 1001 messages in the last minute, 11 were"), "{problem}");
         assert_eq!(misrouting.add(&more, at(64)), None);
+        // Whatever was not judged may be anywhere.
+        let unjudged = counters(&[("publish", 2000), ("mispredicted", 15), ("unjudged", 60)]);
+        let problem = misrouting.add(&unjudged, at(66)).unwrap();
+        assert!(problem.text.contains("60 stayed with their connection"), "{problem}");
         // Maps made anew count from zero.
-        assert_eq!(misrouting.add(&counters(&[("publish", 5)]), at(65)), None);
+        assert_eq!(misrouting.add(&counters(&[("publish", 5)]), at(67)), None);
     }
 }

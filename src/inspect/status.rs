@@ -157,9 +157,9 @@ async fn balancer(context: &Context) -> (Option<&'static str>, String) {
 /// What the balancer has and should not have, or the other way round: not what `run` is changing just now, a step of
 /// `slow_start` for example.
 async fn lasting_difference(context: &Context) -> Result<Option<String>, BalancerError> {
-    const PAUSE: Duration = Duration::from_millis(100);
+    const PAUSE: Duration = Duration::from_millis(200);
     /// The same difference so often in a row lasts.
-    const LASTING: u32 = 5;
+    const LASTING: u32 = 6;
     const TRIES: u32 = 30;
     let gateway = gateway::desired_or_warn(context.config()).await;
     let (mut found, mut seen) = (None, 0);
