@@ -21,7 +21,6 @@ enum limits {
 	CLIENT_ID_MAX = 256, /* bytes; clients with longer ids are identified by address */
 	CLIENT_ROUTE_TEXT_MAX = 128, /* bytes of a client id or user name that routes look at */
 	MEMBER_SLOTS = 1021, /* of a group whose reals are chosen here */
-	UNTRACKED_SLOTS = 4096, /* size of the table of that name */
 	CLIENT_GROUPS = 3, /* groups that a client's record weighs against each other */
 };
 

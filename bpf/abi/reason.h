@@ -15,6 +15,7 @@
 #define FOR_EACH_VERDICT(VERDICT) \
 	VERDICT(NOT_IP, "neither IPv4 nor IPv6 (VLAN tags and ARP too): passed on") \
 	VERDICT(NOT_SERVICE, "not for a service: passed on") \
+	VERDICT(GROUP_VIP, "for the address of a group, which only clients of its service are sent to, and here: dropped") \
 	VERDICT(TRUNCATED, "shorter than its own headers say: passed on") \
 	VERDICT(IP_OPTIONS, "for a service, with IPv4 options: passed on") \
 	VERDICT(IP_FRAGMENT, "an IP fragment: passed on") \
@@ -47,7 +48,7 @@
 	NOTE(UNJUDGED, "PUBLISH not judged: too many topics in its segment") \
 	NOTE(FLOW_ENDED, "flow ended with DISCONNECT, so that its client reconnects to the right group") \
 	NOTE(FLOW_RESCUED, "flow ended, and what it sent from there on handed to the sidecar") \
-	NOTE(NOT_RESCUED, "misrouted PUBLISH not rescued: credentials, prediction only, split over segments, no sidecar, or too many") \
+	NOTE(NOT_RESCUED, "misrouted PUBLISH not rescued: credentials, prediction only, split over segments, no sidecar, or too many, of all or of one address") \
 	NOTE(RESCUE_DAMAGED, "rescue: wrong TCP checksum, dropped") \
 	NOTE(RESCUE_FULL, "rescue delayed: the sidecar has no room yet") \
 	NOTE(NO_BALANCER, "no program at the balancer's position: packet restored, passed to the stack") \

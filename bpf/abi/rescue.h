@@ -14,6 +14,11 @@ enum rescue_flags {
 	RESCUE_LAST = 1 << 2, /* FIN comes behind it */
 };
 
+enum rescue_limits {
+	RESCUE_WINDOW_S = 20, /* as long as a stream lasts without anything new */
+	RESCUES_PER_ADDRESS = 64, /* in a window; the sidecar has room for 512 before it is `full` */
+};
+
 /* The sidecar, as the datapath knows it. */
 struct rescuer {
 	__u64 until; /* it surely reads until then, CLOCK_BOOTTIME in ns */
@@ -21,6 +26,13 @@ struct rescuer {
 	__u32 full; /* it takes no new streams */
 };
 SIZE_IS(struct rescuer, 16);
+
+/* Rescues of one address, so that it cannot have all the sidecar's room: how many began in a window. */
+struct rescue_source {
+	__u32 window; /* number of it, of RESCUE_WINDOW_S each */
+	__u32 began;
+};
+SIZE_IS(struct rescue_source, 8);
 
 /* Followed by `length` bytes. */
 struct rescue {

@@ -4,14 +4,35 @@
  * the host's TCP sees it as it was sent: from the client, to the service. IPIP, IP6IP6, IPv4
  * in IPv6, and GUE variant 1 (Katran's other encapsulation).
  *
- * Only packets for a service of this host are unwrapped. Everything else stays as it is: a
- * host that unwraps whatever it gets lets strangers send from any address.
+ * Only packets for a service of this host, and from where a balancer sends, are unwrapped.
+ * Everything else stays as it is: a host that unwraps whatever it gets lets strangers send from any
+ * address.
  */
 #include "../abi/config.h"
 #include "../lib/parse.h"
 #include "vips.h"
 
-enum decap_counter { DECAP_UNWRAPPED, DECAP_REFUSED, DECAP_COUNTERS };
+enum decap_counter {
+	DECAP_UNWRAPPED,
+	DECAP_OTHER_SERVICE,
+	DECAP_OTHER_SOURCE,
+	DECAP_COUNTERS,
+};
+
+struct exported_types {
+	struct source source;
+	enum decap_counter decap_counter;
+};
+EXPORT_TYPES(exported_types);
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct source);
+	__type(value, __u8);
+	__uint(max_entries, 256);
+} decap_sources SEC(".maps");
+
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -55,13 +76,31 @@ static __always_inline bool inner_wanted(struct cursor *c, __be16 *proto)
 	return bpf_map_lookup_elem(&decap_vips, &dst);
 }
 
-static __always_inline int unwrap(struct xdp_md *ctx, struct cursor *c, __u32 outer)
+static __always_inline struct source source_of4(__be32 addr)
+{
+	return (struct source){.prefix_length = 128, .addr = {0, 0, bpf_htonl(0xffff), addr}};
+}
+
+static __always_inline struct source source_of6(const struct in6_addr *addr)
+{
+	struct source s = {.prefix_length = 128};
+
+	copy_addr6(s.addr, addr);
+	return s;
+}
+
+static __always_inline int unwrap(struct xdp_md *ctx, struct cursor *c, __u32 outer,
+				  const struct source *from)
 {
 	__be16 proto;
 	struct ethhdr mac;
 
 	if (!inner_wanted(c, &proto)) {
-		count(DECAP_REFUSED);
+		count(DECAP_OTHER_SERVICE);
+		return XDP_PASS;
+	}
+	if (!bpf_map_lookup_elem(&decap_sources, from)) {
+		count(DECAP_OTHER_SOURCE);
 		return XDP_PASS;
 	}
 
@@ -83,14 +122,14 @@ static __always_inline int unwrap(struct xdp_md *ctx, struct cursor *c, __u32 ou
 }
 
 static __always_inline int unwrap_by(struct xdp_md *ctx, struct cursor *c, __u8 protocol,
-				     __u32 outer)
+				     __u32 outer, const struct source *from)
 {
 	if (protocol == IPPROTO_IPIP || protocol == IPPROTO_IPV6)
-		return unwrap(ctx, c, outer);
+		return unwrap(ctx, c, outer, from);
 	if (protocol == IPPROTO_UDP) {
 		const struct udphdr *udp = parse_udp(c);
 		if (udp && udp->dest == bpf_htons(gue_port))
-			return unwrap(ctx, c, outer + sizeof(*udp));
+			return unwrap(ctx, c, outer + sizeof(*udp), from);
 	}
 	return XDP_PASS;
 }
@@ -107,13 +146,15 @@ int decap(struct xdp_md *ctx)
 		const struct iphdr *ip = parse_ipv4(&c);
 		if (!ip || ip->ihl != 5 || ip->frag_off & bpf_htons(IP_FRAGMENT_MASK))
 			return XDP_PASS;
-		return unwrap_by(ctx, &c, ip->protocol, sizeof(*ip));
+		struct source from = source_of4(ip->saddr);
+		return unwrap_by(ctx, &c, ip->protocol, sizeof(*ip), &from);
 	}
 	if (eth->h_proto == bpf_htons(ETH_P_IPV6)) {
 		const struct ipv6hdr *ip = parse_ipv6(&c);
 		if (!ip)
 			return XDP_PASS;
-		return unwrap_by(ctx, &c, ip->nexthdr, sizeof(*ip));
+		struct source from = source_of6(&ip->saddr);
+		return unwrap_by(ctx, &c, ip->nexthdr, sizeof(*ip), &from);
 	}
 	return XDP_PASS;
 }

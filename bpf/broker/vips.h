@@ -17,4 +17,10 @@ struct {
 	__uint(max_entries, 256);
 } decap_vips SEC(".maps");
 
+/* Addresses that a balancer's outer headers come from; IPv4 as IPv4-mapped IPv6 (RFC 4291 §2.5.5.2). */
+struct source {
+	__u32 prefix_length; /* bits */
+	__be32 addr[4];
+};
+
 #endif /* MQTT_FWD_BROKER_VIPS_H */

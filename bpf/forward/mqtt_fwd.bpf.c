@@ -41,6 +41,7 @@ struct exported_types {
 	enum reason reason;
 	enum rescue_flags rescue_flags;
 	struct rescue rescue;
+	enum rescue_limits rescue_limits;
 	struct rescuer rescuer;
 	enum route_state_flags route_state_flags;
 	enum tracked_map tracked_map;
@@ -50,7 +51,7 @@ struct exported_types {
 EXPORT_TYPES(exported_types);
 
 /*
- * One segment without data in 64, as good as at random, looks into `flows` all the same: a flow
+ * One segment without data in 64, as good as at random, still looks into `flows`: a flow
  * that only acknowledges, a subscriber's, would be the first to be evicted there otherwise.
  */
 #define TOUCH_BITS 6
@@ -225,9 +226,10 @@ static __always_inline int classify4(struct xdp_md *ctx, struct cursor *cur,
 	s->tcp = parse_tcp(cur);
 	if (!s->tcp)
 		return unchanged(REASON_TRUNCATED);
+	c->key.addr[0] = ip->daddr;
 	s->svc = service_find4(t, ip->daddr, s->tcp->dest);
 	if (!s->svc)
-		return unchanged(REASON_NOT_SERVICE);
+		return verdict_of_other(c, s->tcp->dest);
 
 	__u32 length = bpf_ntohs(ip->tot_len);
 	c->key.addr[0] = ip->saddr;
@@ -273,7 +275,7 @@ static __always_inline int classify6(struct xdp_md *ctx, struct cursor *cur,
 	copy_addr6(c->key.addr, &ip->daddr);
 	s->svc = service_find6(t, c->key.addr, s->tcp->dest);
 	if (!s->svc)
-		return unchanged(REASON_NOT_SERVICE);
+		return verdict_of_other(c, s->tcp->dest);
 
 	__u32 length = sizeof(*ip) + bpf_ntohs(ip->payload_len);
 	copy_addr6(c->key.addr, &ip->saddr);

@@ -5,6 +5,8 @@
 
 #include "../lib/parse.h"
 #include "../maps/config.h"
+#include "flow/conn.h"
+#include "emit.h"
 
 /* The current generation of services and routes. */
 static __always_inline const struct service_table *current_table(void)
@@ -57,6 +59,28 @@ static __always_inline const struct service *service_find6(const struct service_
 			found = t->service[i].slot;
 	}
 	return service_at(t, found);
+}
+
+/*
+ * Whether it is a group's address and port that `c` has in the place of the client's address. Global (see event.h).
+ */
+__noinline int is_group_vip(const struct conn *c, __u32 port)
+{
+	struct vip_definition vip = {.port = port, .proto = IPPROTO_TCP};
+
+	if (!c)
+		return false;
+	__builtin_memcpy(vip.addr, c->key.addr, sizeof(vip.addr));
+	return !!bpf_map_lookup_elem(&mqtt_service_vips, &vip);
+}
+
+/* A segment for no service: not for a group past this program, where nobody would look at it. */
+static __always_inline int verdict_of_other(const struct conn *c, __be16 port)
+{
+	if (!is_group_vip(c, port))
+		return unchanged(REASON_NOT_SERVICE);
+	count(REASON_GROUP_VIP);
+	return XDP_DROP;
 }
 
 #endif /* MQTT_FWD_SERVICES_H */

@@ -30,7 +30,7 @@ MAP_WITH_FLAGS(members, BPF_MAP_TYPE_HASH, BPF_F_NO_PREALLOC, struct member_slot
 MAP(route_states, BPF_MAP_TYPE_ARRAY, __u32, struct route_state, 1 << 19);
 
 /*
- * Not read here: the balancer puts the service's address back with it. It lives in this
+ * Group VIP → service: the balancer puts the service's address back with it. It lives in this
  * object so that it exists, pinned, whichever of the two is loaded first.
  */
 MAP(mqtt_service_vips, BPF_MAP_TYPE_HASH, struct vip_definition, struct vip_definition,

@@ -2,12 +2,13 @@
 /*
  * State: written by the datapath, one file for each map: flow/flow.h the flows, flow/cache.h the
  * cache, learn/record.h clients, client_ids and topics, mqtt/framing.h topic_streams, handshake/
- * handovers. IPv4 and IPv6 have maps of their own, so that IPv4 does not hash IPv6's key size.
+ * handovers, end/begin_rescue.h rescue_sources. IPv4 and IPv6 have maps of their own, so that IPv4 does not hash IPv6's key size.
  */
 #ifndef MQTT_FWD_MAPS_STATE_H
 #define MQTT_FWD_MAPS_STATE_H
 
 #include "../abi/handover.h"
+#include "../abi/rescue.h"
 #include "../abi/state.h"
 #include "../lib/map.h"
 #include "../lib/siphash.h"
@@ -36,9 +37,12 @@ MAP(handovers, BPF_MAP_TYPE_LRU_HASH, struct flow6, struct handover, 1 << 16);
 
 /*
  * When a segment without a flow was last taken for the first of its flow, by a hash of that, and its
- * tag: a table of a fixed size, which nobody can fill by sending them.
+ * tag: a place each, which another may take, so that nobody can fill it by sending them.
  */
-MAP(untracked, BPF_MAP_TYPE_ARRAY, __u32, __u64, UNTRACKED_SLOTS);
+MAP(untracked, BPF_MAP_TYPE_ARRAY, __u32, __u64, 1 << 12);
+
+/* Rescues that began, by address: a stranger has to prove his for each, so they cannot be many. */
+MAP(rescue_sources, BPF_MAP_TYPE_LRU_HASH, struct client6, struct rescue_source, 1 << 14);
 
 /* A topic that is being parsed. */
 struct topic_stream {

@@ -85,7 +85,7 @@ impl Control {
         &self.state
     }
 
-    /// Takes up other weights, and opens the maps anew if others are pinned by now.
+    /// Takes up other weights, and opens the maps again if others are pinned meanwhile.
     pub fn renew(&mut self, tasks: &mut Tasks) {
         let config = self.state.config();
         if self.state.reals.weights(&config) != self.in_effect.weights {

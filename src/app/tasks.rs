@@ -69,7 +69,7 @@ impl Tasks {
         })
     }
 
-    /// Starts what has ended, and what the configuration wants by now.
+    /// Starts what has ended, and what the configuration now wants.
     pub fn renew(&mut self) {
         if self.rescuer.as_ref().is_some_and(Rescuer::has_ended) {
             self.rescuer = None;

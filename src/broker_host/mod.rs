@@ -9,6 +9,7 @@ mod sysctl;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
+use ipnet::IpNet;
 use notes::Notes;
 
 use crate::domain::XdpMode;
@@ -42,6 +43,8 @@ pub struct BrokerHost {
     pub interface: String,
     /// The services' addresses.
     pub vips: Vec<IpAddr>,
+    /// Where the balancer's outer headers come from; none: as Katran and the embedded balancer have them.
+    pub sources: Vec<IpNet>,
     /// Native or generic XDP.
     pub mode: XdpMode,
     /// UDP port of GUE (Katran's `GUE_DPORT`).
@@ -67,12 +70,11 @@ pub fn up(host: &BrokerHost) -> Result<Vec<String>> {
     let decap = Decap {
         interface: &host.interface,
         vips: &host.vips,
+        sources: if host.sources.is_empty() { &decap::USUAL_SOURCES } else { &host.sources },
         mode: host.mode,
         gue_port: host.gue_port,
     };
-    if decap.attach(&pins, || Notes::forget(&host.interface))? {
-        done.push(format!("decap on {}", host.interface));
-    }
+    done.extend(decap.attach(&pins, || Notes::forget(&host.interface))?);
     let mut notes = Notes::read(&host.interface);
     for vip in &host.vips {
         if !net::on_loopback(*vip)? {

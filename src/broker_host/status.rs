@@ -15,6 +15,8 @@ use crate::kernel::{decap, takeover, xdp};
 pub struct Status {
     /// The services' addresses that packets are unwrapped for.
     pub vips: Vec<IpAddr>,
+    /// Networks that a balancer's outer headers may come from.
+    pub sources: Vec<String>,
     /// The unwrapping program is on the interface.
     pub unwraps: bool,
     /// The programs that take connections over are.
@@ -52,10 +54,11 @@ pub fn status(interface: &str, bpffs: &Path, key_file: Option<&Path>) -> Result<
         }
     }
     wrong_settings(interface, takes_over, &mut problems);
-    let mut counters = Vec::new();
+    let sources = decap::sources(&pins).iter().map(ToString::to_string).collect();
+    let mut counters = decap::counters(&pins)?;
     let mut key_epoch = None;
     if takes_over {
-        counters = takeover::counters(&pins)?;
+        counters.extend(takeover::counters(&pins)?);
         let held = takeover::keys(&pins)?;
         key_epoch = Some(held.epoch);
         if let Some(path) = key_file {
@@ -72,7 +75,7 @@ pub fn status(interface: &str, bpffs: &Path, key_file: Option<&Path>) -> Result<
         listeners(&vips, &mut problems);
     }
     let can_take_over = takeover::supported();
-    Ok(Status { vips, unwraps, takes_over, can_take_over, key_epoch, counters, problems })
+    Ok(Status { vips, sources, unwraps, takes_over, can_take_over, key_epoch, counters, problems })
 }
 
 fn wrong_settings(interface: &str, takes_over: bool, problems: &mut Vec<String>) {

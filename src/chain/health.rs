@@ -90,7 +90,7 @@ fn balancer_problem(
         let text = format!(
             "{} (id {}) does not use {}, so reals get packets with a group's VIP inside; build it \
              with katran-patches/ and -DMQTT_SERVICE, start it with the same bpffs, and restart it \
-             if the map was made anew",
+             if the map was replaced",
             program.name,
             program.id,
             pins.service_vips().display()

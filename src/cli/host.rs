@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
+use ipnet::IpNet;
 
 use super::error::Error;
 use super::table::{self, line};
@@ -27,6 +28,10 @@ enum Action {
         /// Address of a service; may be repeated
         #[arg(long = "vip", required = true, value_parser = address, value_name = "ADDRESS")]
         vips: Vec<IpAddr>,
+        /// Network that the balancer's outer headers come from; may be repeated; default: 172.16.0.0/16 and 100::/64,
+        /// as Katran and the embedded balancer send (Katran with GUE: the sources that it was told)
+        #[arg(long = "from", value_parser = network, value_name = "NETWORK")]
+        sources: Vec<IpNet>,
         /// How the decapsulating program runs
         #[arg(long, value_enum, default_value_t = Mode::Native)]
         xdp_mode: Mode,
@@ -103,6 +108,7 @@ fn print(interface: &str, status: &broker_host::status::Status) {
         "does not decapsulate packets for"
     };
     line(&format!("{interface}: {unwraps} {}", vips.join(", ")));
+    line(&format!("balancers send from {}", status.sources.join(", ")));
     match (status.takes_over, status.key_epoch) {
         (true, Some(epoch)) => {
             line(&format!("takes connections over, key of epoch {epoch} in use"));
@@ -130,10 +136,32 @@ fn advmss(text: &str) -> Result<u32, String> {
     }
 }
 
+/// An address alone is that address.
+fn network(text: &str) -> Result<IpNet, String> {
+    let parsed: Option<IpNet> =
+        text.parse().ok().or_else(|| text.parse().ok().map(|addr: IpAddr| addr.into()));
+    match parsed {
+        Some(network) if network.trunc() == network => Ok(network),
+        Some(network) => {
+            Err(format!("has bits behind its prefix; did you mean {}?", network.trunc()))
+        }
+        None => Err("a network as 172.16.0.0/16, or an address".to_owned()),
+    }
+}
+
 impl Host {
     pub fn run(self) -> Result<(), Error> {
         let done = match self.action {
-            Action::Up { interface, vips, xdp_mode, advmss, gue_port, handover_key, bpffs } => {
+            Action::Up {
+                interface,
+                vips,
+                sources,
+                xdp_mode,
+                advmss,
+                gue_port,
+                handover_key,
+                bpffs,
+            } => {
                 let mode = match xdp_mode {
                     Mode::Native => XdpMode::Native,
                     Mode::Generic => XdpMode::Generic,
@@ -141,6 +169,7 @@ impl Host {
                 broker_host::up(&broker_host::BrokerHost {
                     interface,
                     vips,
+                    sources,
                     mode,
                     gue_port,
                     bpffs,

@@ -60,7 +60,7 @@ impl Apply {
             (n, true) => format!("{n} {steps}; nothing was changed (--dry-run)"),
             (n, false) => format!("{n} {steps} done, and read back"),
         });
-        // What is configured right may not be forwarded all the same.
+        // What is configured right may still not be forwarded.
         for problem in health::problems(config) {
             tracing::warn!("{problem}");
         }

@@ -38,7 +38,7 @@ const AT_ONCE: usize = 64;
 enum Severity {
     /// As it should be.
     Ok,
-    /// Packets are forwarded, and something is lost or missing all the same.
+    /// Packets are forwarded, and something is lost or missing nevertheless.
     Warning,
     /// Packets are not forwarded as configured.
     Fault,
@@ -58,7 +58,7 @@ impl Severity {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
     pub about: String,
-    /// ok; warning: packets are forwarded, and something is lost or missing all the same; fault: they are not forwarded
+    /// ok; warning: packets are forwarded, and something is lost or missing nevertheless; fault: they are not forwarded
     /// as configured.
     pub severity: String,
     /// What is there, or what is wrong.

@@ -39,7 +39,7 @@ impl Misrouting {
         let misrouted = mispredicted.saturating_sub(ended);
         let now = Sample { time, right: publish, misrouted, lost, unjudged };
         if self.samples.back().is_some_and(|last| last.right > now.right) {
-            // Other maps: they begin anew.
+            // Other maps: they begin at zero.
             self.samples.clear();
         }
         self.samples.push_back(now);
@@ -95,7 +95,7 @@ mod tests {
         let unjudged = counters(&[("publish", 2000), ("mispredicted", 15), ("unjudged", 60)]);
         let problem = misrouting.add(&unjudged, at(66)).unwrap();
         assert!(problem.text.contains("60 stayed with their connection"), "{problem}");
-        // Maps made anew count from zero.
+        // New maps count from zero.
         assert_eq!(misrouting.add(&counters(&[("publish", 5)]), at(67)), None);
     }
 }

@@ -80,7 +80,7 @@ use Role::{Configuration, Flows, Internal, Knowledge, Scratch, Shared};
 
 /// All of them.
 #[rustfmt::skip] // a table
-pub const MAPS: [Map; 40] = [
+pub const MAPS: [Map; 41] = [
     map(M, "root_array",        Shared,        None, None),
     map(M, "mqtt_service_vips", Shared,        None, None),
     map(M, "generation",        Configuration, None, None),
@@ -103,12 +103,13 @@ pub const MAPS: [Map; 40] = [
     map(M, "handovers",         Flows,         Some(|s| s.handovers), Some(Tracked::Handovers)),
     map(M, "topic_streams",     Flows,         None, None),
     map(M, "binding_cache",     Scratch,       Some(MapSizes::cache_sets), None),
-    map(M, "untracked",         Scratch,       None, None),
+    map(M, "untracked",         Scratch,       Some(MapSizes::untracked), None),
     map(M, "budgets",           Scratch,       None, None),
     map(M, "counters",          Scratch,       None, None),
     map(M, "map_uses",          Scratch,       None, None),
     map(M, "events",            Scratch,       None, None),
     map(M, "rescues",           Scratch,       None, None),
+    map(M, "rescue_sources",    Scratch,       None, None),
     map(M, "rescuer",           Scratch,       None, None),
     map(M, "predecessor",       Scratch,       None, None),
     map(M, "stages",            Scratch,       None, None),
@@ -149,6 +150,11 @@ impl MapSizes {
     /// (`bpf/forward/flow/cache.h`).
     pub fn cache_sets(&self) -> u32 {
         (self.flows.next_power_of_two() / limits::CACHE_WAYS.0).max(1 << 16)
+    }
+
+    /// Places for flows whose state was lost: as many as there can be, a word each.
+    pub fn untracked(&self) -> u32 {
+        self.flows.next_power_of_two().max(1 << 12)
     }
 
     /// How many entries a map has; `None`: as many as `bpf/` says.

@@ -1,13 +1,15 @@
 //! The program that takes the balancer's packets out of their encapsulation on a broker host, and the
 //! one that lets a veth pair's other end take what a native XDP program sends.
 
+use std::collections::HashSet;
 use std::mem::MaybeUninit;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd as _;
 
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
 
-use super::abi::{addr_words, address, words_addr};
+use super::abi::{addr_words, address, decap_counter, source, words_addr};
 use super::maps::Table;
 use super::pins::{self, Object, Pins};
 use super::skeletons::decap::DecapSkelBuilder;
@@ -17,7 +19,15 @@ use super::{BpfError, Result, takeover};
 use crate::domain::XdpMode;
 
 const VIPS: &str = "decap_vips";
+const SOURCES: &str = "decap_sources";
 const COUNTERS: &str = "decap_counters";
+
+/// What Katran, built as it is, and the embedded balancer put into outer headers as their source: 172.16.0.0/16 and
+/// 100::/64 (RFC 6666), whatever the address of the host is. Not of Katran with GUE, which is told its sources.
+pub const USUAL_SOURCES: [IpNet; 2] = [
+    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(172, 16, 0, 0), 16)),
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 0), 64)),
+];
 
 /// What it needs to know.
 #[derive(Debug, Clone, Copy)]
@@ -25,15 +35,17 @@ pub struct Decap<'a> {
     pub interface: &'a str,
     /// The services' addresses.
     pub vips: &'a [IpAddr],
+    /// Where the outer headers come from.
+    pub sources: &'a [IpNet],
     pub mode: XdpMode,
     /// UDP port of GUE (Katran's `GUE_DPORT`).
     pub gue_port: u16,
 }
 
 impl Decap<'_> {
-    /// Attaches it, or adds addresses to the one that is attached; whether it was not. Calls `stale`
-    /// first if pins are left of one that is gone.
-    pub fn attach(&self, pins: &Pins, stale: impl FnOnce()) -> Result<bool> {
+    /// Attaches it, or adds addresses to the one that is attached and gives it these sources: what changed. Calls
+    /// `stale` first if pins are left of one that is gone.
+    pub fn attach(&self, pins: &Pins, stale: impl FnOnce()) -> Result<Option<String>> {
         pins.check()?;
         xdp::interface_index(self.interface)?;
         let _lock = pins.lock()?;
@@ -42,7 +54,11 @@ impl Decap<'_> {
         let ours = matches!((&attached, &pinned), (Some(a), Some(p)) if a.id == p.id);
         if ours {
             self.add_vips(&Table::open(&pins.map_of(Object::BrokerHost, VIPS))?)?;
-            return Ok(false);
+            let changed = self.set_sources(&open_sources(pins)?)?;
+            let sources: Vec<_> = self.sources.iter().map(ToString::to_string).collect();
+            return Ok(
+                changed.then(|| format!("decapsulates what comes from {}", sources.join(", ")))
+            );
         }
         if let Some(program) = attached {
             return Err(BpfError::ForeignXdp {
@@ -55,7 +71,7 @@ impl Decap<'_> {
         stale();
         unpin(pins)?;
         self.load(pins)?;
-        Ok(true)
+        Ok(Some(format!("decap on {}", self.interface)))
     }
 
     fn load(&self, pins: &Pins) -> Result<()> {
@@ -68,9 +84,11 @@ impl Decap<'_> {
         }
         let mut skel = open.load().map_err(failed)?;
         self.add_vips(&Table::of(&skel.maps.decap_vips)?)?;
+        self.set_sources(&Table::of(&skel.maps.decap_sources)?)?;
         xdp::attach(self.interface, skel.progs.decap.as_fd(), self.mode)?;
         let pin = |source| BpfError::Pin { path: pins.dir(), action: "pinning", source };
         skel.maps.decap_vips.pin(pins.map_of(Object::BrokerHost, VIPS)).map_err(pin)?;
+        skel.maps.decap_sources.pin(pins.map_of(Object::BrokerHost, SOURCES)).map_err(pin)?;
         skel.maps.decap_counters.pin(pins.map_of(Object::BrokerHost, COUNTERS)).map_err(pin)?;
         skel.progs.decap.pin(pins.program("decap")).map_err(pin)
     }
@@ -81,6 +99,75 @@ impl Decap<'_> {
         }
         Ok(())
     }
+
+    /// Makes the sources these and no others; whether they were not.
+    fn set_sources(&self, table: &Table<source, u8>) -> Result<bool> {
+        let before: HashSet<IpNet> = table.keys()?.iter().map(network_of).collect();
+        let wanted: HashSet<IpNet> = self.sources.iter().copied().collect();
+        for network in wanted.difference(&before) {
+            table.put(&source_of(*network), &1)?;
+        }
+        for network in before.difference(&wanted) {
+            table.remove(&source_of(*network))?;
+        }
+        Ok(before != wanted)
+    }
+}
+
+/// IPv4-mapped IPv6 begins with so many bits.
+const MAPPED: u8 = 96;
+
+fn source_of(network: IpNet) -> source {
+    let (addr, length) = match network.trunc() {
+        IpNet::V4(v4) => (v4.network().to_ipv6_mapped(), MAPPED + v4.prefix_len()),
+        IpNet::V6(v6) => (v6.network(), v6.prefix_len()),
+    };
+    source { prefix_length: length.into(), addr: addr_words(addr.into()) }
+}
+
+fn network_of(key: &source) -> IpNet {
+    let (addr, length) = (words_addr(key.addr, true), key.prefix_length as u8);
+    let network = match (addr.to_canonical(), length.checked_sub(MAPPED)) {
+        (v4 @ IpAddr::V4(_), Some(length)) => IpNet::new(v4, length),
+        _ => IpNet::new(addr, length),
+    };
+    network.expect("the kernel takes no longer prefix")
+}
+
+fn open_sources(pins: &Pins) -> Result<Table<source, u8>> {
+    Table::open(&pins.map_of(Object::BrokerHost, SOURCES))
+}
+
+/// Where it takes packets from; none if it is not loaded.
+pub fn sources(pins: &Pins) -> Vec<IpNet> {
+    let keys = open_sources(pins).and_then(|table| table.keys()).unwrap_or_default();
+    let mut networks: Vec<_> = keys.iter().map(network_of).collect();
+    networks.sort();
+    networks
+}
+
+/// What it counted, for people; nothing if it is not loaded.
+pub fn counters(pins: &Pins) -> Result<Vec<(&'static str, u64)>> {
+    let path = pins.map_of(Object::BrokerHost, COUNTERS);
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let table = Table::<u32, u64>::open(&path)?;
+    let texts = [
+        (decap_counter::DECAP_UNWRAPPED, "packets decapsulated"),
+        (
+            decap_counter::DECAP_OTHER_SERVICE,
+            "encapsulated packets for no service of this host: left as they are",
+        ),
+        (
+            decap_counter::DECAP_OTHER_SOURCE,
+            "encapsulated packets from where no balancer sends (`host up --from`): left as they are",
+        ),
+    ];
+    texts
+        .into_iter()
+        .map(|(counter, text)| Ok((text, table.get_per_cpu(&counter.0)?.iter().sum())))
+        .collect()
 }
 
 /// Takes it off the interface and removes all pins; its id, if it was attached.

@@ -44,7 +44,7 @@ pub struct ChainHandle {
 pub struct Restored {
     /// What was put back.
     pub put_back: Vec<String>,
-    /// Another process loaded anew: what is held is no longer what is pinned.
+    /// Another process loaded: what is held is no longer what is pinned.
     pub replaced: bool,
     /// The root was another's and is gone.
     pub rootless: bool,

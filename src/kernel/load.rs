@@ -104,6 +104,7 @@ pub fn load(spec: &LoadSpec) -> Result<Loaded> {
     let mut open = open_skeleton(MqttFwdSkelBuilder::default(), "mqtt_fwd", &mut storage)?;
     if let Some(rodata) = open.maps.rodata_data.as_deref_mut() {
         rodata.cache_set_bits = spec.maps.cache_sets().ilog2();
+        rodata.untracked_bits = spec.maps.untracked().ilog2();
         rodata.events_per_window = Rates::per_window(spec.rates.events);
         rodata.flows_per_window = Rates::per_window(spec.rates.new_flows);
         rodata.topics_per_window = Rates::per_window(spec.rates.new_topics);

@@ -54,7 +54,7 @@ impl Wrap {
         })
     }
 
-    /// Attaches it again if the interface is another by now.
+    /// Attaches it again if the interface has become another.
     pub fn renew(&mut self) -> Result<()> {
         let index = xdp::interface_index(&self.interface)?;
         if index != self.index {

@@ -262,7 +262,7 @@ impl Connack {
     pub fn read(packet: &[u8], v5: bool) -> Option<Self> {
         let mut bytes = BytesMut::from(packet);
         if !v5 {
-            // Codes that the library does not know are passed on all the same.
+            // Codes that the library does not know are passed on nevertheless.
             let [0x20, 2, flags, code] = *packet else { return None };
             return Some(Self {
                 code,

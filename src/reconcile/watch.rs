@@ -95,7 +95,7 @@ impl Reconciler {
         datapath: &Datapath,
         mut problems: Vec<Problem>,
     ) {
-        // 100,000 routes take some hundred megabytes to compile, once; by now all of that is free.
+        // 100,000 routes take some hundred megabytes to compile, once; all of that is free.
         if std::mem::take(&mut self.just_applied) {
             give_memory_back();
         }

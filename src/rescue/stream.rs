@@ -77,7 +77,7 @@ impl Stream {
                     break;
                 }
             }
-            // What could not be reached before may be by now.
+            // What could not be reached before may be reachable now.
             self.failed.clear();
             let published = self.publish().await;
             self.confirm().await;

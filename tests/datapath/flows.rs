@@ -107,7 +107,7 @@ fn a_spoofed_syn_on_an_established_flow_moves_nothing() {
         c.data(&mqtt::connect(4));
         c.data(&mqtt::publish(b"sensor/c", 0, b"1"));
         assert_eq!(c.flagged(|_| {}).group, "default");
-        // The client is predicted otherwise by now, so a new flow of it would be a's.
+        // The client is now predicted otherwise, so a new flow of it would be a's.
         teach(&f, &client.replace("4000", "5000"), b"sensor/a");
         for isn in [1, 77, 1 << 31] {
             let mut spoofed = Conn { isn, ..Conn::new(&f, client) };
@@ -130,7 +130,7 @@ fn a_spoofed_syn_on_an_established_flow_moves_nothing() {
 }
 
 #[test]
-fn a_client_that_uses_its_port_again_is_bound_anew_at_once() {
+fn a_client_that_uses_its_port_again_is_bound_again_at_once() {
     // TIME_WAIT, or a client that crashed: no FIN was seen.
     for first_is_ack in [true, false] {
         let f = Fixture::new();
@@ -338,7 +338,7 @@ fn segments_without_data_follow_their_flow() {
         assert_eq!(other.flagged(|_| {}), seen("a", &["no_data 1"]));
         assert_eq!(other.data_at(0, &mqtt::connect(4)).group, "a");
 
-        // A new flow of the same addresses is predicted anew.
+        // A new flow of the same addresses is predicted again.
         let mut again = Conn { isn: 77, ..Conn::new(&f, &client.replace("4000", "4001")) };
         assert_eq!(again.syn().group, "b");
         assert_eq!(again.flagged(|_| {}).group, "b");
@@ -479,7 +479,7 @@ fn above_the_rate_of_new_flows_no_standing_flow_is_evicted() {
         let client = format!("10.7.{}.{}:4000", sent / 250 % 250, sent % 250);
         let spoofed = Conn::new(&f, &client);
         let syn = packet::tcp(spoofed.client, spoofed.service, 1, 0, |h| h.syn = true, &[]);
-        assert_eq!(f.send(&syn).verdict, JUMPED, "forwarded all the same");
+        assert_eq!(f.send(&syn).verdict, JUMPED, "forwarded nevertheless");
         sent += 1;
     }
     let counters = f.counters();

@@ -3,9 +3,9 @@
 //!
 //! `FUZZ_PACKETS` sets how many (default 100000), `FUZZ_SEED` which ones.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
-use crate::support::datapath::{Fixture, JUMPED, SERVICE, SERVICE6, XDP_TX};
+use crate::support::datapath::{Fixture, JUMPED, SERVICE, SERVICE6, XDP_DROP, XDP_TX};
 use crate::support::{mqtt, packet};
 
 /// SplitMix64 (Steele, Lea, Flood 2014): small, and the same everywhere.
@@ -122,6 +122,8 @@ fn nothing_is_dropped_and_nothing_of_others_is_changed() {
     let (seeds, mut random) = (seeds(), Random(seed));
     let (mut others, mut services, mut answered) = (0u64, 0u64, 0u64);
     let before: u64 = verdicts(&f);
+    let group_vips: Vec<IpAddr> =
+        f.config.services.iter().flat_map(|s| s.groups.iter().map(|g| g.vip)).collect();
     for i in 0..count {
         let sent = mutate(&mut random, &seeds);
         let outcome = f.send(&sent);
@@ -132,6 +134,11 @@ fn nothing_is_dropped_and_nothing_of_others_is_changed() {
             XDP_TX => {
                 assert!(may_change(&sent) && sent.len() > 1474, "{}", context());
                 answered += 1;
+                continue;
+            }
+            // What is for a group must come through its service.
+            XDP_DROP if group_vips.contains(&packet::dst(&sent)) => {
+                others += 1;
                 continue;
             }
             verdict => panic!("verdict {verdict}: {}", context()),

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use crate::support::conn::{Conn, seen};
-use crate::support::datapath::{Fixture, JUMPED, SERVICE, SERVICE6, XDP_PASS, XDP_TX};
+use crate::support::datapath::{Fixture, JUMPED, SERVICE, SERVICE6, XDP_DROP, XDP_PASS, XDP_TX};
 use crate::support::{mqtt, packet};
 
 #[test]
@@ -43,7 +43,6 @@ fn packets_of_others_pass_unchanged() {
     let table: Vec<(&str, Vec<u8>, &str)> = vec![
         ("another address", syn("10.1.50.201:1883"), "not_service"),
         ("another port", syn("10.1.50.200:1884"), "not_service"),
-        ("a group VIP", syn("10.1.50.1:1883"), "not_service"),
         ("another IPv6 address", syn("[fd01:50::201]:1883"), "not_service"),
         ("UDP", patched(syn(SERVICE), 23, 17), "not_service"),
         ("ARP", patched(syn(SERVICE), 13, 0x06), "not_ip"),
@@ -64,6 +63,30 @@ fn packets_of_others_pass_unchanged() {
         assert_eq!(outcome.packet, sent, "{what}");
         assert_eq!(counters.into_iter().collect::<Vec<_>>(), [(reason, 1)], "{what}");
     }
+}
+
+#[test]
+fn what_comes_from_outside_for_a_group_is_dropped() {
+    let f = Fixture::new();
+    let send = |from: &str, to: SocketAddr| {
+        let syn = packet::tcp(from.parse().unwrap(), to, 1, 0, |h| h.syn = true, &[]);
+        let (outcome, counters) = f.send_counting(&syn);
+        (outcome.verdict, counters.into_iter().collect::<Vec<_>>())
+    };
+    let service = &f.config.services[0];
+    let mut families = [false, false];
+    for service in &f.config.services {
+        for group in &service.groups {
+            let from = if group.vip.is_ipv4() { "10.1.1.1:4000" } else { "[fd01:1::1]:4000" };
+            families[usize::from(group.vip.is_ipv6())] = true;
+            let seen = send(from, SocketAddr::new(group.vip, service.port));
+            assert_eq!(seen, (XDP_DROP, vec![("group_vip", 1)]), "{}", group.vip);
+        }
+    }
+    assert_eq!(families, [true, true]);
+    // Another port there is somebody else's.
+    let other = SocketAddr::new(service.groups[0].vip, service.port + 1);
+    assert_eq!(send("10.1.1.1:4000", other), (JUMPED, vec![("not_service", 1)]));
 }
 
 #[test]

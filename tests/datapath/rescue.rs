@@ -8,7 +8,9 @@ use crate::support::{mqtt, packet};
 use etherparse::{SlicedPacket, TcpHeader, TcpOptionElement, TransportSlice};
 use libbpf_rs::RingBufferBuilder;
 use mqtt_fwd::datapath::names::boot_time;
-use mqtt_fwd::kernel::abi::{Pod as _, handover_keys, rescue, rescue_flags, rescuer};
+use mqtt_fwd::kernel::abi::{
+    Pod as _, handover_keys, rescue, rescue_flags, rescue_limits, rescuer,
+};
 
 const XDP_DROP: u32 = 1;
 /// Of its broker's stream, what the client has acknowledged.
@@ -392,4 +394,22 @@ fn a_flow_without_a_handshake_from_here_is_not_rescued() {
     }
     assert_eq!(pieces(&f), []);
     assert_eq!(counter(&f, "flow_rescued"), 0);
+}
+
+#[test]
+fn an_address_has_no_more_than_its_share_of_rescues() {
+    let f = fixture();
+    let ended = |client: &str| {
+        let connect = mqtt::connect_as(4, 2, client.as_bytes(), &[]);
+        let mut c = Client::at_a(&f, client, &connect);
+        let before = f.counters().get("flow_rescued").copied().unwrap_or(0);
+        c.data(CONNACK, &mqtt::publish(b"sensor/b", 0, b"2"));
+        f.counters().get("flow_rescued").copied().unwrap_or(0) - before
+    };
+    // Those that begin in one window, whenever the test does: the second window's are as many at most.
+    let rescued: u64 = (0..200).map(|i| ended(&format!("10.1.1.1:{}", 5000 + i))).sum();
+    let share = u64::from(rescue_limits::RESCUES_PER_ADDRESS.0);
+    assert!(rescued == share || rescued == 2 * share, "{rescued}");
+    assert_eq!(f.counters()["not_rescued"], 200 - rescued);
+    assert_eq!(ended("10.1.1.2:5000"), 1, "somebody else's is his own");
 }

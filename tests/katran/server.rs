@@ -195,7 +195,7 @@ fn a_group_written_another_way_is_refused_with_the_command_that_removes_it() {
         assert!(net.ok(&["apply"]).contains("read back"));
 
         // Onto one that is at work: the datapath has one entry for the two, and it is gone with
-        // the deletion. Whoever deletes, the group's is written anew.
+        // the deletion. Whoever deletes, the group's is written again.
         let sidecar = sidecar(&net);
         wait_healthy(&net, &sidecar);
         let syn = crate::support::packet::tcp(

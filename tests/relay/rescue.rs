@@ -145,7 +145,7 @@ fn what_comes_with_credentials_is_not_published_by_another() {
         assert_eq!(lab.arrivals().contains_key(&format!("of-{id}")), rescued, "{id}");
     }
     assert_eq!(lab.counter("not_rescued"), 1);
-    // mosquitto knows no methods and refuses; what is published behind CONNECT all the same is nobody's.
+    // mosquitto knows no methods and refuses; what is published behind CONNECT nevertheless is nobody's.
     let mut client = Client::new(a_stream(&lab, "c1", SERVICE), 5);
     let mut at_once = method.packet();
     at_once.extend(mqtt::publish5(b"m/temp/x", b"of-method-1"));
@@ -194,7 +194,7 @@ fn a_client_that_never_reads_is_reset_in_the_end() {
     }
     all_right(&lab, &wanted);
     std::thread::sleep(Duration::from_secs(4));
-    // The datapath has given up by now, and says so.
+    // The datapath has given up, and says so.
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         for _ in 0..5 {
             client.publish("m/hum/x", 0, b"too late");

@@ -1,7 +1,12 @@
 //! A broker host's preparation, in a namespace of its own: undone, everything is as it was.
 
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsFd as _;
+
 use crate::support::net::{Net, wait_for};
-use mqtt_fwd::kernel::takeover;
+use crate::support::packet;
+use mqtt_fwd::kernel::pins::Pins;
+use mqtt_fwd::kernel::{takeover, test_run};
 
 /// All that `host up` may touch.
 fn state(net: &Net) -> String {
@@ -172,4 +177,82 @@ fn undone_everything_is_as_it_was() {
 
     net.ok(&down);
     same(&before, &state(&net));
+}
+
+/// A client's SYN for the service, as a balancer at `outer` sends it on.
+fn encapsulated(outer: &str, service: &str) -> Vec<u8> {
+    let client: SocketAddr =
+        if service.contains('[') { "[fd01:1::1]:4000" } else { "10.1.1.1:4000" }.parse().unwrap();
+    let inner = packet::tcp(client, service.parse().unwrap(), 1, 0, |h| h.syn = true, &[]);
+    let eth = etherparse::PacketBuilder::ethernet2(packet::CLIENT_MAC, packet::LB_MAC);
+    let protocol =
+        if client.is_ipv4() { etherparse::ip_number::IPV4 } else { etherparse::ip_number::IPV6 };
+    let mut all = Vec::new();
+    match outer.parse().unwrap() {
+        IpAddr::V4(outer) => {
+            eth.ipv4(outer.octets(), [10, 1, 3, 201], 64).write(&mut all, protocol, &inner[14..])
+        }
+        IpAddr::V6(outer) => {
+            let to: Ipv6Addr = "fd01:3::201".parse().unwrap();
+            eth.ipv6(outer.octets(), to.octets(), 64).write(&mut all, protocol, &inner[14..])
+        }
+    }
+    .unwrap();
+    all
+}
+
+#[test]
+fn only_what_a_balancer_sends_is_decapsulated() {
+    let net = Net::new();
+    let bpffs = net.bpf("");
+    let bpffs = bpffs.to_str().unwrap().trim_end_matches('/');
+    let up = [
+        "host",
+        "up",
+        "--interface",
+        "eth0",
+        "--bpffs",
+        bpffs,
+        "--advmss",
+        "0",
+        "--vip",
+        "10.1.50.200",
+    ];
+    let up = [&up[..], &["--vip", "fd01:50::200"]].concat();
+    net.ok(&up);
+    let pins = Pins::new(std::path::Path::new(bpffs), "eth0", None);
+    let unwraps = |outer: &str, service: &str| {
+        let sent = encapsulated(outer, service);
+        let (program, _) = pins.pinned_program("decap").unwrap();
+        let run = test_run::run(program.as_fd(), &sent, 1).unwrap();
+        assert_eq!(run.verdict, libbpf_sys::XDP_PASS);
+        let unwrapped = run.frame.len() < sent.len();
+        assert!(unwrapped || run.frame == sent, "left as it was");
+        unwrapped
+    };
+    let (v4, v6) = ("10.1.50.200:1883", "[fd01:50::200]:1883");
+    assert!(unwraps("172.16.0.0", v4) && unwraps("172.16.255.255", v4) && unwraps("100::1234", v6));
+    assert!(unwraps("100::1234", v4), "IPv4 in IPv6");
+    for stranger in ["172.17.0.1", "10.1.1.66", "::172.16.0.1", "100:0:0:1::1", "fd01:1::66"] {
+        assert!(!unwraps(stranger, if stranger.contains(':') { v6 } else { v4 }), "{stranger}");
+    }
+    assert!(!unwraps("172.16.0.1", "10.1.50.199:1883"), "no service of this host");
+
+    let from = [&up[..], &["--from", "10.1.2.0/24", "--from", "fd01:2::9"]].concat();
+    assert_eq!(net.ok(&from), "decapsulates what comes from 10.1.2.0/24, fd01:2::9/128\n");
+    assert_eq!(net.ok(&from), "nothing to do\n");
+    assert!(unwraps("10.1.2.9", v4) && unwraps("fd01:2::9", v6));
+    assert!(!unwraps("172.16.0.1", v4) && !unwraps("fd01:2::8", v6), "these and no others");
+    let status = net.mqtt_fwd(&["host", "status", "--interface", "eth0", "--bpffs", bpffs]);
+    let status = String::from_utf8(status.stdout).unwrap();
+    for line in [
+        "balancers send from 10.1.2.0/24, fd01:2::9/128",
+        "         6  packets decapsulated",
+        "         1  encapsulated packets for no service of this host",
+        "         7  encapsulated packets from where no balancer sends",
+    ] {
+        assert!(status.contains(line), "{status}");
+    }
+    let says = net.fails(2, &[&up[..], &["--from", "10.1.2.1/24"]].concat());
+    assert!(says.contains("did you mean 10.1.2.0/24?"), "{says}");
 }

@@ -154,6 +154,7 @@ impl Fixture {
         let rodata = open.maps.rodata_data.as_deref_mut().unwrap();
         rodata.has_predecessor = 0;
         rodata.cache_set_bits = sizes.cache_sets().ilog2();
+        rodata.untracked_bits = sizes.untracked().ilog2();
         set(rodata);
         let skel = open.load().unwrap_or_else(|e| {
             panic!("mqtt_fwd does not load (root? clang?): {e}");

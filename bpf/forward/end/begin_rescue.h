@@ -23,20 +23,38 @@ static __always_inline const struct rescuer *rescuer_alive(void)
 	return r && bpf_ktime_get_boot_ns() < READ_ONCE(r->until) ? r : NULL;
 }
 
+/* Whether the client's address may have another. CPUs that count at once may take one too many. */
+static __always_inline bool rescue_of_address(const struct conn *c)
+{
+	struct rescue_source first = {.began = 1}, *s;
+	struct client6 key = client6_of(c);
+
+	first.window = now_s() / RESCUE_WINDOW_S;
+	s = bpf_map_lookup_elem(&rescue_sources, &key);
+	if (!s || READ_ONCE(s->window) != first.window)
+		return !bpf_map_update_elem(&rescue_sources, &key, &first, BPF_ANY);
+	if (READ_ONCE(s->began) >= RESCUES_PER_ADDRESS)
+		return false;
+	s->began++;
+	return true;
+}
+
 /*
  * Only of clients without credentials: the sidecar publishes as one of those. Only where a cookie has proved
- * that the client is at its address. Not of a PUBLISH whose first bytes its broker has already.
+ * that the client is at its address, and of no address more than its share. Not of a PUBLISH whose first bytes its broker has already.
  * Global (see event.h).
  */
-__noinline int rescue_possible(const struct flow *f, const struct service *svc, __u32 inside)
+__noinline int rescue_possible(const struct conn *c, const struct flow *f,
+			       const struct service *svc, __u32 inside)
 {
 	const struct rescuer *r;
 
-	if (!f || !svc || svc->on_misprediction != MISPREDICTION_RESCUE)
+	if (!c || !f || !svc || svc->on_misprediction != MISPREDICTION_RESCUE)
 		return false;
 	r = rescuer_alive();
 	if (!inside && f->connect & FLOW_ANONYMOUS && f->bound_by != BOUND_BY_PREDICTION && r &&
-	    !READ_ONCE(r->full) && budget_take(&budgets, BUDGET_RESCUES, rescues_per_window))
+	    !READ_ONCE(r->full) && budget_take(&budgets, BUDGET_RESCUES, rescues_per_window) &&
+	    rescue_of_address(c))
 		return true;
 	count(REASON_NOT_RESCUED);
 	return false;

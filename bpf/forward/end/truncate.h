@@ -48,7 +48,7 @@ static __always_inline __u32 goodbye_length(const struct flow *f)
 
 /*
  * Truncates the segment at f->end_seq if that, or what replaces the bytes from there on, lies in it. Global
- * (see event.h). The TCP checksum is updated, not made anew: what was wrong with the segment stays visible to
+ * (see event.h). The TCP checksum is updated, not recomputed: what was wrong with the segment stays visible to
  * the broker's kernel.
  */
 __noinline int truncate_segment(struct xdp_md *ctx, struct conn *c, const struct flow *f)

@@ -5,7 +5,7 @@
  * that wait for each other, in memory too large for either. This table has one, and is small: a
  * set is a cache line, a slot 8 bytes.
  *
- * What is not in it is in `flows`, and whatever binds a flow anew writes it here, too, unless the
+ * What is not in it is in `flows`, and whatever binds a flow again writes it here, too, unless the
  * old group is gone: its epoch tells. Of a flow that `flows` has evicted, it may still know the
  * group.
  *

@@ -46,7 +46,7 @@ static __always_inline __u64 flow_challenger(const struct flow *f)
 	return f->bound_by == BOUND_BY_PREDICTION ? f->challenger : 0;
 }
 
-/* The flow's binding; 0 if its entry is another flow's by now. */
+/* The flow's binding; 0 if its entry is another flow's meanwhile. */
 static __always_inline binding_t flow_binding(const struct flow *f, const struct conn *c)
 {
 	__u64 bound = READ_ONCE(f->bound);

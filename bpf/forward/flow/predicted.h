@@ -16,7 +16,7 @@ __noinline __u64 flow_open(const struct conn *c, const struct service_table *t,
 		return 0;
 
 	struct flow f = {.end = c->seq + 1, .ack = c->ack};
-	/* Seen from its middle: its group may be known all the same, if `flows` is too small. */
+	/* Seen from its middle: its group may still be known, if `flows` is too small. */
 	__u64 binding = probation ? cache_binding(c, t) : 0;
 	struct client *client;
 
@@ -143,7 +143,7 @@ static __noinline struct flow *bind_predicted(const struct conn *c, const struct
 	} else if (challenger) {
 		if (challenger_seq(other) == c->seq && !(is_end(c) && c->seq == f->end)) {
 			challenger_takes_over(c, f);
-			/* It may be in another map by now. */
+			/* It may have moved to another map. */
 			f = flow_find(c);
 			if (!f) {
 				b->binding = challenger;

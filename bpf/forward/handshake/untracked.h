@@ -9,14 +9,18 @@
 /*
  * Whether something of this flow was here before: not just now, and not long ago. What follows
  * CONNECT may overtake it, or CONNECT may be lost; a broker's RST would then end a connection that
- * is being opened. A flow that the balancer lost sends again.
+ * is being opened. A flow that the balancer lost sends again, and is let through for as long as it goes on.
  */
 #define UNTRACKED_SOON_MS 3000
 #define UNTRACKED_LATE_MS 60000
 
+/* log2 of the places in `untracked`. */
+const volatile __u32 untracked_bits = 12;
+
 static __always_inline bool untracked_again(const struct conn *c, const struct service_table *t)
 {
-	__u32 key = ((c->tag ^ (__u32)t->topic_key[0]) * 0x9e3779b1U) >> 20;
+	__u32 key = ((c->tag ^ (__u32)t->topic_key[0]) * 0x9e3779b1U) >>
+		    (32 - untracked_bits);
 	__u64 *place = bpf_map_lookup_elem(&untracked, &key), seen;
 	__u32 age;
 
@@ -24,13 +28,16 @@ static __always_inline bool untracked_again(const struct conn *c, const struct s
 		return false;
 	seen = READ_ONCE(*place); /* ms | tag << 32 */
 	age = now_ms() - (__u32)seen;
-	if (seen >> 32 == c->tag && age < UNTRACKED_LATE_MS)
-		return age >= UNTRACKED_SOON_MS;
+	if (seen >> 32 == c->tag && age < UNTRACKED_LATE_MS) {
+		if (age < UNTRACKED_SOON_MS)
+			return false;
+		if (age >= UNTRACKED_LATE_MS / 2)
+			WRITE_ONCE(*place, tagged(c, now_ms() - UNTRACKED_SOON_MS));
+		return true;
+	}
 	WRITE_ONCE(*place, tagged(c, now_ms()));
 	return false;
 }
-
-_Static_assert(UNTRACKED_SLOTS == 1 << (32 - 20), "a hash of so many bits");
 
 /* Neither a flow nor a cookie: a connection whose state was lost, or nobody's. Nothing is kept. */
 static __always_inline int handshake_untracked(struct xdp_md *ctx, struct conn *c,

@@ -38,7 +38,7 @@ static __always_inline void tally_count(const struct scratch *w)
 
 static __always_inline void malformed(const struct parse *p, struct span *s)
 {
-	/* A broker closes such a connection; should it go on, it has to prove itself anew. */
+	/* A broker closes such a connection; should it go on, it has to prove itself again. */
 	p->f->flags |= FLOW_UNSYNCED;
 	p->f->flags &= ~FLOW_TRUSTED;
 	p->f->candidates = 0;

@@ -161,7 +161,7 @@ __noinline int publish_judge(const struct conn *c, struct flow *f, const struct 
 		may_end = false;
 		f->topic = 0;
 	} else {
-		rescued = trusted && p->to && rescue_possible(f, svc, p->inside);
+		rescued = trusted && p->to && rescue_possible(c, f, svc, p->inside);
 	}
 	if (rescued || may_end) {
 		flow_end(w, f, c, p->start, p->inside, rescued);
@@ -194,7 +194,7 @@ __noinline int subscribe_judge(const struct conn *c, struct flow *f, const struc
 	count(REASON_SUBSCRIBER);
 	if (svc->on_misprediction == MISPREDICTION_KEEP || seq_before(start, w->end_before))
 		return 0;
-	flow_end(w, f, c, start, inside, rescue_possible(f, svc, inside));
+	flow_end(w, f, c, start, inside, rescue_possible(c, f, svc, inside));
 	report_event(c, EVENT_MISPREDICTED, from_to(bound, relay_of(svc)), 0, REPORT_ENDED);
 	return 0;
 }

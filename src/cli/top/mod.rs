@@ -1,4 +1,4 @@
-//! `top`: groups, reals, topics and clients on one screen, anew every second.
+//! `top`: groups, reals, topics and clients on one screen, updated every second.
 
 mod draw;
 

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use etherparse::{SlicedPacket, TcpHeader, TcpOptionElement, TransportSlice};
+use mqtt_fwd::domain::MapSizes;
 use mqtt_fwd::kernel::abi::handover_keys;
 
 use crate::support::datapath::{Fixture, Outcome, SERVICE, SERVICE6, XDP_TX};
@@ -12,10 +13,19 @@ pub fn delayed() -> Fixture {
     delayed_at(u32::MAX)
 }
 
+/// Delayed binding, with maps of these sizes.
+pub fn delayed_with(sizes: &MapSizes) -> Fixture {
+    delayed_of(sizes, u32::MAX)
+}
+
 /// Delayed binding, with so many new flows in a window of time.
 pub fn delayed_at(flows_per_window: u32) -> Fixture {
+    delayed_of(&datapath::SMALL, flows_per_window)
+}
+
+fn delayed_of(sizes: &MapSizes, flows_per_window: u32) -> Fixture {
     let text = datapath::CONFIG.replace("max_packet", "binding = \"delayed\"\nmax_packet");
-    let f = Fixture::loaded(&text, &datapath::SMALL, |rodata| {
+    let f = Fixture::loaded(&text, sizes, |rodata| {
         rodata.flows_per_window = flows_per_window;
         rodata.topics_per_window = u32::MAX;
     });

@@ -272,7 +272,7 @@ fn a_balancer_that_forgot_its_client_lets_it_be_told() {
             let started = Instant::now();
             stream.write_all(&mqtt::publish(b"m/temp", 1, b"forgotten")).unwrap();
             let error = stream.read_exact(&mut [0; 4]).unwrap_err();
-            assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "so it connects anew");
+            assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "so it connects again");
             assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
         });
     });
