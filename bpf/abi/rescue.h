@@ -16,7 +16,8 @@ enum rescue_flags {
 
 enum rescue_limits {
 	RESCUE_WINDOW_S = 20, /* as long as a stream lasts without anything new */
-	RESCUES_PER_ADDRESS = 64, /* in a window; the sidecar has room for 512 before it is `full` */
+	RESCUES_PER_ADDRESS =
+		64, /* in a window; the sidecar has room for 512 before it is `full` */
 };
 
 /* The sidecar, as the datapath knows it. */

@@ -33,7 +33,6 @@ struct {
 	__uint(max_entries, 256);
 } decap_sources SEC(".maps");
 
-
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__type(key, __u32);

@@ -62,16 +62,19 @@ static __always_inline const struct service *service_find6(const struct service_
 }
 
 /*
- * Whether it is a group's address and port that `c` has in the place of the client's address. Global (see event.h).
+ * Whether it is a group's address and port that `c` has in the place of the client's address. A service's other
+ * listeners have VIPs of its own address, which clients do send to. Global (see event.h).
  */
 __noinline int is_group_vip(const struct conn *c, __u32 port)
 {
 	struct vip_definition vip = {.port = port, .proto = IPPROTO_TCP};
+	const struct vip_definition *service;
 
 	if (!c)
 		return false;
 	__builtin_memcpy(vip.addr, c->key.addr, sizeof(vip.addr));
-	return !!bpf_map_lookup_elem(&mqtt_service_vips, &vip);
+	service = bpf_map_lookup_elem(&mqtt_service_vips, &vip);
+	return service && !addr6_equal(service->addr, vip.addr);
 }
 
 /* A segment for no service: not for a group past this program, where nobody would look at it. */

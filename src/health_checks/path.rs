@@ -9,6 +9,7 @@ use tokio::net::{TcpSocket, TcpStream};
 
 use crate::config::{Config, Encapsulation};
 use crate::kernel::BpfError;
+use crate::kernel::decap;
 use crate::kernel::wrap::{Outer, Wrap};
 
 /// Why a check could not be made, which says nothing about its real.
@@ -47,7 +48,12 @@ impl Path {
         // Nowhere else would it be wrapped: it would come to the balancer, as a client's.
         raw.bind_device(Some(self.interface.as_bytes())).map_err(failed)?;
         let cookie = raw.cookie().map_err(failed)?;
-        let source = source_towards(real).map_err(failed)?;
+        // As the balancer's own, so that a broker host takes it for that.
+        let source = if self.gue {
+            source_towards(real).map_err(failed)?
+        } else {
+            decap::usual_source(real)
+        };
         let mut wrap = self.wrap();
         wrap.renew()?;
         wrap.add(cookie, Outer { source, real, gue: self.gue })?;

@@ -29,6 +29,11 @@ pub const USUAL_SOURCES: [IpNet; 2] = [
     IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 0), 64)),
 ];
 
+/// An outer source towards a real, as both balancers have them.
+pub fn usual_source(real: IpAddr) -> IpAddr {
+    USUAL_SOURCES[usize::from(real.is_ipv6())].addr()
+}
+
 /// What it needs to know.
 #[derive(Debug, Clone, Copy)]
 pub struct Decap<'a> {

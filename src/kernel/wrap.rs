@@ -28,7 +28,7 @@ pub struct Wrap {
 /// The encapsulation of one check.
 #[derive(Debug, Clone, Copy)]
 pub struct Outer {
-    /// This host's address towards `real`.
+    /// Where broker hosts expect it from.
     pub source: IpAddr,
     pub real: IpAddr,
     /// GUE in place of IPIP.

@@ -194,6 +194,34 @@ impl User {
     }
 }
 
+/// What a CONNECT that has not come whole takes of the room that all of them have, until it is dropped. Those of 16 KiB,
+/// enough for tokens and certificates, take none.
+struct LargeConnect<'a> {
+    shared: &'a Shared,
+    bytes: u64,
+}
+
+impl LargeConnect<'_> {
+    const SMALL: u64 = 16 << 10;
+    const ROOM: u64 = 32 << 20;
+
+    fn holds(&mut self, bytes: usize) -> io::Result<()> {
+        let bytes = (bytes as u64).saturating_sub(Self::SMALL);
+        self.shared.connecting.add(bytes - self.bytes);
+        self.bytes = bytes;
+        if bytes > 0 && self.shared.connecting.get() > Self::ROOM {
+            return Err(io::Error::other("unfinished CONNECT packets take more than 32 MiB"));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for LargeConnect<'_> {
+    fn drop(&mut self) {
+        self.shared.connecting.sub(self.bytes);
+    }
+}
+
 /// TLS and WebSocket handshakes, and CONNECT. Also returns what the client sent after it.
 async fn handshake(
     stream: TcpStream,
@@ -218,7 +246,9 @@ async fn handshake(
         }
     };
     let mut bytes = Vec::with_capacity(512);
+    let mut large_connect = LargeConnect { shared: &worker.shared, bytes: 0 };
     loop {
+        large_connect.holds(bytes.capacity())?;
         let header = match wire::header(&bytes) {
             Ok(header) => header,
             Err(malformed) => {
@@ -232,6 +262,7 @@ async fn handshake(
                 return Err(io::Error::new(io::ErrorKind::InvalidData, what));
             }
             if bytes.len() >= h.total() {
+                stream.connected();
                 let rest = bytes.split_off(h.total());
                 let read = Connect::read(&bytes);
                 let connect = read.map_err(|malformed| Refusal { malformed, v5: false });

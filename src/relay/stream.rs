@@ -24,6 +24,17 @@ pub enum Stream {
     Wss(Box<WebSocket<TlsStream<TcpStream>>>),
 }
 
+impl Stream {
+    /// CONNECT is there.
+    pub fn connected(&mut self) {
+        match self {
+            Self::Ws(stream) => stream.connected(),
+            Self::Wss(stream) => stream.connected(),
+            Self::Tcp(_) | Self::Tls(_) => {}
+        }
+    }
+}
+
 macro_rules! each {
     ($self:ident, $stream:ident => $what:expr) => {
         match $self.get_mut() {

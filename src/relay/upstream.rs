@@ -4,6 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -98,7 +99,7 @@ pub struct Upstream {
     /// The client's messages at QoS 1 and 2 in flight.
     pub inflight: u16,
     /// Topic aliases set on this connection.
-    pub aliases: HashMap<u16, Box<str>>,
+    pub aliases: HashMap<u16, Rc<str>>,
     /// Its keepalive.
     pub keepalive: Keepalive,
     /// When the client last used it.

@@ -16,10 +16,59 @@ use tokio_tungstenite::tungstenite::{Error, Message};
 /// Of MQTT since 3.1.1, and of MQTT 3.1.
 const PROTOCOLS: [&str; 2] = ["mqtt", "mqttv3.1"];
 
+/// Bytes from a client until its CONNECT is there: the library keeps a message, as long as `max_packet`, until it is
+/// whole.
+const BEFORE_CONNECT: usize = 300 << 10;
+
+/// A transport from which so much is read.
+#[derive(Debug)]
+struct Limited<S> {
+    inner: S,
+    /// Bytes that may still be read; `None`: no limit.
+    left: Option<usize>,
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Limited<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut self.inner).poll_read(cx, buf))?;
+        if let Some(left) = &mut self.left {
+            let Some(rest) = left.checked_sub(buf.filled().len() - before) else {
+                let what = "too much before CONNECT";
+                return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, what)));
+            };
+            *left = rest;
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Limited<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+}
+
 /// A byte stream over WebSocket messages.
 #[derive(Debug)]
 pub struct WebSocket<S> {
-    inner: WebSocketStream<S>,
+    inner: WebSocketStream<Limited<S>>,
     /// The unread rest of a message.
     rest: Bytes,
 }
@@ -33,11 +82,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> WebSocket<S> {
         config.max_write_buffer_size = max_message + (1 << 20);
         config.max_message_size = Some(max_message);
         config.max_frame_size = Some(max_message);
+        let stream = Limited { inner: stream, left: Some(BEFORE_CONNECT) };
         let inner =
             tokio_tungstenite::accept_hdr_async_with_config(stream, subprotocol, Some(config))
                 .await
                 .map_err(other)?;
         Ok(Self { inner, rest: Bytes::new() })
+    }
+
+    /// CONNECT is there: messages may be as long as they may be.
+    pub fn connected(&mut self) {
+        self.inner.get_mut().left = None;
     }
 }
 

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::stats::Stats;
 use crate::brokers::router::Router;
+use crate::counter::Counter;
 use crate::domain::RelayLimits;
 
 /// How long a broker that was not reached counts as down, at least.
@@ -25,6 +26,8 @@ pub struct Shared {
     tables: RwLock<Vec<Arc<Router>>>,
     generation: AtomicU64,
     clients: Mutex<HashMap<IpAddr, Client>>,
+    /// Bytes of CONNECT packets that have not come whole, beyond what each connection may hold.
+    pub connecting: Counter,
     /// Ends all sessions.
     pub stop: CancellationToken,
 }
@@ -46,6 +49,7 @@ impl Shared {
             tables: RwLock::new(tables),
             generation: AtomicU64::new(0),
             clients: Mutex::default(),
+            connecting: Counter::default(),
             stop: CancellationToken::new(),
         }
     }

@@ -500,6 +500,15 @@ fn checks_are_wrapped_as_the_balancer_wraps() {
         .replace("balancer = \"embedded\"", "balancer = \"katran\"\nencapsulation = \"gue\"")
         .replace("default_group", "health_check = { type = \"tcp\", path = \"encapsulated\", interval = \"300ms\", timeout = \"200ms\" }\ndefault_group");
     std::fs::write(format!("{dir}/config.toml"), text).unwrap();
+    // With GUE, from the balancer's own addresses.
+    for real in ["r1", "r2", "r3"] {
+        let bpffs = format!("{dir}/bpf/{real}");
+        let up =
+            ["mqtt-fwd", "host", "up", "--interface", "eth0", "--bpffs", &bpffs, "--advmss", "0"];
+        let vips = ["--vip", "10.1.50.200", "--vip", "fd01:50::200"];
+        let from = ["--from", "10.1.2.0/24", "--from", "fd01:2::/64"];
+        lab.ok(real, &[&up[..], &vips, &from].concat());
+    }
     let _run = start(&["mqtt-fwd", "run"]);
     wait_for("`run`", || lab.exec("lb", &["mqtt-fwd", "reals"]).status.success().then_some(()));
     for real in ["10.1.3.201", "10.1.3.203", "fd01:3::202"] {

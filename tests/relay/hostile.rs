@@ -179,6 +179,69 @@ fn resident(pid: u32) -> usize {
     line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 1024
 }
 
+/// Topic aliases, CONNECTs and WebSocket messages that are not finished: what each could have the relay keep.
+#[test]
+fn what_clients_leave_unfinished_is_bounded_in_bytes() {
+    let bed = Bed::with(
+        "connections_per_address = 2000\nconnections_per_second = 5000",
+        "listener = [{ port = 9001, websocket = true }]",
+    );
+    let mut others = bed.client("other");
+    others.publish_and_wait("temp/x", 1, b"");
+    let before = resident(bed.relay_pid());
+    // 800 × 250 KiB of a CONNECT of 256.
+    let connect_begins =
+        [&b"\x10\xf0\xff\x0f\x00\x04MQTT\x04\xc2\x00\x3c"[..], &vec![0; 250 << 10]].concat();
+    let mut held: Vec<std::net::TcpStream> = Vec::new();
+    for _ in 0..800 {
+        let mut stream = bed.stream(RELAY);
+        // It is closed while it is written to, once there are too many.
+        let _ = stream.set_write_timeout(Some(Duration::from_millis(200)));
+        let _ = stream.write_all(&connect_begins);
+        held.push(stream);
+    }
+    // 30 × 8 MB of a WebSocket message.
+    let relay: std::net::SocketAddr = RELAY.parse().unwrap();
+    for _ in 0..30 {
+        let mut stream = bed.stream((relay.ip(), 9001));
+        let _ = stream.set_write_timeout(Some(Duration::from_millis(200)));
+        let upgrade = "GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
+                       Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\
+                       Sec-WebSocket-Protocol: mqtt\r\n\r\n";
+        stream.write_all(upgrade.as_bytes()).unwrap();
+        let mut answer = [0; 12];
+        stream.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 101");
+        let frame =
+            [&b"\x82\xff\x00\x00\x00\x00\x00\x80\x00\x00\x01\x02\x03\x04"[..], &vec![0; 8_000_000]];
+        let _ = stream.write_all(&frame.concat());
+        held.push(stream);
+    }
+    let grown = resident(bed.relay_pid()).saturating_sub(before);
+    assert!(grown < 80 << 20, "the relay has grown by {grown} bytes");
+    others.publish_and_wait("temp/x", 1, b"");
+    bed.client("one more").publish_and_wait("temp/x", 1, b"");
+    // A large CONNECT of somebody who finishes it, once there is room again.
+    drop(held);
+    let mut client = bed.client5("aliases");
+    let mut code = 0;
+    for alias in 1..=10u16 {
+        let topic = format!("temp/{alias}{}", "x".repeat(10_000));
+        let properties = [&b"\x23"[..], &alias.to_be_bytes()].concat();
+        client.publish_with(&topic, 0, &properties, b"");
+    }
+    while let Some(packet) = client.packet() {
+        if packet[0] == 0xe0 {
+            code = packet[2];
+            break;
+        }
+    }
+    assert!(
+        code == 0x97 || code == 0x94,
+        "{code:#x}: more than 64 KiB of topics, or than the broker's aliases"
+    );
+}
+
 #[test]
 fn a_slow_subscriber_delays_no_other_and_is_not_buffered_for() {
     let bed = Bed::new();

@@ -253,6 +253,8 @@ fn only_what_a_balancer_sends_is_decapsulated() {
     ] {
         assert!(status.contains(line), "{status}");
     }
-    let says = net.fails(2, &[&up[..], &["--from", "10.1.2.1/24"]].concat());
-    assert!(says.contains("did you mean 10.1.2.0/24?"), "{says}");
+    let wrong = net.mqtt_fwd(&[&up[..], &["--from", "10.1.2.1/24"]].concat());
+    let says = String::from_utf8(wrong.stderr).unwrap();
+    assert!(wrong.status.code() == Some(2) && says.contains("did you mean 10.1.2.0/24?"), "{says}");
+    net.ok(&["host", "down", "--interface", "eth0", "--bpffs", bpffs]);
 }

@@ -19,8 +19,7 @@ const volatile __u32 untracked_bits = 12;
 
 static __always_inline bool untracked_again(const struct conn *c, const struct service_table *t)
 {
-	__u32 key = ((c->tag ^ (__u32)t->topic_key[0]) * 0x9e3779b1U) >>
-		    (32 - untracked_bits);
+	__u32 key = ((c->tag ^ (__u32)t->topic_key[0]) * 0x9e3779b1U) >> (32 - untracked_bits);
 	__u64 *place = bpf_map_lookup_elem(&untracked, &key), seen;
 	__u32 age;
 

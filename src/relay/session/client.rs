@@ -1,6 +1,7 @@
 //! Client → brokers: where each packet goes.
 
 use std::io::IoSlice;
+use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
@@ -136,16 +137,11 @@ impl Session {
             let what = "topic alias larger than CONNACK allows";
             return Err(End::Protocol(Malformed { code: 0x94, what }));
         }
-        let known;
-        let topic = if p.topic.is_empty() {
-            known = self.aliases.topics.get(&p.alias).cloned();
-            known.as_deref().ok_or(End::Protocol(Malformed {
-                code: 0x82,
-                what: "topic alias that stands for nothing",
-            }))?
-        } else {
-            p.topic
+        let aliased = match p.alias {
+            0 => None,
+            alias => Some(self.aliases.topic(alias, p.topic).map_err(End::Protocol)?),
         };
+        let topic = aliased.as_deref().unwrap_or(p.topic);
         let found = self.table.broker_of(topic, |b| self.is_down(b));
         let broker = found.unwrap_or(self.upstreams[usize::from(self.home)].broker);
         let again = p.qos > 0 && self.in_flight.messages.contains_key(&p.id);
@@ -189,18 +185,18 @@ impl Session {
         }
         up.last_used = now;
         let mut from = 0;
-        if p.alias != 0 {
+        if let Some(topic) = &aliased {
             let told = alias != 0
-                && up.aliases.insert(alias, topic.into()).is_some_and(|before| *before == *topic);
+                && up
+                    .aliases
+                    .insert(alias, Rc::clone(topic))
+                    .is_some_and(|before| before == *topic);
             // Forwarded unchanged if this packet sets the alias, or the broker knows it.
             if alias == 0 || (p.topic.is_empty() && !told) {
                 let mut made = Vec::new();
                 wire::rewrite_publish(h, &p, topic, alias, &mut made);
                 pieces.push((slot, Piece::Made(made)));
                 from = p.payload_at;
-            }
-            if !p.topic.is_empty() {
-                self.aliases.topics.insert(p.alias, p.topic.into());
             }
         }
         append(pieces, slot, at + from..at + there);

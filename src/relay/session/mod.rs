@@ -181,9 +181,36 @@ struct InFlight {
 /// The client's topic aliases (MQTT 5 §3.3.2.3.4).
 #[derive(Default)]
 struct Aliases {
-    topics: HashMap<u16, Box<str>>,
+    topics: HashMap<u16, Rc<str>>,
+    /// Total length of the topics.
+    bytes: usize,
     /// Topic alias maximum of home's CONNACK.
     max: u16,
+}
+
+impl Aliases {
+    /// Bytes of topics: what a client can have kept here, and a reference at each broker.
+    const MOST: usize = 64 << 10;
+
+    /// The topic that an alias stands for from now on; `topic` is empty if it is to be known.
+    fn topic(&mut self, alias: u16, topic: &str) -> Result<Rc<str>, Malformed> {
+        const UNKNOWN: Malformed =
+            Malformed { code: 0x82, what: "topic alias that stands for nothing" };
+        const QUOTA: Malformed =
+            Malformed { code: 0x97, what: "topic aliases for more than 64 KiB of topics" };
+        let known = self.topics.get(&alias);
+        if topic.is_empty() {
+            return known.cloned().ok_or(UNKNOWN);
+        }
+        let bytes = self.bytes - known.map_or(0, |t| t.len()) + topic.len();
+        if bytes > Self::MOST {
+            return Err(QUOTA);
+        }
+        self.bytes = bytes;
+        let topic: Rc<str> = topic.into();
+        self.topics.insert(alias, Rc::clone(&topic));
+        Ok(topic)
+    }
 }
 
 /// The client's keepalive.
