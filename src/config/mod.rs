@@ -12,6 +12,9 @@ use std::time::Duration;
 pub use error::{ConfigError, Problem};
 pub use read::{address, endpoint, mac};
 
+use crate::kernel::load::LoadSpec;
+use crate::kernel::pins::Pins;
+
 pub use crate::domain::{
     Api, BalancerKind, Binding, Encapsulation, Group, MapSizes, OnMisprediction, Rates, Real,
     RelayLimits, Route, Service, Target, XdpMode,
@@ -63,6 +66,22 @@ pub struct Config {
 }
 
 impl Config {
+    /// Where its interface's programs and maps are pinned.
+    pub fn pins(&self) -> Pins {
+        Pins::new(&self.bpffs, &self.interface, self.root_array.as_deref())
+    }
+
+    /// What the loader has to know of it.
+    pub fn load_spec(&self) -> LoadSpec {
+        LoadSpec {
+            interface: self.interface.clone(),
+            xdp_mode: self.xdp_mode,
+            pins: self.pins(),
+            maps: self.maps,
+            rates: self.rates,
+        }
+    }
+
     /// Reads and checks a file. Every problem of it is reported, not only the first.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let unreadable = |source| ConfigError::Unreadable { path: path.to_owned(), source };

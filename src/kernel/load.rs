@@ -27,7 +27,6 @@ use super::skeletons::xdp_root::XdpRootSkelBuilder;
 use super::upgrade::{Moved, Upgrade};
 use super::xdp::{self, ProgramInfo};
 use super::{BpfError, Result};
-use crate::config::Config;
 use crate::domain::{MapSizes, Rates, XdpMode};
 
 /// What is to be loaded, and where.
@@ -43,19 +42,6 @@ pub struct LoadSpec {
     pub maps: MapSizes,
     /// Rates.
     pub rates: Rates,
-}
-
-impl Config {
-    /// What the loader has to know of it.
-    pub fn load_spec(&self) -> LoadSpec {
-        LoadSpec {
-            interface: self.interface.clone(),
-            xdp_mode: self.xdp_mode,
-            pins: self.pins(),
-            maps: self.maps,
-            rates: self.rates,
-        }
-    }
 }
 
 /// What [`load`] found and did, for people.

@@ -25,7 +25,6 @@ use nix::sys::statfs::{FsType, statfs};
 
 use super::xdp::ProgramInfo;
 use super::{BpfError, Result};
-use crate::config::Config;
 
 /// For another process that loads or unloads.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
@@ -57,13 +56,6 @@ impl Object {
             Self::Balancer => "balancer",
             Self::BrokerHost => "broker_host",
         }
-    }
-}
-
-impl Config {
-    /// Where its interface's programs and maps are pinned.
-    pub fn pins(&self) -> Pins {
-        Pins::new(&self.bpffs, &self.interface, self.root_array.as_deref())
     }
 }
 
