@@ -88,5 +88,5 @@ install_all() {
 # -O2 in any profile; scripts/package and measurements use the release profile.
 build() {
 	say "building (cargo build; on two cores some three minutes the first time, nearly all for dependencies)"
-	(cd "$TOP" && cargo build --locked)
+	(cd "$TOP" && cargo build --locked "$@")
 }
