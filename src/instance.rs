@@ -106,7 +106,7 @@ pub fn remove(config: &Config) {
     let _ = fs::remove_dir(run_files::DIR);
 }
 
-/// The `run` of a configuration's interface, if one is at work.
+/// The `run` of a configuration's interface, if one is running.
 pub fn find(config: &Config) -> Option<Running> {
     let path = path(config);
     let file = File::open(&path).ok()?;

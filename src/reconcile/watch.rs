@@ -233,7 +233,7 @@ impl Reconciler {
     async fn rewrite_canonical(&mut self, client: &mut Client) -> Result<(), BalancerError> {
         if let Some(vip) = self.not_canonical {
             client.modify_vip(vip, GROUP_FLAG, true).await?;
-            info!(%vip, "rewrote the VIP after removing its non-canonical spelling");
+            info!(%vip, "rewrote the VIP after removing its non-canonical form");
             self.not_canonical = None;
         }
         Ok(())

@@ -72,7 +72,7 @@ fn what_a_restarted_balancer_forgot_is_put_back() {
         for signal in ["KILL", "TERM"] {
             server.signal(signal);
             server.wait();
-            // Killed, it leaves its program at work; told to end, it takes it along.
+            // Killed, it leaves its program running; told to end, it takes it along.
             let verdict = net.through_root(&Net::syn("10.1.1.1", 1)).verdict;
             let expected = if signal == "KILL" {
                 crate::support::datapath::XDP_TX
@@ -194,7 +194,7 @@ fn a_group_written_another_way_is_refused_with_the_command_that_removes_it() {
         net.ok(&["katran", "del-vip", "[FD01:50::1]:1883/tcp"]);
         assert!(net.ok(&["apply"]).contains("read back"));
 
-        // Onto one that is at work: the datapath has one entry for the two, and it is gone with
+        // Onto one that is in use: the datapath has one entry for the two, and it is gone with
         // the deletion. Whoever deletes, the group's is written again.
         let sidecar = sidecar(&net);
         wait_healthy(&net, &sidecar);

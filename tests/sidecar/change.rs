@@ -1,4 +1,4 @@
-//! Services that are changed while `run` is at work, and the gRPC service that this goes through.
+//! Services that are changed while `run` is active, and the gRPC service that this goes through.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
