@@ -48,15 +48,9 @@ fn every_entry_of_a_large_map_is_read_while_packets_change_it() {
     let f = Fixture::sized(CONFIG, &sizes);
     let d = &f.datapath;
     let done = AtomicBool::new(false);
-    /// However the test ends, the packets do.
-    struct Done<'a>(&'a AtomicBool);
-    impl Drop for Done<'_> {
-        fn drop(&mut self) {
-            self.0.store(true, Ordering::Relaxed);
-        }
-    }
     std::thread::scope(|scope| {
-        let _done = Done(&done);
+        // However the test ends, the packets do.
+        scopeguard::defer!(done.store(true, Ordering::Relaxed));
         scope.spawn(|| {
             let mut i = 0u32;
             while !done.load(Ordering::Relaxed) {

@@ -149,39 +149,35 @@ fn draining_loses_no_message_and_moves_no_established_connection() {
                 })
             })
             .collect();
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            wait_for("both brokers", || {
-                let received = lab.received();
-                let of = |real| received.get(&real).map_or(0, Vec::len);
-                (of(1) > 20 && of(2) > 20).then_some(())
-            });
-            // It answers once the balancer has it.
-            lab.mqtt_fwd(&["drain", "10.1.3.201"]);
-            assert_eq!(spread(&lab, "drained", 8), BTreeMap::from([(2, 8)]));
-            let before = lab.received()[&1].len();
-            wait_for("what is established to go on", || {
-                (lab.received()[&1].len() > before + 20).then_some(())
-            });
-            // A restart of `run` does not undrain.
-            for what in ["stop", "start"] {
-                assert!(lab.script("sidecar").arg(what).status().unwrap().success());
-            }
-            wait_for("the state to be kept", || {
-                let reals = lab.exec("lb", &["mqtt-fwd", "reals"]);
-                String::from_utf8(reals.stdout).unwrap().contains("drained").then_some(())
-            });
-            let refused = lab.exec("lb", &["mqtt-fwd", "drain", "10.1.3.202"]);
-            let text = String::from_utf8(refused.stderr).unwrap();
-            assert!(text.contains("group a (mqtt) has no other real"), "{text}");
-            lab.mqtt_fwd(&["undrain", "10.1.3.201"]);
-            wait_for("connections to both", || {
-                (spread(&lab, "undrained", 8).len() == 2).then_some(())
-            });
-        }));
-        std::fs::write(&enough, "").unwrap();
-        let sent: Vec<_> = running.into_iter().map(|p| p.join().unwrap()).collect();
-        result.unwrap();
-        sent
+        // However the test ends, the publishers do.
+        let ended = scopeguard::guard((), |()| std::fs::write(&enough, "").unwrap());
+        wait_for("both brokers", || {
+            let received = lab.received();
+            let of = |real| received.get(&real).map_or(0, Vec::len);
+            (of(1) > 20 && of(2) > 20).then_some(())
+        });
+        // It answers once the balancer has it.
+        lab.mqtt_fwd(&["drain", "10.1.3.201"]);
+        assert_eq!(spread(&lab, "drained", 8), BTreeMap::from([(2, 8)]));
+        let before = lab.received()[&1].len();
+        wait_for("what is established to go on", || {
+            (lab.received()[&1].len() > before + 20).then_some(())
+        });
+        // A restart of `run` does not undrain.
+        for what in ["stop", "start"] {
+            assert!(lab.script("sidecar").arg(what).status().unwrap().success());
+        }
+        wait_for("the state to be kept", || {
+            let reals = lab.exec("lb", &["mqtt-fwd", "reals"]);
+            String::from_utf8(reals.stdout).unwrap().contains("drained").then_some(())
+        });
+        let refused = lab.exec("lb", &["mqtt-fwd", "drain", "10.1.3.202"]);
+        let text = String::from_utf8(refused.stderr).unwrap();
+        assert!(text.contains("group a (mqtt) has no other real"), "{text}");
+        lab.mqtt_fwd(&["undrain", "10.1.3.201"]);
+        wait_for("connections to both", || (spread(&lab, "undrained", 8).len() == 2).then_some(()));
+        drop(ended);
+        running.into_iter().map(|p| p.join().unwrap()).collect::<Vec<_>>()
     });
     let arrivals = lab.arrivals();
     for (i, (connections, count)) in sent.into_iter().enumerate() {
@@ -208,18 +204,16 @@ fn publish_while(lab: &Lab, happens: impl FnOnce()) -> Vec<(usize, u64)> {
                 })
             })
             .collect();
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            wait_for("both brokers", || {
-                let received = lab.received();
-                let of = |real| received.get(&real).map_or(0, Vec::len);
-                (of(1) > 20 && of(2) > 20).then_some(())
-            });
-            happens();
-        }));
-        std::fs::write(&enough, "").unwrap();
-        let published = running.into_iter().map(|p| p.join().unwrap()).collect();
-        result.unwrap();
-        published
+        // However the test ends, the publishers do.
+        let ended = scopeguard::guard((), |()| std::fs::write(&enough, "").unwrap());
+        wait_for("both brokers", || {
+            let received = lab.received();
+            let of = |real| received.get(&real).map_or(0, Vec::len);
+            (of(1) > 20 && of(2) > 20).then_some(())
+        });
+        happens();
+        drop(ended);
+        running.into_iter().map(|p| p.join().unwrap()).collect()
     });
     let arrivals = lab.arrivals();
     for (i, (_, count)) in published.iter().enumerate() {

@@ -217,15 +217,9 @@ fn an_upgrade_to_a_build_of_another_layout_loses_nothing() {
     }
     let stop = std::env::temp_dir().join(format!("{}.stop", lab.name));
     let other = example("other-build");
-    /// However the test ends, the publishers do.
-    struct Stop<'a>(&'a std::path::Path);
-    impl Drop for Stop<'_> {
-        fn drop(&mut self) {
-            let _ = std::fs::write(self.0, "");
-        }
-    }
     let published: Vec<(usize, u64)> = std::thread::scope(|scope| {
-        let ended = Stop(&stop);
+        // However the test ends, the publishers do.
+        let ended = scopeguard::guard((), |()| std::fs::write(&stop, "").unwrap());
         let publishers: Vec<_> = topics
             .iter()
             .enumerate()
@@ -468,15 +462,9 @@ fn parts_taken_out_and_put_back_cost_no_established_connection() {
         });
     };
     let enough = format!("/run/mqtt-fwd-lab/{}/enough", lab.name);
-    /// Ends the publishers, whatever else fails.
-    struct Enough<'a>(&'a str);
-    impl Drop for Enough<'_> {
-        fn drop(&mut self) {
-            let _ = std::fs::write(self.0, "");
-        }
-    }
     let sent: Vec<u64> = std::thread::scope(|scope| {
-        let end = Enough(&enough);
+        // Whatever else fails, the publishers end.
+        let end = scopeguard::guard((), |()| std::fs::write(&enough, "").unwrap());
         let running: Vec<_> = publishers
             .iter()
             .map(|(client, topic, _)| {

@@ -23,7 +23,10 @@ static __always_inline const struct rescuer *rescuer_alive(void)
 	return r && bpf_ktime_get_boot_ns() < READ_ONCE(r->until) ? r : NULL;
 }
 
-/* Whether the client's address may have another. CPUs that count at once may take one too many. */
+/*
+ * Whether the client's address may have another. Asked before the budget of all, from which an address that
+ * has had its share takes nothing. CPUs that count at once may take one too many.
+ */
 static __always_inline bool rescue_of_address(const struct conn *c)
 {
 	struct rescue_source first = {.began = 1}, *s;
@@ -53,8 +56,8 @@ __noinline int rescue_possible(const struct conn *c, const struct flow *f,
 		return false;
 	r = rescuer_alive();
 	if (!inside && f->connect & FLOW_ANONYMOUS && f->bound_by != BOUND_BY_PREDICTION && r &&
-	    !READ_ONCE(r->full) && budget_take(&budgets, BUDGET_RESCUES, rescues_per_window) &&
-	    rescue_of_address(c))
+	    !READ_ONCE(r->full) && rescue_of_address(c) &&
+	    budget_take(&budgets, BUDGET_RESCUES, rescues_per_window))
 		return true;
 	count(REASON_NOT_RESCUED);
 	return false;

@@ -179,6 +179,8 @@ fn programs_may_be_replaced_and_the_sidecar_killed_while_connections_open() {
     let done = std::sync::atomic::AtomicBool::new(false);
     let mut all = Vec::new();
     std::thread::scope(|scope| {
+        // However the test ends, the loads do.
+        scopeguard::defer!(done.store(true, std::sync::atomic::Ordering::Relaxed));
         scope.spawn(|| {
             while !done.load(std::sync::atomic::Ordering::Relaxed) {
                 lab.mqtt_fwd(&["load"]);
@@ -202,7 +204,6 @@ fn programs_may_be_replaced_and_the_sidecar_killed_while_connections_open() {
             expect_all(&run_all(&lab, &sessions, 8));
             all.extend(sessions);
         }
-        done.store(true, std::sync::atomic::Ordering::Relaxed);
     });
     assert!(loaded() >= 3, "replaced {} times only", loaded());
     all_right(&lab, &all);
