@@ -152,6 +152,26 @@ impl<'a> Reader<'a> {
         parse(self.required_text(key, example)?).map_err(|e| self.problem(key, e)).ok()
     }
 
+    /// A list of texts that `parse` understands, empty if the key is not there.
+    pub fn list<T>(
+        &self,
+        key: &'static str,
+        example: &str,
+        parse: impl Fn(&str) -> Result<T, String>,
+    ) -> Vec<T> {
+        let Some(value) = self.get(key) else { return Vec::new() };
+        let DeValue::Array(items) = value else {
+            self.problem(key, format!("must be a list, [{example:?}]"));
+            return Vec::new();
+        };
+        let one = |item: &toml::Spanned<DeValue<'_>>| match item.get_ref() {
+            DeValue::String(text) => parse(text),
+            _ => Err(format!("must be a list of texts, [{example:?}]")),
+        };
+        let parsed: Result<Vec<T>, String> = items.iter().map(one).collect();
+        parsed.map_err(|text| self.problem(key, text)).unwrap_or_default()
+    }
+
     /// One of a few words.
     pub fn choice<T: Copy>(&self, key: &'static str, choices: &[(&str, T)]) -> Option<T> {
         let text = self.text(key)?;

@@ -22,7 +22,7 @@ pub use cookie_keys::CookieKeys;
 use filter::TopicFilter;
 pub use problem::Problem;
 pub use real_state::{Health, RealState};
-pub use relay::{BrokerTls, Certificate, RelayLimits, RelayListener, RelayTls};
+pub use relay::{BrokerTls, Certificate, CertificateName, RelayLimits, RelayListener, RelayTls};
 pub use sizes::{MapSizes, Rates};
 pub use vip::{Mac, Vip};
 

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use ipnet::IpNet;
 use tokio_rustls::rustls::pki_types::ServerName;
 
 /// An additional port of the relay, for TLS or WebSocket.
@@ -13,6 +14,8 @@ pub struct RelayListener {
     pub tls: Option<RelayTls>,
     /// MQTT over WebSocket.
     pub websocket: bool,
+    /// Networks of balancers in front, which say who the client is (PROXY protocol).
+    pub accept_proxy: Vec<IpNet>,
 }
 
 /// A certificate and its key, both PEM.
@@ -44,8 +47,21 @@ pub struct RelayTls {
     pub certificates: Vec<Certificate>,
     /// CA certificates for client authentication.
     pub client_ca: Option<PathBuf>,
-    /// User name towards brokers: the common name of the client's certificate.
-    pub username_from_certificate: bool,
+    /// Which name of the client's certificate brokers get as its user name.
+    pub username_from_certificate: Option<CertificateName>,
+}
+
+/// A name in an X.509 certificate (RFC 5280 §4.1.2.6, §4.2.1.6).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CertificateName {
+    /// The subject's common name.
+    CommonName,
+    /// The first DNS name of the subject's alternative names.
+    SanDns,
+    /// The first URI.
+    SanUri,
+    /// The first e-mail address.
+    SanEmail,
 }
 
 /// Limits of the relay.
@@ -63,11 +79,13 @@ pub struct RelayLimits {
     pub connect_timeout: std::time::Duration,
     /// Largest control packet, bytes.
     pub max_packet: usize,
+    /// What clients may have the relay keep, bytes; `None`: half of the host's memory.
+    pub max_memory: Option<u64>,
     /// Subscriptions of a client.
     pub subscriptions: u32,
     /// How long a client must use a single group before it is sent to the fast path; `None`: never.
     pub return_after: Option<std::time::Duration>,
-    /// Clients sent to the fast path per second, by each thread.
+    /// Clients sent to the fast path per second.
     pub returns_per_second: u32,
 }
 
@@ -81,6 +99,7 @@ impl Default for RelayLimits {
             connect_timeout: std::time::Duration::from_secs(10),
             // The protocol's maximum is 256 MiB.
             max_packet: 16 << 20,
+            max_memory: None,
             subscriptions: 10_000,
             return_after: Some(std::time::Duration::from_secs(30)),
             returns_per_second: 10,

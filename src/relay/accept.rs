@@ -11,6 +11,7 @@ use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpListener, TcpStream};
 use tracing::{debug, warn};
 
+use super::memory::{self, Held};
 use super::session::{self, End, Session};
 use super::stream::Stream;
 use super::tls::Tls;
@@ -19,6 +20,7 @@ use super::worker::{Shared, Worker};
 use super::{Port, RelayError};
 use crate::domain::RelayLimits;
 use crate::mqtt::connect::Connect;
+use crate::mqtt::proxy_header;
 use crate::mqtt::wire::{self, kind};
 
 /// Starts the threads, each with sockets of its own for all listening addresses.
@@ -94,17 +96,51 @@ async fn accept(listener: &TcpListener, worker: &Rc<Worker>, port: &Port) {
                 continue;
             }
         };
-        let Some(admitted) = worker.shared.admit(from.ip(), &worker.limits) else {
-            worker.stats.refused.add(1);
-            continue;
-        };
-        worker.stats.accepted.add(1);
         let (worker, port) = (Rc::clone(worker), port.clone());
-        tokio::task::spawn_local(async move {
-            // Counted until this task ends, even by a panic.
-            let _admitted = admitted;
-            serve(stream, from, &worker, &port).await;
-        });
+        if port.listener.accept_proxy.iter().any(|n| n.contains(&from.ip().to_canonical())) {
+            tokio::task::spawn_local(
+                async move { behind_a_proxy(stream, from, &worker, &port).await },
+            );
+        } else {
+            admit(stream, from, worker, port);
+        }
+    }
+}
+
+/// Serves a connection, if there is room for it.
+fn admit(stream: TcpStream, from: SocketAddr, worker: Rc<Worker>, port: Port) {
+    let Some(admitted) = worker.shared.admit(from.ip(), &worker.limits) else {
+        worker.stats.refused.add(1);
+        return;
+    };
+    worker.stats.accepted.add(1);
+    tokio::task::spawn_local(async move {
+        // Counted until this task ends, even by a panic.
+        let _admitted = admitted;
+        serve(stream, from, &worker, &port).await;
+    });
+}
+
+/// A balancer in front of this one says who the client is, which limits are for, and which brokers are told.
+async fn behind_a_proxy(
+    mut stream: TcpStream,
+    proxy: SocketAddr,
+    worker: &Rc<Worker>,
+    port: &Port,
+) {
+    let timeout = worker.limits.connect_timeout;
+    match tokio::time::timeout(timeout, proxy_header::read(&mut stream)).await {
+        Ok(Ok(client)) => {
+            admit(stream, client.unwrap_or(proxy), Rc::clone(worker), port.clone());
+        }
+        Ok(Err(error)) => {
+            worker.stats.failed_handshakes.add(1);
+            debug!(%proxy, %error, "not a PROXY header");
+        }
+        Err(_) => {
+            worker.stats.failed_handshakes.add(1);
+            debug!(%proxy, "no PROXY header within connect_timeout");
+        }
     }
 }
 
@@ -117,6 +153,9 @@ async fn serve(stream: TcpStream, from: SocketAddr, worker: &Rc<Worker>, port: &
             Ok(Ok(introduced)) => introduced,
             Ok(Err(error)) => {
                 worker.stats.failed_handshakes.add(1);
+                if error.kind() == io::ErrorKind::OutOfMemory {
+                    worker.stats.out_of_memory.add(1);
+                }
                 return debug!(client = %from, %error, "not an MQTT client");
             }
             Err(_) => {
@@ -145,7 +184,8 @@ async fn serve(stream: TcpStream, from: SocketAddr, worker: &Rc<Worker>, port: &
         let refusal = vec![kind::CONNACK << 4, 3, 0, BAD_METHOD, 0];
         return session::close_gracefully(&mut stream, refusal).await;
     }
-    let mut session = Session::new(Rc::clone(worker), stream, (from, port.addr), connect, rest);
+    let addrs = (from, port.addr);
+    let mut session = Session::new(Rc::clone(worker), stream, addrs, port.is_direct, connect, rest);
     let end = tokio::select! {
         end = &mut session => end,
         () = worker.shared.stop.cancelled() => End::Shutdown,
@@ -153,6 +193,7 @@ async fn serve(stream: TcpStream, from: SocketAddr, worker: &Rc<Worker>, port: &
     match &end {
         End::Protocol(_) => worker.stats.protocol_errors.add(1),
         End::BrokerLost(_) | End::Unavailable(_) => worker.stats.broker_lost.add(1),
+        End::OutOfMemory(_) => worker.stats.out_of_memory.add(1),
         _ => {}
     }
     Box::pin(session.finish(end)).await;
@@ -182,7 +223,9 @@ impl User {
             Self::WithPassword if connect.has_username && !connect.has_password => {
                 "user name without a password, where those come from certificates"
             }
-            Self::Named(None) => "a certificate without a readable common name (X.509 v3)",
+            Self::Named(None) => {
+                "a certificate in which username_from_certificate finds no name (X.509 v3)"
+            }
             Self::Any | Self::WithPassword => return Ok(connect),
             Self::Named(Some(name)) => {
                 connect.set_username(name);
@@ -194,34 +237,6 @@ impl User {
     }
 }
 
-/// What a CONNECT that has not come whole takes of the room that all of them have, until it is dropped. Those of 16 KiB,
-/// enough for tokens and certificates, take none.
-struct LargeConnect<'a> {
-    shared: &'a Shared,
-    bytes: u64,
-}
-
-impl LargeConnect<'_> {
-    const SMALL: u64 = 16 << 10;
-    const ROOM: u64 = 32 << 20;
-
-    fn holds(&mut self, bytes: usize) -> io::Result<()> {
-        let bytes = (bytes as u64).saturating_sub(Self::SMALL);
-        self.shared.connecting.add(bytes - self.bytes);
-        self.bytes = bytes;
-        if bytes > 0 && self.shared.connecting.get() > Self::ROOM {
-            return Err(io::Error::other("unfinished CONNECT packets take more than 32 MiB"));
-        }
-        Ok(())
-    }
-}
-
-impl Drop for LargeConnect<'_> {
-    fn drop(&mut self) {
-        self.shared.connecting.sub(self.bytes);
-    }
-}
-
 /// TLS and WebSocket handshakes, and CONNECT. Also returns what the client sent after it.
 async fn handshake(
     stream: TcpStream,
@@ -229,26 +244,28 @@ async fn handshake(
     port: &Port,
 ) -> io::Result<(Stream, Result<Connect, Refusal>, Vec<u8>)> {
     let most = worker.limits.max_packet;
+    let held = Held::new(&worker.shared.memory);
     let mut user = if port.trusts_names { User::WithPassword } else { User::Any };
     let mut stream = match (&port.tls, port.listener.websocket) {
         (None, false) => Stream::Tcp(stream),
-        (None, true) => Stream::Ws(Box::new(WebSocket::accept(stream, most).await?)),
+        (None, true) => Stream::Ws(Box::new(WebSocket::accept(stream, most, held).await?)),
         (Some(tls), websocket) => {
             let stream = tls.accept(stream).await?;
-            if tls.names_users() {
-                user = User::Named(Tls::username(&stream));
+            if let Some(which) = tls.names_users() {
+                user = User::Named(Tls::username(&stream, which));
             }
             if websocket {
-                Stream::Wss(Box::new(WebSocket::accept(stream, most).await?))
+                Stream::Wss(Box::new(WebSocket::accept(stream, most, held).await?))
             } else {
                 Stream::Tls(Box::new(stream))
             }
         }
     };
     let mut bytes = Vec::with_capacity(512);
-    let mut large_connect = LargeConnect { shared: &worker.shared, bytes: 0 };
+    // A CONNECT of 16 KiB, enough for tokens and certificates, always has room.
+    let mut large_connect = Held::new(&worker.shared.connecting);
     loop {
-        large_connect.holds(bytes.capacity())?;
+        large_connect.set(bytes.capacity().saturating_sub(memory::CONNECTION))?;
         let header = match wire::header(&bytes) {
             Ok(header) => header,
             Err(malformed) => {

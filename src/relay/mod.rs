@@ -9,6 +9,9 @@
 
 mod accept;
 mod ids;
+mod memory;
+mod parts;
+mod returns;
 mod session;
 pub mod stats;
 mod stream;
@@ -94,6 +97,8 @@ struct Port {
     /// Index among the services with a relay.
     service: usize,
     addr: SocketAddr,
+    /// The service's own port, at which the datapath may bind clients to brokers.
+    is_direct: bool,
     listener: RelayListener,
     tls: Option<Arc<Tls>>,
     /// Brokers trust user names without a password, since another listener takes those from certificates.
@@ -109,15 +114,18 @@ fn ports(config: &Config) -> Result<Vec<Port>, RelayError> {
     let mut all = Vec::new();
     let relayed = config.services.iter().filter(|service| service.relay.is_some());
     for (service, s) in relayed.enumerate() {
-        let plain = RelayListener { port: s.port, tls: None, websocket: false };
-        let names_users =
-            |l: &RelayListener| l.tls.as_ref().is_some_and(|tls| tls.username_from_certificate);
+        let plain =
+            RelayListener { port: s.port, tls: None, websocket: false, accept_proxy: Vec::new() };
+        let names_users = |l: &RelayListener| {
+            l.tls.as_ref().is_some_and(|tls| tls.username_from_certificate.is_some())
+        };
         let trusts_names = s.listeners.iter().any(names_users);
         for listener in [plain].into_iter().chain(s.listeners.iter().cloned()) {
             let load = |tls| Tls::load(tls, listener.websocket);
             let tls = listener.tls.as_ref().map(load).transpose()?.map(Arc::new);
             let addr = SocketAddr::new(s.addr, listener.port);
-            all.push(Port { service, addr, listener, tls, trusts_names });
+            let is_direct = listener.port == s.port;
+            all.push(Port { service, addr, is_direct, listener, tls, trusts_names });
         }
     }
     Ok(all)
@@ -130,8 +138,9 @@ pub fn run(config: &Config) -> Result<(), RelayError> {
         return Err(RelayError::NoService);
     }
     let ports = ports(config)?;
-    let shared = Arc::new(Shared::new(tables));
     let mut limits = config.relay;
+    let max_memory = limits.max_memory.unwrap_or_else(memory::half_of_the_machine);
+    let shared = Arc::new(Shared::new(tables, max_memory));
     limits.connections = raise_descriptors(limits.connections);
     let threads = match limits.threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
@@ -174,7 +183,14 @@ struct Metrics(Arc<Shared>);
 
 impl metrics::Source for Metrics {
     async fn families(&self) -> Vec<metrics::Family> {
-        self.0.stats.families()
+        let memory = metrics::number(self.0.memory.used.get());
+        let family = metrics::Family::gauge(
+            "relay_memory_bytes",
+            "Memory that clients have the relay keep, of max_memory",
+        );
+        let mut families = self.0.stats.families();
+        families.push(family.with(&[], memory));
+        families
     }
 
     fn health(&self) -> (bool, Vec<String>) {
@@ -237,6 +253,8 @@ fn report(shared: &Shared) {
         published = s.published.get(),
         delivered = s.delivered.get(),
         returned = s.returned.get(),
+        memory = shared.memory.used.get(),
+        out_of_memory = s.out_of_memory.get(),
         broker_lost = s.broker_lost.get(),
         protocol_errors = s.protocol_errors.get(),
         "statistics"

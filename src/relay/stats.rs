@@ -12,6 +12,8 @@ pub struct Stats {
     pub accepted: Counter,
     /// Connections refused by a limit.
     pub refused: Counter,
+    /// Connections refused or ended for want of memory.
+    pub out_of_memory: Counter,
     /// Connections that ended before CONNECT: TLS, WebSocket, timeout, not MQTT.
     pub failed_handshakes: Counter,
     /// Sessions accepted by their broker.
@@ -44,6 +46,7 @@ impl Stats {
                 .with(&[("direction", "to_clients")], n(&self.delivered)),
             Family::counter("relay_ended", "Connections ended or refused, by reason")
                 .with(&[("reason", "limit")], n(&self.refused))
+                .with(&[("reason", "memory")], n(&self.out_of_memory))
                 .with(&[("reason", "handshake")], n(&self.failed_handshakes))
                 .with(&[("reason", "protocol_error")], n(&self.protocol_errors))
                 .with(&[("reason", "broker_lost")], n(&self.broker_lost))

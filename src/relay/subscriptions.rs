@@ -196,6 +196,12 @@ impl Subscriptions {
         self.all.len() + new.len() > most || self.bytes + bytes > most.max(1000) * TEXT
     }
 
+    /// Bytes that they take.
+    pub fn memory(&self) -> usize {
+        // The topic filter is there twice.
+        2 * self.bytes + self.all.len() * size_of::<(String, Subscription)>() * 2
+    }
+
     fn forget(&mut self, filter: &str) {
         if self.all.remove(filter).is_some() {
             self.bytes -= filter.len();

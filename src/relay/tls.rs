@@ -13,7 +13,7 @@ use tokio_rustls::server::TlsStream;
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
 use crate::brokers::tls::{TlsError, authorities, certificates, file, private_key};
-use crate::domain::{Certificate, RelayTls};
+use crate::domain::{Certificate, CertificateName, RelayTls};
 
 /// A listener's TLS.
 #[derive(Debug)]
@@ -114,17 +114,36 @@ impl Tls {
         TlsAcceptor::from(config).accept(stream).await
     }
 
-    /// Whether user names come from certificates.
-    pub fn names_users(&self) -> bool {
+    /// The name of clients' certificates that brokers get as their user name.
+    pub fn names_users(&self) -> Option<CertificateName> {
         self.settings.username_from_certificate
     }
 
-    /// The user name that a client's certificate stands for: its subject's common name. `None`: it has none that can be
-    /// read, so this client is nobody.
-    pub fn username(stream: &TlsStream<TcpStream>) -> Option<String> {
+    /// That name of a client's certificate. `None`: it has none that can be read, so this client is nobody.
+    pub fn username(stream: &TlsStream<TcpStream>, which: CertificateName) -> Option<String> {
         let certificate = stream.get_ref().1.peer_certificates()?.first()?;
         let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
-        let name = certificate.subject().iter_common_name().next()?;
-        name.as_str().ok().filter(|name| !name.is_empty()).map(str::to_owned)
+        let alternative = |is: fn(&GeneralName<'_>) -> Option<String>| {
+            let names = certificate.subject_alternative_name().ok()??;
+            names.value.general_names.iter().find_map(is)
+        };
+        let name = match which {
+            CertificateName::CommonName => {
+                certificate.subject().iter_common_name().next()?.as_str().ok().map(str::to_owned)
+            }
+            CertificateName::SanDns => alternative(|name| match name {
+                GeneralName::DNSName(name) => Some((*name).to_owned()),
+                _ => None,
+            }),
+            CertificateName::SanUri => alternative(|name| match name {
+                GeneralName::URI(name) => Some((*name).to_owned()),
+                _ => None,
+            }),
+            CertificateName::SanEmail => alternative(|name| match name {
+                GeneralName::RFC822Name(name) => Some((*name).to_owned()),
+                _ => None,
+            }),
+        };
+        name.filter(|name| !name.is_empty())
     }
 }

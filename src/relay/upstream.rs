@@ -187,6 +187,12 @@ impl Upstream {
         self.inflight == 0 && self.out.is_empty() && self.delivery.is_empty()
     }
 
+    /// Bytes that are kept for it.
+    pub fn memory(&self) -> usize {
+        let aliases = self.aliases.len() * 32;
+        self.out.len() + self.rest.len() + self.delivery.deferred.len() + aliases
+    }
+
     /// Its next timeout.
     pub fn deadline(&self) -> Option<Instant> {
         match self.state {

@@ -13,6 +13,8 @@ use tokio_tungstenite::tungstenite::http::{HeaderValue, StatusCode, header};
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{Error, Message};
 
+use super::memory::Held;
+
 /// Of MQTT since 3.1.1, and of MQTT 3.1.
 const PROTOCOLS: [&str; 2] = ["mqtt", "mqttv3.1"];
 
@@ -20,15 +22,17 @@ const PROTOCOLS: [&str; 2] = ["mqtt", "mqttv3.1"];
 /// whole.
 const BEFORE_CONNECT: usize = 300 << 10;
 
-/// A transport from which so much is read.
+/// A transport of which is known what was read for a message that is not whole.
 #[derive(Debug)]
-struct Limited<S> {
+struct Metered<S> {
     inner: S,
-    /// Bytes that may still be read; `None`: no limit.
-    left: Option<usize>,
+    /// Bytes read since the last whole message.
+    unfinished: usize,
+    most: usize,
+    held: Held,
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Limited<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for Metered<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -36,18 +40,17 @@ impl<S: AsyncRead + Unpin> AsyncRead for Limited<S> {
     ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         ready!(Pin::new(&mut self.inner).poll_read(cx, buf))?;
-        if let Some(left) = &mut self.left {
-            let Some(rest) = left.checked_sub(buf.filled().len() - before) else {
-                let what = "too much before CONNECT";
-                return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, what)));
-            };
-            *left = rest;
+        self.unfinished += buf.filled().len() - before;
+        if self.unfinished > self.most {
+            let what = "too much before CONNECT";
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, what)));
         }
-        Poll::Ready(Ok(()))
+        let unfinished = self.unfinished;
+        Poll::Ready(self.held.set(unfinished).map_err(Into::into))
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Limited<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for Metered<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -68,21 +71,21 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Limited<S> {
 /// A byte stream over WebSocket messages.
 #[derive(Debug)]
 pub struct WebSocket<S> {
-    inner: WebSocketStream<Limited<S>>,
+    inner: WebSocketStream<Metered<S>>,
     /// The unread rest of a message.
     rest: Bytes,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> WebSocket<S> {
     /// Performs the server's side of the handshake.
-    pub async fn accept(stream: S, max_message: usize) -> io::Result<Self> {
+    pub async fn accept(stream: S, max_message: usize, held: Held) -> io::Result<Self> {
         let mut config = WebSocketConfig::default();
         config.read_buffer_size = 4096;
         config.write_buffer_size = 0;
         config.max_write_buffer_size = max_message + (1 << 20);
         config.max_message_size = Some(max_message);
         config.max_frame_size = Some(max_message);
-        let stream = Limited { inner: stream, left: Some(BEFORE_CONNECT) };
+        let stream = Metered { inner: stream, unfinished: 0, most: BEFORE_CONNECT, held };
         let inner =
             tokio_tungstenite::accept_hdr_async_with_config(stream, subprotocol, Some(config))
                 .await
@@ -90,9 +93,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> WebSocket<S> {
         Ok(Self { inner, rest: Bytes::new() })
     }
 
-    /// CONNECT is there: messages may be as long as they may be.
+    /// CONNECT is there: messages may be as long as `max_packet_size` says.
     pub fn connected(&mut self) {
-        self.inner.get_mut().left = None;
+        self.inner.get_mut().most = usize::MAX;
     }
 }
 
@@ -131,7 +134,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for WebSocket<S> {
     ) -> Poll<io::Result<()>> {
         while self.rest.is_empty() {
             match ready!(Pin::new(&mut self.inner).poll_next(cx)) {
-                Some(Ok(Message::Binary(bytes))) => self.rest = bytes,
+                Some(Ok(Message::Binary(bytes))) => {
+                    self.inner.get_mut().unfinished = 0;
+                    self.rest = bytes;
+                }
                 // MQTT 5 §6.0.0-1: other data is an error. Pings are answered by the library.
                 Some(Ok(Message::Text(_))) => {
                     let what = "a text message; MQTT is sent in binary ones";

@@ -1,6 +1,6 @@
 //! State shared by the sessions of a thread, and by all threads.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,15 +9,15 @@ use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
+use super::memory::{self, CONNECTION, Held, Memory};
+use super::parts::Parts;
+use super::returns::Returns;
 use super::stats::Stats;
 use crate::brokers::router::Router;
-use crate::counter::Counter;
 use crate::domain::RelayLimits;
 
 /// How long a broker that was not reached counts as down, at least.
 const DOWN: Duration = Duration::from_secs(2);
-/// Clients sent to the fast path that a thread remembers.
-const RETURNED_MAX: usize = 100_000;
 /// Shared by all threads.
 #[derive(Debug)]
 pub struct Shared {
@@ -26,8 +26,14 @@ pub struct Shared {
     tables: RwLock<Vec<Arc<Router>>>,
     generation: AtomicU64,
     clients: Mutex<HashMap<IpAddr, Client>>,
-    /// Bytes of CONNECT packets that have not come whole, beyond what each connection may hold.
-    pub connecting: Counter,
+    /// What clients have the relay keep: sessions and their connections.
+    pub memory: Arc<Memory>,
+    /// The same before CONNECT is there, in excess of what a connection may hold.
+    pub connecting: Arc<Memory>,
+    /// Clients sent to the fast path.
+    pub returns: Returns,
+    /// Where sessions lie.
+    pub parts: Parts,
     /// Ends all sessions.
     pub stop: CancellationToken,
 }
@@ -43,13 +49,21 @@ struct Client {
 
 impl Shared {
     /// With the table of each service.
-    pub fn new(tables: Vec<Arc<Router>>) -> Self {
+    pub fn new(tables: Vec<Arc<Router>>, max_memory: u64) -> Self {
+        const CONNECTING: u64 = 32 << 20;
+        let connecting = CONNECTING.min(max_memory / 16);
+        // A third of what the relay itself leaves is for what the allocator cannot give back.
+        let own = memory::resident() + connecting;
+        let sessions = max_memory.saturating_sub(own) / 3 * 2;
         Self {
             stats: Arc::default(),
             tables: RwLock::new(tables),
             generation: AtomicU64::new(0),
             clients: Mutex::default(),
-            connecting: Counter::default(),
+            memory: Memory::new(sessions),
+            connecting: Memory::new(connecting),
+            returns: Returns::default(),
+            parts: Parts::default(),
             stop: CancellationToken::new(),
         }
     }
@@ -81,13 +95,19 @@ impl Shared {
         client.tokens = (client.tokens + passed * rate).min(rate);
         client.at = now;
         let full = self.stats.connections.get() >= u64::from(limits.connections);
+        if self.memory.is_full() {
+            self.stats.out_of_memory.add(1);
+            return None;
+        }
         if full || client.connections >= limits.connections_per_address || client.tokens < 1.0 {
             return None;
         }
         client.tokens -= 1.0;
         client.connections += 1;
         self.stats.connections.add(1);
-        Some(Admitted { shared: Arc::clone(self), addr })
+        let mut memory = Held::new(&self.memory);
+        let _ = memory.set(CONNECTION);
+        Some(Admitted { shared: Arc::clone(self), addr, _memory: memory })
     }
 }
 
@@ -96,6 +116,7 @@ impl Shared {
 pub struct Admitted {
     shared: Arc<Shared>,
     addr: IpAddr,
+    _memory: Held,
 }
 
 impl Drop for Admitted {
@@ -119,13 +140,6 @@ fn network_of(addr: IpAddr) -> IpAddr {
     }
 }
 
-/// A client that was sent to the fast path.
-#[derive(Debug, Clone, Copy)]
-struct Returned {
-    until: Instant,
-    wait: Duration,
-}
-
 /// A service's state in one thread.
 #[derive(Debug)]
 pub struct Worker {
@@ -135,24 +149,15 @@ pub struct Worker {
     pub stats: Arc<Stats>,
     /// Limits.
     pub limits: RelayLimits,
-    service: usize,
+    /// Index of the service.
+    pub service: usize,
     down: RefCell<HashMap<SocketAddr, Instant>>,
-    returned: RefCell<HashMap<String, Returned>>,
-    next_return: Cell<Option<Instant>>,
 }
 
 impl Worker {
     /// For a service, by its index.
     pub fn new(shared: Arc<Shared>, limits: RelayLimits, service: usize) -> Self {
-        Self {
-            stats: Arc::clone(&shared.stats),
-            shared,
-            limits,
-            service,
-            down: RefCell::default(),
-            returned: RefCell::default(),
-            next_return: Cell::new(None),
-        }
+        Self { stats: Arc::clone(&shared.stats), shared, limits, service, down: RefCell::default() }
     }
 
     /// The table in force.
@@ -180,32 +185,6 @@ impl Worker {
     pub fn down(&self, broker: SocketAddr, took: Duration) {
         self.down.borrow_mut().insert(broker, Instant::now() + DOWN + 2 * took);
     }
-
-    /// Whether a client may be sent to the fast path now: rate-limited, with exponential backoff for
-    /// clients that come back.
-    pub fn may_return(&self, client: &str, now: Instant) -> bool {
-        const FIRST: Duration = Duration::from_secs(600);
-        const LONGEST: Duration = Duration::from_secs(24 * 3600);
-        if self.next_return.get().is_some_and(|at| now < at) {
-            return false;
-        }
-        let mut returned = self.returned.borrow_mut();
-        if returned.len() >= RETURNED_MAX {
-            returned.retain(|_, r| now < r.until);
-            if returned.len() >= RETURNED_MAX {
-                returned.clear();
-            }
-        }
-        let wait = match returned.get(client) {
-            Some(r) if now < r.until => return false,
-            Some(r) => (r.wait * 2).min(LONGEST),
-            None => FIRST,
-        };
-        returned.insert(client.to_owned(), Returned { until: now + wait, wait });
-        let pause = Duration::from_secs(1) / self.limits.returns_per_second;
-        self.next_return.set(Some(now + pause));
-        true
-    }
 }
 
 #[cfg(test)]
@@ -220,7 +199,7 @@ mod tests {
             connections: 5,
             ..RelayLimits::default()
         };
-        let shared = Arc::new(Shared::new(Vec::new()));
+        let shared = Arc::new(Shared::new(Vec::new(), u64::MAX));
         let (a, b): (IpAddr, IpAddr) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
         let admit = |addr| shared.admit(addr, &limits);
         let mut of_a: Vec<Admitted> = (0..3).map(|_| admit(a).unwrap()).collect();
@@ -235,19 +214,5 @@ mod tests {
         for v6 in ["fd01::1", "fd01::ffff:2"] {
             assert_eq!(network_of(v6.parse().unwrap()).to_string(), "fd01::");
         }
-    }
-
-    #[test]
-    fn clients_are_let_go_one_after_the_other_and_seldom_twice() {
-        let limits = RelayLimits { returns_per_second: 10, ..RelayLimits::default() };
-        let worker = Worker::new(Arc::new(Shared::new(Vec::new())), limits, 0);
-        let start = Instant::now();
-        let at = |ms| start + Duration::from_millis(ms);
-        assert!(worker.may_return("a", at(0)));
-        assert!(!worker.may_return("b", at(50)));
-        assert!(worker.may_return("b", at(100)));
-        assert!(!worker.may_return("a", at(10_000)));
-        assert!(worker.may_return("a", at(601_000)));
-        assert!(!worker.may_return("a", at(1_300_000)), "twice as long");
     }
 }

@@ -261,6 +261,7 @@ fn a_broker_that_is_back_gets_its_share_step_by_step() {
     broker(&lab, 1, "-CONT");
     wait_state(&lab, "10.1.3.201", "up");
     wait_for("a first step", || groups().contains("10.1.3.202 (weight 10)").then_some(()));
+    wait_state(&lab, "fd01:3::201", "up");
     // Meanwhile the balancer is what it should be, and can be told something else.
     lab.mqtt_fwd(&["status", "--check"]);
     lab.mqtt_fwd(&["change", "add-route", "x", "a", "--service", "mqtt"]);

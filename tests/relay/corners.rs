@@ -361,3 +361,65 @@ fn what_a_client_sent_before_it_closed_is_delivered() {
         assert_eq!(text, Some(round.to_string()), "{answered} {resets} {waits}");
     }
 }
+
+/// A broker that says "session present" only where it holds a subscription, and holds none.
+fn broker_without_sessions(listener: std::net::TcpListener) {
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut client = Client::new(stream.unwrap(), 4);
+            std::thread::spawn(move || {
+                while let Ok(Some(packet)) = client.try_packet() {
+                    match packet[0] >> 4 {
+                        1 => client.send(&[0x20, 2, 0, 0]),
+                        12 => client.send(&[0xd0, 0]),
+                        14 => return,
+                        _ => {}
+                    }
+                }
+            });
+        }
+    });
+}
+
+/// As RabbitMQ and aedes do. Their answers made every session a new one, and what was kept for it was discarded.
+#[test]
+fn a_session_is_present_if_those_brokers_say_so_that_hold_something_of_it() {
+    let mut bed = Bed::empty("", "");
+    for broker in 1..=4 {
+        bed.start_broker(broker);
+    }
+    for listener in
+        bed.inside(|| [5, 6].map(|n| std::net::TcpListener::bind(Bed::broker(n)).unwrap()))
+    {
+        broker_without_sessions(listener);
+    }
+    bed.start_relay();
+    fn come(bed: &Bed, clean: bool, present: u8) -> Client {
+        let mut client = Client::new(bed.stream(RELAY), 4);
+        client.send(&crate::client::Connect { clean, ..connect(4, "keeps") }.packet());
+        client.expect(&[0x20, 2, present, 0]);
+        client
+    }
+    // Nothing is known of it, and its first broker has nothing.
+    let mut client = come(&bed, false, 0);
+    client.subscribe(&["temp/#"], 1);
+    client.disconnect();
+    let mut publisher = bed.client("publisher");
+    for n in 0..10 {
+        publisher.publish_and_wait(&format!("temp/{n}"), 1, b"kept");
+    }
+    let mut client = come(&bed, false, 1);
+    for _ in 0..10 {
+        assert_eq!(client.message().text(), "kept");
+    }
+    client.disconnect();
+    // One of its brokers has lost everything: it has to subscribe again.
+    bed.kill_broker(1);
+    bed.start_broker(1);
+    let mut client = come(&bed, false, 0);
+    client.subscribe(&["temp/#"], 1);
+    client.disconnect();
+    come(&bed, false, 1).disconnect();
+    come(&bed, true, 0).disconnect();
+    come(&bed, false, 0).disconnect();
+}

@@ -242,6 +242,139 @@ fn what_clients_leave_unfinished_is_bounded_in_bytes() {
     );
 }
 
+/// All of it at once: what one client may have is bounded, but 10,000 of an address would have it all.
+#[test]
+fn all_that_clients_have_kept_is_below_the_ceiling() {
+    const CEILING: usize = 96 << 20;
+    let bed = Bed::with(
+        &format!("connections_per_second = 5000\nmax_memory = {CEILING}"),
+        "listener = [{ port = 9001, websocket = true }]",
+    );
+    let mut others = bed.client("other");
+    others.publish_and_wait("temp/x", 1, b"");
+    let before = resident(bed.relay_pid());
+    // Subscriptions: 400 clients with 1,000 filters of 200 bytes.
+    let mut held: Vec<std::net::TcpStream> = Vec::new();
+    let filter = client::text(format!("temp/{}/", "x".repeat(190)));
+    for n in 0..400 {
+        let mut stream = bed.stream_of_a_host();
+        let _ = stream.set_write_timeout(Some(Duration::from_millis(500)));
+        let filters: Vec<u8> = (0..1000u16)
+            .flat_map(|f| {
+                let number = format!("{f:04}");
+                let length = (filter.len() - 2 + 4) as u16;
+                [&length.to_be_bytes()[..], &filter[2..], number.as_bytes(), &[1]].concat()
+            })
+            .collect();
+        let subscribe = client::packet(0x82, &[&[0, 1][..], &filters].concat());
+        let _ = stream.write_all(&connect(4, &format!("subscribes{n}")).packet());
+        let _ = stream.write_all(&subscribe);
+        held.push(stream);
+    }
+    // Messages over WebSocket that do not end.
+    for n in 0..60 {
+        let relay: std::net::SocketAddr = RELAY.parse().unwrap();
+        let stream = bed.stream((relay.ip(), 9001));
+        let _ = stream.set_write_timeout(Some(Duration::from_millis(200)));
+        let _ = stream.set_read_timeout(Some(Duration::from_millis(500)));
+        let other = stream.try_clone().unwrap();
+        // Refused when there is no room.
+        if let Some(mut ws) = crate::transports::over_websocket(stream, "mqtt") {
+            let _ = ws.write_all(&connect(4, &format!("ws{n}")).packet());
+            let mut raw = other.try_clone().unwrap();
+            let _ = raw.read(&mut [0; 64]);
+            let frame = [
+                &b"\x82\xff\x00\x00\x00\x00\x00\x80\x00\x00\x01\x02\x03\x04"[..],
+                &vec![0; 8_000_000],
+            ];
+            let _ = raw.write_all(&frame.concat());
+        }
+        held.push(other);
+    }
+    // CONNECTs that do not end.
+    let connect_begins =
+        [&b"\x10\xf0\xff\x0f\x00\x04MQTT\x04\xc2\x00\x3c"[..], &vec![0; 250 << 10]].concat();
+    for _ in 0..200 {
+        let mut stream = bed.stream(RELAY);
+        let _ = stream.set_write_timeout(Some(Duration::from_millis(100)));
+        let _ = stream.write_all(&connect_begins);
+        held.push(stream);
+    }
+    let now = resident(bed.relay_pid());
+    println!("{} KiB before, {} KiB now, ceiling {}", before >> 10, now >> 10, CEILING >> 10);
+    assert!(now < CEILING, "the relay has {now} bytes");
+    // Who was there and holds little was not touched.
+    others.publish_and_wait("temp/x", 1, b"");
+    // Once they are gone, there is room.
+    drop(held);
+    wait_for("room", || {
+        let mut stream = bed.stream_of_a_host();
+        let _ = stream.write_all(&connect(4, "one more").packet());
+        let mut connack = [0; 4];
+        stream.read_exact(&mut connack).ok()
+    });
+}
+
+/// Deliveries that a client does not acknowledge are left with the brokers.
+#[test]
+fn a_client_that_acknowledges_nothing_is_not_buffered_for() {
+    let bed = Bed::new();
+    let mut subscriber = Client::new(bed.stream(RELAY), 5);
+    let properties = vec![0x21, 0, 10]; // receive maximum 10
+    subscriber.send(&client::Connect { properties, ..connect(5, "lazy") }.packet());
+    assert_eq!(subscriber.packet().unwrap()[0], 0x20);
+    subscriber.subscribe(&["#"], 1);
+    let before = resident(bed.relay_pid());
+    let mut publisher = bed.client("publisher");
+    let payload = vec![7; 200_000];
+    for n in 0..120 {
+        publisher.publish_and_wait(crate::bed::TOPICS[n % 3], 1, &payload);
+    }
+    // Ten of each of six brokers: 12 MB.
+    let grown = resident(bed.relay_pid()).saturating_sub(before);
+    assert!(grown < 5 << 20, "the relay has grown by {grown} bytes");
+    let mut got = 0;
+    while got < 120 {
+        assert_eq!(subscriber.message().payload.len(), payload.len());
+        got += 1;
+    }
+}
+
+/// Each subscription identifier has a SUBSCRIBE of its own when a broker is back.
+#[test]
+fn thousands_of_subscription_identifiers_keep_nobody_waiting() {
+    let mut bed = Bed::with("subscriptions = 10000", "");
+    let mut held: Vec<Client> = (0..4).map(|n| bed.client5(&format!("many{n}"))).collect();
+    for client in &mut held {
+        for id in 1..=9000usize {
+            let properties = [&b"\x0b"[..], &crate::support::mqtt::varint(id)].concat();
+            let filter = client::text(format!("temp/{id}"));
+            let body = [
+                &(id as u16).to_be_bytes()[..],
+                &crate::support::mqtt::varint(properties.len()),
+                &properties,
+                &filter,
+                &[0],
+            ];
+            client.send(&client::packet(0x82, &body.concat()));
+            assert_eq!(client.packet().unwrap()[0], 0x90);
+        }
+    }
+    let mut victim = bed.client("victim");
+    bed.kill_broker(1);
+    std::thread::sleep(Duration::from_millis(300));
+    bed.start_broker(1);
+    let (mut worst, start) = (Duration::ZERO, Instant::now());
+    while start.elapsed() < Duration::from_secs(4) {
+        let sent = Instant::now();
+        victim.publish_and_wait("hum/x", 1, b"");
+        worst = worst.max(sent.elapsed());
+    }
+    println!("worst of another client's round trips: {worst:?}");
+    // Tests are built without optimization.
+    assert!(worst < Duration::from_secs(1), "{worst:?}");
+}
+
 #[test]
 fn a_slow_subscriber_delays_no_other_and_is_not_buffered_for() {
     let bed = Bed::new();

@@ -452,6 +452,11 @@ fn a_client_of_one_group_is_sent_to_the_fast_path_when_nothing_is_under_way() {
         let mut client = if level == 4 { bed.client("returns4") } else { bed.client5("returns5") };
         let mut subscriber = bed.client("stays");
         subscriber.subscribe(&["nothing"], 0);
+        for _ in 0..63 {
+            client.publish_and_wait("temp/x", 1, b"");
+        }
+        std::thread::sleep(Duration::from_millis(1500));
+        // The datapath would not take it yet.
         client.publish_and_wait("temp/x", 1, b"before");
         if level == 5 {
             assert_eq!(client.packet().unwrap(), [0xe0, 2, 0x9d, 0]);
@@ -461,9 +466,9 @@ fn a_client_of_one_group_is_sent_to_the_fast_path_when_nothing_is_under_way() {
         client.publish("temp/x", 0, b"late");
         client.publish("temp/x", 1, b"repeated elsewhere");
         drop(client);
-        let got = gather(&mut watchers, 2);
+        let got = gather(&mut watchers, 63 + 2);
         let texts: BTreeSet<String> = got.iter().flatten().map(Message::text).collect();
-        assert_eq!(texts.into_iter().collect::<Vec<_>>(), ["before", "late"]);
+        assert_eq!(texts.into_iter().collect::<Vec<_>>(), ["", "before", "late"]);
         // One that uses two groups stays, and so does a subscriber.
         let mut two = bed.client(&format!("two{level}"));
         two.publish_and_wait("temp/x", 1, b"");
@@ -471,6 +476,49 @@ fn a_client_of_one_group_is_sent_to_the_fast_path_when_nothing_is_under_way() {
         std::thread::sleep(Duration::from_millis(1500));
         two.ping();
         subscriber.ping();
+    }
+}
+
+/// What is on its way while a client does not know would be lost at QoS 0; and over WebSocket only the relay serves.
+#[test]
+fn who_would_lose_by_it_or_gain_nothing_is_not_sent_to_the_fast_path() {
+    let mut bed = Bed::empty("", "listener = [{ port = 9001, websocket = true }]");
+    let file = bed.dir.join("config.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let text = text.replace("return_after = \"0s\"", "return_after = \"1s\"");
+    std::fs::write(&file, text).unwrap();
+    for broker in 1..=6 {
+        bed.start_broker(broker);
+    }
+    bed.start_relay();
+    let port = |port| bed.stream((RELAY.parse::<std::net::SocketAddr>().unwrap().ip(), port));
+    let ws = transports::over_websocket(port(9001), "mqtt").unwrap();
+    let will = Some(("hum/will".to_owned(), "gone".to_owned()));
+    let mut stays = [
+        ("over WebSocket", Client::new(ws, 4), None),
+        ("with a will of another group", Client::new(bed.stream_of_a_host(), 4), will),
+    ];
+    for (id, client, will) in &mut stays {
+        client.send(&client::Connect { will: will.clone(), ..connect(4, id) }.packet());
+        client.expect(&[0x20, 2, 0, 0]);
+    }
+    let mut sends = bed.client("sends all the time");
+    for n in 0..80 {
+        sends.publish("temp/x", 0, b"");
+        for (_, client, _) in &mut stays {
+            client.publish_and_wait("temp/x", 1, b"");
+        }
+        // Twenty a second, three seconds beyond `return_after`.
+        std::thread::sleep(Duration::from_millis(50));
+        if n % 20 == 19 {
+            sends.ping();
+        }
+    }
+    // Now it pauses.
+    sends.expect_end();
+    std::thread::sleep(Duration::from_millis(1200));
+    for (_, client, _) in &mut stays {
+        client.ping();
     }
 }
 

@@ -18,7 +18,7 @@ use crate::support::authority::Authority;
 const LISTENERS: &str = r#"
 listener = [
     { port = 8883, tls = { certificate = "@DIR@/relay.crt", key = "@DIR@/relay.key" } },
-    { port = 8884, tls = { certificate = "@DIR@/relay.crt", key = "@DIR@/relay.key", client_ca = "@DIR@/ca.crt", username_from_certificate = true } },
+    { port = 8884, tls = { certificate = "@DIR@/relay.crt", key = "@DIR@/relay.key", client_ca = "@DIR@/ca.crt", username_from_certificate = "common_name" } },
     { port = 8083, websocket = true },
     { port = 8084, websocket = true, tls = { certificate = "@DIR@/relay.crt", key = "@DIR@/relay.key" } },
 ]
@@ -441,4 +441,109 @@ fn brokers_may_speak_tls() {
     let mut client = bed.client("deceived");
     client.publish("temp/x", 1, b"secret");
     assert_ne!(client.try_packet().ok().flatten().map(|p| p[0]), Some(0x40), "no PUBACK");
+}
+
+/// Another balancer in front, which says who the client is: HAProxy's `send-proxy` and `send-proxy-v2`.
+#[test]
+fn a_balancer_in_front_says_who_the_client_is() {
+    let listeners = r#"listener = [
+        { port = 1884, accept_proxy = ["127.0.0.0/8", "10.9.1.200"] },
+        { port = 8883, accept_proxy = ["10.9.1.200"], tls = { certificate = "@DIR@/relay.crt", key = "@DIR@/relay.key" } },
+    ]"#;
+    let mut bed = Bed::empty("connections_per_address = 3", &listeners.replace('\n', ""));
+    let file = bed.dir.join("config.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let text = text.replace("name = \"default\",", "name = \"default\", proxy_protocol = true,");
+    std::fs::write(&file, text).unwrap();
+    Authority::new(&bed.dir).sign(&bed.dir, "relay", "relay.test");
+    let listeners: Vec<_> = bed
+        .inside(|| (5..=6).map(|n| std::net::TcpListener::bind(Bed::broker(n)).unwrap()).collect());
+    bed.start_relay();
+    let v1 = b"PROXY TCP4 192.0.2.7 10.9.1.200 4000 1884\r\n".to_vec();
+    let v2 = [
+        &b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x10\xc0\0\x02\x08\x10\x01\x10\x02\x0f\xa0\x07\x5c"[..],
+        b"\x04\0\x01x",
+    ]
+    .concat();
+    let local = b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0".to_vec();
+    for (header, source) in [(v1, "192.0.2.7:4000"), (v2, "192.0.2.8:4000"), (local, "10.9.1.200")]
+    {
+        let mut kept = None;
+        let bytes = first_bytes(&mut bed, &listeners, |bed| {
+            let mut stream = bed.stream((RELAY.split(':').next().unwrap(), 1884));
+            // Byte by byte, as it may come.
+            for byte in [&header[..], &connect(4, "id").packet()].concat() {
+                stream.write_all(&[byte]).unwrap();
+            }
+            kept = Some(stream);
+        });
+        let header = ppp::v2::Header::try_from(&bytes[..]).unwrap();
+        let ppp::v2::Addresses::IPv4(addresses) = header.addresses else { panic!("{header:?}") };
+        let from = format!("{}:{}", addresses.source_address, addresses.source_port);
+        assert!(from.starts_with(source), "{from} instead of {source}");
+        drop(kept);
+        // The relay tries the group's other broker, too.
+        std::thread::sleep(Duration::from_millis(300));
+        while listeners.iter().any(|l| l.accept().is_ok()) {}
+    }
+    // In front of TLS; and limits are the client's, not the balancer's.
+    let come = |port: u16, header: &str| {
+        let mut stream = bed.stream(("10.9.1.200", port));
+        stream.write_all(header.as_bytes()).unwrap();
+        stream
+    };
+    let config = Arc::new(trusting(&bed).with_no_client_auth());
+    let over_tls = |client: usize| {
+        let stream = come(8883, &format!("PROXY TCP4 192.0.2.{client} 10.9.1.200 4000 8883\r\n"));
+        let name = "relay.test".to_owned().try_into().unwrap();
+        let connection = ClientConnection::new(Arc::clone(&config), name).unwrap();
+        let mut stream = StreamOwned::new(connection, stream);
+        while stream.conn.is_handshaking() {
+            stream.conn.complete_io(&mut stream.sock).ok()?;
+        }
+        Some(stream)
+    };
+    let ten: Vec<_> = (1..=10).map(|n| over_tls(n).expect("a client each")).collect();
+    let mut of_one: Vec<_> = (0..3).map(|_| over_tls(99).expect("three")).collect();
+    assert!(over_tls(99).is_none(), "a fourth");
+    of_one.clear();
+    drop(ten);
+    // Who is not a balancer of ours has no header to say: it is no CONNECT.
+    let mut stranger = bed.inside(|| {
+        let socket =
+            socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        socket.bind(&std::net::SocketAddr::from(([10, 9, 0, 1], 0)).into()).unwrap();
+        let to: std::net::SocketAddr = "10.9.1.200:1884".parse().unwrap();
+        socket.connect(&to.into()).unwrap();
+        TcpStream::from(socket)
+    });
+    stranger.write_all(b"PROXY TCP4 192.0.2.7 10.9.1.200 4000 1884\r\n").unwrap();
+    stranger.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    assert!(matches!(stranger.read(&mut [0; 4]), Ok(0) | Err(_)));
+    // Nor does a balancer come without one.
+    let mut without = bed.stream(("10.9.1.200", 1884));
+    without.write_all(&connect(4, "id").packet()).unwrap();
+    without.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    assert!(matches!(without.read(&mut [0; 4]), Ok(0) | Err(_)));
+}
+
+#[test]
+fn a_certificates_other_names_can_be_the_user_name() {
+    let listener = r#"listener = [{ port = 8884, tls = {
+        certificate = "@DIR@/relay.crt", key = "@DIR@/relay.key", client_ca = "@DIR@/ca.crt",
+        username_from_certificate = "san_dns" } }]"#;
+    let mut bed = Bed::empty("", &listener.replace('\n', ""));
+    let authority = Authority::new(&bed.dir);
+    authority.sign(&bed.dir, "relay", "relay.test");
+    authority.sign_for(&bed.dir, "client", "", &["device-9.test"]);
+    let listeners: Vec<_> = bed
+        .inside(|| (5..=6).map(|n| std::net::TcpListener::bind(Bed::broker(n)).unwrap()).collect());
+    bed.start_relay();
+    let mut kept = None;
+    let bytes = first_bytes(&mut bed, &listeners, |bed| {
+        let mut stream = over_tls(bed, 8884, true);
+        stream.write_all(&connect(4, "id").packet()).unwrap();
+        kept = Some(stream);
+    });
+    assert!(bytes.windows(13).any(|w| w == b"device-9.test"), "{bytes:02x?}");
 }

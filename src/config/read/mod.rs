@@ -163,6 +163,7 @@ fn relay_limits(r: Option<Reader<'_>>) -> RelayLimits {
         max_packet: r
             .number::<u32>("max_packet_size", 1024..=268_435_460)
             .map_or(d.max_packet, |n| n as usize),
+        max_memory: r.number("max_memory", 64 << 20..=1 << 50),
         subscriptions: r.number("subscriptions", 1..=10_000_000).unwrap_or(d.subscriptions),
         return_after: match r.duration("return_after", Duration::ZERO..=seconds(86_400)) {
             Some(Duration::ZERO) => None,

@@ -6,10 +6,12 @@ use std::time::Duration;
 use super::super::reader::Reader;
 use super::super::{Binding, Group, OnMisprediction, Route, Service, Target};
 use super::group::group;
-use super::values::{absolute, address, certificate, name_text};
+use super::values::{absolute, address, certificate, name_text, network};
 use crate::domain::filter::TopicFilter;
 use crate::domain::health::{CheckKind, CheckPath, HealthCheck};
-use crate::domain::{ANY, ClientRoute, ClientRouteKind, RelayListener, RelayTls, limits};
+use crate::domain::{
+    ANY, CertificateName, ClientRoute, ClientRouteKind, RelayListener, RelayTls, limits,
+};
 
 #[allow(clippy::too_many_lines)] // one key after the other
 pub(super) fn service(r: Reader<'_>) -> Option<Service> {
@@ -165,8 +167,16 @@ fn listener(r: Reader<'_>, service_port: u16) -> Option<RelayListener> {
         });
         let certificates: Option<Vec<_>> = [first].into_iter().chain(others).collect();
         let client_ca = t.parsed("client_ca", absolute);
-        let username_from_certificate = t.flag("username_from_certificate").unwrap_or(false);
-        if username_from_certificate && !t.has("client_ca") {
+        let username_from_certificate = t.choice(
+            "username_from_certificate",
+            &[
+                ("common_name", CertificateName::CommonName),
+                ("san_dns", CertificateName::SanDns),
+                ("san_uri", CertificateName::SanUri),
+                ("san_email", CertificateName::SanEmail),
+            ],
+        );
+        if username_from_certificate.is_some() && !t.has("client_ca") {
             t.problem(
                 "username_from_certificate",
                 "needs client_ca: without it, clients show no certificate",
@@ -175,14 +185,15 @@ fn listener(r: Reader<'_>, service_port: u16) -> Option<RelayListener> {
         t.finish();
         Some(RelayTls { certificates: certificates?, client_ca, username_from_certificate })
     });
-    if !websocket && !r.has("tls") {
+    let accept_proxy = r.list("accept_proxy", "10.1.7.0/24", network);
+    if !websocket && !r.has("tls") && !r.has("accept_proxy") {
         r.problem(
             "port",
-            "speaks neither TLS nor WebSocket; write tls = { … } or websocket = true",
+            "differs in nothing from the service's own; write tls = { … }, websocket = true or accept_proxy = […]",
         );
     }
     r.finish();
-    Some(RelayListener { port: port?, tls, websocket })
+    Some(RelayListener { port: port?, tls, websocket, accept_proxy })
 }
 
 /// A route by what CONNECT says.

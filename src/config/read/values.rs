@@ -3,6 +3,8 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use ipnet::IpNet;
+
 use super::super::reader::Reader;
 use crate::domain::vip::{Mac, parse_mac};
 use crate::domain::{Certificate, limits};
@@ -37,6 +39,15 @@ pub fn address(text: &str) -> Result<IpAddr, String> {
         return Err("write a mapped IPv4 address as plain IPv4".to_owned());
     }
     Ok(addr)
+}
+
+/// A network, or a single address.
+pub fn network(text: &str) -> Result<IpNet, String> {
+    let single = || text.parse::<IpAddr>().map(IpNet::from);
+    text.parse::<IpNet>()
+        .or_else(|_| single())
+        .map(|network| network.trunc())
+        .map_err(|_| "not a network; write it like \"10.1.7.0/24\" or \"fd00:7::/64\"".to_owned())
 }
 
 pub(super) fn absolute(text: &str) -> Result<PathBuf, String> {

@@ -49,7 +49,9 @@ impl Session {
         let up = &mut self.upstreams[usize::from(slot)];
         let others = self.outbound.delivering.is_some_and(|getting| getting != slot);
         let early = !self.handshake.sent && up.is_ready();
-        if others || early || self.outbound.pending.len() > HIGH {
+        // A message that has begun comes whole.
+        let enough = up.delivery.deferred.len() > HIGH && up.delivery.deferring == 0;
+        if others || early || enough || self.outbound.pending.len() > HIGH {
             return Ok(drained);
         }
         BUFFER.with_borrow_mut(|buffer| {
@@ -303,7 +305,11 @@ impl Session {
                 self.handshake.assigned = Some(id.clone());
                 self.open_secondaries(now);
             }
-        } else if self.handshake.resumed && self.handshake.sent && !connack.session_present {
+        } else if self.handshake.resumed
+            && self.handshake.sent
+            && !connack.session_present
+            && (self.parts.is_empty() || self.parts.contains(&up.addr))
+        {
             // The client was told that its session is present.
             return Err(End::BrokerLost(up.addr));
         } else if up.subscribed && !(self.connect.persistent && connack.session_present) {
@@ -368,13 +374,20 @@ impl Session {
         let at_home = present(&self.upstreams[usize::from(self.home)]);
         if self.connect.persistent && !self.connect.clean {
             let v5 = self.connect.v5;
-            if at_home && !self.upstreams.iter().filter(|u| u.is_ready()).all(present) {
-                // One broker has lost its part of the session, so the client has to subscribe again.
-                let flags = wire::header(&connack).ok().flatten().map_or(2, |h| h.length);
+            let flags = wire::header(&connack).ok().flatten().map_or(2, |h| h.length);
+            let has_part = |u: &&Upstream| self.parts.contains(&u.addr) && u.is_ready();
+            if !self.parts.is_empty() {
+                // If one broker has lost its part of the session, the client has to subscribe again.
+                let answers = self.upstreams.iter().filter(has_part).filter(|u| present(u));
+                let whole = answers.count() == self.parts.len();
+                connack[flags] = connack[flags] & !1 | u8::from(whole);
+            } else if at_home && !self.upstreams.iter().filter(|u| u.is_ready()).all(present) {
+                // The same, where it is not known who has a part.
                 connack[flags] &= !1;
             }
+            let discards = !at_home && self.parts.is_empty();
             for (slot, up) in self.upstreams.iter_mut().enumerate() {
-                if !at_home && slot != usize::from(self.home) && up.is_ready() && present(up) {
+                if discards && slot != usize::from(self.home) && up.is_ready() && present(up) {
                     // The client is told that there is no session: discard the other brokers' parts.
                     up.then = if v5 { [].into() } else { [Kind::Secondary].into() };
                     up.reconnect(Kind::CleanStart, now);
@@ -385,6 +398,12 @@ impl Session {
             .ok()
             .flatten()
             .is_some_and(|h| connack.get(h.length).is_some_and(|flags| flags & 1 == 1));
+        if !self.handshake.resumed && self.connect.persistent {
+            // Whoever has something from now on is known when the client subscribes.
+            self.parts.clear();
+            let id = self.handshake.assigned.as_deref().unwrap_or(&self.connect.client_id);
+            self.worker.shared.parts.set(self.worker.service, id, Vec::new());
+        }
         self.outbound.pending.push(&connack);
         self.handshake.sent = true;
         self.stats().opened.add(1);

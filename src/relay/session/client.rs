@@ -184,6 +184,8 @@ impl Session {
             self.in_flight.messages.insert(p.id, slot);
         }
         up.last_used = now;
+        self.inbound.qos_0 = (p.qos == 0).then_some(now);
+        let up = &mut self.upstreams[usize::from(slot)];
         let mut from = 0;
         if let Some(topic) = &aliased {
             let told = alias != 0
@@ -326,7 +328,7 @@ impl Session {
         }
         if matches!(request, Request::Subscribe(..)) {
             for (slot, _) in &wanted {
-                self.upstreams[usize::from(*slot)].subscribed = true;
+                self.subscribes_at(*slot);
             }
         }
         wanted.retain(|(slot, _)| self.upstreams[usize::from(*slot)].is_ready());

@@ -211,8 +211,8 @@ impl Session {
             filters.values().flat_map(|(_, needs)| needs).copied().collect();
         for broker in brokers {
             let slot = self.open_or_retry(broker, now);
-            let up = &mut self.upstreams[usize::from(slot)];
-            up.subscribed = true;
+            self.subscribes_at(slot);
+            let up = &self.upstreams[usize::from(slot)];
             let addr = up.addr;
             if up.is_ready() {
                 self.resubscribe(slot, |filter| {
@@ -225,16 +225,23 @@ impl Session {
         Ok(())
     }
 
-    /// Disconnects a client that uses a single group, so that it is bound straight next time. Returns when
-    /// to try again.
+    /// Disconnects a client that the datapath would bind to its group next time. Returns when to try again.
     pub(super) fn return_to_fast_path(&mut self, now: Instant) -> Result<Option<Instant>, End> {
         let Some(after) = self.worker.limits.return_after else { return Ok(None) };
         if self.leaving {
             let patience = self.keepalive.last_in + Duration::from_secs(10);
             return if now < patience { Ok(Some(patience)) } else { Err(End::Returned) };
         }
-        let one_group = self.published.as_ref().is_some_and(|(_, count)| *count > 0);
+        // As many messages of one group as the datapath wants to have seen (bpf/forward/learn/weigh.h).
+        const MESSAGES: u64 = 64;
+        let one_group = self.published.as_ref().is_some_and(|(_, count)| *count >= MESSAGES);
+        let will_elsewhere = self.will_broker().is_some_and(|broker| {
+            let group = &self.table.broker(broker).group;
+            self.published.as_ref().is_none_or(|(one, _)| **one != **group)
+        });
         let candidate = one_group
+            && self.is_direct
+            && !will_elsewhere
             && self.handshake.sent
             && self.subscriptions.is_empty()
             && !self.connect.persistent
@@ -245,14 +252,18 @@ impl Session {
         if now < self.since + after {
             return Ok(Some(self.since + after));
         }
-        let idle = self.in_flight.messages.is_empty()
+        // What comes while the client does not know would be lost at QoS 0.
+        const UNDER_WAY: Duration = Duration::from_secs(1);
+        let idle = self.inbound.qos_0.is_none_or(|last| now >= last + UNDER_WAY)
+            && self.in_flight.messages.is_empty()
             && self.inbound.forwarding.is_none()
             && self.inbound.unparsed.is_empty()
             && self.outbound.delivering.is_none()
             && self.upstreams.iter().all(Upstream::is_quiet);
         let id = &self.connect.client_id;
         let key = if id.is_empty() { self.addrs.0.ip().to_string() } else { id.clone() };
-        if !idle || !self.worker.may_return(&key, now) {
+        let (limits, returns) = (self.worker.limits, &self.worker.shared.returns);
+        if !idle || !returns.may_return(&key, now, limits.returns_per_second) {
             return Ok(Some(now + Duration::from_secs(1)));
         }
         if self.connect.v5 {

@@ -32,6 +32,7 @@ use tokio_util::either::Either;
 use tracing::debug;
 
 use super::ids::{Deliveries, Slot};
+use super::memory::{Held, TooMuch};
 use super::stats::Stats;
 use super::stream::{Pending, Stream};
 use super::subscriptions::Subscriptions;
@@ -84,6 +85,8 @@ pub enum End {
     BrokerLost(SocketAddr),
     #[error("no broker of group {0:?} available")]
     Unavailable(String),
+    #[error(transparent)]
+    OutOfMemory(#[from] TooMuch),
     #[error("returned to the fast path")]
     Returned,
     #[error("relay shutting down")]
@@ -153,6 +156,8 @@ struct Inbound {
     unparsed: Vec<u8>,
     /// They wait for a broker connection.
     blocked: bool,
+    /// When the last PUBLISH came, if that was at QoS 0.
+    qos_0: Option<Instant>,
     /// The last packet took so long that other clients have their turn before the next.
     yields: bool,
     /// The message being forwarded: its destination (`None`: discarded), and bytes still to be received.
@@ -228,6 +233,8 @@ pub struct Session {
     generation: u64,
     /// Client and service.
     addrs: (SocketAddr, SocketAddr),
+    /// It came to the port at which the datapath may bind it to a broker.
+    is_direct: bool,
     connect: Connect,
     client: Stream,
     handshake: Handshake,
@@ -249,6 +256,9 @@ pub struct Session {
     published: Option<(Box<str>, u64)>,
     leaving: bool,
     timer: Pin<Box<Sleep>>,
+    held: Held,
+    /// Brokers that hold something of the session since earlier connections, as far as is known.
+    parts: Vec<SocketAddr>,
 }
 
 impl Session {
@@ -257,6 +267,7 @@ impl Session {
         worker: Rc<Worker>,
         client: Stream,
         addrs: (SocketAddr, SocketAddr),
+        is_direct: bool,
         connect: Connect,
         rest: Vec<u8>,
     ) -> Self {
@@ -267,9 +278,16 @@ impl Session {
         let mut session = Self {
             generation,
             addrs,
+            is_direct,
             client,
             handshake: Handshake::default(),
-            inbound: Inbound { unparsed: rest, blocked, yields: false, forwarding: None },
+            inbound: Inbound {
+                unparsed: rest,
+                blocked,
+                qos_0: None,
+                yields: false,
+                forwarding: None,
+            },
             outbound: Outbound::default(),
             opened: false,
             upstreams: Vec::new(),
@@ -288,6 +306,13 @@ impl Session {
             published: Some(("".into(), 0)),
             leaving: false,
             timer: Box::pin(tokio::time::sleep(Duration::from_secs(3600))),
+            held: Held::new(&worker.shared.memory),
+            parts: if connect.clean {
+                worker.shared.parts.set(worker.service, &connect.client_id, Vec::new());
+                Vec::new()
+            } else {
+                worker.shared.parts.of(worker.service, &connect.client_id)
+            },
             connect,
             worker,
             table,
@@ -406,12 +431,37 @@ impl Session {
             if std::mem::take(&mut self.inbound.yields) {
                 return self.pause(cx);
             }
+            self.held.set(self.memory())?;
             if !progress {
                 return self.arm_timer(cx);
             }
         }
         cx.waker().wake_by_ref();
         Ok(())
+    }
+
+    /// Bytes that are kept for the client, beyond what any connection takes.
+    fn memory(&self) -> usize {
+        let identifiers = self.in_flight.messages.len() + self.deliveries.len();
+        self.inbound.unparsed.len()
+            + self.outbound.pending.len()
+            + self.outbound.deferred.len()
+            + self.aliases.bytes
+            + self.subscriptions.memory()
+            + identifiers * 64
+            + self.upstreams.iter().map(Upstream::memory).sum::<usize>()
+    }
+
+    /// A broker has, or is to get, subscriptions of the client.
+    fn subscribes_at(&mut self, slot: Slot) {
+        let up = &mut self.upstreams[usize::from(slot)];
+        up.subscribed = true;
+        if self.connect.persistent && !self.parts.contains(&up.addr) {
+            self.parts.push(up.addr);
+            let parts = self.parts.clone();
+            let id = self.handshake.assigned.as_deref().unwrap_or(&self.connect.client_id);
+            self.worker.shared.parts.set(self.worker.service, id, parts);
+        }
     }
 
     /// Closes all connections.
@@ -441,6 +491,7 @@ impl Session {
             End::Protocol(malformed) => Some(malformed.code),
             End::Silent => Some(0x8d),
             End::BrokerLost(_) | End::Unavailable(_) => Some(0x89),
+            End::OutOfMemory(_) => Some(0x97),
             End::Shutdown => Some(0x8b),
             _ => None,
         };
