@@ -9,8 +9,9 @@
  *   4      SACK permitted
  *   3..0   window scale of the client; 15: none
  *
- * and, with timestamps, the lowest byte of TSval has 8 more bits of the hash. The options are part
- * of the hash's input, so that nobody can change them.
+ * and, with timestamps, the lowest byte of TSval has 8 more bits of the hash. The options, whether there
+ * are timestamps, and the time are part of the hash's input, so that nobody can change them: a cookie is valid
+ * for one to two periods.
  */
 #ifndef MQTT_FWD_COOKIE_H
 #define MQTT_FWD_COOKIE_H
@@ -61,9 +62,26 @@ struct cookie_tuple {
 	__be16 dport;
 };
 
+/*
+ * Of CLOCK_TAI, which all hosts have in common, whether or not something told them how far it is from UTC
+ * (37 s): see COOKIE_SKEW.
+ */
+const volatile __u32 cookie_period_ms = 64000;
+
+/*
+ * How many periods the clock of a broker host may be off, 21 minutes: the balancer has looked at a cookie's
+ * age before.
+ */
+#define COOKIE_SKEW 20
+
+static __always_inline __u32 cookie_period(void)
+{
+	return bpf_ktime_get_tai_ns() / 1000000 / cookie_period_ms;
+}
+
 static __always_inline __u32 cookie_hash(const struct handover_keys *k,
 					 const struct cookie_tuple *t, __u32 client_isn,
-					 __u32 options, bool v6)
+					 __u32 options, bool timestamps, __u32 period, bool v6)
 {
 	const __u64 *key = options & COOKIE_EPOCH ? k->key[1] : k->key[0];
 	struct siphash h;
@@ -77,7 +95,8 @@ static __always_inline __u32 cookie_hash(const struct handover_keys *k,
 		siphash_word(&h, t->src[3] | (__u64)t->dst[3] << 32);
 	}
 	siphash_word(&h, client_isn | (__u64)t->sport << 32 | (__u64)t->dport << 48);
-	hash = siphash_final(&h, options, v6 ? 41 : 17);
+	hash = siphash_final(&h, options | (__u64)timestamps << 8 | (__u64)period << 16,
+			     v6 ? 47 : 23);
 	return hash ^ hash >> 32;
 }
 
@@ -94,20 +113,25 @@ static __always_inline __u32 cookie_make(__u32 hash, __u32 options)
 	return (hash & COOKIE_HASH_MASK) | options;
 }
 
-/*
- * Whether `cookie`, which a segment acknowledges, is what a SYN with `client_isn` got.
- * `tsecr`: what the segment echoes; NULL: it has no timestamps.
- */
-static __always_inline bool cookie_valid(const struct handover_keys *k,
-					 const struct cookie_tuple *t, __u32 client_isn,
-					 __u32 cookie, const __u32 *tsecr, bool v6)
-{
-	__u32 hash;
+/* What a segment shows of the SYN-ACK that it acknowledges. */
+struct cookie_proof {
+	__u32 client_isn;
+	__u32 cookie;
+	__u32 tsecr;
+	bool timestamps;
+	bool v6;
+};
 
-	if (!cookie_has_key(k, cookie))
-		return false;
-	hash = cookie_hash(k, t, client_isn, cookie & COOKIE_OPTIONS_MASK, v6);
-	return !((hash ^ cookie) & COOKIE_HASH_MASK) && (!tsecr || !((*tsecr ^ hash) & 0xff));
+/* Whether that is what such a SYN got in a period. */
+static __always_inline bool cookie_valid(const struct handover_keys *k,
+					 const struct cookie_tuple *t, const struct cookie_proof *p,
+					 __u32 period)
+{
+	__u32 hash = cookie_hash(k, t, p->client_isn, p->cookie & COOKIE_OPTIONS_MASK,
+				 p->timestamps, period, p->v6);
+
+	return !((hash ^ p->cookie) & COOKIE_HASH_MASK) &&
+	       (!p->timestamps || !((p->tsecr ^ hash) & 0xff));
 }
 
 #endif /* MQTT_FWD_COOKIE_H */

@@ -115,7 +115,7 @@ pub fn counters(pins: &Pins) -> Result<Vec<(&'static str, u64)>> {
         (takeover_counter::TAKEOVER_REFUSED, "connections that the kernel refused"),
         (
             takeover_counter::TAKEOVER_NO_COOKIE,
-            "first segments without a valid cookie: another key?",
+            "first segments without a valid cookie: another key, or a clock that is 20 minutes off?",
         ),
         (takeover_counter::TAKEOVER_EARLY, "segments before their connection was taken over"),
         (takeover_counter::TAKEOVER_ACK_HELD, "acknowledgements held back"),

@@ -153,10 +153,25 @@ static __always_inline bool segment_has_cookie(const struct segment *s, const st
 {
 	__u32 zero = 0;
 	const struct handover_keys *keys = bpf_map_lookup_elem(&handover_keys, &zero);
-	__u32 tsecr = o->tsecr;
+	struct cookie_proof p = {
+		.client_isn = s->seq - 1,
+		.cookie = s->ack - 1,
+		.tsecr = o->tsecr,
+		.timestamps = o->has_timestamps,
+		.v6 = s->v6,
+	};
+	__u32 now = cookie_period();
 
-	return keys && cookie_valid(keys, &s->tuple, s->seq - 1, s->ack - 1,
-				    o->has_timestamps ? &tsecr : NULL, s->v6);
+	if (!keys || !cookie_has_key(keys, p.cookie))
+		return false;
+	/* The nearest first: 0, -1, 1, -2, 2, … */
+	for (__u32 i = 0; i <= 2 * COOKIE_SKEW; i++) {
+		__u32 off = (i + 1) / 2;
+
+		if (cookie_valid(keys, &s->tuple, &p, i & 1 ? now - off : now + off))
+			return true;
+	}
+	return false;
 }
 
 #endif /* MQTT_FWD_TAKEOVER_SEGMENT_H */

@@ -70,7 +70,10 @@ static __always_inline bool is_of_flow(struct xdp_md *ctx, const struct conn *c,
 	}
 	if (is_far(f, c))
 		return false;
-	return c->ack == flow_first_ack(f) || !has_cookie(ctx, c, false);
+	if (c->ack == flow_first_ack(f))
+		return true;
+	read_options(ctx, c);
+	return !has_cookie(ctx, c);
 }
 
 #endif /* MQTT_FWD_BIND_DELAYED_H */

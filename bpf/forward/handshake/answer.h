@@ -138,27 +138,46 @@ static __always_inline void answer_word(struct answer *a, __be32 word)
 	a->words++;
 }
 
-/* The SYN-ACK for a SYN whose options are in scratch.options; false: it cannot be answered. */
-__noinline int answer_syn(struct xdp_md *ctx, const struct conn *c, const struct service *svc)
+/*
+ * The cookie for a SYN, with these options in it (lib/cookie.h), and the byte for its timestamp << 32; 0: there is
+ * no key. Global (see event.h).
+ */
+__noinline __u64 cookie_for(struct xdp_md *ctx, const struct conn *c, __u32 options)
 {
 	const struct handover_keys *keys = current_keys();
 	struct scratch *w = scratch();
-	struct answer *a;
 	struct cookie_tuple t;
-	struct tcp_options o;
-	__u32 cookie, hash;
+	__u32 hash;
 
-	if (!c || !svc || !keys || !w || !tuple_of(ctx, c->v6, &t))
+	if (!c || !keys || !w || !tuple_of(ctx, c->v6, &t))
+		return 0;
+	options |= keys->epoch & 1 ? COOKIE_EPOCH : 0;
+	if (!cookie_has_key(keys, options))
+		return 0;
+	hash = cookie_hash(keys, &t, c->seq, options, w->options.o.has_timestamps,
+			   cookie_period(), c->v6);
+	return cookie_make(hash, options) | (__u64)(hash & 0xff) << 32;
+}
+
+/* The SYN-ACK for a SYN whose options are in scratch.options; false: it cannot be answered. */
+__noinline int answer_syn(struct xdp_md *ctx, const struct conn *c, const struct service *svc)
+{
+	struct scratch *w = scratch();
+	struct answer *a;
+	struct tcp_options o;
+	__u64 cookie;
+
+	if (!c || !svc || !w)
 		return false;
 	o = w->options.o;
 	a = answer_begin(w, TCP_SYN | TCP_ACK);
-	cookie = cookie_mss_index(o.mss ? o.mss : 536, c->v6) << COOKIE_MSS_SHIFT |
-		 (o.has_wscale ? o.wscale & COOKIE_WSCALE_MASK : COOKIE_NO_WSCALE) |
-		 (o.sack ? COOKIE_SACK : 0) | (keys->epoch & 1 ? COOKIE_EPOCH : 0);
-	if (!cookie_has_key(keys, cookie))
+	cookie = cookie_for(ctx, c,
+			    cookie_mss_index(o.mss ? o.mss : 536, c->v6) << COOKIE_MSS_SHIFT |
+				    (o.has_wscale ? o.wscale & COOKIE_WSCALE_MASK : COOKIE_NO_WSCALE) |
+				    (o.sack ? COOKIE_SACK : 0));
+	if (!cookie)
 		return false;
-	hash = cookie_hash(keys, &t, c->seq, cookie, c->v6);
-	a->seq = cookie_make(hash, cookie);
+	a->seq = cookie;
 	a->ack = c->seq + 1;
 	a->window = answer_window(svc, c->v6);
 
@@ -173,7 +192,7 @@ __noinline int answer_syn(struct xdp_md *ctx, const struct conn *c, const struct
 		answer_word(a, mss);
 	if (o.has_timestamps) {
 		answer_word(a, first);
-		answer_word(a, bpf_htonl(timestamp(hash, 0)));
+		answer_word(a, bpf_htonl(timestamp(cookie >> 32, 0)));
 		answer_word(a, bpf_htonl(o.tsval));
 	} else if (o.sack) {
 		answer_word(a, sack);

@@ -44,7 +44,7 @@ static __always_inline int handshake(struct xdp_md *ctx, struct scratch *w)
 	h = handover_find(c);
 	if (h && h->state <= HANDOVER_SILENT) {
 		/* An old one may have left its place to a new one on the same addresses. */
-		if (c->seq - h->start <= h->connect_length || !has_cookie(ctx, c, true)) {
+		if (c->seq - h->start <= h->connect_length || !has_cookie(ctx, c)) {
 			if (rst) {
 				if (c->seq == h->start + h->connect_length)
 					handover_remove(c);
@@ -54,7 +54,7 @@ static __always_inline int handshake(struct xdp_md *ctx, struct scratch *w)
 			return handshake_waiting(ctx, c, w, t, svc, h, fin);
 		}
 	}
-	if (!ack || rst || !has_cookie(ctx, c, true))
+	if (!ack || rst || !has_cookie(ctx, c))
 		return handshake_untracked(ctx, c, t, svc, rst);
 	if (c->payload_length)
 		return handshake_connect(ctx, c, w, t, svc);

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use etherparse::{SlicedPacket, TcpHeader, TcpOptionElement, TransportSlice};
 use mqtt_fwd::domain::MapSizes;
 use mqtt_fwd::kernel::abi::handover_keys;
+use mqtt_fwd::kernel::skeletons::mqtt_fwd::types::rodata;
 
 use crate::support::datapath::{Fixture, Outcome, SERVICE, SERVICE6, XDP_TX};
 use crate::support::{datapath, packet};
@@ -24,10 +25,16 @@ pub fn delayed_at(flows_per_window: u32) -> Fixture {
 }
 
 fn delayed_of(sizes: &MapSizes, flows_per_window: u32) -> Fixture {
+    delayed_where(sizes, |rodata| rodata.flows_per_window = flows_per_window)
+}
+
+/// Delayed binding, with load-time configuration of the test's own.
+pub fn delayed_where(sizes: &MapSizes, set: impl FnOnce(&mut rodata)) -> Fixture {
     let text = datapath::CONFIG.replace("max_packet", "binding = \"delayed\"\nmax_packet");
     let f = Fixture::loaded(&text, sizes, |rodata| {
-        rodata.flows_per_window = flows_per_window;
+        rodata.flows_per_window = u32::MAX;
         rodata.topics_per_window = u32::MAX;
+        set(rodata);
     });
     let keys = handover_keys { key: [[1, 2], [3, 4]], epoch: 1, pad: 0 };
     f.datapath.handover_keys.put(&0, &keys).unwrap();

@@ -7,7 +7,7 @@ use mqtt_fwd::domain::MapSizes;
 use mqtt_fwd::kernel::abi::handover_keys;
 use proptest::prelude::*;
 
-use super::connection::{Client, delayed, delayed_at, delayed_with, kept};
+use super::connection::{Client, delayed, delayed_at, delayed_where, delayed_with, kept, reply};
 use crate::support::datapath::{JUMPED, SERVICE, SMALL, XDP_DROP, XDP_TX};
 use crate::support::{mqtt, packet};
 
@@ -95,6 +95,32 @@ fn a_guessed_cookie_opens_nothing() {
         let client = Client::open(&f, &format!("10.1.1.2:{port}"), 99);
         f.datapath.handover_keys.put(&0, &other(key)).unwrap();
         assert_eq!(f.send(&client.segment(0, &connect, |_| {})).verdict, verdict, "{key:?}");
+    }
+}
+
+/// Recorded, or guessed at leisure, a cookie is worth nothing after two periods.
+#[test]
+fn a_cookie_has_its_age_and_the_options_that_were_offered() {
+    let f = delayed_where(&SMALL, |rodata| rodata.cookie_period_ms = 300);
+    let connect = mqtt::connect_as(4, 2, b"old", &[]);
+    let verdict = |client: &Client| f.send(&client.segment(0, &connect, |_| {})).verdict;
+    let period = std::time::Duration::from_millis(300);
+    // Up to one period old it is good, whenever the next one begins.
+    let client = Client::open(&f, "10.1.1.2:6001", 99);
+    std::thread::sleep(period);
+    assert_eq!(verdict(&client), XDP_TX);
+    let client = Client::open(&f, "10.1.1.2:6002", 99);
+    std::thread::sleep(2 * period);
+    assert_eq!(verdict(&client), XDP_DROP);
+    // Timestamps that were offered cannot be left out, nor others brought.
+    for (port, offered) in [(6003, true), (6004, false)] {
+        let mut client = Client::new(&format!("10.1.1.2:{port}"), 99);
+        client.offer.timestamps = offered;
+        client.opened(&reply(&f.send(&client.syn())));
+        client.offer.timestamps = !offered;
+        assert_eq!(verdict(&client), XDP_DROP, "offered: {offered}");
+        client.offer.timestamps = offered;
+        assert_eq!(verdict(&client), XDP_TX, "offered: {offered}");
     }
 }
 
