@@ -52,7 +52,7 @@ struct handover {
 	__u8 id_offset; /* of the client id in CONNECT */
 	__u8 pad;
 	__u16 id_length;
-	__u8 pad2[2];
+	__u16 will_group; /* of its will's topic; NO_GROUP: it has none, or that may be at any broker */
 	__u8 connect[HANDOVER_CONNECT_MAX];
 };
 SIZE_IS(struct handover, 40 + HANDOVER_CONNECT_MAX);

@@ -68,6 +68,9 @@
 	NOTE(FLOW_CLOSED, "FIN or RST: flow may be evicted early") \
 	NOTE(FLOW_EVICTED, "flow's entry was evicted while in use: bound again") \
 	NOTE(FLOW_NOT_STORED, "new flow not stored: more than new_flows_per_second") \
+	NOTE(CLIENT_NOT_STORED, "new client not remembered: too many, of all or of its address") \
+	NOTE(CONNECT_DELAYED, "CONNECT dropped, for TCP to repeat: too many new connections, of all or of its address") \
+	NOTE(WILL_ELSEWHERE, "client whose will belongs to another group than its messages") \
 	NOTE(TOPIC_NOT_STORED, "new topic not stored: more than new_topics_per_second") \
 	NOTE(BOUND_MESSAGE, "connection bound by the message that came with its CONNECT") \
 	NOTE(BOUND_CLIENT_ID, "connection bound by what its client id published before") \

@@ -28,13 +28,6 @@ struct rescuer {
 };
 SIZE_IS(struct rescuer, 16);
 
-/* Rescues of one address, so that it cannot have all the sidecar's room: how many began in a window. */
-struct rescue_source {
-	__u32 window; /* number of it, of RESCUE_WINDOW_S each */
-	__u32 began;
-};
-SIZE_IS(struct rescue_source, 8);
-
 /* Followed by `length` bytes. */
 struct rescue {
 	__u64 time_ns; /* CLOCK_BOOTTIME */

@@ -31,8 +31,13 @@ enum client_flags {
 	CLIENT_MULTI_GROUP = 1 << 0,
 	/* A connection that its client id alone decided on (WAY_KNOWN) turned out to be misrouted. */
 	CLIENT_MISJUDGED = 1 << 1,
-	/* It subscribes: with a relay, it belongs there. */
-	CLIENT_SUBSCRIBES = 1 << 2,
+	/*
+	 * With a relay, it belongs there: it subscribes, has a will of another group, or publishes more topics in
+	 * a segment than are judged.
+	 */
+	CLIENT_FOR_RELAY = 1 << 2,
+	/* One connection of late published to another group than the prediction's: the next that does is believed. */
+	CLIENT_DOUBTED = 1 << 3,
 };
 
 /*
@@ -115,6 +120,11 @@ enum flow_connect {
 	FLOW_ANONYMOUS = 1 << 0, /* no credentials: what it may publish, any client may */
 	FLOW_MQTT5 = 1 << 1,
 	FLOW_CONNECT_READ = 1 << 2, /* as far as it could be */
+	FLOW_LASTING = 1 << 3, /* its session may be older than the connection */
+	/* What came of it, as far as its client's record is concerned (learn/accept.h). */
+	FLOW_ACCEPTED = 1 << 4, /* its client went on after a CONNACK */
+	FLOW_FOR_RELAY = 1 << 5, /* as CLIENT_FOR_RELAY */
+	FLOW_DOUBTED = 1 << 6, /* its client's record has heard of another group from it */
 };
 
 /* How a flow was bound to its group. */

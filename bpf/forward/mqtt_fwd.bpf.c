@@ -15,6 +15,7 @@
 #include "handshake/handover.h"
 #include "emit.h"
 #include "mqtt/framing.h"
+#include "mqtt/will.h"
 #include "icmp_error.h"
 #include "end/rescue_stage.h"
 #include "services.h"
@@ -76,11 +77,14 @@ static __always_inline bool is_bare(const struct conn *c)
 }
 
 /* A segment with a flow's last bytes, FIN or RST behind them: the flow closes. Global (see event.h). */
-__noinline int close_flow(const struct conn *c, struct flow *f, const struct service_table *t)
+__noinline int close_flow(const struct conn *c, struct flow *f, const struct service_table *t,
+			  const struct service *svc)
 {
-	if (!c || !f || !t)
+	if (!c || !f || !t || !svc)
 		return 0;
-	publish_record_rest(c, f, t);
+	/* What is not accepted yet may be by the last acknowledgement. */
+	if (f->connect & FLOW_ACCEPTED)
+		publish_record_rest(c, f, t, svc);
 	count(REASON_FLOW_CLOSED);
 	cache_correct(c, t, 0);
 	if (f->flags & FLOW_PROBATION)
@@ -120,9 +124,14 @@ static __always_inline void follow(struct xdp_md *ctx, struct bound *b, struct c
 				   const struct service_table *t, const struct service *svc,
 				   struct flow *f)
 {
+	if (f->flags & FLOW_TRUSTED && !(f->connect & FLOW_ACCEPTED) && flow_went_on(f, c) &&
+	    !(c->flags & bpf_htons(TCP_RST)))
+		flow_accept(c, f, t, svc);
 	if (f->flags & FLOW_RESCUED && !(c->flags & bpf_htons(TCP_RST)))
 		tail_call_stage(ctx, c, svc, b->binding, STAGE_RESCUE);
 	if (c->payload_length) {
+		if (!(f->connect & FLOW_CONNECT_READ))
+			connect_seen(ctx, c, f, t, svc);
 		if (frame(ctx, f, c, t, svc))
 			frame_packets(ctx, f, c, t);
 		if (f->flags & (FLOW_RESCUED | FLOW_ENDED) &&
@@ -139,7 +148,7 @@ static __always_inline void follow(struct xdp_md *ctx, struct bound *b, struct c
 		b->exit = EXIT_HANDOVER;
 	/* Only with the number that is next: anybody can send one with another. */
 	if (is_end(c) && !(f->flags & FLOW_CLOSING) && c->seq + c->payload_length == f->end)
-		close_flow(c, f, t);
+		close_flow(c, f, t, svc);
 	else if (f->flags & FLOW_PROBATION && !(f->flags & (FLOW_UNSYNCED | FLOW_CLOSING)))
 		flow_move(c, f, false); /* last: the entry is another's from here on */
 }

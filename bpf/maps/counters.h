@@ -16,6 +16,8 @@ enum budget_kind {
 	BUDGET_FLOWS = BUDGET_EVENTS + EVENT_KINDS,
 	BUDGET_TOPICS,
 	BUDGET_RESCUES,
+	BUDGET_HANDOVERS,
+	BUDGET_CLIENTS,
 	BUDGETS,
 };
 MAP(budgets, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct budget, BUDGETS);
@@ -25,6 +27,12 @@ const volatile __u32 events_per_window = 200; /* of each kind; 0 turns events of
 const volatile __u32 flows_per_window = 10000; /* as Katran's is_under_flood, but for the rate */
 const volatile __u32 topics_per_window = 1000;
 const volatile __u32 rescues_per_window = 50;
+const volatile __u32 handovers_per_window = 300;
+const volatile __u32 clients_per_window = 80;
+
+/* Of all CPUs together, a second; of an address, a share of it (forward/share.h). */
+const volatile __u32 handovers_per_second = 6000;
+const volatile __u32 clients_per_second = 1600;
 
 MAP(counters, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, __u64, REASONS);
 MAP(map_uses, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct map_use, TRACKED_MAPS);

@@ -29,6 +29,7 @@ enum stop_reason {
 	STOP_TOPIC, /* a PUBLISH whose topic lies whole in the segment: scratch.hash, scratch.topic_length */
 	STOP_STREAM, /* a topic that is long or split: flow.parser is PARSER_TOPIC */
 	STOP_SUBSCRIBE, /* a SUBSCRIBE that begins at scratch.start */
+	STOP_UNJUDGED, /* a PUBLISH that begins there, and is not judged */
 	STOP_UNFRAMED, /* no MQTT, or malformed: to be reported */
 };
 
@@ -50,6 +51,8 @@ struct connect {
 	__u32 id_length;
 	__u32 user; /* offset of the user name */
 	__u32 user_length;
+	__u32 will; /* offset of the will's topic */
+	__u32 will_length; /* 0: there is none in the segment */
 	__u32 properties; /* offset of MQTT 5's properties */
 	__u32 properties_length;
 	__u8 level; /* protocol level: 3, 4 (MQTT 3.1.1), 5 */
@@ -107,12 +110,17 @@ struct scratch {
 	__u32 last_topic_len;
 	__u32 end_before; /* the flow's end before this segment: its broker may have what lies before that */
 	__u32 slot; /* of the service that is framed for */
+	__u32 relay_asked; /* for this segment, whether the flow belongs to the relay */
 	__u32 tally[PUBLISH_REASONS]; /* for counters[REASON_PUBLISH …], once a segment */
 	__u64 hash; /* STOP_TOPIC */
 	struct publish publish;
+	/* What a client's record is to hear of: a topic's hash, and its group. */
+	__u64 lesson_topic;
+	binding_t lesson_group;
 	/* Keys: there is more room for them here than on the stack. */
 	struct flow6 stream_key;
 	struct client6 client_key;
+	struct client_share share;
 	/*
 	 * Key in `client_ids` of the packet's client; 0: it is identified by its address. Set before
 	 * anything is learned or predicted of a client.

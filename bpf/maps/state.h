@@ -2,13 +2,14 @@
 /*
  * State: written by the datapath, one file for each map: flow/flow.h the flows, flow/cache.h the
  * cache, learn/record.h clients, client_ids and topics, mqtt/framing.h topic_streams, handshake/
- * handovers, end/begin_rescue.h rescue_sources. IPv4 and IPv6 have maps of their own, so that IPv4 does not hash IPv6's key size.
+ * handovers, share.h client_shares. IPv4 and IPv6 have maps of their own, so that IPv4 does not hash IPv6's key size.
  */
 #ifndef MQTT_FWD_MAPS_STATE_H
 #define MQTT_FWD_MAPS_STATE_H
 
 #include "../abi/handover.h"
 #include "../abi/rescue.h"
+#include "../abi/share.h"
 #include "../abi/state.h"
 #include "../lib/map.h"
 #include "../lib/siphash.h"
@@ -41,8 +42,8 @@ MAP(handovers, BPF_MAP_TYPE_LRU_HASH, struct flow6, struct handover, 1 << 16);
  */
 MAP(untracked, BPF_MAP_TYPE_ARRAY, __u32, __u64, 1 << 12);
 
-/* Rescues that began, by address: a stranger has to prove his for each, so they cannot be many. */
-MAP(rescue_sources, BPF_MAP_TYPE_LRU_HASH, struct client6, struct rescue_source, 1 << 14);
+/* What each address has used lately of what all share. */
+MAP(client_shares, BPF_MAP_TYPE_LRU_HASH, struct client6, struct client_share, 1 << 14);
 
 /* A topic that is being parsed. */
 struct topic_stream {

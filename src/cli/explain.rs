@@ -119,7 +119,10 @@ fn show_client(c: &ClientExplanation) {
             "its group changed before: with a relay, it belongs there, unless it has an id",
         ),
         (record.misjudged, "its id alone decides no longer, since that was wrong once"),
-        (record.subscribes, "it subscribes: with a relay, it belongs there"),
+        (
+            record.for_relay,
+            "it subscribes, has a will of another group, or publishes more topics at once than are judged: with a relay, it belongs there",
+        ),
     ] {
         if is {
             item("note", text);

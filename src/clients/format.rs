@@ -136,7 +136,7 @@ pub fn import(format: Format, file: impl Read) -> Result<Vec<ClientRecord>, Form
             topic: row.topic,
             groups: BTreeMap::new(),
             multi_group: false,
-            subscribes: false,
+            for_relay: false,
             misjudged: false,
             group_changes: 0,
             age_s: 0,

@@ -56,7 +56,7 @@ fn check(config: &Config, record: &ClientRecord) -> Result<(), Reason> {
     if let Some(group) = record.groups.keys().find(|name| service.group(name).is_none()) {
         return Err(Reason::NoGroup { service: of_service(), group: group.clone() });
     }
-    if record.topic.is_empty() && record.groups.is_empty() && !record.subscribes {
+    if record.topic.is_empty() && record.groups.is_empty() && !record.for_relay {
         return Err(Reason::NoPlace);
     }
     if record.topic.contains(['+', '#', '\0']) || record.topic.len() > limits::TOPIC_TEXT {

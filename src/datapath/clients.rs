@@ -246,12 +246,12 @@ impl<'a> Recorder<'a> {
             topic: whole_topic.map(|t| text_of(&t.text, t.length)).unwrap_or_default(),
             groups,
             multi_group: has(&c, client_flags::CLIENT_MULTI_GROUP),
-            subscribes: has(&c, client_flags::CLIENT_SUBSCRIBES),
+            for_relay: has(&c, client_flags::CLIENT_FOR_RELAY),
             misjudged: has(&c, client_flags::CLIENT_MISJUDGED),
             group_changes: c.group_changes,
             age_s: self.now_s.saturating_sub(u64::from(c.learned_s)),
         };
-        (is_whole && (!record.groups.is_empty() || record.subscribes)).then_some(record)
+        (is_whole && (!record.groups.is_empty() || record.for_relay)).then_some(record)
     }
 }
 
@@ -420,12 +420,12 @@ fn entry_of(
     }
     let flags = [
         (record.multi_group, client_flags::CLIENT_MULTI_GROUP),
-        (record.subscribes, client_flags::CLIENT_SUBSCRIBES),
+        (record.for_relay, client_flags::CLIENT_FOR_RELAY),
         (record.misjudged, client_flags::CLIENT_MISJUDGED),
     ];
     c.group_changes = record.group_changes;
     c.flags = flags.iter().filter(|(set, _)| *set).fold(0, |all, (_, flag)| all | flag.0 as u8);
-    (!bindings.is_empty() || record.subscribes).then_some(c)
+    (!bindings.is_empty() || record.for_relay).then_some(c)
 }
 
 fn key4(service: u16, addr: IpAddr) -> client4 {

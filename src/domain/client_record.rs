@@ -43,9 +43,10 @@ pub struct ClientRecord {
     /// Publishes to several groups in turn.
     #[serde(default)]
     pub multi_group: bool,
-    /// Subscribes: with a relay, it belongs there.
+    /// Subscribes, has a will of another group, or publishes more topics at once than are judged: with a relay, it
+    /// belongs there.
     #[serde(default)]
-    pub subscribes: bool,
+    pub for_relay: bool,
     /// Its id alone is not enough to bind it.
     #[serde(default)]
     pub misjudged: bool,

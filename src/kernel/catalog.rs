@@ -109,7 +109,7 @@ pub const MAPS: [Map; 41] = [
     map(M, "map_uses",          Scratch,       None, None),
     map(M, "events",            Scratch,       None, None),
     map(M, "rescues",           Scratch,       None, None),
-    map(M, "rescue_sources",    Scratch,       None, None),
+    map(M, "client_shares",     Scratch,       None, None),
     map(M, "rescuer",           Scratch,       None, None),
     map(M, "predecessor",       Scratch,       None, None),
     map(M, "stages",            Scratch,       None, None),
@@ -155,6 +155,16 @@ impl MapSizes {
     /// Places for flows whose state was lost: as many as there can be, a word each.
     pub fn untracked(&self) -> u32 {
         self.flows.next_power_of_two().max(1 << 12)
+    }
+
+    /// Connections that begin their way to a broker a second: so many that none is evicted within five.
+    pub fn handovers_per_second(&self) -> u32 {
+        (self.handovers / 5).max(2000)
+    }
+
+    /// Clients that become known a second: so many that whoever was known before is, for ten minutes.
+    pub fn clients_per_second(&self) -> u32 {
+        (self.clients.min(self.client_ids) / 600).max(1000)
     }
 
     /// How many entries a map has; `None`: as many as `bpf/` says.

@@ -94,6 +94,10 @@ pub fn load(spec: &LoadSpec) -> Result<Loaded> {
         rodata.events_per_window = Rates::per_window(spec.rates.events);
         rodata.flows_per_window = Rates::per_window(spec.rates.new_flows);
         rodata.topics_per_window = Rates::per_window(spec.rates.new_topics);
+        rodata.handovers_per_second = spec.maps.handovers_per_second();
+        rodata.handovers_per_window = Rates::per_window(rodata.handovers_per_second);
+        rodata.clients_per_second = spec.maps.clients_per_second();
+        rodata.clients_per_window = Rates::per_window(rodata.clients_per_second);
     }
     let place = Place::mqtt_fwd(spec)?;
     let prepared = prepare(spec, place.object, open.open_object_mut())?;

@@ -52,6 +52,10 @@ impl<'a> Sandbox<'a> {
             rodata.flows_per_window = u32::MAX;
             rodata.topics_per_window = u32::MAX;
             rodata.rescues_per_window = u32::MAX;
+            rodata.handovers_per_second = u32::MAX;
+            rodata.handovers_per_window = u32::MAX;
+            rodata.clients_per_second = u32::MAX;
+            rodata.clients_per_window = u32::MAX;
         }
         let skel = open.load().map_err(failed)?;
         // Nothing else returns XDP_REDIRECT: what has this verdict came to the balancer's place.

@@ -33,7 +33,10 @@ fn a_segment_can_hold_many_packets() {
     stream.extend(mqtt::pingreq());
     stream.extend(mqtt::puback());
     stream.extend(mqtt::disconnect());
-    assert_eq!(c.data(&stream), seen("default", &["data 1", "learned 1", "publish 10"]));
+    // It is not known yet whether its broker takes it.
+    assert_eq!(c.data(&stream), seen("default", &["data 1", "publish 10"]));
+    let acknowledged = c.flagged(|_| {});
+    assert_eq!(acknowledged, seen("default", &["learned 1", "no_data 1"]));
 }
 
 #[test]
@@ -49,8 +52,7 @@ fn a_packet_can_be_split_at_every_byte() {
             let mut c = Conn::open(&f, &format!("10.1.1.1:{port}"));
             c.data(&mqtt::connect(4));
             for part in [&publish[..cut], &publish[cut..]] {
-                f.send(&c.segment(part));
-                c.sent += part.len() as u32;
+                c.write(part);
             }
             let state = f.flow(c.client).unwrap();
             assert_eq!(state.topic.trim_end_matches('…').len(), topic.len().min(256));
@@ -60,8 +62,7 @@ fn a_packet_can_be_split_at_every_byte() {
     let one_by_one = mqtt::publish(b"sensor/b", 2, b"1");
     let mut c = Conn::open(&f, "10.1.1.2:4000");
     for byte in mqtt::connect(5).iter().chain(&one_by_one) {
-        f.send(&c.segment(&[*byte]));
-        c.sent += 1;
+        c.write(&[*byte]);
     }
     assert_eq!(c.prediction(), predicted("sensor/b", "b"));
     assert_eq!(f.counters().get("malformed"), None);
@@ -146,7 +147,7 @@ fn spoofed_data_does_not_teach() {
 #[test]
 fn a_flow_found_again_teaches_only_if_it_can_be_the_same_client() {
     // Rule 8: acknowledgements and sequence numbers have to be near those before the hole.
-    for (gap, ack, teaches) in [(1000, 1, true), (1000, 90_000, false), (2 << 20, 1, false)] {
+    for (gap, ack, teaches) in [(1000, 4, true), (1000, 90_000, false), (2 << 20, 4, false)] {
         let f = Fixture::new();
         let mut c = Conn::open(&f, "10.1.1.1:4000");
         // Far from where acknowledgements begin: it is the last one before the hole that counts.

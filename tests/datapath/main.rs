@@ -6,6 +6,7 @@ mod flows;
 mod framing;
 mod fuzz;
 mod handshake;
+mod learning;
 mod load;
 mod maps;
 mod packets;

@@ -133,8 +133,7 @@ fn flows_that_evict_each_other_on_two_cpus_keep_their_groups() {
     for i in 0..400 {
         let mut c = Conn::open(&f, &format!("{}:3000", address(i)));
         for part in [mqtt::connect(4), mqtt::publish(topic(i), 0, b"1")] {
-            f.send(&c.segment(&part));
-            c.sent += part.len() as u32;
+            c.write(&part);
         }
     }
     let packets: u32 = std::env::var("STRESS_PACKETS").map_or(60_000, |n| n.parse().unwrap());

@@ -12,6 +12,8 @@ pub struct Conn<'a> {
     pub service: SocketAddr,
     pub isn: u32,
     pub sent: u32,
+    /// What it acknowledges: a CONNACK once something is sent.
+    pub ack: u32,
 }
 
 /// What the tests look at.
@@ -26,7 +28,14 @@ impl<'a> Conn<'a> {
         let client: SocketAddr = client.parse().unwrap();
         let service = if client.is_ipv4() { SERVICE } else { SERVICE6 };
         // Close to the wrap, so that every test crosses it.
-        Self { fixture, client, service: service.parse().unwrap(), isn: u32::MAX - 20, sent: 0 }
+        Self {
+            fixture,
+            client,
+            service: service.parse().unwrap(),
+            isn: u32::MAX - 20,
+            sent: 0,
+            ack: 77,
+        }
     }
 
     pub fn open(fixture: &'a Fixture, client: &str) -> Self {
@@ -57,6 +66,7 @@ impl<'a> Conn<'a> {
         let group = match packet::dst(&outcome.packet).to_string().as_str() {
             "10.1.50.1" | "fd01:50::1" => "a",
             "10.1.50.2" | "fd01:50::2" => "b",
+            "10.1.50.251" => "relay",
             "10.1.50.250" | "fd01:50::250" => "default",
             _ => "none",
         };
@@ -69,18 +79,26 @@ impl<'a> Conn<'a> {
 
     pub fn data_at(&self, offset: u32, payload: &[u8]) -> Seen {
         let seq = self.isn.wrapping_add(1).wrapping_add(offset);
-        self.seen(&packet::tcp(self.client, self.service, seq, 77, |_| {}, payload))
+        self.seen(&packet::tcp(self.client, self.service, seq, self.ack, |_| {}, payload))
     }
 
     pub fn data(&mut self, payload: &[u8]) -> Seen {
         let seen = self.data_at(self.sent, payload);
         self.sent += payload.len() as u32;
+        self.ack = 81;
         seen
+    }
+
+    /// The same, whatever becomes of it.
+    pub fn write(&mut self, payload: &[u8]) {
+        self.fixture.send(&self.segment(payload));
+        self.sent += payload.len() as u32;
+        self.ack = 81;
     }
 
     /// The next segment, not sent yet.
     pub fn segment(&self, payload: &[u8]) -> Vec<u8> {
-        packet::tcp(self.client, self.service, self.next_seq(), 77, |_| {}, payload)
+        packet::tcp(self.client, self.service, self.next_seq(), self.ack, |_| {}, payload)
     }
 
     /// Sends a PUBLISH for which the flow is ended: what the broker gets is DISCONNECT and FIN.
@@ -93,7 +111,7 @@ impl<'a> Conn<'a> {
                 self.client,
                 self.service,
                 self.next_seq().wrapping_sub(publish.len() as u32),
-                77,
+                self.ack,
                 |h| h.fin = true,
                 &mqtt::disconnect(),
             ),
@@ -101,7 +119,7 @@ impl<'a> Conn<'a> {
     }
 
     pub fn flagged(&self, shape: impl FnOnce(&mut etherparse::TcpHeader)) -> Seen {
-        self.seen(&packet::tcp(self.client, self.service, self.next_seq(), 77, shape, &[]))
+        self.seen(&packet::tcp(self.client, self.service, self.next_seq(), self.ack, shape, &[]))
     }
 
     pub fn prediction(&self) -> Option<(String, String)> {

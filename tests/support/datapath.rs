@@ -153,6 +153,10 @@ impl Fixture {
         }
         let rodata = open.maps.rodata_data.as_deref_mut().unwrap();
         rodata.has_predecessor = 0;
+        rodata.handovers_per_second = u32::MAX;
+        rodata.handovers_per_window = u32::MAX;
+        rodata.clients_per_second = u32::MAX;
+        rodata.clients_per_window = u32::MAX;
         rodata.cache_set_bits = sizes.cache_sets().ilog2();
         rodata.untracked_bits = sizes.untracked().ilog2();
         set(rodata);

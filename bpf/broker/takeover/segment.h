@@ -149,29 +149,42 @@ static __always_inline struct tcp_options *options_of(struct __sk_buff *skb,
 	return &scan->o;
 }
 
+struct cookie_search {
+	const struct handover_keys *keys;
+	const struct cookie_tuple *tuple;
+	struct cookie_proof proof;
+	__u32 now;
+	__u32 found;
+};
+
+/* The nearest period first: 0, -1, 1, -2, 2, … */
+static long cookie_step(__u32 i, void *arg)
+{
+	struct cookie_search *s = arg;
+	__u32 off = (i + 1) / 2, odd = i & 1;
+
+	s->found = cookie_valid(s->keys, s->tuple, &s->proof, s->now + ((off ^ -odd) + odd));
+	return s->found;
+}
+
 static __always_inline bool segment_has_cookie(const struct segment *s, const struct tcp_options *o)
 {
 	__u32 zero = 0;
-	const struct handover_keys *keys = bpf_map_lookup_elem(&handover_keys, &zero);
-	struct cookie_proof p = {
-		.client_isn = s->seq - 1,
-		.cookie = s->ack - 1,
-		.tsecr = o->tsecr,
-		.timestamps = o->has_timestamps,
-		.v6 = s->v6,
+	struct cookie_search search = {
+		.keys = bpf_map_lookup_elem(&handover_keys, &zero),
+		.tuple = &s->tuple,
+		.proof = {.client_isn = s->seq - 1,
+			  .cookie = s->ack - 1,
+			  .tsecr = o->tsecr,
+			  .timestamps = o->has_timestamps,
+			  .v6 = s->v6},
+		.now = cookie_period(),
 	};
-	__u32 now = cookie_period();
 
-	if (!keys || !cookie_has_key(keys, p.cookie))
+	if (!search.keys || !cookie_has_key(search.keys, search.proof.cookie))
 		return false;
-	/* The nearest first: 0, -1, 1, -2, 2, … */
-	for (__u32 i = 0; i <= 2 * COOKIE_SKEW; i++) {
-		__u32 off = (i + 1) / 2;
-
-		if (cookie_valid(keys, &s->tuple, &p, i & 1 ? now - off : now + off))
-			return true;
-	}
-	return false;
+	bpf_loop(2 * COOKIE_SKEW + 1, cookie_step, &search, 0);
+	return search.found;
 }
 
 #endif /* MQTT_FWD_TAKEOVER_SEGMENT_H */

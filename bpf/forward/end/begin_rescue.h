@@ -13,6 +13,7 @@
 #include "../flow/cache.h"
 #include "truncate.h"
 #include "../flow/flow.h"
+#include "../share.h"
 #include "../tcp_segment.h"
 
 static __always_inline const struct rescuer *rescuer_alive(void)
@@ -21,25 +22,6 @@ static __always_inline const struct rescuer *rescuer_alive(void)
 	const struct rescuer *r = bpf_map_lookup_elem(&rescuer, &zero);
 
 	return r && bpf_ktime_get_boot_ns() < READ_ONCE(r->until) ? r : NULL;
-}
-
-/*
- * Whether the client's address may have another. Asked before the budget of all, from which an address that
- * has had its share takes nothing. CPUs that count at once may take one too many.
- */
-static __always_inline bool rescue_of_address(const struct conn *c)
-{
-	struct rescue_source first = {.began = 1}, *s;
-	struct client6 key = client6_of(c);
-
-	first.window = now_s() / RESCUE_WINDOW_S;
-	s = bpf_map_lookup_elem(&rescue_sources, &key);
-	if (!s || READ_ONCE(s->window) != first.window)
-		return !bpf_map_update_elem(&rescue_sources, &key, &first, BPF_ANY);
-	if (READ_ONCE(s->began) >= RESCUES_PER_ADDRESS)
-		return false;
-	s->began++;
-	return true;
 }
 
 /*
@@ -56,7 +38,7 @@ __noinline int rescue_possible(const struct conn *c, const struct flow *f,
 		return false;
 	r = rescuer_alive();
 	if (!inside && f->connect & FLOW_ANONYMOUS && f->bound_by != BOUND_BY_PREDICTION && r &&
-	    !READ_ONCE(r->full) && rescue_of_address(c) &&
+	    !READ_ONCE(r->full) && share_take(c, SHARE_OF_RESCUES, RESCUES_PER_ADDRESS) &&
 	    budget_take(&budgets, BUDGET_RESCUES, rescues_per_window))
 		return true;
 	count(REASON_NOT_RESCUED);

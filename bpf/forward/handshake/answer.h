@@ -154,8 +154,8 @@ __noinline __u64 cookie_for(struct xdp_md *ctx, const struct conn *c, __u32 opti
 	options |= keys->epoch & 1 ? COOKIE_EPOCH : 0;
 	if (!cookie_has_key(keys, options))
 		return 0;
-	hash = cookie_hash(keys, &t, c->seq, options, w->options.o.has_timestamps,
-			   cookie_period(), c->v6);
+	hash = cookie_hash(keys, &t, c->seq, options, w->options.o.has_timestamps, cookie_period(),
+			   c->v6);
 	return cookie_make(hash, options) | (__u64)(hash & 0xff) << 32;
 }
 
@@ -173,7 +173,8 @@ __noinline int answer_syn(struct xdp_md *ctx, const struct conn *c, const struct
 	a = answer_begin(w, TCP_SYN | TCP_ACK);
 	cookie = cookie_for(ctx, c,
 			    cookie_mss_index(o.mss ? o.mss : 536, c->v6) << COOKIE_MSS_SHIFT |
-				    (o.has_wscale ? o.wscale & COOKIE_WSCALE_MASK : COOKIE_NO_WSCALE) |
+				    (o.has_wscale ? o.wscale & COOKIE_WSCALE_MASK
+						  : COOKIE_NO_WSCALE) |
 				    (o.sack ? COOKIE_SACK : 0));
 	if (!cookie)
 		return false;

@@ -7,10 +7,11 @@
 #include "bound.h"
 #include "client.h"
 #include "first_message.h"
+#include "../mqtt/will.h"
 
 /* Keeps CONNECT, which lies whole in the segment and is short, and answers it. */
 static __always_inline int handshake_wait(struct xdp_md *ctx, struct conn *c, struct scratch *w,
-					  const struct service *svc)
+					  const struct service *svc, __u32 will)
 {
 	struct handover *h = &w->handover;
 	__u32 length = w->connect.length;
@@ -24,6 +25,7 @@ static __always_inline int handshake_wait(struct xdp_md *ctx, struct conn *c, st
 	h->id = w->id;
 	h->id_offset = w->connect.id - c->payload;
 	h->id_length = w->connect.id_length;
+	h->will_group = will;
 	h->state = HANDOVER_WAIT;
 	if (length > HANDOVER_CONNECT_MAX ||
 	    !frame_copy(ctx, c->payload, h->connect, length, CONNECT_BOUND))
@@ -55,10 +57,15 @@ static __always_inline int handshake_connect(struct xdp_md *ctx, struct conn *c,
 	const struct connect *k = &w->connect;
 	struct bind_decision *v = decision_begin(w, c->seq, 0);
 	bool more;
-	__u32 fallback;
+	__u32 fallback, will;
 
+	if (!handover_admitted(c)) {
+		count(REASON_CONNECT_DELAYED);
+		return XDP_DROP;
+	}
 	read_connect(ctx, c);
 	identify(ctx, w, t, svc);
+	will = will_group(ctx, t, svc);
 	fallback = connect_unanswerable(k, c);
 	more = k->length && k->length < c->payload_length;
 
@@ -84,10 +91,12 @@ static __always_inline int handshake_connect(struct xdp_md *ctx, struct conn *c,
 		v->flags = v->binding ? FLOW_PREDICTED : 0;
 	}
 	if (!v->binding && fallback == FALLBACK_NONE)
-		return handshake_wait(ctx, c, w, svc);
+		return handshake_wait(ctx, c, w, svc, will);
 	if (!v->binding)
 		decide_by_prediction(c, w, t, svc, fallback);
-	client_id_keep(w);
+	if (!(v->flags & FLOW_ROUTED))
+		v->binding = with_will(v->binding, will, svc);
+	client_id_keep(c, w);
 
 	/* Their first segment carries CONNECT: nothing of it has to be kept but its place. */
 	struct handover *h = &w->handover;

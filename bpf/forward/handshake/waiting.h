@@ -13,6 +13,7 @@
 #include "answer.h"
 #include "bound.h"
 #include "first_message.h"
+#include "../mqtt/will.h"
 
 static __always_inline int handshake_answer(struct xdp_md *ctx, struct conn *c,
 					    const struct service *svc, struct handover *h,
@@ -84,7 +85,8 @@ static __always_inline int handshake_waiting(struct xdp_md *ctx, struct conn *c,
 		decide_by_prediction(c, w, t, svc,
 				     silent || !c->payload_length ? FALLBACK_SILENT
 								  : FALLBACK_NO_TOPIC);
-	client_id_keep(w);
+	v->binding = with_will(v->binding, h->will_group, svc);
+	client_id_keep(c, w);
 	return bound(ctx, c, w, t, svc, h);
 }
 

@@ -14,7 +14,7 @@ static __always_inline bool client_settled(const struct client *client, bool by_
 {
 	__u32 best = client->best, known = 0;
 
-	if (client->flags & (CLIENT_MULTI_GROUP | CLIENT_MISJUDGED | CLIENT_SUBSCRIBES))
+	if (client->flags & (CLIENT_MULTI_GROUP | CLIENT_MISJUDGED | CLIENT_FOR_RELAY))
 		return false;
 	for (__u32 i = 0; i < CLIENT_GROUPS; i++)
 		known += client->group[i] != 0;
@@ -82,8 +82,8 @@ static __always_inline binding_t client_relayed(const struct conn *c, const stru
 
 	if (svc->relay != NO_GROUP && w->id)
 		client = client_find(c, true);
-	return client && client->flags & (CLIENT_MULTI_GROUP | CLIENT_SUBSCRIBES) ? relay_of(svc)
-										  : 0;
+	return client && client->flags & (CLIENT_MULTI_GROUP | CLIENT_FOR_RELAY) ? relay_of(svc)
+										 : 0;
 }
 
 #endif /* MQTT_FWD_LEARN_PREDICT_H */

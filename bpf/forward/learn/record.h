@@ -9,10 +9,13 @@
 #include "../../lib/clock.h"
 #include "../event.h"
 #include "../flow/flow.h"
+#include "../share.h"
 #include "weigh.h"
 
 /* By how many a group of a multi-group client must lead before the prediction changes. */
 #define WEIGHT_LEAD 4
+/* Of a group with so many messages, one connection is not enough to say that the client has another. */
+#define DOUBT_WEIGHT 8
 /* A multi-group client's flows are ended this often at most: its next message may well be the
  * old group's again, and a client that reconnects all the time gets nothing done. */
 #define MULTI_GROUP_PAUSE_S 60
@@ -42,31 +45,13 @@ static __always_inline struct client *client_find(const struct conn *c, bool by_
 	return bpf_map_lookup_elem(&clients, &key);
 }
 
-/* Adds w->client. */
-static __always_inline void client_add(const struct conn *c, struct scratch *w)
-{
-	long failed;
-
-	if (c->v6) {
-		w->client_key = client6_of(c);
-		failed = bpf_map_update_elem(&clients6, &w->client_key, &w->client, BPF_ANY);
-	} else {
-		struct client4 key = client4_of(c);
-		failed = bpf_map_update_elem(&clients, &key, &w->client, BPF_ANY);
-	}
-	if (failed)
-		count(REASON_MAP_FULL);
-	else
-		map_used(c->v6 ? TRACKED_CLIENTS6 : TRACKED_CLIENTS, 1, 0);
-}
-
 /*
  * Remembers the client whose id w->client_id has, if it is new: what it publishes will be learned
  * from its flow.
  */
-static __always_inline int client_id_keep(struct scratch *w)
+static __always_inline int client_id_keep(const struct conn *c, struct scratch *w)
 {
-	if (!w->id || bpf_map_lookup_elem(&client_ids, &w->id))
+	if (!w->id || bpf_map_lookup_elem(&client_ids, &w->id) || !client_admitted(c))
 		return 0;
 	__builtin_memset(&w->client_id.client, 0, sizeof(w->client_id.client));
 	w->client_id.client.learned_s = now_s();
@@ -101,8 +86,18 @@ static __always_inline void client_reroute(struct client *client, const struct s
 				     t->generation);
 }
 
-/* The client subscribes. */
-__noinline int learn_subscribes(const struct conn *c)
+/* A flag of the record's is set: it takes many messages that do not speak for it until it is taken back. */
+static __always_inline void client_flag(struct client *client, __u8 flag)
+{
+	__u8 *weight = &client->weight[client->best == 1 ? 1 : client->best == 2 ? 2 : 0];
+
+	client->flags |= flag;
+	if (*weight > DOUBT_WEIGHT)
+		*weight = DOUBT_WEIGHT;
+}
+
+/* The client belongs to the relay. */
+__noinline int learn_for_relay(const struct conn *c)
 {
 	struct client *client;
 
@@ -110,7 +105,7 @@ __noinline int learn_subscribes(const struct conn *c)
 		return 0;
 	client = client_find(c, true);
 	if (client)
-		client->flags |= CLIENT_SUBSCRIBES;
+		client_flag(client, CLIENT_FOR_RELAY);
 	return 0;
 }
 
@@ -144,84 +139,155 @@ static __noinline int topic_store(struct scratch *w, const struct service *svc)
 	return 0;
 }
 
+/* Whether a flow of the client's was ended of late, and it may well need its group again. */
+static __always_inline bool client_paused(const struct client *client)
+{
+	return client->flags & CLIENT_MULTI_GROUP && client->ended_s &&
+	       (__u16)(now_s() - client->ended_s) < MULTI_GROUP_PAUSE_S;
+}
+
+/* Whether a misrouted flow may be ended of whose client nothing can be learned yet. */
+__noinline int learn_nothing(const struct conn *c)
+{
+	const struct client *client;
+
+	if (!c)
+		return false;
+	client = client_find(c, true);
+	return !client || !client_paused(client);
+}
+
 enum learned {
 	LEARNED_MAY_END = 1 << 0, /* the client's next connection would be bound to that group, and
 				     this one may be ended for it */
 	LEARNED_CHANGED = 1 << 1, /* the prediction was made or changed; group before: << 16 */
+	LEARNED_DOUBT = 1 << 2, /* one more connection will change it */
 };
 
-/* With learn()'s number of messages: the record is the address's, whatever the client id. */
-#define LEARN_ADDRESS (1U << 31)
+/* With learn()'s number of messages. */
+enum learn_how {
+	LEARN_MESSAGES = 0xffff,
+	LEARN_DOUBTED = 1 << 16, /* the flow has made the record doubt before */
+	LEARN_RELAY = 1 << 17, /* there is a relay: whoever publishes to two groups belongs there */
+	LEARN_DECAYS = 1 << 18, /* nothing of the flow says that it needs the relay */
+	LEARN_ADDRESS = 1 << 19, /* the record is the address's, whatever the client id */
+};
 
-/* A trusted flow published messages of topic `hash`, which belongs to `group`: enum learned. */
-__noinline __u32 learn(const struct conn *c, const struct service_table *t, __u64 hash,
-		       binding_t group, __u32 messages)
+/* A new record, of scratch.lesson_group's messages: enum learned. Global (see event.h). */
+__noinline __u32 client_add(const struct conn *c, const struct service_table *t, __u32 how)
 {
-	bool changed = false, may_end = true, by_id;
-	struct client *client;
-
-	if (!c || !t || !group)
-		return 0;
+	__u32 messages = how & LEARN_MESSAGES;
 	struct scratch *w = scratch();
-	if (!w)
+	long failed;
+
+	if (!c || !t || !w || !client_admitted(c))
 		return 0;
-	by_id = w->id && !(messages & LEARN_ADDRESS);
-	messages &= ~LEARN_ADDRESS;
-	client = client_find(c, by_id);
+	__builtin_memset(&w->client, 0, sizeof(w->client));
+	w->client.topic = w->lesson_topic;
+	w->client.group[0] = w->lesson_group;
+	w->client.weight[0] = messages < WEIGHT_MAX ? messages : WEIGHT_MAX;
+	w->client.learned_s = now_s();
+	w->client.generation = t->generation;
+	if (c->v6) {
+		w->client_key = client6_of(c);
+		failed = bpf_map_update_elem(&clients6, &w->client_key, &w->client, BPF_ANY);
+	} else {
+		struct client4 key = client4_of(c);
+		failed = bpf_map_update_elem(&clients, &key, &w->client, BPF_ANY);
+	}
+	if (failed)
+		count(REASON_MAP_FULL);
+	else
+		map_used(c->v6 ? TRACKED_CLIENTS6 : TRACKED_CLIENTS, 1, 0);
+	return LEARNED_MAY_END | LEARNED_CHANGED | (__u32)NO_GROUP << 16;
+}
+
+/* What scratch.lesson_group's messages change in a record that is of the same routes: enum learned. Global (see event.h). */
+__noinline __u32 client_hear(struct client *client, __u32 how)
+{
+	struct scratch *w = scratch();
+	__u32 was, place, learned = LEARNED_MAY_END;
+	bool known, believed;
+
+	if (!client || !w)
+		return 0;
+	was = client->best;
+	was = was == 1 ? 1 : was == 2 ? 2 : 0;
+	place = client_place(client, w->lesson_group);
+	place = place == 1 ? 1 : place == 2 ? 2 : 0;
+	known = client->group[place] == w->lesson_group;
+	believed = client->weight[was] < DOUBT_WEIGHT ||
+		   (known && client->flags & CLIENT_DOUBTED && !(how & LEARN_DOUBTED));
+	if (!known) {
+		client->weight[place] = 0;
+		WRITE_ONCE(client->group[place], w->lesson_group);
+	}
+	/* It left this group, and is back; or it left, and there is the relay for it. */
+	if (!(client->flags & CLIENT_MULTI_GROUP) &&
+	    (place == was ? client->flags & CLIENT_DOUBTED
+			  : how & LEARN_RELAY || (known && !(client->flags & CLIENT_DOUBTED)))) {
+		client->flags |= CLIENT_MULTI_GROUP;
+		count(REASON_MULTI_GROUP);
+	}
+	client_weigh(client, place, how & LEARN_MESSAGES);
+	if (place == client->best) {
+		client->flags &= ~CLIENT_DOUBTED;
+		if (client->weight[place] == WEIGHT_MAX && how & LEARN_DECAYS)
+			client->flags &= ~(CLIENT_FOR_RELAY | CLIENT_MISJUDGED);
+		return learned;
+	}
+	SATURATING_INC(client->group_changes, 0xff);
+	if (client->flags & CLIENT_MULTI_GROUP) {
+		believed = client->weight[place] > client->weight[was] + WEIGHT_LEAD;
+		if (!believed && !(how & LEARN_RELAY))
+			learned = 0;
+	} else if (!believed) {
+		client->flags |= CLIENT_DOUBTED;
+		return learned | LEARNED_DOUBT;
+	}
+	client->flags &= ~CLIENT_DOUBTED;
+	if (!believed)
+		return learned;
+	client->best = place;
+	return learned | LEARNED_CHANGED;
+}
+
+/*
+ * An accepted flow (mqtt/publish.h) published `how` & LEARN_MESSAGES messages of topic scratch.lesson_topic, which
+ * belongs to scratch.lesson_group: enum learned. To be sent to another group takes more than one connection, if
+ * there were many messages; to be sent to the relay, where nothing is lost, takes one.
+ */
+__noinline __u32 learn(const struct conn *c, const struct service_table *t, __u32 how)
+{
+	struct scratch *w = scratch();
+	__u32 learned = LEARNED_MAY_END;
+	struct client *client;
+	binding_t before;
+
+	if (!c || !t || !w || !w->lesson_group)
+		return 0;
+	client = client_find(c, w->id && !(how & LEARN_ADDRESS));
 	if (!client) {
 		/* A client id's record was made when the flow was, and is gone. */
-		if (by_id)
-			return 0;
-		__builtin_memset(&w->client, 0, sizeof(w->client));
-		w->client.topic = hash;
-		w->client.group[0] = group;
-		w->client.weight[0] = messages < WEIGHT_MAX ? messages : WEIGHT_MAX;
-		w->client.learned_s = now_s();
-		w->client.generation = t->generation;
-		client_add(c, w);
-		return LEARNED_MAY_END | LEARNED_CHANGED | NO_GROUP << 16;
+		return w->id && !(how & LEARN_ADDRESS) ? 0 : client_add(c, t, how);
 	}
-
 	client_reroute(client, t);
-	__u32 was = client->best;
-	was = was == 1 ? 1 : was == 2 ? 2 : 0;
-	binding_t before = client->group[was];
+	before = client_best(client);
 	if (client->generation != t->generation || !group_of(before)) {
 		/* Nothing that it says counts any more. */
-		client_forget_others(client, group, 0, t->generation);
-		client_weigh(client, 0, messages);
-		changed = before != group;
+		client_forget_others(client, w->lesson_group, 0, t->generation);
+		client_weigh(client, 0, how & LEARN_MESSAGES);
+		learned |= before != w->lesson_group ? LEARNED_CHANGED : 0;
 	} else {
-		__u32 place = client_place(client, group);
-
-		place = place == 1 ? 1 : place == 2 ? 2 : 0;
-		if (client->group[place] != group) {
-			client->weight[place] = 0;
-			WRITE_ONCE(client->group[place], group);
-		} else if (place != was && !(client->flags & CLIENT_MULTI_GROUP)) {
-			/* It left this group, and is back. */
-			client->flags |= CLIENT_MULTI_GROUP;
-			count(REASON_MULTI_GROUP);
-		}
-		client_weigh(client, place, messages);
-		if (place != was) {
-			SATURATING_INC(client->group_changes, 0xff);
-			/* Seen once, a change of topic is believed at once. */
-			changed = !(client->flags & CLIENT_MULTI_GROUP) ||
-				  client->weight[place] > client->weight[was] + WEIGHT_LEAD;
-			if (changed)
-				client->best = place;
-			else
-				may_end = false;
-		}
+		learned = client_hear(client, how);
 	}
-	client->topic = may_end ? hash : client->topic;
+	if (learned & LEARNED_MAY_END && !(learned & LEARNED_DOUBT))
+		client->topic = w->lesson_topic;
 	client->learned_s = now_s();
-	if (may_end && client->flags & CLIENT_MULTI_GROUP && client->ended_s &&
-	    (__u16)(now_s() - client->ended_s) < MULTI_GROUP_PAUSE_S)
-		may_end = false;
-	return (may_end ? LEARNED_MAY_END : 0) |
-	       (changed ? LEARNED_CHANGED | (before ? binding_group(before) : NO_GROUP) << 16 : 0);
+	if (client_paused(client))
+		learned &= ~LEARNED_MAY_END;
+	return learned |
+	       (learned & LEARNED_CHANGED ? (before ? binding_group(before) : NO_GROUP) << 16 : 0);
 }
 
 /* How good the prediction was that a flow was bound by, and that a flow is ended for it. */
@@ -252,7 +318,7 @@ __noinline int learn_misjudged(const struct conn *c)
 		return 0;
 	client = client_find(c, true);
 	if (client && !(client->flags & CLIENT_MISJUDGED)) {
-		client->flags |= CLIENT_MISJUDGED;
+		client_flag(client, CLIENT_MISJUDGED);
 		count(REASON_CLIENT_MISJUDGED);
 	}
 	return 0;

@@ -166,8 +166,6 @@ __noinline int read_connect(struct xdp_md *ctx, const struct conn *c)
 	k->has_id = true;
 	offset += length;
 
-	if (!(k->flags & CONNECT_USER))
-		return 0;
 	if (k->flags & CONNECT_WILL) {
 		if (k->level == 5) {
 			length = read_varint(ctx, &offset, end);
@@ -175,14 +173,19 @@ __noinline int read_connect(struct xdp_md *ctx, const struct conn *c)
 				return 0;
 			offset += length;
 		}
-#pragma unroll
-		for (int i = 0; i < 2; i++) {
-			length = read_length(ctx, &offset, end);
-			if (length == ~0U || offset + length > end)
-				return 0;
-			offset += length;
-		}
+		length = read_length(ctx, &offset, end);
+		if (length == ~0U || offset + length > end)
+			return 0;
+		k->will = offset;
+		k->will_length = length;
+		offset += length;
+		length = read_length(ctx, &offset, end);
+		if (length == ~0U || offset + length > end)
+			return 0;
+		offset += length;
 	}
+	if (!(k->flags & CONNECT_USER))
+		return 0;
 	length = read_length(ctx, &offset, end);
 	if (length == ~0U || offset + length > end)
 		return 0;
@@ -203,6 +206,12 @@ static __always_inline bool is_anonymous(struct xdp_md *ctx, const struct conn *
 		return false;
 	return k->level != 5 || (k->properties + k->properties_length <= end &&
 				 only_numbers(ctx, k->properties, k->properties_length));
+}
+
+/* Whether a session may be older than the connection, and have subscriptions of before (MQTT 5 §3.1.2.11.2). */
+static __always_inline bool is_lasting(const struct connect *k)
+{
+	return !(k->flags & CONNECT_CLEAN) || k->properties_length;
 }
 
 /*
@@ -227,25 +236,6 @@ static __always_inline __u32 connect_unanswerable(const struct connect *k, const
 	    (k->level == 3 && (!k->id_length || k->id_length > CLIENT_ID_MAX_31)))
 		return FALLBACK_NOT_CONNECT;
 	return FALLBACK_NONE;
-}
-
-/*
- * What its CONNECT says of a flow, if that lies at the beginning of the first segment, as they do; `skip`: bytes
- * of that which are not the flow's. Global (see event.h).
- */
-__noinline int connect_seen(struct xdp_md *ctx, const struct conn *c, struct flow *f, __u32 skip)
-{
-	const struct scratch *w = scratch();
-
-	if (!w || !c || !f)
-		return 0;
-	f->connect = FLOW_CONNECT_READ;
-	if (skip || f->flags & FLOW_CONNECTED)
-		return 0;
-	read_connect(ctx, c);
-	f->connect |= (is_anonymous(ctx, c, &w->connect) ? FLOW_ANONYMOUS : 0) |
-		      (w->connect.level == 5 ? FLOW_MQTT5 : 0);
-	return 0;
 }
 
 #endif /* MQTT_FWD_CONNECT_H */

@@ -18,7 +18,6 @@
 #ifndef MQTT_FWD_FRAMING_H
 #define MQTT_FWD_FRAMING_H
 
-#include "connect.h"
 #include "judge_topic.h"
 #include "resync.h"
 
@@ -53,6 +52,7 @@ __noinline int frame_packets(struct xdp_md *ctx, struct flow *f, const struct co
 	w->new_data_off = w->offset;
 	w->start = STARTED_BEFORE;
 	w->budget = TOPIC_BUDGET;
+	w->relay_asked = false;
 	w->last_topic_len = 0;
 	__builtin_memset(w->tally, 0, sizeof(w->tally));
 	if (f->parser == PARSER_TOPIC) {
@@ -68,7 +68,7 @@ __noinline int frame_packets(struct xdp_md *ctx, struct flow *f, const struct co
 	}
 	/* Stored topics, then long ones, and the rest of the segment. */
 	if (w->offset < w->end)
-		bpf_loop(TOPIC_BUDGET / TOPIC_COST_STORED + SEGMENT_MAX / TOPIC_TEXT_MAX + 2,
+		bpf_loop(TOPIC_BUDGET / TOPIC_COST_STORED + SEGMENT_MAX / TOPIC_TEXT_MAX + 3,
 			 topic_step, &p, 0);
 	tally_count(w);
 	/* What is behind the end is the sidecar's to count. */
@@ -122,8 +122,6 @@ __noinline int frame(struct xdp_md *ctx, struct flow *f, const struct conn *c,
 		return false;
 	}
 
-	if (!(f->connect & FLOW_CONNECT_READ))
-		connect_seen(ctx, c, f, skip);
 	offset = c->payload + skip;
 	end = c->payload + c->payload_length;
 	if (f->parser == PARSER_TYPE) {

@@ -92,8 +92,11 @@ static long topic_step(__u32 index, void *arg)
 		}
 		break;
 	case STOP_SUBSCRIBE:
-		subscribe_judge(p->c, p->f, service_of(p), start_seq(p),
-				w->start == STARTED_BEFORE);
+		relay_judge(p->c, p->f, service_of(p), start_seq(p),
+			    RELAY_SUBSCRIBER | (w->start == STARTED_BEFORE ? RELAY_INSIDE : 0));
+		return w->offset >= w->end;
+	case STOP_UNJUDGED:
+		relay_judge(p->c, p->f, service_of(p), start_seq(p), 0);
 		return w->offset >= w->end;
 	case STOP_UNFRAMED:
 		report_flow(p->c, p->f, EVENT_UNFRAMED);

@@ -67,7 +67,7 @@ static __always_inline bool parse_whole(const struct parse *p, struct span *s)
 		return true;
 	}
 	if (over_budget(w, &h, s)) {
-		publish_unjudged(w, f);
+		publish_unjudged(p, s->offset);
 		packet_end(p, s, h.length + h.remaining);
 		return true;
 	}

@@ -76,14 +76,26 @@ static __always_inline bool is_same_topic(struct xdp_md *ctx, const struct scrat
 	return a && b && !((load_le64(a) ^ load_le64(b)) >> (64 - 8 * (length & 7)));
 }
 
-/* A PUBLISH that is not judged: nothing is known of its topic. */
-static __always_inline void publish_unjudged(struct scratch *w, struct flow *f)
+/*
+ * A PUBLISH at `offset` that is not judged: nothing is known of its topic. If there is a relay, framing stops at the
+ * segment's first one, for the flow may belong there. Whether it does.
+ */
+static __always_inline bool publish_unjudged(const struct parse *p, __u32 offset)
 {
+	struct scratch *w = p->w;
+	struct flow *f = p->f;
+
 	tally(w, f->flags & FLOW_ENDED ? REASON_PUBLISH_LOST : REASON_UNJUDGED);
 	w->last_topic_len = 0;
 	f->topic = 0;
 	f->unrecorded = 0;
 	f->flags &= ~(FLOW_MISROUTED | FLOW_ANY_TOPIC);
+	if (w->relay_asked || service_of(p)->relay == NO_GROUP)
+		return false;
+	w->relay_asked = true;
+	w->start = offset;
+	w->stop_reason = STOP_UNJUDGED;
+	return true;
 }
 
 /*
@@ -112,8 +124,11 @@ static __always_inline void skip_simple(const struct parse *p, struct span *s)
 			if (!type_valid(b[0]) || rest < 2 || !topic_fits(b[0], topic, rest))
 				return;
 			if (topic && w->budget <= 0) {
-				publish_unjudged(w, f);
+				bool stop = publish_unjudged(p, s->offset);
+
 				s->offset += 2 + rest;
+				if (stop)
+					return;
 				continue;
 			}
 			if (topic &&

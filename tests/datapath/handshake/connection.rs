@@ -16,21 +16,22 @@ pub fn delayed() -> Fixture {
 
 /// Delayed binding, with maps of these sizes.
 pub fn delayed_with(sizes: &MapSizes) -> Fixture {
-    delayed_of(sizes, u32::MAX)
+    delayed_where(sizes, |_| {})
 }
 
 /// Delayed binding, with so many new flows in a window of time.
 pub fn delayed_at(flows_per_window: u32) -> Fixture {
-    delayed_of(&datapath::SMALL, flows_per_window)
-}
-
-fn delayed_of(sizes: &MapSizes, flows_per_window: u32) -> Fixture {
-    delayed_where(sizes, |rodata| rodata.flows_per_window = flows_per_window)
+    delayed_where(&datapath::SMALL, |rodata| rodata.flows_per_window = flows_per_window)
 }
 
 /// Delayed binding, with load-time configuration of the test's own.
 pub fn delayed_where(sizes: &MapSizes, set: impl FnOnce(&mut rodata)) -> Fixture {
-    let text = datapath::CONFIG.replace("max_packet", "binding = \"delayed\"\nmax_packet");
+    delayed_of(datapath::CONFIG, sizes, set)
+}
+
+/// The same of another configuration.
+pub fn delayed_of(text: &str, sizes: &MapSizes, set: impl FnOnce(&mut rodata)) -> Fixture {
+    let text = text.replace("max_packet", "binding = \"delayed\"\nmax_packet");
     let f = Fixture::loaded(&text, sizes, |rodata| {
         rodata.flows_per_window = u32::MAX;
         rodata.topics_per_window = u32::MAX;

@@ -1,6 +1,6 @@
 //! Connections before they have a flow: the state machine of delayed binding, packet by packet.
 
-mod connection;
+pub mod connection;
 mod model;
 mod strangers;
 

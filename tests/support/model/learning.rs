@@ -9,6 +9,8 @@ const WEIGHT_MAX: u32 = 64;
 
 const WEIGHT_LEAD: u32 = 4;
 
+const DOUBT_WEIGHT: u32 = 8;
+
 /// How a PUBLISH's topic came.
 pub(super) struct Read {
     /// It lies whole in the segment, and is not long.
@@ -99,11 +101,18 @@ impl Model<'_> {
         if flow.trusted {
             if !flow.published && flow.predicted {
                 self.count(if right { "prediction_hit" } else { "prediction_miss" });
-                let known = self.clients.get_mut(&client).unwrap();
-                *(if right { &mut known.hits } else { &mut known.misses }) += 1;
+                if flow.accepted {
+                    self.outcome(client, right);
+                }
             }
             flow.published = true;
-            may_end = self.learn(client, topic, &group, messages);
+            if flow.accepted {
+                may_end = self.learn(client, flow, topic, &group, messages);
+            } else {
+                flow.untaught = messages.min(UNTAUGHT_MAX - 1);
+                let known = self.clients.get(&client);
+                may_end = !known.is_some_and(|c| c.multi_group && c.was_ended);
+            }
         }
         if right {
             self.count("publish");
@@ -113,14 +122,16 @@ impl Model<'_> {
         flow.misrouted = true;
         // Of what was forwarded from behind a gap, nothing can be cut off when it is repeated.
         if start.0.wrapping_sub(flow.seen).cast_signed() < 0 {
-            flow.topic = None;
+            (flow.topic, flow.untaught) = (None, 0);
             return;
         }
         if may_end && self.service.on_misprediction == OnMisprediction::Reset {
             self.count("flow_ended");
             self.count("publish_lost");
             flow.cut = Some(start);
-            self.clients.get_mut(&client).unwrap().was_ended = true;
+            if flow.accepted {
+                self.clients.get_mut(&client).unwrap().was_ended = true;
+            }
         }
     }
 
@@ -133,20 +144,50 @@ impl Model<'_> {
         });
     }
 
+    fn outcome(&mut self, client: u32, right: bool) {
+        if let Some(known) = self.clients.get_mut(&client) {
+            *(if right { &mut known.hits } else { &mut known.misses }) += 1;
+        }
+    }
+
+    /// The flow has gone on after its CONNACK: what it has shown so far counts.
+    pub(super) fn accept(&mut self, client: u32, flow: &mut Flow) {
+        flow.accepted = true;
+        if flow.published && flow.predicted {
+            self.outcome(client, !flow.misrouted);
+        }
+        self.teach_rest(client, flow);
+        if flow.cut.is_some()
+            && let Some(known) = self.clients.get_mut(&client)
+        {
+            known.was_ended = true;
+        }
+    }
+
     pub(super) fn teach_rest(&mut self, client: u32, flow: &mut Flow) {
         if flow.untaught == 0 || !flow.trusted {
             return;
         }
         let messages = std::mem::take(&mut flow.untaught);
+        if !flow.accepted {
+            return;
+        }
         let topic = flow.topic.clone().unwrap();
         let group = self.route(&topic);
         if group != ANY {
-            self.learn(client, &topic, &group, messages);
+            self.learn(client, flow, &topic, &group, messages);
         }
     }
 
     /// Whether a misrouted flow may be ended.
-    pub(super) fn learn(&mut self, client: u32, topic: &[u8], group: &str, messages: u32) -> bool {
+    fn learn(
+        &mut self,
+        client: u32,
+        flow: &mut Flow,
+        topic: &[u8],
+        group: &str,
+        messages: u32,
+    ) -> bool {
         let Some(mut c) = self.clients.remove(&client) else {
             let mut c = Client { topic: topic.to_owned(), ..Client::default() };
             c.groups[0] = Some(group.to_owned());
@@ -161,25 +202,38 @@ impl Model<'_> {
         let place = mine.or(free).unwrap_or_else(|| {
             (0..3).filter(|i| *i != was).min_by_key(|i| (c.weights[*i], *i)).unwrap()
         });
+        let of_best = c.weights[was];
         if mine.is_none() {
             c.weights[place] = 0;
             c.groups[place] = Some(group.to_owned());
-        } else if place != was && !c.multi_group {
+        }
+        let returned = if place == was { c.doubted } else { mine.is_some() && !c.doubted };
+        if returned && !c.multi_group {
             c.multi_group = true;
             self.count("multi_group");
         }
+        let second = mine.is_some() && c.doubted && !flow.doubted;
         weigh(&mut c, place, messages);
-        let mut may_end = true;
-        if place != was {
+        let (mut may_end, mut taught) = (true, true);
+        if place == was {
+            c.doubted = false;
+        } else {
             c.group_changes = c.group_changes.saturating_add(1);
-            if !c.multi_group || c.weights[place] > c.weights[was] + WEIGHT_LEAD {
+            let believed = if c.multi_group {
+                c.weights[place] > c.weights[was] + WEIGHT_LEAD
+            } else {
+                of_best < DOUBT_WEIGHT || second
+            };
+            if believed {
                 c.best = place;
                 self.count("learned");
-            } else {
-                may_end = false;
             }
+            taught = believed;
+            may_end = believed || !c.multi_group;
+            c.doubted = !believed && !c.multi_group;
+            flow.doubted |= c.doubted;
         }
-        if may_end {
+        if taught {
             topic.clone_into(&mut c.topic);
         }
         // Tests are over before the pause is.

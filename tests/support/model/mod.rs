@@ -56,6 +56,12 @@ pub struct Flow {
     trusted: bool,
     closing: bool,
     untaught: u32,
+    /// What the first segment with data acknowledged.
+    first_ack: Option<u32>,
+    /// Went on after a CONNACK: teaches.
+    accepted: bool,
+    /// Has made its client's record doubt.
+    doubted: bool,
     /// Where the flow was ended, and whether that is inside a control packet.
     cut: Option<(u32, bool)>,
     /// Segments beyond a gap: first and end sequence number, and how many.
@@ -84,6 +90,7 @@ pub struct Client {
     pub misses: u16,
     pub group_changes: u8,
     pub multi_group: bool,
+    doubted: bool,
     was_ended: bool,
 }
 
@@ -196,7 +203,23 @@ impl<'a> Model<'a> {
                 flow.challenger = None;
             }
         }
+        if flow.trusted
+            && !flow.accepted
+            && let Some(first) = flow.first_ack
+        {
+            let base = if flow.cut.is_some() { flow.ack } else { first };
+            if (4..FLOW_WINDOW).contains(&segment.ack.wrapping_sub(base)) {
+                self.accept(client, &mut flow);
+            }
+        }
         if length > 0 {
+            let ahead = flow.next.wrapping_sub(segment.seq).cast_signed();
+            if flow.first_ack.is_none()
+                && flow.state == State::Framed
+                && (0..length as i32).contains(&ahead)
+            {
+                flow.first_ack = Some(segment.ack);
+            }
             let end = segment.seq.wrapping_add(length);
             flow.seen = flow.end;
             if end.wrapping_sub(flow.end).cast_signed() > 0
@@ -209,7 +232,9 @@ impl<'a> Model<'a> {
         }
         let length = forwarded.payload.len() as u32;
         if segment.fin && !flow.closing && segment.seq.wrapping_add(length) == flow.end {
-            self.teach_rest(client, &mut flow);
+            if flow.accepted {
+                self.teach_rest(client, &mut flow);
+            }
             flow.closing = true;
             self.count("flow_closed");
         }
