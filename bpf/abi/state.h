@@ -223,11 +223,17 @@ SIZE_IS(struct topic_verdict, 8);
 
 struct topic {
 	struct topic_verdict verdict[2]; /* [generation & 1] */
+	/*
+	 * What chooses among a group's reals (affinity = "topic"): SipHash-1-3 of the text below, with a key of zero, so that
+	 * the relay comes to the same (src/brokers/router.rs).
+	 */
+	__u64 place;
 	__u16 service;
 	__u16 length; /* of the whole topic; text holds the first TOPIC_TEXT_MAX bytes */
+	__u8 pad[4];
 	__u8 text[TOPIC_TEXT_MAX];
 };
-SIZE_IS(struct topic, 16 + 4 + TOPIC_TEXT_MAX);
+SIZE_IS(struct topic, 24 + 8 + TOPIC_TEXT_MAX);
 
 /* A set of the cache of bindings: one cache line. */
 struct cache_set {

@@ -17,6 +17,7 @@
 /* A PUBLISH to be judged. */
 struct publish {
 	__u64 hash; /* of the topic */
+	__u64 place; /* see struct topic; 0: it was not asked for, or is not known */
 	binding_t to; /* where it belongs; 0: nowhere (group gone) */
 	__u32 generation; /* of the routes that say so */
 	__u32 start; /* sequence number of its first byte */

@@ -1,10 +1,8 @@
 //! The broker of a topic, and the brokers of a subscription.
 
 use std::collections::{BTreeSet, HashMap};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex};
-
-use siphasher::sip::SipHasher13;
 
 use super::connection::BrokerInfo;
 use super::tls::{Connector, TlsError};
@@ -48,7 +46,8 @@ impl Budget {
 /// A group of brokers.
 #[derive(Debug)]
 struct Group {
-    brokers: Vec<Broker>,
+    /// With address and weight.
+    brokers: Vec<(Broker, IpAddr, u32)>,
     /// The broker of each slot; a topic's hash chooses the slot.
     slots: Vec<Broker>,
 }
@@ -108,7 +107,7 @@ impl Router {
                 }));
             }
             let slots = rendezvous::fill(&weighted, SLOTS);
-            groups.push(Group { brokers: weighted.iter().map(|w| w.0).collect(), slots });
+            groups.push(Group { brokers: weighted, slots });
         }
         let targets = service
             .routes
@@ -161,14 +160,14 @@ impl Router {
     /// The broker of a group for a key, preferably one that is up.
     fn pick(&self, group: usize, key: &[u8], is_down: impl Fn(Broker) -> bool) -> Broker {
         let Group { slots, brokers } = &self.groups[group];
-        let slot = SipHasher13::new_with_keys(0, 0).hash(key) as usize % slots.len();
+        // As the datapath does with affinity = "topic" (struct topic, bpf/abi/state.h): a topic has one broker.
+        let slot = (rendezvous::place(key) % slots.len() as u64) as usize;
         let first = slots[slot];
         if !is_down(first) || brokers.len() == 1 {
             return first;
         }
-        // The next slots spread the keys of a broker that is down over the others.
-        let after = slots[slot..].iter().chain(&slots[..slot]).copied();
-        after.into_iter().find(|b| !is_down(*b)).unwrap_or(first)
+        let up: Vec<_> = brokers.iter().filter(|b| !is_down(b.0)).copied().collect();
+        rendezvous::best(&up, slot as u32).unwrap_or(first)
     }
 
     fn group_of(&self, topic: &str) -> Option<usize> {
@@ -190,7 +189,9 @@ impl Router {
         // An invalid filter is refused by a broker; one is enough.
         let Ok(filter) = TopicFilter::parse(unshared(filter)) else { return vec![0] };
         match self.groups_for(&filter, budget) {
-            Some(groups) => groups.iter().flat_map(|g| &self.groups[*g].brokers).copied().collect(),
+            Some(groups) => {
+                groups.iter().flat_map(|g| self.groups[*g].brokers.iter().map(|b| b.0)).collect()
+            }
             None => self.all().collect(),
         }
     }

@@ -9,6 +9,7 @@ use super::table::{self, Output, counted, line};
 use crate::config::{Binding, Config, Group, Service};
 use crate::datapath::Datapath;
 use crate::datapath::plan::MapPlan;
+use crate::domain::Affinity;
 use crate::handover::keys::{KeyFile, now};
 use crate::kernel::xdp;
 
@@ -36,8 +37,34 @@ pub fn check(config: &Config) -> Result<(), Error> {
         if let Some(relay) = service.relay.as_ref().and_then(|name| service.group(name)) {
             relayed(service, relay);
         }
+        scattered(service);
     }
     Ok(())
+}
+
+/// Groups in which what brokers keep lies now at one, now at another.
+fn scattered(service: &Service) {
+    let groups = service.groups.iter().filter(|g| Some(&g.name) != service.relay.as_ref());
+    let of_several = groups.filter(|g| g.affinity == Affinity::None && g.reals.len() > 1);
+    let names: Vec<_> = of_several.map(|g| g.name.as_str()).collect();
+    if names.is_empty() {
+        return;
+    }
+    let cure = match service.binding {
+        Binding::Delayed => "give each real a vip, and affinity = \"client_id\" or \"topic\"",
+        Binding::Predicted => "affinity = \"client_ip\", or binding = \"delayed\"",
+    };
+    line(&format!(
+        "  without affinity ({}): each connection of a client may find another broker of its group, so persistent \
+         sessions and QoS 2 begin anew, and the will of a connection that was lost may come after the next one's \
+         birth message{}; {cure}",
+        names.join(", "),
+        if service.relay.is_some() {
+            "; a topic's retained message lies where the last publisher was, with the relay or past it"
+        } else {
+            ""
+        }
+    ));
 }
 
 /// What the relay needs that the configuration cannot give.

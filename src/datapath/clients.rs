@@ -10,7 +10,7 @@ use super::image::keys_of;
 use super::names::{Names, Topics, address_of, boot_time, services_of, text_of};
 use crate::config::{Config, Service};
 use crate::domain::client_record::{ClientRecord, IdentifiedBy, Restored};
-use crate::domain::{Target, limits};
+use crate::domain::{Target, limits, rendezvous};
 use crate::kernel::Result;
 use crate::kernel::abi::{
     Pod as _, addr_words, binding_of, binding_parts, client, client_flags, client_id, client4,
@@ -440,6 +440,7 @@ fn topic_of(service: u16, text: &str, generation: u32, binding: u32) -> topic {
     let mut entry = topic::zeroed();
     entry.verdict[(generation & 1) as usize] = topic_verdict { generation, binding };
     (entry.service, entry.length) = (service, text.len() as u16);
+    entry.place = rendezvous::place(text.as_bytes());
     entry.text[..text.len()].copy_from_slice(text.as_bytes());
     entry
 }

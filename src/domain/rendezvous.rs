@@ -9,14 +9,23 @@ use siphasher::sip::SipHasher13;
 
 /// The real of each of so many slots, by its number; empty without reals.
 pub fn fill(reals: &[(u16, IpAddr, u32)], slots: u32) -> Vec<u16> {
-    let best = |slot: u32| {
-        reals
-            .iter()
-            .map(|(number, addr, weight)| (score(slot, *addr, *weight), *addr, *number))
-            .max_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)))
-            .map(|(_, _, number)| number)
-    };
-    (0..slots).filter_map(best).collect()
+    (0..slots).filter_map(|slot| best(reals, slot)).collect()
+}
+
+/// What chooses the slot of a topic, the same in the datapath (`struct topic`, bpf/abi/state.h) and in the relay, so that
+/// a topic has one broker: SipHash-1-3 of its first bytes, with a key of zero.
+pub fn place(text: &[u8]) -> u64 {
+    let kept = &text[..text.len().min(super::limits::TOPIC_TEXT)];
+    SipHasher13::new_with_keys(0, 0).hash(kept).max(1)
+}
+
+/// The real of a slot; `None`: there is none.
+pub fn best(reals: &[(u16, IpAddr, u32)], slot: u32) -> Option<u16> {
+    reals
+        .iter()
+        .map(|(number, addr, weight)| (score(slot, *addr, *weight), *addr, *number))
+        .max_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)))
+        .map(|(_, _, number)| number)
 }
 
 fn score(slot: u32, addr: IpAddr, weight: u32) -> f64 {

@@ -304,3 +304,39 @@ fn an_address_has_no_more_than_its_share_of_what_is_kept() {
     std::thread::sleep(std::time::Duration::from_millis(1100));
     assert!(kept(1, 399));
 }
+
+/// A broker that refuses a stranger does not answer him, so he goes on without its CONNACK, if at all.
+#[test]
+fn who_is_refused_leaves_nothing_behind_in_anothers_name() {
+    let f = delayed_of(CONFIG, &SMALL, |_| {});
+    let connect = mqtt::connect_as(4, 2, b"victim", &[]);
+    let with = |topic: &[u8]| [&connect[..], &mqtt::publish(topic, 0, b"1")].concat();
+    let known = || f.client("victim").map(|row| (row.group, row.topic));
+    let mut c = Client::open(&f, "10.1.1.1:5000", 7);
+    let mut sent = with(b"sensor/b");
+    f.send(&c.segment(0, &sent, |_| {}));
+    c.ack = c.ack.wrapping_add(4);
+    for _ in 0..20 {
+        let publish = mqtt::publish(b"sensor/b", 0, b"1");
+        f.send(&c.segment(sent.len() as u32, &publish, |_| {}));
+        sent.extend(publish);
+    }
+    let is_b = Some(("b".to_owned(), "sensor/b".to_owned()));
+    assert_eq!(known(), is_b);
+    for port in 6000..6010 {
+        let c = Client::open(&f, &format!("10.1.1.9:{port}"), 7);
+        let mut sent = with(b"sensor/a");
+        f.send(&c.segment(0, &sent, |_| {}));
+        for _ in 0..20 {
+            let publish = mqtt::publish(b"sensor/a", 0, b"1");
+            f.send(&c.segment(sent.len() as u32, &publish, |_| {}));
+            sent.extend(publish);
+        }
+    }
+    assert_eq!(known(), is_b);
+    // So CONNECT alone is still enough.
+    let c = Client::open(&f, "10.1.1.1:5001", 7);
+    let outcome = f.send(&c.segment(0, &connect, |_| {}));
+    assert_eq!(outcome.verdict, JUMPED);
+    assert_eq!(packet::dst(&outcome.packet).to_string(), "10.1.50.2");
+}

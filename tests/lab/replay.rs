@@ -65,8 +65,10 @@ fn connection(client: &str, server: &str, writes: &[Vec<u8>]) -> Vec<Vec<u8>> {
     let isn = 7000;
     let mut packets = vec![packet::tcp(client, server, isn, 0, |h| h.syn = true, &[])];
     let mut seq = isn + 1;
-    for write in writes {
-        packets.push(packet::tcp(client, server, seq, 9001, |h| h.psh = true, write));
+    for (n, write) in writes.iter().enumerate() {
+        // A CONNACK comes after the first.
+        let ack = if n == 0 { 9001 } else { 9005 };
+        packets.push(packet::tcp(client, server, seq, ack, |h| h.psh = true, write));
         seq += write.len() as u32;
     }
     packets

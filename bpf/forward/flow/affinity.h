@@ -25,12 +25,22 @@ static __always_inline bool needs_topic(const struct service_table *t, const str
 	return m && m->affinity == AFFINITY_TOPIC;
 }
 
+/* A topic's place, by its hash; 0: it is not stored. */
+static __always_inline __u64 topic_place(struct scratch *w, __u64 hash)
+{
+	const struct topic *topic;
+
+	w->hash = hash;
+	topic = bpf_map_lookup_elem(&topics, &w->hash);
+	return topic ? topic->place : 0;
+}
+
 /*
  * The binding to one real of a group, by client id or topic, whichever the group wants; without one,
  * by the client's address. The binding itself, if the balancer chooses. Global (see event.h).
  */
 __noinline __u64 member_of(const struct conn *c, const struct service_table *t,
-			   const struct service *svc, __u64 binding, __u64 topic)
+			   const struct service *svc, __u64 binding, __u64 place)
 {
 	struct scratch *w = scratch();
 	const struct member *m;
@@ -41,7 +51,7 @@ __noinline __u64 member_of(const struct conn *c, const struct service_table *t,
 	m = member_at(t, binding_group(binding), 0);
 	if (!m)
 		return binding;
-	hash = m->affinity == AFFINITY_TOPIC ? topic : w->id;
+	hash = m->affinity == AFFINITY_TOPIC ? place : w->id;
 	if (!hash)
 		hash = c->key.addr[0] ^ c->key.addr[1] ^ c->key.addr[2] ^ c->key.addr[3];
 	m = member_at(t, binding_group(binding), hash % MEMBER_SLOTS);

@@ -39,6 +39,7 @@ static __always_inline bool is_end(const struct conn *c)
 __noinline __u64 flow_rebind(const struct conn *c, const struct service_table *t,
 			     const struct service *svc, struct flow *f)
 {
+	struct scratch *w = scratch();
 	__u64 binding, bound;
 
 	if (!c || !t || !svc || !f)
@@ -53,7 +54,8 @@ __noinline __u64 flow_rebind(const struct conn *c, const struct service_table *t
 	}
 	if (!binding)
 		binding = predict(c, t, svc, flow_client(f));
-	binding = member_of(c, t, svc, (__u32)binding, f->topic);
+	if (svc->has_members && w)
+		binding = member_of(c, t, svc, (__u32)binding, topic_place(w, f->topic));
 	if (bound >> 32 == c->tag)
 		flow_bind(f, c, binding);
 	return binding;

@@ -59,15 +59,15 @@ _Static_assert(REASON_FALLBACK_NO_TOPIC - REASON_FALLBACK_NOT_CONNECT ==
 		       FALLBACK_NO_TOPIC - FALLBACK_NOT_CONNECT,
 	       "a counter for each reason, in the same order");
 
-/* The topic that chooses among a group's reals: the connection's own, or its client's last. */
-static __always_inline __u64 topic_of(const struct conn *c, const struct scratch *w, __u8 bound_by)
+/* The place of the topic that chooses among a group's reals: the connection's own, or its client's last. */
+static __always_inline __u64 place_of(const struct conn *c, struct scratch *w, __u8 bound_by)
 {
 	const struct client *client;
 
 	if (bound_by == BOUND_BY_MESSAGE || bound_by == BOUND_BY_ANSWERED)
-		return w->publish.hash;
+		return w->publish.place;
 	client = client_find(c, true);
-	return client ? client->topic : 0;
+	return client ? topic_place(w, client->topic) : 0;
 }
 
 /* On by a binding that leaves no flow. */
@@ -95,7 +95,7 @@ static __always_inline int bound(struct xdp_md *ctx, struct conn *c, struct scra
 	const struct group *g;
 
 	if (svc->has_members)
-		v->binding = member_of(c, t, svc, v->binding, topic_of(c, w, v->bound_by));
+		v->binding = member_of(c, t, svc, v->binding, place_of(c, w, v->bound_by));
 	g = group_of(v->binding);
 	v->first_ack = waiting ? waiting->server : c->ack;
 

@@ -65,6 +65,17 @@ static __always_inline binding_t filter_binding(const struct first_message *d, _
 	return stream_binding(d->w, d->svc);
 }
 
+/* Finds the place of a topic that lies in the segment (struct topic). Global (see event.h). */
+__noinline int find_place(struct xdp_md *ctx, const struct service *svc, __u32 offset, __u32 length)
+{
+	struct scratch *w = scratch();
+
+	if (w && svc && svc->has_members)
+		w->publish.place = text_hash(ctx, 0, 0, offset,
+					     length < TOPIC_TEXT_MAX ? length : TOPIC_TEXT_MAX);
+	return 0;
+}
+
 /* One control packet at w->offset. Stops when something is decided, or nothing more can be read. */
 static long first_message_step(__u32 index, void *arg)
 {
@@ -86,6 +97,7 @@ static long first_message_step(__u32 index, void *arg)
 			return 0;
 		if (at + length > w->end)
 			return 1;
+		find_place(d->ctx, d->svc, at, length);
 		if (length <= TOPIC_TEXT_MAX) {
 			hash = topic_hash(d->ctx, d->t, d->svc, at, length);
 			if (!hash)
@@ -115,6 +127,7 @@ static long first_message_step(__u32 index, void *arg)
 		length = read_length(d->ctx, &at, w->end);
 		if (!length || length > TOPIC_TEXT_MAX || at + length > w->end)
 			return 1;
+		find_place(d->ctx, d->svc, at, length);
 		w->publish.to = filter_binding(d, at, length);
 		if (!w->publish.to)
 			return 1;
@@ -143,6 +156,7 @@ __noinline __u32 first_message_binding(struct xdp_md *ctx, const struct conn *c,
 	w->budget = TOPIC_BUDGET;
 	w->publish.to = 0;
 	w->publish.hash = 0;
+	w->publish.place = 0;
 	bpf_loop(FIRST_MESSAGE_PACKETS, first_message_step, &d, 0);
 	return w->publish.to;
 }

@@ -109,6 +109,25 @@ __noinline int learn_for_relay(const struct conn *c)
 	return 0;
 }
 
+/* The place of a topic (struct topic), whose first bytes are in a map, with zeroes behind them. */
+static __always_inline __u64 place_of_text(const __u8 text[TOPIC_TEXT_MAX], __u32 length)
+{
+	__u32 kept = length < TOPIC_TEXT_MAX ? length : TOPIC_TEXT_MAX;
+	struct siphash h;
+	__u64 word = 0;
+
+	siphash_init(&h, 0, 0);
+#pragma nounroll
+	for (__u32 i = 0; i < TOPIC_TEXT_MAX / 8; i++) {
+		word = load_le64(text + 8 * i);
+		if (8 * i + 8 > kept)
+			break;
+		siphash_word(&h, word);
+		word = 0;
+	}
+	return siphash_final(&h, word, kept);
+}
+
 /* Stores the topic in w->stream with its group (w->publish), for people, for changes of routes, and so as not to walk again. */
 static __noinline int topic_store(struct scratch *w, const struct service *svc)
 {
@@ -131,6 +150,7 @@ static __noinline int topic_store(struct scratch *w, const struct service *svc)
 	w->topic.verdict[1] = w->topic.verdict[0];
 	w->topic.service = svc->id;
 	w->topic.length = w->stream.whole.length;
+	w->topic.place = place_of_text(w->stream.text, w->stream.whole.length);
 	__builtin_memcpy(w->topic.text, w->stream.text, TOPIC_TEXT_MAX);
 	if (bpf_map_update_elem(&topics, &w->publish.hash, &w->topic, BPF_ANY))
 		count(REASON_MAP_FULL);
@@ -146,15 +166,26 @@ static __always_inline bool client_paused(const struct client *client)
 	       (__u16)(now_s() - client->ended_s) < MULTI_GROUP_PAUSE_S;
 }
 
-/* Whether a misrouted flow may be ended of whose client nothing can be learned yet. */
-__noinline int learn_nothing(const struct conn *c)
+/*
+ * A flow that is not accepted yet published scratch.publish: whether it may be ended for that. If nothing is known
+ * of its client id and its CONNECT was answered here, it is bound by that the next time, so that its broker says
+ * what it has to say of CONNECT; only the first time is a refusal a reset.
+ */
+__noinline int learn_unproven(const struct conn *c, const struct service_table *t, __u32 answered)
 {
-	const struct client *client;
+	const struct scratch *w = scratch();
+	struct client *client;
 
-	if (!c)
+	if (!c || !t || !w)
 		return false;
 	client = client_find(c, true);
-	return !client || !client_paused(client);
+	if (!client)
+		return true;
+	if (answered && !client_best(client) && w->publish.to) {
+		client_forget_others(client, w->publish.to, 1, t->generation);
+		client->topic = w->publish.hash;
+	}
+	return !client_paused(client);
 }
 
 enum learned {

@@ -206,7 +206,7 @@ __noinline int publish_judge(const struct conn *c, struct flow *f, const struct 
 			may_end = p->to && teach(c, f, t, svc, p->hash, p->to, messages);
 		} else {
 			f->unrecorded = messages < UNRECORDED_MAX ? messages : UNRECORDED_MAX - 1;
-			may_end = p->to && learn_nothing(c);
+			may_end = learn_unproven(c, t, f->bound_by == BOUND_BY_ANSWERED) && p->to;
 		}
 	}
 	if (right) {

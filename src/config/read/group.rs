@@ -28,6 +28,7 @@ pub(super) fn group(r: Reader<'_>, service: Option<IpAddr>, binding: Binding) ->
         );
     }
 
+    let readers = r.tables("reals");
     let affinity = r
         .choice(
             "affinity",
@@ -38,7 +39,12 @@ pub(super) fn group(r: Reader<'_>, service: Option<IpAddr>, binding: Binding) ->
                 ("topic", Affinity::Topic),
             ],
         )
-        .unwrap_or(Affinity::None);
+        // Where it can be, a client finds its session again.
+        .unwrap_or(if binding == Binding::Delayed && readers.iter().any(|real| real.has("vip")) {
+            Affinity::ClientId
+        } else {
+            Affinity::None
+        });
     if affinity.chooses_real() && binding == Binding::Predicted {
         r.problem(
             "affinity",
@@ -50,7 +56,6 @@ pub(super) fn group(r: Reader<'_>, service: Option<IpAddr>, binding: Binding) ->
     let tls = r.table("tls").and_then(broker_tls);
     let mut reals: Vec<Real> = Vec::new();
     let mut complete = true;
-    let readers = r.tables("reals");
     if readers.is_empty() {
         r.problem("reals", "there is none; write reals = [{ address = \"10.1.3.201\" }]");
     }

@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, HashSet};
 
+use mqtt_fwd::brokers::router::Router;
+use mqtt_fwd::config::Config;
 use mqtt_fwd::kernel::takeover;
 
 use super::{ROUTES, expect_all};
@@ -89,7 +91,11 @@ fn a_client_id_finds_the_same_broker_again_and_a_topic_has_one() {
         return;
     }
     for affinity in ["client_id", "topic"] {
-        let lab = Lab::up(&with_affinity(affinity), &["--delayed"]);
+        let text = with_affinity(affinity);
+        let lab = Lab::up(&text, &["--delayed"]);
+        let config =
+            std::fs::read_to_string(format!("/run/mqtt-fwd-lab/{}/config.toml", lab.name)).unwrap();
+        let config = Config::parse(std::path::Path::new("lab.toml"), &config).unwrap();
         let mut all = Vec::new();
         for round in 0..4 {
             for i in 0..30 {
@@ -123,6 +129,17 @@ fn a_client_id_finds_the_same_broker_again_and_a_topic_has_one() {
         }
         for (key, reals) in &reals {
             assert_eq!(reals.len(), 1, "{affinity}: {key} at {reals:?}");
+        }
+        if affinity == "topic" {
+            // The broker that the relay has for the topic, too.
+            let relay = Router::new(&config, &config.services[0]).unwrap();
+            for (topic, reals) in
+                reals.iter().filter_map(|(k, r)| Some((k.strip_suffix(" false")?, r)))
+            {
+                let broker = relay.broker_of(topic, |_| false).unwrap();
+                let expected = format!("10.1.3.20{}", reals.iter().next().unwrap());
+                assert_eq!(relay.broker(broker).addr.ip().to_string(), expected, "{topic}");
+            }
         }
         let used: HashSet<u32> = reals.values().flatten().copied().collect();
         assert_eq!(used.len(), 3, "{affinity}: all brokers of the group are used: {used:?}");
