@@ -34,6 +34,8 @@ enum handover_state {
 	HANDOVER_SILENT, /* and nothing came for too long: to be bound without */
 	HANDOVER_REPEAT, /* bound; the broker may not have CONNECT yet: put in front */
 	HANDOVER_PASS, /* bound; the client's own segments carry CONNECT */
+	HANDOVER_PIECES, /* CONNECT has not come whole: what came is kept, and acknowledged */
+	HANDOVER_PREPEND, /* bound when it was whole; what came before its last piece is put in front of that */
 };
 
 /* A connection on its way to a broker, from CONNECT to the client's first acknowledgement of something

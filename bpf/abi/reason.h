@@ -27,6 +27,7 @@
 	VERDICT(FLOW_ADOPTED, "first seen in its middle: bound by prediction") \
 	VERDICT(UNTRACKED, "without a flow, and opens none: follows the prediction, leaves no state") \
 	VERDICT(SYN_ANSWERED, "SYN: answered here, no state kept") \
+	VERDICT(CONNECT_PIECE, "piece of a CONNECT: kept and acknowledged here until it is whole") \
 	VERDICT(HANDSHAKE, "acknowledges the SYN-ACK from here, without data: dropped") \
 	VERDICT(CONNECT_ANSWERED, "CONNECT: answered here; the next message decides its group") \
 	VERDICT(WAIT_ANSWERED, "keepalive probe, connection not yet bound: answered") \

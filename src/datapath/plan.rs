@@ -59,6 +59,8 @@ impl MapPlan {
         let service_vips = current_service_vips(datapath)?;
         check_room(config, datapath, &desired, &service_vips)?;
         let current: BTreeMap<u16, _> = datapath.groups()?.into_iter().collect();
+        // The map is of all instances on this host: others' VIPs are left alone.
+        let own: BTreeSet<[u32; 4]> = current.values().map(|g| g.vip).collect();
         let differs = |id: &u16, entry: &super::ids::Entry| {
             current.get(id).is_none_or(|g| (g.epoch, g.parent) != (entry.epoch, entry.parent))
         };
@@ -83,10 +85,21 @@ impl MapPlan {
             identities,
             remove_service_vips: service_vips
                 .keys()
-                .filter(|vip| !desired.contains_key(vip))
+                .filter(|vip| !desired.contains_key(vip) && own.contains(&map_key(**vip).addr))
                 .copied()
                 .collect(),
         })
+    }
+
+    /// Group VIPs that the map is without, for which the balancer would not put the service's address back: another
+    /// program with the same pin has removed them.
+    pub fn missing_service_vips(config: &Config, datapath: &Datapath) -> kernel::Result<Vec<Vip>> {
+        let present = current_service_vips(datapath)?;
+        let desired = desired_vips(config).into_iter();
+        Ok(desired
+            .filter(|(vip, desired)| present.get(vip) != Some(&desired.service))
+            .map(|(vip, _)| vip)
+            .collect())
     }
 
     /// Does all of it.

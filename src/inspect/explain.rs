@@ -163,7 +163,7 @@ fn connected_without_record(flow: &Flow) -> String {
     let why = if flow.topic.is_empty() {
         "has published nothing yet"
     } else {
-        "its record has been evicted"
+        "nothing was learned from it yet, or its record has been evicted"
     };
     format!("it has a connection, but {why} (`mqtt-fwd explain flow {}`)", flow.client)
 }

@@ -13,6 +13,7 @@ use crate::balancer::{embedded, listeners};
 use crate::chain::health;
 use crate::config::{BalancerKind, Config};
 use crate::datapath::Datapath;
+use crate::datapath::plan::MapPlan;
 use crate::domain::{Mac, Problem, Vip};
 use crate::handover::silent;
 use crate::kernel::xdp;
@@ -184,6 +185,13 @@ impl Reconciler {
             info!(mtu, "the interface's MTU changed");
             self.in_force = false;
             self.changed = true;
+        }
+        if self.in_force {
+            let missing = MapPlan::missing_service_vips(config, datapath)?;
+            if !missing.is_empty() {
+                warn!(vips = missing.len(), "the map mqtt_service_vips was without group VIPs");
+                self.in_force = false;
+            }
         }
         if self.in_force && self.own_changes == Some(changes) && same_gateway {
             return Ok(());

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::counter::Counter;
 
@@ -16,6 +17,8 @@ pub struct Memory {
     /// Those who hold something.
     holders: Counter,
     most: u64,
+    /// The process has more than it may have, whatever is known to be held.
+    over: AtomicBool,
 }
 
 impl Memory {
@@ -26,7 +29,22 @@ impl Memory {
 
     /// Whether more is held than may be, so that nothing new is begun.
     pub fn is_full(&self) -> bool {
-        self.used.get() > self.most
+        self.used.get() > self.most || self.over.load(Ordering::Relaxed)
+    }
+
+    /// Compares what the process has with the ceiling.
+    pub fn check(&self, ceiling: u64) {
+        let mut over = resident() > ceiling;
+        if over {
+            // What was given back may lie between what is in use.
+            #[cfg(target_env = "gnu")]
+            // SAFETY: it takes a number.
+            unsafe {
+                libc::malloc_trim(0);
+            }
+            over = resident() > ceiling;
+        }
+        self.over.store(over, Ordering::Relaxed);
     }
 }
 

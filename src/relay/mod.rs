@@ -168,7 +168,7 @@ pub fn run(config: &Config) -> Result<(), RelayError> {
         runtime.spawn(metrics::serve(listener, Metrics(Arc::clone(&shared))));
     }
     systemd::ready();
-    runtime.block_on(supervise(config, &shared, &ports))?;
+    runtime.block_on(supervise(config, &shared, &ports, max_memory))?;
     systemd::stopping();
     shared.stop.cancel();
     info!(connections = shared.stats.connections.get(), "ending");
@@ -194,6 +194,12 @@ impl metrics::Source for Metrics {
     }
 
     fn health(&self) -> (bool, Vec<String>) {
+        if self.0.memory.is_full() {
+            return (
+                false,
+                vec!["[relay] max_memory is in use: no connection is accepted".to_owned()],
+            );
+        }
         (true, Vec::new())
     }
 }
@@ -220,7 +226,12 @@ fn raise_descriptors(connections: u32) -> u32 {
 }
 
 /// Handles signals, and logs the counters once a minute.
-async fn supervise(config: &Config, shared: &Shared, ports: &[Port]) -> Result<(), RelayError> {
+async fn supervise(
+    config: &Config,
+    shared: &Shared,
+    ports: &[Port],
+    max_memory: u64,
+) -> Result<(), RelayError> {
     let handler = |kind| {
         signal(kind).map_err(|source| RelayError::Io { what: "waiting for signals", source })
     };
@@ -229,6 +240,7 @@ async fn supervise(config: &Config, shared: &Shared, ports: &[Port]) -> Result<(
     let mut interrupt = handler(SignalKind::interrupt())?;
     let mut minute = tokio::time::interval(Duration::from_secs(60));
     minute.tick().await;
+    let mut memory = tokio::time::interval(Duration::from_millis(250));
     loop {
         tokio::select! {
             _ = hangup.recv() => {
@@ -239,6 +251,7 @@ async fn supervise(config: &Config, shared: &Shared, ports: &[Port]) -> Result<(
             _ = terminate.recv() => return Ok(()),
             _ = interrupt.recv() => return Ok(()),
             _ = minute.tick() => report(shared),
+            _ = memory.tick() => shared.memory.check(max_memory),
         }
     }
 }

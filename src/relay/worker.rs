@@ -52,9 +52,9 @@ impl Shared {
     pub fn new(tables: Vec<Arc<Router>>, max_memory: u64) -> Self {
         const CONNECTING: u64 = 32 << 20;
         let connecting = CONNECTING.min(max_memory / 16);
-        // A third of what the relay itself leaves is for what the allocator cannot give back.
+        // Half of what the relay itself leaves is for what the allocator cannot give back.
         let own = memory::resident() + connecting;
-        let sessions = max_memory.saturating_sub(own) / 3 * 2;
+        let sessions = max_memory.saturating_sub(own) / 2;
         Self {
             stats: Arc::default(),
             tables: RwLock::new(tables),

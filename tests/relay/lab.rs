@@ -148,8 +148,8 @@ fn the_table(delayed: bool, size: usize) {
     run(&lab, &unknown("unknown", size));
 
     for service in [SERVICE, SERVICE6] {
-        // One connection that alternates between three groups. With delayed binding, the first two are
-        // bound to brokers, and end when they show another group: what came behind is rescued.
+        // One connection that alternates between three groups. With delayed binding, the first is bound to a broker,
+        // and ends when it shows another group, which is proof enough: what came behind is rescued.
         let mut wanted = Vec::new();
         for round in 0..3 {
             let mut client = a_client(&lab, "c2", service, "alternates");
@@ -160,7 +160,7 @@ fn the_table(delayed: bool, size: usize) {
                 client.publish(topic, 0, &padded(&message, size));
                 wanted.push((topic.to_owned(), message));
             }
-            if round < 2 && delayed {
+            if round < 1 && delayed {
                 assert!(client.packet().is_none(), "the connection is ended");
             } else {
                 client.ping();

@@ -4,6 +4,7 @@ mod broker_host;
 mod chain;
 mod change;
 mod cli;
+mod neighbours;
 mod operation;
 #[path = "../support/mod.rs"]
 mod support;

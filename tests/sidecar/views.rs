@@ -18,9 +18,12 @@ fn running(net: &Net) -> Background {
 fn publisher(net: &Net, client: &str, topic: &[u8]) {
     let (client, service): (SocketAddr, SocketAddr) =
         (client.parse().unwrap(), SERVICE.parse().unwrap());
-    let bytes = [mqtt::connect(4), mqtt::publish(topic, 0, b"x")].concat();
+    let (connect, publish) = (mqtt::connect(4), mqtt::publish(topic, 0, b"x"));
     net.through_root(&packet::tcp(client, service, 1, 0, |h| h.syn = true, &[]));
-    net.through_root(&packet::tcp(client, service, 2, 7, |h| h.psh = true, &bytes));
+    net.through_root(&packet::tcp(client, service, 2, 7, |h| h.psh = true, &connect));
+    // It has its CONNACK.
+    let next = 2 + connect.len() as u32;
+    net.through_root(&packet::tcp(client, service, next, 11, |h| h.psh = true, &publish));
 }
 
 #[test]

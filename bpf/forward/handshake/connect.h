@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/* The first data of a connection: bound at once, or CONNECT is kept and answered (WAIT). */
+/*
+ * The first data of a connection: bound at once, or CONNECT is kept and answered (WAIT), or what there is of it is kept
+ * and acknowledged until it is whole: some devices write its fields one by one.
+ */
 #ifndef MQTT_FWD_HANDSHAKE_CONNECT_H
 #define MQTT_FWD_HANDSHAKE_CONNECT_H
 
@@ -9,12 +12,16 @@
 #include "first_message.h"
 #include "../mqtt/will.h"
 
-/* Keeps CONNECT, which lies whole in the segment and is short, and answers it. */
-static __always_inline int handshake_wait(struct xdp_md *ctx, struct conn *c, struct scratch *w,
-					  const struct service *svc, __u32 will)
+/*
+ * Keeps CONNECT, which lies whole in the segment and is short, and answers it (HANDOVER_WAIT); or keeps a piece
+ * (HANDOVER_PIECES).
+ */
+static __always_inline int handshake_keep(struct xdp_md *ctx, struct conn *c, struct scratch *w,
+					  const struct service *svc, __u32 state, __u32 will)
 {
 	struct handover *h = &w->handover;
-	__u32 length = w->connect.length;
+	bool whole = state == HANDOVER_WAIT;
+	__u32 length = whole ? w->connect.length : c->payload_length;
 
 	__builtin_memset(h, 0, sizeof(*h));
 	h->start = c->seq;
@@ -26,7 +33,7 @@ static __always_inline int handshake_wait(struct xdp_md *ctx, struct conn *c, st
 	h->id_offset = w->connect.id - c->payload;
 	h->id_length = w->connect.id_length;
 	h->will_group = will;
-	h->state = HANDOVER_WAIT;
+	h->state = state;
 	if (length > HANDOVER_CONNECT_MAX ||
 	    !frame_copy(ctx, c->payload, h->connect, length, CONNECT_BOUND))
 		return XDP_DROP;
@@ -40,30 +47,46 @@ static __always_inline int handshake_wait(struct xdp_md *ctx, struct conn *c, st
 	/* The old connection's flow would take the next segments. */
 	flow_remove(c, false);
 	flow_remove(c, true);
-	if (!answer_connect(ctx, c, svc, h, true)) {
+	if (!answer_connect(ctx, c, svc, h, whole)) {
 		count(REASON_HANDOVER_FAILED);
 		return XDP_DROP;
 	}
 	handover_put(c, h);
-	count(REASON_CONNECT_ANSWERED);
+	count(whole ? REASON_CONNECT_ANSWERED : REASON_CONNECT_PIECE);
 	return XDP_TX;
 }
 
-/* The first data of a connection, with a cookie. */
+/* Whether the segment's payload may become a CONNECT that is short enough to be kept. */
+static __always_inline bool is_piece(struct xdp_md *ctx, const struct conn *c,
+				     const struct connect *k)
+{
+	const __u8 *p = frame_at(ctx, c->payload, 1);
+
+	if (!p || *p != MQTT_CONNECT << 4 || c->payload_length > HANDOVER_CONNECT_MAX)
+		return false;
+	/* Its length has up to four bytes. */
+	if (!k->length)
+		return c->payload_length < 5;
+	return k->length > c->payload_length && k->length <= HANDOVER_CONNECT_MAX;
+}
+
+/* The first data of a connection, with a cookie; `joined`: with what came before in front. */
 static __always_inline int handshake_connect(struct xdp_md *ctx, struct conn *c, struct scratch *w,
 					     const struct service_table *t,
-					     const struct service *svc)
+					     const struct service *svc, bool joined)
 {
 	const struct connect *k = &w->connect;
 	struct bind_decision *v = decision_begin(w, c->seq, 0);
 	bool more;
 	__u32 fallback, will;
 
-	if (!handover_admitted(c)) {
+	if (!joined && !handover_admitted(c)) {
 		count(REASON_CONNECT_DELAYED);
 		return XDP_DROP;
 	}
 	read_connect(ctx, c);
+	if (is_piece(ctx, c, k))
+		return handshake_keep(ctx, c, w, svc, HANDOVER_PIECES, NO_GROUP);
 	identify(ctx, w, t, svc);
 	will = will_group(ctx, t, svc);
 	fallback = connect_unanswerable(k, c);
@@ -91,20 +114,22 @@ static __always_inline int handshake_connect(struct xdp_md *ctx, struct conn *c,
 		v->flags = v->binding ? FLOW_PREDICTED : 0;
 	}
 	if (!v->binding && fallback == FALLBACK_NONE)
-		return handshake_wait(ctx, c, w, svc, will);
+		return handshake_keep(ctx, c, w, svc, HANDOVER_WAIT, will);
 	if (!v->binding)
 		decide_by_prediction(c, w, t, svc, fallback);
 	if (!(v->flags & FLOW_ROUTED))
 		v->binding = with_will(v->binding, will, svc);
 	client_id_keep(c, w);
 
-	/* Their first segment carries CONNECT: nothing of it has to be kept but its place. */
+	/* If its first segment carries CONNECT, nothing of it has to be kept but its place. */
 	struct handover *h = &w->handover;
-	__builtin_memset(h, 0, sizeof(*h));
-	h->start = c->seq;
-	h->server = c->ack;
+	if (!joined) {
+		__builtin_memset(h, 0, sizeof(*h));
+		h->start = c->seq;
+		h->server = c->ack;
+	}
 	h->born_s = now_s();
-	h->state = HANDOVER_PASS;
+	h->state = joined ? HANDOVER_PREPEND : HANDOVER_PASS;
 	handover_put(c, h);
 	return bound(ctx, c, w, t, svc, NULL);
 }

@@ -78,7 +78,7 @@ static __always_inline __u32 truncate_tail(struct xdp_md *ctx, struct conn *c, s
 }
 
 /*
- * Puts the stored CONNECT (w->handover) in front of the segment's payload. The TCP checksum is derived
+ * Puts the stored CONNECT, or what is stored of it (w->handover), in front of the segment's payload. The TCP checksum is derived
  * from the client's: bit errors stay visible to the broker's kernel. Global (see event.h).
  */
 __noinline int put_connect_in_front(struct xdp_md *ctx, struct conn *c, __u32 max_packet)
@@ -109,6 +109,8 @@ __noinline int put_connect_in_front(struct xdp_md *ctx, struct conn *c, __u32 ma
 			return false;
 	}
 
+	__u16 mark = MARK | (h->state == HANDOVER_REPEAT ? MARK_HANDOVER : 0);
+
 	__builtin_memset(w->segment, 0, HEADERS_MAX);
 	if (!frame_copy(ctx, 0, w->segment, header, HEADERS_MAX))
 		return false;
@@ -116,13 +118,13 @@ __noinline int put_connect_in_front(struct xdp_md *ctx, struct conn *c, __u32 ma
 		struct ipv6hdr *ip = (void *)w->segment + sizeof(struct ethhdr);
 		pseudo = sum_words((__be32 *)&ip->saddr, 8, 0);
 		ip->payload_len = bpf_htons(header - tcp_offset + length + c->payload_length);
-		((__be16 *)ip)[1] = bpf_htons(MARK | MARK_HANDOVER);
+		((__be16 *)ip)[1] = bpf_htons(mark);
 	} else {
 		struct iphdr *ip = (void *)w->segment + sizeof(struct ethhdr);
 		pseudo = (__u64)ip->saddr + ip->daddr;
 		ip->tot_len =
 			bpf_htons(header - sizeof(struct ethhdr) + length + c->payload_length);
-		ip->id = bpf_htons(MARK | MARK_HANDOVER);
+		ip->id = bpf_htons(mark);
 		ip->frag_off = bpf_htons(IP_DF);
 		ip->check = 0;
 		ip->check = ~csum_fold(sum_words((__be32 *)ip, 5, 0));
@@ -189,8 +191,8 @@ static __always_inline int handover(struct xdp_md *ctx, struct scratch *w)
 		}
 		return to_group(ctx, g, svc, c.v6, reason);
 	}
-	if (h->state == HANDOVER_REPEAT && c.seq == h->start + h->connect_length &&
-	    (c.payload_length || fin)) {
+	if ((h->state == HANDOVER_REPEAT || h->state == HANDOVER_PREPEND) &&
+	    c.seq == h->start + h->connect_length && (c.payload_length || fin)) {
 		w->handover = *h; /* its place may become another's */
 		if (!put_connect_in_front(ctx, &c, svc->max_packet)) {
 			count(REASON_HANDOVER_FAILED);

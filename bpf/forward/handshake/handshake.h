@@ -6,6 +6,7 @@
  *               without data          dropped, or RST if it ends
  *               CONNECT, with cookie  bound, or WAIT and CONNACK                 connect.h
  *               without a cookie      a flow that was lost, or nobody's          untracked.h
+ *   PIECES      any                   put together                               pieces.h
  *   WAIT        any                   CONNACK again, bound, or dropped           waiting.h
  *
  * A connection that is bound gets a flow and goes back to mqtt_fwd (bound.h).
@@ -15,6 +16,7 @@
 
 #include "../services.h"
 #include "connect.h"
+#include "pieces.h"
 #include "syn.h"
 #include "untracked.h"
 #include "waiting.h"
@@ -26,7 +28,7 @@ static __always_inline int handshake(struct xdp_md *ctx, struct scratch *w)
 	struct conn *c = &w->tail_args.conn;
 	const struct tcphdr *tcp = tcp_of(ctx, c->v6);
 	struct handover *h;
-	bool fin, rst, ack;
+	bool fin, rst, ack, joined = false;
 
 	if (!svc || !tcp)
 		return pass_on(ctx, REASON_TRUNCATED);
@@ -54,10 +56,17 @@ static __always_inline int handshake(struct xdp_md *ctx, struct scratch *w)
 			return handshake_waiting(ctx, c, w, t, svc, h, fin);
 		}
 	}
-	if (!ack || rst || !has_cookie(ctx, c))
+	if (h && h->state == HANDOVER_PIECES && !rst && c->seq != h->start) {
+		int verdict = handshake_pieces(ctx, c, w, svc, h);
+
+		if (verdict != JOINED)
+			return verdict;
+		joined = true;
+	}
+	if (!ack || rst || !(joined || has_cookie(ctx, c)))
 		return handshake_untracked(ctx, c, t, svc, rst);
 	if (c->payload_length)
-		return handshake_connect(ctx, c, w, t, svc);
+		return handshake_connect(ctx, c, w, t, svc, joined);
 	if (!fin) {
 		count(REASON_HANDSHAKE);
 		return XDP_DROP;

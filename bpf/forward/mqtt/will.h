@@ -35,8 +35,7 @@ __noinline int will_group(struct xdp_md *ctx, const struct service_table *t,
 }
 
 /* The binding of a client with such a will, that would be bound so. */
-static __always_inline binding_t with_will(binding_t binding, __u32 will,
-					   const struct service *svc)
+static __always_inline binding_t with_will(binding_t binding, __u32 will, const struct service *svc)
 {
 	if (will == NO_GROUP || !binding || belongs_to(binding, will) ||
 	    (svc->relay != NO_GROUP && belongs_to(binding, svc->relay)))

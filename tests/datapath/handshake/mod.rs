@@ -2,6 +2,7 @@
 
 pub mod connection;
 mod model;
+mod pieces;
 mod strangers;
 
 use crate::support::datapath::{Fixture, JUMPED};

@@ -165,6 +165,39 @@ fn connect_in_pieces_and_connect_of_two_kilobytes() {
         }
     }
     wait_for("all of them", || (lab.arrivals().get("pieces")? == &vec![3; 6]).then_some(()));
+    // Fresh clients, all of one address: what each says first decides.
+    let mut expected = Vec::new();
+    for (n, (topic, real)) in
+        [("m/temp", 1), ("m/hum", 2), ("m/other", 3)].repeat(4).into_iter().enumerate()
+    {
+        let (message, service) =
+            (format!("fresh-{n}"), if n % 2 == 0 { SERVICE } else { SERVICE6 });
+        let connect = mqtt::connect_as(4, 2, format!("umqtt{n}").as_bytes(), &[]);
+        let (lab, to) = (&lab, message.clone());
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                use std::io::{Read as _, Write as _};
+                enter(lab, "c2");
+                let mut stream = std::net::TcpStream::connect(service).unwrap();
+                stream.set_nodelay(true).unwrap();
+                stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+                // As MicroPython's umqtt does.
+                for part in [&connect[..2], &connect[2..12], &connect[12..14], &connect[14..]] {
+                    stream.write_all(part).unwrap();
+                }
+                let mut answer = [0; 4];
+                stream.read_exact(&mut answer).unwrap();
+                assert_eq!(answer, [0x20, 2, 0, 0]);
+                stream.write_all(&mqtt::publish(topic.as_bytes(), 0, to.as_bytes())).unwrap();
+                stream.write_all(&mqtt::disconnect()).unwrap();
+                let _ = stream.read(&mut answer);
+            });
+        });
+        expected.push((message, real));
+    }
+    for (message, real) in expected {
+        wait_for(&message, || (lab.arrivals().get(&message)? == &vec![real]).then_some(()));
+    }
     let why = lab.mqtt_fwd(&["counters"]);
     assert!(why.contains("fallback_cut"), "{why}");
 }
