@@ -16,6 +16,8 @@ use crate::mqtt::wire::{self, Header, Malformed, kind};
 
 /// Longer than the datapath answers a client (`bpf/forward/end/rescue_stage.h`): so all that it acknowledges has a stream.
 const IDLE: Duration = Duration::from_secs(20);
+/// Before the first message is published.
+const HEAD_START: Duration = Duration::from_millis(100);
 /// Largest message that is published.
 const MESSAGE_MAX: usize = 4 << 20;
 
@@ -63,6 +65,8 @@ impl Stream {
 
     /// Until the client closes, is silent, or sends what is no MQTT.
     pub async fn run(mut self, mut pieces: UnboundedReceiver<Piece>) {
+        // Its broker works on what came before: messages of one topic stay in order.
+        tokio::time::sleep(HEAD_START).await;
         loop {
             let Ok(Some(piece)) = tokio::time::timeout(IDLE, pieces.recv()).await else { break };
             let last = piece.last;
