@@ -26,6 +26,8 @@ MAP(vip_stats, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct lb_stats, DEFAULT_VIPS);
 MAP(balancer_stats, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct lb_stats, BALANCER_STATS);
 MAP(mqtt_service_vips, BPF_MAP_TYPE_HASH, struct vip_definition, struct vip_definition,
     MAX_GROUP_VIPS);
+/* Packets of groups for which that had no service: dropped. Of the same name in katran-patches/. */
+MAP(mqtt_misses, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, __u64, 1);
 
 struct exported_types {
 	enum balancer_limits balancer_limits;
@@ -156,7 +158,15 @@ static __always_inline bool restore_service(struct xdp_md *ctx, const struct pac
 	const struct vip_definition *service = bpf_map_lookup_elem(&mqtt_service_vips, &p->vip);
 	struct cursor c = cursor_of(ctx);
 
-	if (!service || !parse_eth(&c))
+	if (!service) {
+		__u32 zero = 0;
+		__u64 *misses = bpf_map_lookup_elem(&mqtt_misses, &zero);
+
+		if (misses)
+			*misses += 1;
+		return false;
+	}
+	if (!parse_eth(&c))
 		return false;
 	if (p->v6) {
 		struct ipv6hdr *ip = parse_ipv6(&c);

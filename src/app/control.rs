@@ -17,6 +17,7 @@ use crate::datapath::Datapath;
 use crate::datapath::flows::{Termination, terminate};
 use crate::health_checks::{self, Reals};
 use crate::inspect::misrouting::Misrouting;
+use crate::kernel::chain;
 use crate::reconcile::watch::Reconciler;
 use crate::state::{Answer, Edits, Observed, Request, State, Unmade};
 use crate::{drain, systemd};
@@ -108,7 +109,8 @@ impl Control {
         let config = self.state.config();
         let mut problems = self.state.reals.problems(&config);
         let counters = self.datapath.counters().unwrap_or_default();
-        problems.extend(self.misrouting.add(&counters, Instant::now()));
+        let dropped = chain::balancer_misses(&config.pins()).unwrap_or_default();
+        problems.extend(self.misrouting.add(&counters, dropped, Instant::now()));
         self.reconciler.reconcile(&self.in_effect.config, &self.datapath, problems).await;
         if !self.ready {
             systemd::ready();

@@ -20,7 +20,7 @@ impl Problem {
 
     /// Whether others can only hear of it from `run`, which takes a while to find it.
     pub fn is_seen_by_run_only(&self) -> bool {
-        self.is_elsewhere()
+        self.is_elsewhere() || self.code == "balancer_misses"
     }
 
     /// Of a code and a text.
@@ -40,7 +40,7 @@ impl fmt::Display for Problem {
 pub const ELSEWHERE: [&str; 3] = ["real_down", "not_checked", "misrouted"];
 
 /// All codes, with what they mean.
-pub const CODES: [(&str, &str); 18] = [
+pub const CODES: [(&str, &str); 19] = [
     ("chain_missing", "the program array is not pinned"),
     ("chain_unreadable", "the program array cannot be read"),
     ("root_missing", "no XDP program is on the interface, or there is no interface"),
@@ -51,6 +51,7 @@ pub const CODES: [(&str, &str); 18] = [
     ("balancer_orphaned", "the program in the balancer's position is of a server that is gone"),
     ("balancer_unreachable", "the balancer does not answer"),
     ("balancer_differs", "the balancer holds something else than is configured, or refuses it"),
+    ("balancer_misses", "the balancer dropped packets of groups, as it knew no service for them"),
     ("several_servers", "several servers listen at the balancer's address"),
     ("service_not_in_force", "a service of the configuration is not in force"),
     ("gateway_unknown", "the gateway towards the reals is not known"),

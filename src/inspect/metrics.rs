@@ -8,8 +8,8 @@ use crate::datapath::Datapath;
 use crate::datapath::clients::multi_group_count;
 use crate::domain::problem::CODES;
 use crate::domain::{Health, Problem, Vip};
-use crate::kernel::driver;
 use crate::kernel::pins::{PROGRAMS, Pins};
+use crate::kernel::{chain, driver};
 use crate::metrics::{Family, Source, build_info, number};
 use crate::state::{Observed, State};
 
@@ -110,6 +110,10 @@ fn datapath(config: &Config, observed: &Observed) -> Vec<Family> {
     if let Ok(count) = multi_group_count(&datapath) {
         let help = "Clients that publish to several groups in turn";
         all.push(Family::gauge("multi_group_clients", help).with(&[], number(count)));
+    }
+    if let Some(misses) = chain::balancer_misses(&config.pins()) {
+        let help = "Packets of groups that the balancer dropped, as it knew no service for them";
+        all.push(Family::counter("balancer_misses", help).with(&[], number(misses)));
     }
     if let Ok(generation) = datapath.generation() {
         let help = "Generation of services and routes in force";

@@ -21,6 +21,8 @@ struct Sample {
     misrouted: u64,
     lost: u64,
     unjudged: u64,
+    /// Packets that the balancer dropped, since it knew no service for their group.
+    dropped: u64,
 }
 
 /// The last minute's counters.
@@ -30,15 +32,16 @@ pub struct Misrouting {
 }
 
 impl Misrouting {
-    /// Takes the counters of now. Returns what is wrong.
-    pub fn add(&mut self, counters: &Counters, time: Instant) -> Option<Problem> {
+    /// Takes the counters of now, and the balancer's of dropped packets. Returns what is wrong.
+    pub fn add(&mut self, counters: &Counters, dropped: u64, time: Instant) -> Vec<Problem> {
         let [publish, mispredicted, ended, lost, unjudged] =
             ["publish", "mispredicted", "flow_ended", "publish_lost", "unjudged"]
                 .map(|name| counters.get(name));
         // The message that ended its flow counts as mispredicted, too.
         let misrouted = mispredicted.saturating_sub(ended);
-        let now = Sample { time, right: publish, misrouted, lost, unjudged };
-        if self.samples.back().is_some_and(|last| last.right > now.right) {
+        let now = Sample { time, right: publish, misrouted, lost, unjudged, dropped };
+        let restarted = |last: &Sample| last.right > now.right || last.dropped > now.dropped;
+        if self.samples.back().is_some_and(restarted) {
             // Other maps: they begin at zero.
             self.samples.clear();
         }
@@ -46,23 +49,35 @@ impl Misrouting {
         while self.samples.front().is_some_and(|s| time.duration_since(s.time) > WINDOW) {
             self.samples.pop_front();
         }
-        let first = self.samples.front()?;
+        let Some(first) = self.samples.front() else { return Vec::new() };
+        let mut problems = Vec::new();
+        let dropped = now.dropped.saturating_sub(first.dropped);
+        if dropped > 0 {
+            problems.push(Problem::new(
+                "balancer_misses",
+                format!(
+                    "in the last minute, the balancer dropped {dropped} packets: the map mqtt_service_vips that it uses \
+                     has no service for their group's VIP; if it is not the one that `mqtt-fwd` fills, restart the balancer"
+                ),
+            ));
+        }
         let misrouted = now.misrouted.saturating_sub(first.misrouted);
         let lost = now.lost.saturating_sub(first.lost);
         let unjudged = now.unjudged.saturating_sub(first.unjudged);
         let wrong = misrouted + lost + unjudged;
         let all = now.right.saturating_sub(first.right) + wrong;
         if wrong < LEAST || wrong * SHARE <= all {
-            return None;
+            return problems;
         }
-        Some(Problem::new(
+        problems.push(Problem::new(
             "misrouted",
             format!(
                 "of {all} messages in the last minute, {misrouted} were at a broker of another group, {lost} at \
                  none, and {unjudged} stayed with their connection, as too many topics came in a segment; \
                  `mqtt-fwd clients` marks clients with several groups, which take a relay"
             ),
-        ))
+        ));
+        problems
     }
 }
 
@@ -81,21 +96,25 @@ mod tests {
         let mut misrouting = Misrouting::default();
         let start = Instant::now();
         let at = |s| start + Duration::from_secs(s);
-        assert_eq!(misrouting.add(&counters(&[("publish", 1000)]), at(0)), None);
+        assert_eq!(misrouting.add(&counters(&[("publish", 1000)]), 0, at(0)), []);
         // Each flow that was ended had one mispredicted message: 9 are few, 10 of 1,000 allowed.
         let few = counters(&[("publish", 1009), ("mispredicted", 14), ("flow_ended", 5)]);
-        assert_eq!(misrouting.add(&few, at(1)), None);
+        assert_eq!(misrouting.add(&few, 0, at(1)), []);
         let allowed = counters(&[("publish", 1990), ("mispredicted", 15), ("flow_ended", 5)]);
-        assert_eq!(misrouting.add(&allowed, at(2)), None);
+        assert_eq!(misrouting.add(&allowed, 0, at(2)), []);
         let more = counters(&[("publish", 1990), ("mispredicted", 15), ("flow_ended", 4)]);
-        let problem = misrouting.add(&more, at(3)).unwrap();
+        let problem = misrouting.add(&more, 0, at(3)).remove(0);
         assert!(problem.text.contains("of 1001 messages in the last minute, 11 were"), "{problem}");
-        assert_eq!(misrouting.add(&more, at(64)), None);
+        assert_eq!(misrouting.add(&more, 0, at(64)), []);
         // Whatever was not judged may be anywhere.
         let unjudged = counters(&[("publish", 2000), ("mispredicted", 15), ("unjudged", 60)]);
-        let problem = misrouting.add(&unjudged, at(66)).unwrap();
+        let problem = misrouting.add(&unjudged, 0, at(66)).remove(0);
         assert!(problem.text.contains("60 stayed with their connection"), "{problem}");
         // New maps count from zero.
-        assert_eq!(misrouting.add(&counters(&[("publish", 5)]), at(67)), None);
+        assert_eq!(misrouting.add(&counters(&[("publish", 5)]), 7, at(67)), []);
+        // A packet that the balancer drops is one too many.
+        let dropped = misrouting.add(&counters(&[("publish", 6)]), 8, at(68)).remove(0);
+        assert!(dropped.text.contains("dropped 1 packets"), "{dropped}");
+        assert_eq!(misrouting.add(&counters(&[("publish", 6)]), 8, at(130)), []);
     }
 }

@@ -80,7 +80,7 @@ use Role::{Configuration, Flows, Internal, Knowledge, Scratch, Shared};
 
 /// All of them.
 #[rustfmt::skip] // a table
-pub const MAPS: [Map; 41] = [
+pub const MAPS: [Map; 42] = [
     map(M, "root_array",        Shared,        None, None),
     map(M, "mqtt_service_vips", Shared,        None, None),
     map(M, "generation",        Configuration, None, None),
@@ -123,6 +123,7 @@ pub const MAPS: [Map; 41] = [
     map(B, "connections6",      Flows,         Some(|s| s.flows), None),
     map(B, "vip_stats",         Scratch,       Some(|s| s.vips), None),
     map(B, "balancer_stats",    Scratch,       None, None),
+    map(B, "mqtt_misses",       Scratch,       None, None),
 ];
 
 /// A map by its name; `None`: libbpf's own (.rodata, .bss), which go with the program.

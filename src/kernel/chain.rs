@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use libbpf_rs::{MapCore as _, MapFlags, MapHandle, MapType};
 
 use super::abi::{Pod as _, chain_position, limits};
-use super::pins::Pins;
+use super::pins::{Object, Pins};
 use super::xdp::ProgramInfo;
 use super::{BpfError, Result};
 
@@ -16,6 +16,21 @@ pub const MQTT_FWD: u32 = chain_position::POSITION_MQTT_FWD.0;
 pub const BALANCER: u32 = chain_position::POSITION_BALANCER.0;
 /// How many positions there are.
 pub const POSITIONS: u32 = limits::ROOT_ARRAY_SIZE.0;
+
+/// Packets of groups that the balancer dropped, since it knew no service for them: the embedded one's count, or that of
+/// katran-patches/. `None`: it has none, or this process may not look (CAP_SYS_ADMIN).
+pub fn balancer_misses(pins: &Pins) -> Option<u64> {
+    const NAME: &str = "mqtt_misses";
+    let of_program = || {
+        let program = Chain::open(pins).ok()??.program(BALANCER)?;
+        let maps = program.map_ids?.into_iter().filter_map(|id| MapHandle::from_map_id(id).ok());
+        maps.into_iter().find(|map| map.name() == NAME)
+    };
+    let pinned = MapHandle::from_pinned_path(pins.map_of(Object::Balancer, NAME)).ok();
+    let map = of_program().or(pinned)?;
+    let values = map.lookup_percpu(0u32.bytes(), MapFlags::ANY).ok()??;
+    Some(values.iter().map(|value| u64::from_bytes(&value[..8])).sum())
+}
 
 /// A pinned `root_array`, ours or Katran's.
 #[derive(Debug)]

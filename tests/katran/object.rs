@@ -74,7 +74,9 @@ fn reals_get_what_clients_sent() {
         let headers = if c.client.is_ipv4() { 20 } else { 40 };
         let segment = |seq: u32, syn: bool, fin: bool, payload: &[u8]| {
             let shape = |h: &mut etherparse::TcpHeader| (h.syn, h.fin) = (syn, fin);
-            packet::tcp(c.client, c.service, seq, 9, shape, payload)
+            // With a CONNACK behind CONNECT.
+            let ack = if [100, 101, 5000, 5001].contains(&seq) { 9 } else { 13 };
+            packet::tcp(c.client, c.service, seq, ack, shape, payload)
         };
         let arrives = |sent: &[u8], arrives: &[u8], real: &str| {
             let got = f.send(sent);

@@ -8,8 +8,8 @@ const HEADER: &str = "katran/lib/bpf/mqtt_service.h";
 const CONSTS: &str = "katran/lib/bpf/balancer_consts.h";
 const INCLUDE: &str =
     "#ifdef MQTT_SERVICE\n#include \"katran/lib/bpf/mqtt_service.h\"\n#endif // MQTT_SERVICE\n";
-const CALL: &str = "#ifdef MQTT_SERVICE\n  mqtt_restore_service(\n      data + nh_off, data_end, \
-                    is_ipv6, &pckt, &vip, vip_info);\n#endif // MQTT_SERVICE\n";
+const CALL: &str = "#ifdef MQTT_SERVICE\n  if (!mqtt_restore_service(\n          data + nh_off, data_end, \
+                    is_ipv6, &pckt, &vip, vip_info)) {\n    return XDP_DROP;\n  }\n#endif // MQTT_SERVICE\n";
 const FLAGS: &str = "// vip_meta flags\n#define F_HASH_NO_SRC_PORT (1 << 0)\n// another\n\
                      #define F_LAST (1 << 9)\n// packet_description flags:\n#define F_ICMP (1 << 0)\n";
 const FLAG: &str = "// vip is an mqtt group: the address of its service goes back in\n\
@@ -75,6 +75,18 @@ impl Tree {
     fn apply(&self, options: &[&str]) -> Result<String, String> {
         apply(self.0.path(), options)
     }
+
+    /// Applies a patch as anybody would.
+    fn git_apply(&self, patch: &str) {
+        std::fs::write(self.path("patch"), patch).unwrap();
+        let output = Command::new("git")
+            .args(["apply", "patch"])
+            .env("GIT_CEILING_DIRECTORIES", self.0.path().parent().unwrap())
+            .current_dir(self.0.path())
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
 }
 
 fn apply(tree: &Path, options: &[&str]) -> Result<String, String> {
@@ -90,6 +102,16 @@ fn the_lines_go_where_their_surroundings_say_and_come_out_again() {
     assert!(tree.apply(&["--check"]).unwrap_err().contains("not applied"));
     let said = tree.apply(&[]).unwrap();
     assert!(said.contains("applied (another Katran, places found by name)"), "{said}");
+
+    // An ordinary patch, with context, gives the same.
+    let files = [BALANCER, CONSTS, HEADER];
+    let patched = files.map(|file| tree.read(file));
+    let diff = tree.apply(&["--diff"]).unwrap();
+    assert!(diff.lines().any(|line| line.starts_with(' ')), "{diff}");
+    tree.apply(&["--revert"]).unwrap();
+    assert_eq!(tree.apply(&["--diff"]).unwrap(), diff, "applied or not");
+    tree.git_apply(&diff);
+    assert_eq!(files.map(|file| tree.read(file)), patched);
 
     let judged = "  __u64 length = PCKT_DATA_LEN(xdp);\n";
     let expected = SOURCE
@@ -302,6 +324,8 @@ fn a_real_katran_takes_them() {
     let original = tree.read(BALANCER);
     for shift in ["", "/* a line more */\n"] {
         tree.write(BALANCER, &format!("{shift}{original}"));
+        tree.apply(&["--diff"]).unwrap();
+        assert_eq!(tree.read(BALANCER), format!("{shift}{original}"), "it only prints");
         let said = tree.apply(&[]).unwrap();
         let base = "(Katran 19f08fec)";
         assert_eq!(said.contains(base), shift.is_empty(), "is this the base commit? {said}");
