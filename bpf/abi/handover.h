@@ -52,7 +52,7 @@ struct handover {
 	__u8 state; /* enum handover_state */
 	__u8 timestamps;
 	__u8 id_offset; /* of the client id in CONNECT */
-	__u8 pad;
+	__u8 tries; /* how often the segment went to the broker that makes the connection there */
 	__u16 id_length;
 	__u16 will_group; /* of its will's topic; NO_GROUP: it has none, or that may be at any broker */
 	__u8 connect[HANDOVER_CONNECT_MAX];

@@ -1,9 +1,11 @@
 //! Connections on their way to a broker (delayed binding), and the keys of their cookies.
 
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 
 use super::Datapath;
-use super::names::{address_of, boot_time, services_of};
+use super::flows::flows_from;
+use super::names::{Names, address_of, boot_time, services_of};
 use crate::domain::CookieKeys;
 use crate::kernel::Result;
 use crate::kernel::abi::{Pod as _, flow6, handover, handover_keys, handover_state, words_addr};
@@ -32,7 +34,47 @@ impl Silent {
     }
 }
 
+/// A connection that its broker does not take over.
+#[derive(Debug)]
+pub struct Stuck {
+    pub client: SocketAddr,
+    /// Name of its service and of its group.
+    pub service: String,
+    pub group: String,
+}
+
 impl Datapath {
+    /// Connections of that age in seconds that were given to a broker again and again, TCP's way.
+    pub fn stuck_handovers(&self, names: &Names, age: RangeInclusive<u64>) -> Result<Vec<Stuck>> {
+        /// The first, and those repeated after 0.2, 0.4 and 0.8 s.
+        const TRIES: u8 = 4;
+        let now = boot_time().as_secs();
+        let bound = [
+            handover_state::HANDOVER_REPEAT,
+            handover_state::HANDOVER_PASS,
+            handover_state::HANDOVER_PREPEND,
+        ];
+        let mut entries = self.handovers.entries()?;
+        entries.retain(|(_, h)| {
+            bound.iter().any(|state| state.0 == u32::from(h.state))
+                && h.tries >= TRIES
+                && age.contains(&now.saturating_sub(u64::from(h.born_s)))
+        });
+        let mut all = Vec::new();
+        let table = self.service_table()?;
+        for (key, _) in entries {
+            let Some(service) = services_of(&table).iter().find(|s| s.id == key.service) else {
+                continue;
+            };
+            let addr = words_addr(key.addr, service.v6 != 0);
+            let client = SocketAddr::new(addr, u16::from_be(key.port));
+            for flow in flows_from(self, names, client)? {
+                all.push(Stuck { client, service: flow.service, group: flow.group });
+            }
+        }
+        Ok(all)
+    }
+
     /// Connections that have been silent for at least `silent_s` seconds.
     pub fn silent_handovers(&self, silent_s: u64) -> Result<Vec<Silent>> {
         let now = boot_time().as_secs();

@@ -37,10 +37,10 @@ impl fmt::Display for Problem {
 }
 
 /// Codes of faults that are not this host's, and that only `run` sees, as it takes a while to find them.
-pub const ELSEWHERE: [&str; 3] = ["real_down", "not_checked", "misrouted"];
+pub const ELSEWHERE: [&str; 4] = ["real_down", "not_checked", "misrouted", "handover_stuck"];
 
 /// All codes, with what they mean.
-pub const CODES: [(&str, &str); 19] = [
+pub const CODES: [(&str, &str); 20] = [
     ("chain_missing", "the program array is not pinned"),
     ("chain_unreadable", "the program array cannot be read"),
     ("root_missing", "no XDP program is on the interface, or there is no interface"),
@@ -59,6 +59,7 @@ pub const CODES: [(&str, &str); 19] = [
     ("apply_failed", "the configuration could not be applied"),
     ("real_down", "a real's checks fail"),
     ("not_checked", "checks of reals cannot be made"),
+    ("handover_stuck", "brokers do not take over connections that they were given"),
     (
         "misrouted",
         "more than 1 % of the last minute's messages, and 10, were not at their group's brokers, or not judged",

@@ -3,6 +3,7 @@
 
 pub mod keys;
 pub mod silent;
+pub mod stuck;
 
 use crate::kernel::BpfError;
 

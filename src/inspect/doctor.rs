@@ -399,13 +399,28 @@ fn delayed(found: &mut Findings, config: &Config) {
 }
 
 /// What the counters tell, each with what usually makes them grow.
-const TOLD: [(&str, &str, &str); 9] = [
+const TOLD: [(&str, &str, &str); 12] = [
     (
         "no_balancer",
         "packets found no balancer, and went to this host's stack",
         "start it; `mqtt-fwd status`",
     ),
     ("no_group_vip", "packets found no group", "`mqtt-fwd apply`"),
+    (
+        "will_elsewhere",
+        "clients had a will whose topic belongs to another group than their messages: its subscribers may not get it",
+        "a relay has a connection to each group: docs/relay.md",
+    ),
+    (
+        "connect_delayed",
+        "CONNECTs were dropped, to be repeated: too many new connections at a time, of all or of one address",
+        "if these are clients of yours, raise [maps] handovers",
+    ),
+    (
+        "untracked_dropped",
+        "segments of no known connection were dropped: the balancer lost its state, or somebody guesses",
+        "they go on when repeated; docs/security.md",
+    ),
     (
         "too_big",
         "packets were too large to be wrapped, and answered with ICMP",

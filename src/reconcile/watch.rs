@@ -15,7 +15,7 @@ use crate::config::{BalancerKind, Config};
 use crate::datapath::Datapath;
 use crate::datapath::plan::MapPlan;
 use crate::domain::{Mac, Problem, Vip};
-use crate::handover::silent;
+use crate::handover::{silent, stuck};
 use crate::kernel::xdp;
 use crate::state::Observed;
 
@@ -108,6 +108,10 @@ impl Reconciler {
         });
         if let Err(error) = silent::bind(config, datapath) {
             problems.push(Problem::new("apply_failed", error.to_string()));
+        }
+        match stuck::problems(config, datapath) {
+            Ok(found) => problems.extend(found),
+            Err(error) => problems.push(Problem::new("apply_failed", error.to_string())),
         }
         let alone = problems.iter().all(Problem::is_elsewhere);
         if let Err(problem) = self.try_apply(config, gateway, datapath, alone).await {

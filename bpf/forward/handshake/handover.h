@@ -174,7 +174,7 @@ static __always_inline int handover(struct xdp_md *ctx, struct scratch *w)
 	struct conn c = w->tail_args.conn;
 	enum reason reason = c.payload_length ? REASON_DATA : REASON_NO_DATA;
 	const struct tcphdr *tcp = tcp_of(ctx, c.v6);
-	const struct handover *h = handover_find(&c);
+	struct handover *h = handover_find(&c);
 	bool fin;
 
 	if (!svc || !g || !tcp)
@@ -191,6 +191,9 @@ static __always_inline int handover(struct xdp_md *ctx, struct scratch *w)
 		}
 		return to_group(ctx, g, svc, c.v6, reason);
 	}
+	/* Of HANDOVER_PASS, nothing is kept: its length is 0. */
+	if (c.seq == h->start + h->connect_length && h->tries < 0xff)
+		h->tries++;
 	if ((h->state == HANDOVER_REPEAT || h->state == HANDOVER_PREPEND) &&
 	    c.seq == h->start + h->connect_length && (c.payload_length || fin)) {
 		w->handover = *h; /* its place may become another's */

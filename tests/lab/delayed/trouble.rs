@@ -344,6 +344,54 @@ fn the_key_is_rotated_while_connections_open() {
     assert!(shown.contains("in use") && shown.contains('3'), "{shown}");
 }
 
+/// All was green while nobody new got through.
+#[test]
+fn a_broker_host_that_takes_no_connection_over_is_named() {
+    let Some(lab) = delayed(ROUTES) else { return };
+    let file = format!("/run/mqtt-fwd-lab/{}/other.key", lab.name);
+    lab.mqtt_fwd(&["keys", "new", "--file", &file]);
+    let bpffs = bpffs(&lab, 1);
+    let up = ["mqtt-fwd", "--log", "warn", "host", "up", "--interface", "eth0", "--bpffs", &bpffs];
+    let vips = ["--vip", "10.1.50.200", "--vip", "fd01:50::200", "--handover-key", &file];
+    lab.ok("r1", &[&up[..], &vips].concat());
+    let codes = || {
+        let status = lab.exec("lb", &["mqtt-fwd", "status", "--json"]);
+        let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
+        let problems = status["problems"].as_array().unwrap().clone();
+        problems
+            .into_iter()
+            .map(|p| (p["code"].as_str().unwrap().to_owned(), p["text"].to_string()))
+    };
+    assert_eq!(codes().count(), 0);
+    std::thread::scope(|scope| {
+        // Answered here, and with a CONNECT that only its broker can answer.
+        for connect in [
+            mqtt::connect_as(4, 2, b"stuck", &[]),
+            mqtt::connect_as(4, 0xc2, b"stuck-too", &[b"user", b"password"]),
+        ] {
+            let lab = &lab;
+            scope.spawn(move || {
+                enter(lab, "c1");
+                let mut stream = std::net::TcpStream::connect(SERVICE).unwrap();
+                let publish = mqtt::publish(b"m/temp", 0, b"stuck");
+                stream.write_all(&[connect, publish].concat()).unwrap();
+                std::thread::sleep(Duration::from_secs(9));
+            });
+        }
+        let since = Instant::now();
+        let (_, text) =
+            wait_for("the problem", || codes().find(|(code, _)| code == "handover_stuck"));
+        assert!(since.elapsed() < Duration::from_secs(10), "{:?}", since.elapsed());
+        assert!(text.contains("group a (mqtt)") && text.contains("10.1.3.201"), "{text}");
+    });
+    // Once the host has the key, it is over.
+    let file = format!("/run/mqtt-fwd-lab/{}/handover.key", lab.name);
+    let vips = ["--vip", "10.1.50.200", "--vip", "fd01:50::200", "--handover-key", &file];
+    lab.ok("r1", &[&up[..], &vips].concat());
+    lab.publish("c2", &["--topic", "m/temp", "--count", "1", "--qos", "1"]);
+    lab.wait_received("m/temp c2 0");
+}
+
 /// What takes connections over is not the only one that looks at packets: a firewall behind it is still asked.
 #[test]
 fn filters_behind_the_takeover_are_asked() {
