@@ -6,6 +6,7 @@ mod change;
 mod cli;
 mod neighbours;
 mod operation;
+mod sockets;
 #[path = "../support/mod.rs"]
 mod support;
 mod views;
