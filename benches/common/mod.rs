@@ -180,7 +180,8 @@ pub fn case(v6: bool, clients: u32, payload: &[u8]) -> Case {
     let service: SocketAddr = if v6 { SERVICE6 } else { SERVICE }.parse().unwrap();
     let client = client_addr(v6);
     Case {
-        packet: packet::tcp(client, service, 0, 7, |_| {}, payload),
+        // It has its CONNACK.
+        packet: packet::tcp(client, service, 0, 11, |_| {}, payload),
         dst: service.ip(),
         src: client.ip(),
         clients,
@@ -195,12 +196,13 @@ pub fn open_and_publish(bench: &Bench, v6: bool, clients: u32, payload: &[u8]) -
     let client = client_addr(v6);
     let mut seq = 0u32;
     let connect = mqtt::connect(4);
-    for (syn, payload) in [(true, &[][..]), (false, &connect), (false, payload)] {
+    // With a CONNACK behind CONNECT.
+    for (syn, ack, payload) in [(true, 0, &[][..]), (false, 7, &connect), (false, 11, payload)] {
         if !syn && payload.is_empty() {
             continue;
         }
         let step = Case {
-            packet: packet::tcp(client, service, 0, 7, |h| h.syn = syn, payload),
+            packet: packet::tcp(client, service, 0, ack, |h| h.syn = syn, payload),
             seq_step: 0,
             ..case(v6, clients, &[])
         };

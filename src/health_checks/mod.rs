@@ -58,6 +58,9 @@ struct Checked {
 struct Inner {
     checked: BTreeMap<Key, Checked>,
     drained: BTreeSet<IpAddr>,
+    /// Those of the configuration that this process began with: in use until a check says otherwise. One that is added
+    /// later gets connections once a check has succeeded.
+    initial: BTreeSet<Key>,
     /// Why checks cannot be made.
     not_made: Option<String>,
 }
@@ -75,7 +78,12 @@ impl Reals {
     pub fn new(config: &Config) -> Self {
         let file = run_files::path("drained", &config.interface, "json");
         let drained = run_files::read(&file).unwrap_or_default();
-        let inner = Inner { drained, ..Inner::default() };
+        let of_service = |service: &Service| {
+            let reals = service.groups.iter().flat_map(|group| &group.reals);
+            reals.map(|real| (service.name.clone(), real.addr)).collect::<Vec<_>>()
+        };
+        let initial = config.services.iter().flat_map(of_service).collect();
+        let inner = Inner { drained, initial, ..Inner::default() };
         Self { inner: Mutex::new(inner), changed: Notify::new(), file }
     }
 
@@ -283,7 +291,8 @@ impl Reals {
             _ if first => {}
             _ => info!(service, real = %addr, "up again"),
         }
-        let same_use = first && checked.health == Health::Up;
+        let is_up = checked.health == Health::Up;
+        let same_use = first && is_up && inner.initial.contains(key);
         drop(inner);
         if !same_use {
             self.changed.notify_one();
@@ -295,9 +304,14 @@ impl Inner {
     /// The weights of a group's reals: 0 for those not to be used. A group that would be empty keeps those
     /// that are down: the checks may be wrong, and without a real nothing is forwarded.
     fn weights(&self, service: &str, check: Option<&HealthCheck>, group: &Group) -> Vec<u32> {
+        let is_checked = check.is_some() && self.not_made.is_none();
         let down = |addr: IpAddr| {
-            let checked = self.checked.get(&(service.to_owned(), addr));
-            checked.is_some_and(|c| matches!(c.health, Health::Down(_)))
+            let key = (service.to_owned(), addr);
+            match self.checked.get(&key).map(|c| &c.health) {
+                Some(Health::Down(_)) => true,
+                Some(Health::Up) => false,
+                _ => is_checked && !self.initial.contains(&key),
+            }
         };
         let usable = |real: &Real| real.weight > 0 && !self.drained.contains(&real.addr);
         let any_up = group.reals.iter().any(|real| usable(real) && !down(real.addr));
@@ -452,6 +466,7 @@ mod tests {
             reals: addrs.map(|addr| Real { addr, weight: 3, vip: None }).to_vec(),
         };
         let key = ("s".to_owned(), addrs[0]);
+        reals.inner().initial = addrs.map(|addr| ("s".to_owned(), addr)).into();
         let weights = || reals.inner().weights("s", Some(&check), &group);
         reals.seen(&key, &check, Ok(()));
         assert_eq!(weights(), [3, 3], "at its first check it does not come back");
@@ -467,6 +482,35 @@ mod tests {
         assert_eq!(weights(), [18, 30]);
         age(9);
         assert_eq!(weights(), [3, 3]);
+    }
+
+    #[test]
+    fn a_real_that_is_added_gets_connections_once_a_check_succeeds() {
+        let addrs = [1, 2].map(|n| IpAddr::from([10, 0, 0, n]));
+        let key = |n: usize| ("s".to_owned(), addrs[n]);
+        let reals = Reals::default();
+        reals.inner().initial.insert(key(0));
+        let group = Group {
+            name: "g".to_owned(),
+            vip: IpAddr::from([10, 0, 1, 1]),
+            affinity: crate::domain::Affinity::None,
+            proxy_protocol: false,
+            tls: None,
+            reals: addrs.map(|addr| Real { addr, weight: 1, vip: None }).to_vec(),
+        };
+        let check = check(2, 3);
+        let weights = |check| reals.inner().weights("s", check, &group);
+        assert_eq!(weights(Some(&check)), [1, 0]);
+        assert_eq!(weights(None), [1, 1], "nobody would find out");
+        reals.seen(&key(1), &check, Err("refused".to_owned()));
+        assert_eq!(weights(Some(&check)), [1, 0]);
+        reals.seen(&key(1), &check, Ok(()));
+        assert_eq!(weights(Some(&check)), [1, 1]);
+        // Better one that nobody knows than none.
+        for _ in 0..3 {
+            reals.seen(&key(0), &check, Err("refused".to_owned()));
+        }
+        assert_eq!(weights(Some(&check)), [0, 1]);
     }
 
     #[test]

@@ -45,8 +45,11 @@ static __always_inline int handshake(struct xdp_md *ctx, struct scratch *w)
 
 	h = handover_find(c);
 	if (h && h->state <= HANDOVER_SILENT) {
-		/* An old one may have left its place to a new one on the same addresses. */
-		if (c->seq - h->start <= h->connect_length || !has_cookie(ctx, c)) {
+		/*
+		 * An old one may have left its place to a new one on the same addresses, of whatever numbers: that acknowledges
+		 * another SYN-ACK.
+		 */
+		if (c->ack - h->server <= HANDOVER_CONNACK || !has_cookie(ctx, c)) {
 			if (rst) {
 				if (c->seq == h->start + h->connect_length)
 					handover_remove(c);
@@ -56,7 +59,9 @@ static __always_inline int handshake(struct xdp_md *ctx, struct scratch *w)
 			return handshake_waiting(ctx, c, w, t, svc, h, fin);
 		}
 	}
-	if (h && h->state == HANDOVER_PIECES && !rst && c->seq != h->start) {
+	/* Likewise. */
+	if (h && h->state == HANDOVER_PIECES && !rst && c->ack == h->server && c->seq != h->start &&
+	    c->seq - h->start <= h->connect_length) {
 		int verdict = handshake_pieces(ctx, c, w, svc, h);
 
 		if (verdict != JOINED)

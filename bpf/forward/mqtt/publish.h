@@ -125,6 +125,9 @@ static __always_inline bool flow_went_on(const struct flow *f, const struct conn
 
 	if (!(f->connect & FLOW_CONNECT_READ))
 		return false;
+	/* Of a program that did not look at this yet. */
+	if (!ended && !f->first_ack)
+		return true;
 	return (answered && !(f->flags & FLOW_UNCONFIRMED)) ||
 	       (acked >= enough && acked < FLOW_WINDOW);
 }

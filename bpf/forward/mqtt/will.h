@@ -85,7 +85,7 @@ __noinline int connect_seen(struct xdp_md *ctx, const struct conn *c, struct flo
 		return 0;
 	f->connect |= FLOW_CONNECT_READ;
 	if (f->bound_by == BOUND_BY_PREDICTION && !(f->flags & FLOW_ENDED))
-		f->first_ack = c->ack;
+		f->first_ack = c->ack ?: 1;
 	if (skip || f->flags & FLOW_CONNECTED)
 		return 0;
 	read_connect(ctx, c);
