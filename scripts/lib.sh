@@ -2,6 +2,14 @@
 # shellcheck shell=bash
 # What the scripts share: talking, waiting, and installing what is missing.
 
+# -h, --help: the comment that a script begins with.
+case "${1:-}" in
+-h | --help)
+	sed -n '1,2d; /^#/!q; s/^# \{0,1\}//p' "$0"
+	exit 0
+	;;
+esac
+
 TOP=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export TOP
 

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * Shares of an address, so that none can have all of what there is for all: the map `client_shares`. Whoever gets here
- * has an address that a cookie has proved, or, with predicted binding, one that costs the sender a flow.
+ * Shares of an IPv4 address, or of an IPv6 network of 64 bits, so that none can have all of what there is for all: the
+ * map `client_shares`. Whoever gets here has an address that a cookie has proved, or, with predicted binding, one that
+ * costs the sender a flow.
  */
 #ifndef MQTT_FWD_SHARE_H
 #define MQTT_FWD_SHARE_H
@@ -10,7 +11,7 @@
 #include "../maps/counters.h"
 #include "../maps/scratch.h"
 
-/* Of clients and handovers, a second; of rescues, RESCUE_WINDOW_S. */
+/* Windows of a second; of rescues, of RESCUE_WINDOW_S. */
 static __always_inline __u32 share_window(enum share_kind share)
 {
 	return share == SHARE_OF_RESCUES ? now_s() / RESCUE_WINDOW_S : now_s();
@@ -29,6 +30,9 @@ static __always_inline bool share_take(const struct conn *c, enum share_kind sha
 	if (!w)
 		return false;
 	w->client_key = client6_of(c);
+	/* A host has as many IPv6 addresses as it likes, of one network of 64 bits. */
+	if (c->v6)
+		w->client_key.addr[2] = w->client_key.addr[3] = 0;
 	s = bpf_map_lookup_elem(&client_shares, &w->client_key);
 	if (!s) {
 		__builtin_memset(&w->share, 0, sizeof(w->share));

@@ -299,6 +299,14 @@ fn an_address_has_no_more_than_its_share_of_what_is_kept() {
     let counters = f.counters();
     assert_eq!(counters["connect_delayed"], 400 - took);
     assert!(counters["client_not_stored"] >= took - 25 * windows, "{counters:?}");
+    // Of IPv6 addresses, a host has as many as it likes.
+    let kept6 = |n: u16| {
+        let c = Client::open(&f, &format!("[fd01:9::{n:x}]:5000"), 7);
+        f.send(&c.segment(0, &mqtt::connect(4), |_| {})).verdict == XDP_TX
+    };
+    let since = std::time::Instant::now();
+    let took6 = (1..300).filter(|n| kept6(*n)).count() as u64;
+    assert!(took6 <= 100 * (since.elapsed().as_secs() + 2) && took6 < 299, "{took6}");
     // Somebody else's share is his own; and what was dropped is taken when TCP repeats it.
     assert!((0..50).all(|n| kept(2, n)));
     std::thread::sleep(std::time::Duration::from_millis(1100));

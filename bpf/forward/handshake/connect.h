@@ -29,7 +29,7 @@ static __always_inline int handshake_keep(struct xdp_md *ctx, struct conn *c, st
 	h->tsval = w->options.o.tsecr;
 	h->born_s = now_s();
 	h->connect_length = length;
-	h->id = w->id;
+	h->id = whole ? w->id : 0;
 	h->id_offset = w->connect.id - c->payload;
 	h->id_length = w->connect.id_length;
 	h->will_group = will;
