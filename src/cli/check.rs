@@ -56,7 +56,7 @@ fn scattered(service: &Service) {
     };
     line(&format!(
         "  without affinity ({}): each connection of a client may find another broker of its group, so persistent \
-         sessions and QoS 2 begin anew, and the will of a connection that was lost may come after the next one's \
+         sessions and QoS 2 start over, and the will of a connection that was lost may come after the next one's \
          birth message{}; {cure}",
         names.join(", "),
         if service.relay.is_some() {

@@ -452,19 +452,23 @@ mod tests {
         HealthCheck { rise, fall, ..HealthCheck::tcp() }
     }
 
-    #[test]
-    fn a_real_that_is_back_starts_slowly_and_the_others_keep_their_shares() {
-        let reals = Reals::default();
-        let check = HealthCheck { slow_start: Duration::from_secs(10), ..check(1, 1) };
-        let addrs = [1, 2].map(|n| IpAddr::from([10, 0, 0, n]));
-        let group = Group {
+    fn group(addrs: [IpAddr; 2], weight: u32) -> Group {
+        Group {
             name: "g".to_owned(),
             vip: IpAddr::from([10, 0, 1, 1]),
             affinity: crate::domain::Affinity::None,
             proxy_protocol: false,
             tls: None,
-            reals: addrs.map(|addr| Real { addr, weight: 3, vip: None }).to_vec(),
-        };
+            reals: addrs.map(|addr| Real { addr, weight, vip: None }).to_vec(),
+        }
+    }
+
+    #[test]
+    fn a_real_that_is_back_starts_slowly_and_the_others_keep_their_shares() {
+        let reals = Reals::default();
+        let check = HealthCheck { slow_start: Duration::from_secs(10), ..check(1, 1) };
+        let addrs = [1, 2].map(|n| IpAddr::from([10, 0, 0, n]));
+        let group = group(addrs, 3);
         let key = ("s".to_owned(), addrs[0]);
         reals.inner().initial = addrs.map(|addr| ("s".to_owned(), addr)).into();
         let weights = || reals.inner().weights("s", Some(&check), &group);
@@ -490,14 +494,7 @@ mod tests {
         let key = |n: usize| ("s".to_owned(), addrs[n]);
         let reals = Reals::default();
         reals.inner().initial.insert(key(0));
-        let group = Group {
-            name: "g".to_owned(),
-            vip: IpAddr::from([10, 0, 1, 1]),
-            affinity: crate::domain::Affinity::None,
-            proxy_protocol: false,
-            tls: None,
-            reals: addrs.map(|addr| Real { addr, weight: 1, vip: None }).to_vec(),
-        };
+        let group = group(addrs, 1);
         let check = check(2, 3);
         let weights = |check| reals.inner().weights("s", check, &group);
         assert_eq!(weights(Some(&check)), [1, 0]);

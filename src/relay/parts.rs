@@ -25,8 +25,11 @@ impl Parts {
         generations.iter().find_map(|g| g.get(&key)).cloned().unwrap_or_default()
     }
 
-    /// Replaces them.
+    /// Replaces them. A client without an identifier has no session that it could find again.
     pub fn set(&self, service: usize, id: &str, brokers: Vec<SocketAddr>) {
+        if id.is_empty() {
+            return;
+        }
         let mut generations = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (service, id.to_owned());
         generations[1].remove(&key);

@@ -306,7 +306,8 @@ fn an_address_has_no_more_than_its_share_of_what_is_kept() {
     };
     let since = std::time::Instant::now();
     let took6 = (1..300).filter(|n| kept6(*n)).count() as u64;
-    assert!(took6 <= 100 * (since.elapsed().as_secs() + 2) && took6 < 299, "{took6}");
+    let windows = since.elapsed().as_secs() + 2;
+    assert!(took6 <= 100 * windows && (took6 < 299 || windows > 2), "{took6}");
     // Somebody else's share is his own; and what was dropped is taken when TCP repeats it.
     assert!((0..50).all(|n| kept(2, n)));
     std::thread::sleep(std::time::Duration::from_millis(1100));

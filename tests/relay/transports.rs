@@ -508,7 +508,7 @@ fn a_balancer_in_front_says_who_the_client_is() {
     assert!(over_tls(99).is_none(), "a fourth");
     of_one.clear();
     drop(ten);
-    // Who is not a balancer of ours has no header to say: it is no CONNECT.
+    // From an address that is not listed, a header is not a CONNECT.
     let mut stranger = bed.inside(|| {
         let socket =
             socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();

@@ -109,7 +109,7 @@ fn pieces_that_are_damaged_or_never_whole_do_no_harm() {
     let client = Client::open(&f, "10.1.1.8:5003", 7);
     let gone = client.segment(0, &connect[..3], |_| {});
     assert_eq!(f.send(&gone).verdict, XDP_TX);
-    // It begins anew on its port, near or far, and whole: that is another connection.
+    // Another connection from its port, with numbers near or far, and whole.
     for isn in [7, 8, 9, 12, 1 << 20, 1 << 31] {
         let client = Client::open(&f, "10.1.1.8:5003", isn);
         let whole = client.segment(0, &connect, |_| {});

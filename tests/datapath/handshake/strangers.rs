@@ -107,7 +107,7 @@ fn a_cookie_has_its_age_and_the_options_that_were_offered() {
     let period = std::time::Duration::from_millis(300);
     // Up to one period old it is good, whenever the next one begins.
     let client = Client::open(&f, "10.1.1.2:6001", 99);
-    std::thread::sleep(period);
+    std::thread::sleep(period / 2);
     assert_eq!(verdict(&client), XDP_TX);
     let client = Client::open(&f, "10.1.1.2:6002", 99);
     std::thread::sleep(2 * period);
