@@ -253,7 +253,7 @@ fn clients_of_a_dead_host_are_reset_and_come_to_another() {
 
 #[test]
 fn a_broker_that_is_back_gets_its_share_step_by_step() {
-    let lab = lab_with(&CHECK.replace("fall = 2", "fall = 2, slow_start = \"4s\""));
+    let lab = lab_with(&CHECK.replace("fall = 2", "fall = 2, slow_start = \"12s\""));
     let groups = || lab.mqtt_fwd(&["groups"]);
     assert!(!groups().contains("weight"), "{}", groups());
     broker(&lab, 1, "-STOP");
