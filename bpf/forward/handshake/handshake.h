@@ -59,7 +59,7 @@ static __always_inline int handshake(struct xdp_md *ctx, struct scratch *w)
 			return handshake_waiting(ctx, c, w, t, svc, h, fin);
 		}
 	}
-	/* Likewise. */
+	/* Of this connection, not of a new one on its addresses: as above. */
 	if (h && h->state == HANDOVER_PIECES && !rst && c->ack == h->server && c->seq != h->start &&
 	    c->seq - h->start <= h->connect_length) {
 		int verdict = handshake_pieces(ctx, c, w, svc, h);
