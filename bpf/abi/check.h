@@ -13,8 +13,11 @@ struct check_path {
 	__be32 dst[4]; /* the real */
 	__u8 v6; /* the outer header's version */
 	__u8 gue; /* UDP between the headers */
+	__u8 answered; /* of a connection whose SYN was answered here: marked (handover.h) */
+	__u8 has_mac;
+	__u8 mac[6]; /* the balancer's gateway */
 	__u8 pad[6];
 };
-SIZE_IS(struct check_path, 40);
+SIZE_IS(struct check_path, 48);
 
 #endif /* MQTT_FWD_CHECK_H */

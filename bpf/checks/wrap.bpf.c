@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * On the balancer: wraps what the sidecar's health checks send to a service, as the balancer wraps
- * clients' packets, towards the one real that a check is of. Decapsulation, the service's address on
- * that host and the way there are checked with it, which a connection to the host's own address
- * cannot. The answer comes straight from the real, as clients' answers do.
+ * clients' packets, towards the one real that a check is of, and sends it to the balancer's own
+ * gateway. Decapsulation, the service's address on that host and the way there are checked with it,
+ * which a connection to the host's own address cannot. The answer comes straight from the real, as
+ * clients' answers do.
  *
  * A check's socket is known by its cookie, so that no packet mark is taken from the host's own rules.
  * tcx: Linux 6.6.
  */
 #include "../abi/check.h"
+#include "../abi/handover.h"
 
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
@@ -17,6 +19,7 @@
 #include <linux/ipv6.h>
 #include <linux/pkt_cls.h>
 #include <linux/udp.h>
+#include <stdbool.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
@@ -101,6 +104,20 @@ static __always_inline int wrap6(struct __sk_buff *skb, const struct check_path 
 	return TC_ACT_UNSPEC;
 }
 
+/* Where the balancer puts it: see abi/handover.h. */
+static __always_inline void put_mark(struct __sk_buff *skb, bool v6)
+{
+	__u32 offset = ETH_HLEN + (v6 ? 2 : offsetof(struct iphdr, id));
+	__be16 was, is = bpf_htons(MARK);
+
+	if (bpf_skb_load_bytes(skb, offset, &was, sizeof(was)))
+		return;
+	if (!v6)
+		bpf_l3_csum_replace(skb, ETH_HLEN + offsetof(struct iphdr, check), was, is,
+				    sizeof(is));
+	bpf_skb_store_bytes(skb, offset, &is, sizeof(is), 0);
+}
+
 SEC("tcx/egress")
 int wrap_check(struct __sk_buff *skb)
 {
@@ -116,6 +133,11 @@ int wrap_check(struct __sk_buff *skb)
 		protocol = IPPROTO_IPV6;
 	else
 		return TC_ACT_UNSPEC;
+	if (path->answered)
+		put_mark(skb, protocol == IPPROTO_IPV6);
+	if (path->has_mac)
+		bpf_skb_store_bytes(skb, offsetof(struct ethhdr, h_dest), path->mac,
+				    sizeof(path->mac), 0);
 	if (path->v6)
 		return wrap6(skb, path, skb->len - ETH_HLEN, protocol);
 	return wrap4(skb, path, skb->len - ETH_HLEN, protocol);

@@ -318,7 +318,8 @@ impl Image {
     }
 }
 
-fn max_packet(config: &Config, svc: &Service, mtu: u32) -> Result<u16> {
+/// Bytes of the largest IP packet of a service's clients.
+pub fn max_packet(config: &Config, svc: &Service, mtu: u32) -> Result<u16> {
     let room = mtu.saturating_sub(u32::from(config.encapsulation.bytes(svc.has_v6_real())));
     if let Some(limit) = svc.max_packet {
         if u32::from(limit) > mtu {

@@ -20,7 +20,7 @@ impl Problem {
 
     /// Whether others can only hear of it from `run`, which takes a while to find it.
     pub fn is_seen_by_run_only(&self) -> bool {
-        self.is_elsewhere() || self.code == "balancer_misses"
+        self.is_elsewhere() || ["balancer_misses", "gateway_differs"].contains(&self.code.as_str())
     }
 
     /// Of a code and a text.
@@ -40,7 +40,7 @@ impl fmt::Display for Problem {
 pub const ELSEWHERE: [&str; 4] = ["real_down", "not_checked", "misrouted", "handover_stuck"];
 
 /// All codes, with what they mean.
-pub const CODES: [(&str, &str); 20] = [
+pub const CODES: [(&str, &str); 21] = [
     ("chain_missing", "the program array is not pinned"),
     ("chain_unreadable", "the program array cannot be read"),
     ("root_missing", "no XDP program is on the interface, or there is no interface"),
@@ -55,6 +55,10 @@ pub const CODES: [(&str, &str); 20] = [
     ("several_servers", "several servers listen at the balancer's address"),
     ("service_not_in_force", "a service of the configuration is not in force"),
     ("gateway_unknown", "the gateway towards the reals is not known"),
+    (
+        "gateway_differs",
+        "the balancer sends to another gateway than this host has towards the reals, and no check says that it works",
+    ),
     ("run_not_answering", "`run` is there and does not answer"),
     ("apply_failed", "the configuration could not be applied"),
     ("real_down", "a real's checks fail"),

@@ -1,6 +1,7 @@
 //! What delayed binding needs of user space: the secret that balancers make cookies with and broker hosts check, and
 //! an end to waiting for clients that are silent after CONNECT.
 
+pub mod cookie;
 pub mod keys;
 pub mod silent;
 pub mod stuck;

@@ -1,6 +1,7 @@
 //! Health checks of brokers, and what an operator took out of use: together they say which reals get
 //! new connections.
 
+mod answered;
 mod path;
 mod probe;
 
@@ -17,8 +18,8 @@ use tracing::{info, warn};
 use self::path::{Path, PathError};
 use self::probe::Target;
 
-use crate::config::{Config, Group, Real, Service};
-use crate::domain::health::{CheckPath, HealthCheck};
+use crate::config::{Binding, Config, Group, Real, Service};
+use crate::domain::health::{CheckKind, CheckPath, HealthCheck};
 use crate::domain::{Health, Problem, RealState};
 use crate::run_files;
 
@@ -353,6 +354,8 @@ pub struct Wanted {
     key: Key,
     to: SocketAddr,
     proxy: bool,
+    /// Clients' connections are answered at the balancer.
+    delayed: bool,
     check: HealthCheck,
 }
 
@@ -379,7 +382,11 @@ pub fn wanted(config: &Config) -> Vec<Wanted> {
                     let addr = if direct { real.addr } else { service.addr };
                     let to = SocketAddr::new(addr, check.port.unwrap_or(service.port));
                     let proxy = group.proxy_protocol;
-                    all.push(Wanted { key, to, proxy, check: check.clone() });
+                    // What takes a connection over is its first message; clients' have the service's port.
+                    let delayed = service.binding == Binding::Delayed
+                        && check.kind != CheckKind::Tcp
+                        && to == SocketAddr::new(service.addr, service.port);
+                    all.push(Wanted { key, to, proxy, delayed, check: check.clone() });
                 }
             }
         }
@@ -412,9 +419,9 @@ pub async fn run(config: Arc<Config>, reals: Arc<Reals>) {
 }
 
 /// The program that wraps checks. Without it there are none: connections to the service would be a client's.
-async fn attached(config: &Config, reals: &Reals) -> Path {
+async fn attached(config: &Arc<Config>, reals: &Reals) -> Path {
     loop {
-        match Path::new(config) {
+        match Path::new(Arc::clone(config)) {
             Ok(path) => return path,
             Err(error) => reals.not_made(Some(&error)),
         }
@@ -423,8 +430,8 @@ async fn attached(config: &Config, reals: &Reals) -> Path {
 }
 
 async fn repeat(wanted: &Wanted, path: Option<&Path>, reals: &Reals) {
-    let Wanted { key, to, proxy, check } = wanted;
-    let target = Target { real: key.1, to: *to, proxy: *proxy, path };
+    let Wanted { key, to, proxy, delayed, check } = wanted;
+    let target = Target { real: key.1, to: *to, proxy: *proxy, path, delayed: *delayed };
     // Not all at the same moment.
     let spread = getrandom::u32().map_or(0.0, f64::from) / f64::from(u32::MAX);
     tokio::time::sleep(check.interval.mul_f64(spread)).await;

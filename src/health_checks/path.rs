@@ -1,64 +1,144 @@
-//! Checks that go the way of clients' packets: to the service's address, wrapped towards one real.
+//! Checks that go the way of clients' packets: to the service's address, wrapped towards one real, by the balancer's
+//! gateway, and with delayed binding as a connection that was answered here.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
-use socket2::SockRef;
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpSocket, TcpStream};
 
-use crate::config::{Config, Encapsulation};
-use crate::kernel::BpfError;
-use crate::kernel::decap;
+use super::answered;
+use crate::balancer::client::Client;
+use crate::config::{Config, Encapsulation, Service};
+use crate::datapath::image::{self, ImageError};
+use crate::domain::Mac;
+use crate::domain::vip::parse_mac;
+use crate::handover::keys::{KeyError, KeyFile, now};
 use crate::kernel::wrap::{Outer, Wrap};
+use crate::kernel::{BpfError, decap, xdp};
 
 /// Why a check could not be made, which says nothing about its real.
 #[derive(Debug, thiserror::Error)]
 pub enum PathError {
     #[error(transparent)]
     Bpf(#[from] BpfError),
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    #[error(transparent)]
+    Key(#[from] KeyError),
     #[error("a socket for a check of {real}: {source}")]
     Socket { real: IpAddr, source: io::Error },
 }
 
+/// How a connection begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Opening {
+    /// The real gets its SYN.
+    Syn,
+    /// The balancer has answered that (delayed binding): the real gets what comes after it.
+    Answered,
+}
+
+/// For how long the balancer's gateway is taken to be the same.
+const GATEWAY_AGE: Duration = Duration::from_secs(2);
+
+/// IP and TCP headers without options.
+const HEADERS_V4: u16 = 20 + 20;
+const HEADERS_V6: u16 = 40 + 20;
+/// Bytes of the TCP option, padded (RFC 7323 §3.2).
+pub const TIMESTAMPS: usize = 12;
+
 /// Wraps checks, as long as it lives.
 #[derive(Debug)]
 pub struct Path {
-    interface: String,
+    config: Arc<Config>,
     gue: bool,
     wrap: Mutex<Wrap>,
+    /// The balancer's, and when it was asked.
+    gateway: tokio::sync::Mutex<Option<(Instant, Option<Mac>)>>,
 }
 
 impl Path {
     /// Attaches the program that wraps.
-    pub fn new(config: &Config) -> Result<Self, PathError> {
+    pub fn new(config: Arc<Config>) -> Result<Self, PathError> {
         Ok(Self {
-            interface: config.interface.clone(),
             gue: config.encapsulation == Encapsulation::Gue,
             wrap: Mutex::new(Wrap::attach(&config.interface)?),
+            gateway: tokio::sync::Mutex::default(),
+            config,
         })
     }
 
     /// A socket whose packets all go to `real`, wrapped.
-    pub fn socket(&self, to: SocketAddr, real: IpAddr) -> Result<Wrapped<'_>, PathError> {
+    pub async fn socket(
+        &self,
+        to: SocketAddr,
+        real: IpAddr,
+        opening: Opening,
+    ) -> Result<Wrapped<'_>, PathError> {
         let failed = |source| PathError::Socket { real, source };
-        let socket = if to.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
+        let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP));
         let socket = socket.map_err(failed)?;
-        let raw = SockRef::from(&socket);
+        socket.set_nonblocking(true).map_err(failed)?;
         // Nowhere else would it be wrapped: it would come to the balancer, as a client's.
-        raw.bind_device(Some(self.interface.as_bytes())).map_err(failed)?;
-        let cookie = raw.cookie().map_err(failed)?;
+        let device = Some(self.config.interface.as_bytes());
+        socket.bind_device(device).map_err(failed)?;
+        let cookie = socket.cookie().map_err(failed)?;
         // As the balancer's own, so that a broker host takes it for that.
         let source = if self.gue {
-            source_towards(real).map_err(failed)?
+            source_towards(real, None).map_err(failed)?
         } else {
             decap::usual_source(real)
         };
+        let mac = self.gateway().await;
+        let outer =
+            Outer { source, real, gue: self.gue, mac, answered: opening == Opening::Answered };
         let mut wrap = self.wrap();
         wrap.renew()?;
-        wrap.add(cookie, Outer { source, real, gue: self.gue })?;
+        wrap.add(cookie, outer)?;
         drop(wrap);
-        Ok(Wrapped { socket: Some(socket), cookie, path: self })
+        // From here on: removed with the value.
+        let mss = self.mss(to)?;
+        let mut wrapped = Wrapped { socket: None, mss, cookie, path: self };
+        if opening == Opening::Answered {
+            let from = source_towards(to.ip(), device).map_err(failed)?;
+            socket.bind(&SocketAddr::new(from, 0).into()).map_err(failed)?;
+            let keys = KeyFile::read(&self.config.handover_key)?.cookie_keys(now());
+            answered::establish(&socket, &keys, to, mss as u32).map_err(failed)?;
+            let stream = TcpStream::from_std(socket.into()).map_err(failed)?;
+            wrapped.socket = Some(Ready::Connected(stream));
+        } else {
+            wrapped.mss -= TIMESTAMPS;
+            wrapped.socket = Some(Ready::New(TcpSocket::from_std_stream(socket.into())));
+        }
+        Ok(wrapped)
+    }
+
+    /// With delayed binding, the one in the balancer's SYN-ACKs.
+    fn mss(&self, to: SocketAddr) -> Result<usize, PathError> {
+        let is = |service: &&Service| SocketAddr::new(service.addr, service.port) == to;
+        let mtu = xdp::interface_mtu(&self.config.interface)?;
+        let service = self.config.services.iter().find(is);
+        let max = service.map(|service| image::max_packet(&self.config, service, mtu));
+        let headers = if to.is_ipv4() { HEADERS_V4 } else { HEADERS_V6 };
+        Ok(max.transpose()?.unwrap_or(mtu as u16).saturating_sub(headers).into())
+    }
+
+    /// The MAC address that the balancer sends to; none: it does not say.
+    async fn gateway(&self) -> Option<Mac> {
+        let mut asked = self.gateway.lock().await;
+        if let Some((when, mac)) = *asked
+            && when.elapsed() < GATEWAY_AGE
+        {
+            return mac;
+        }
+        let ask = async { Client::connect(&self.config.balancer_endpoint).await?.mac().await };
+        // Zeros are no address, and yet what a Katran that was told none sends to.
+        let mac = ask.await.ok().map(|text| parse_mac(&text).unwrap_or_default());
+        *asked = Some((Instant::now(), mac));
+        mac
     }
 
     fn wrap(&self) -> MutexGuard<'_, Wrap> {
@@ -66,10 +146,18 @@ impl Path {
     }
 }
 
+#[derive(Debug)]
+enum Ready {
+    New(TcpSocket),
+    Connected(TcpStream),
+}
+
 /// A check's socket. To be dropped behind its connection, whose RST goes the same way.
 #[derive(Debug)]
 pub struct Wrapped<'a> {
-    socket: Option<TcpSocket>,
+    socket: Option<Ready>,
+    /// Payload bytes of the largest packet that clients may send.
+    pub mss: usize,
     cookie: u64,
     path: &'a Path,
 }
@@ -77,8 +165,10 @@ pub struct Wrapped<'a> {
 impl Wrapped<'_> {
     /// Connects, once.
     pub async fn connect(&mut self, to: SocketAddr) -> io::Result<TcpStream> {
-        let socket = self.socket.take().ok_or(io::ErrorKind::NotConnected)?;
-        socket.connect(to).await
+        match self.socket.take().ok_or(io::ErrorKind::NotConnected)? {
+            Ready::New(socket) => socket.connect(to).await,
+            Ready::Connected(stream) => Ok(stream),
+        }
     }
 }
 
@@ -88,14 +178,15 @@ impl Drop for Wrapped<'_> {
     }
 }
 
-/// The address that this host sends from to a real.
-fn source_towards(real: IpAddr) -> io::Result<IpAddr> {
-    let any: IpAddr = match real {
+/// The address that this host sends from to another; over a device, or any.
+fn source_towards(to: IpAddr, device: Option<&[u8]>) -> io::Result<IpAddr> {
+    let any: IpAddr = match to {
         IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
         IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     };
     // Of UDP, connecting sends nothing (discard port, RFC 863).
     let socket = UdpSocket::bind((any, 0))?;
-    socket.connect((real, 9))?;
+    SockRef::from(&socket).bind_device(device)?;
+    socket.connect((to, 9))?;
     Ok(socket.local_addr()?.ip())
 }

@@ -2,17 +2,22 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
+use tokio::time::Instant;
 
-use super::path::{Path, PathError};
+use super::path::{Opening, Path, PathError, TIMESTAMPS};
 use crate::domain::health::{CheckKind, HealthCheck};
+use crate::kernel::tcp;
 use crate::mqtt::client::{self, ConnectOptions};
 use crate::mqtt::proxy_header;
 
 /// Seconds; a check is over long before.
 const KEEPALIVE: u16 = 10;
+/// From one look at what TCP has been told to the next.
+const POLL: Duration = Duration::from_millis(5);
 
 /// What is checked, and on which way.
 #[derive(Debug, Clone, Copy)]
@@ -23,6 +28,23 @@ pub struct Target<'a> {
     pub proxy: bool,
     /// Wrapped; `None`: `to` is the real's own address.
     pub path: Option<&'a Path>,
+    /// Clients' connections are answered at the balancer.
+    pub delayed: bool,
+}
+
+/// What did not succeed.
+enum Failure {
+    /// A connection that a client is served on.
+    Connection(String),
+    /// The largest segment, on a connection that is well otherwise.
+    Largest(String),
+}
+
+impl Failure {
+    fn text(self) -> String {
+        let (Self::Connection(text) | Self::Largest(text)) = self;
+        text
+    }
 }
 
 /// Checks once. The inner error says what was expected; the outer one, why there was no check.
@@ -31,41 +53,98 @@ pub async fn probe(
     check: &HealthCheck,
 ) -> Result<Result<(), String>, PathError> {
     let Some(path) = target.path else {
-        return Ok(within(check, target, TcpStream::connect(target.to)).await);
+        let connecting = TcpStream::connect(target.to);
+        return Ok(within(check, target, connecting, None).await.map_err(Failure::text));
     };
-    let mut socket = path.socket(target.to, target.real)?;
-    let result = within(check, target, socket.connect(target.to)).await;
-    Ok(result.map_err(|error| format!("wrapped, as clients' packets are: {error}")))
+    let as_clients = |error| format!("wrapped, as clients' packets are: {error}");
+    let opening = if target.delayed { Opening::Answered } else { Opening::Syn };
+    let error = match wrapped(target, check, path, opening, true).await? {
+        Err(Failure::Connection(error)) if target.delayed => error,
+        result => return Ok(result.map_err(|failure| as_clients(failure.text()))),
+    };
+    // What every connection needs comes first.
+    if let Err(failure) = wrapped(target, check, path, Opening::Syn, false).await? {
+        return Ok(Err(as_clients(failure.text())));
+    }
+    Ok(Err(format!(
+        "it does not take connections over ({error}), and accepts new ones: `mqtt-fwd host status` there says whether \
+         its handover key and its clock are right; its firewall must let segments pass that are no SYN"
+    )))
 }
 
+async fn wrapped(
+    target: Target<'_>,
+    check: &HealthCheck,
+    path: &Path,
+    opening: Opening,
+    largest: bool,
+) -> Result<Result<(), Failure>, PathError> {
+    let mut socket = path.socket(target.to, target.real, opening).await?;
+    let mss = largest.then_some(socket.mss);
+    Ok(within(check, target, socket.connect(target.to), mss).await)
+}
+
+/// `mss`: of the largest segment that is to arrive; none: that is not looked at.
 async fn within(
     check: &HealthCheck,
     target: Target<'_>,
     connecting: impl Future<Output = io::Result<TcpStream>>,
-) -> Result<(), String> {
-    match tokio::time::timeout(check.timeout, exchange(target, connecting, &check.kind)).await {
-        Ok(result) => result,
-        Err(_) => Err(format!("no answer from {} in {} ms", target.to, check.timeout.as_millis())),
+    mss: Option<usize>,
+) -> Result<(), Failure> {
+    let end = Instant::now() + check.timeout;
+    let late = || format!("no answer from {} in {} ms", target.to, check.timeout.as_millis());
+    let connecting = exchange(target, connecting, check);
+    let connected = tokio::time::timeout_at(end, connecting).await.unwrap_or_else(|_| Err(late()));
+    let mut stream = connected.map_err(Failure::Connection)?;
+    let CheckKind::Mqtt { v5, .. } = check.kind else { return Ok(()) };
+    if let Some(mss) = mss {
+        let arrives = send_largest(&mut stream, v5, mss, end).await;
+        arrives.map_err(|error| Failure::Largest(format!("{}: {error}", target.to)))?;
     }
+    let _ = stream.write_all(&client::DISCONNECT).await;
+    Ok(())
 }
 
 async fn exchange(
     target: Target<'_>,
     connecting: impl Future<Output = io::Result<TcpStream>>,
-    kind: &CheckKind,
-) -> Result<(), String> {
+    check: &HealthCheck,
+) -> Result<TcpStream, String> {
     let header = target.proxy.then(proxy_header::local);
     let mut stream = client::open(target.to, connecting, header.as_deref()).await?;
-    let CheckKind::Mqtt { v5, client_id, username, password } = kind else { return Ok(()) };
-    let options = ConnectOptions {
-        v5: *v5,
-        client_id,
-        username: username.as_deref(),
-        password: password.as_deref(),
-        keep_alive: KEEPALIVE,
-    };
-    client::connect(&mut stream, target.to, &options).await?;
-    let _ = stream.write_all(&client::DISCONNECT).await;
+    if let CheckKind::Mqtt { v5, client_id, username, password } = &check.kind {
+        let options = ConnectOptions {
+            v5: *v5,
+            client_id,
+            username: username.as_deref(),
+            password: password.as_deref(),
+            keep_alive: KEEPALIVE,
+        };
+        client::connect(&mut stream, target.to, &options).await?;
+    }
+    Ok(stream)
+}
+
+/// A segment as large as clients', in an UNSUBSCRIBE that changes nothing, and TCP's word that it is there.
+async fn send_largest(
+    stream: &mut TcpStream,
+    v5: bool,
+    mss: usize,
+    end: Instant,
+) -> Result<(), String> {
+    let failed = |e: io::Error| format!("sending a large packet: {e}");
+    // No more than the broker's kernel takes, where that is less.
+    let mss = mss.min(tcp::mss(stream).map_err(failed)? + TIMESTAMPS);
+    stream.write_all(&client::unsubscribe(v5, mss)).await.map_err(failed)?;
+    while tcp::unacknowledged(stream).is_ok_and(|segments| segments > 0) {
+        if Instant::now() >= end {
+            return Err(format!(
+                "small packets arrive, and segments of {mss} bytes do not: a link on the way has a smaller MTU; raise \
+                 that, or set max_packet to what fits"
+            ));
+        }
+        tokio::time::sleep(POLL).await;
+    }
     Ok(())
 }
 
@@ -97,7 +176,7 @@ mod tests {
         };
         let check = HealthCheck { kind, timeout: Duration::from_millis(500), ..HealthCheck::tcp() };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let target = Target { real: to.ip(), to, proxy: false, path: None };
+        let target = Target { real: to.ip(), to, proxy: false, path: None, delayed: false };
         let result = runtime.block_on(probe(target, &check)).unwrap();
         let sent = broker.join().unwrap();
         assert_eq!(sent[8], if v5 { 5 } else { 4 });

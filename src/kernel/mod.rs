@@ -18,6 +18,7 @@ pub mod reasons;
 pub mod sandbox;
 pub mod skeletons;
 pub mod takeover;
+pub mod tcp;
 pub mod tcx;
 pub mod test_run;
 pub mod unload;

@@ -11,6 +11,7 @@ use super::maps::Table;
 use super::skeletons::wrap::WrapSkelBuilder;
 use super::tcx::{self, Direction};
 use super::{BpfError, Result, xdp};
+use crate::domain::Mac;
 
 /// The program on an interface, as long as it lives.
 #[derive(Debug)]
@@ -33,6 +34,10 @@ pub struct Outer {
     pub real: IpAddr,
     /// GUE in place of IPIP.
     pub gue: bool,
+    /// The balancer's gateway; none: the kernel's own neighbour.
+    pub mac: Option<Mac>,
+    /// They are of a connection whose SYN was answered here (`bpf/abi/handover.h`).
+    pub answered: bool,
 }
 
 impl Wrap {
@@ -71,6 +76,9 @@ impl Wrap {
             dst: addr_words(outer.real),
             v6: outer.real.is_ipv6().into(),
             gue: outer.gue.into(),
+            answered: outer.answered.into(),
+            has_mac: outer.mac.is_some().into(),
+            mac: outer.mac.unwrap_or_default(),
             pad: [0; 6],
         };
         self.paths.put(&cookie, &path)

@@ -79,6 +79,21 @@ pub async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
     }
 }
 
+/// UNSUBSCRIBE (MQTT 3.1.1 §3.10) from something that nobody subscribes to, `length` bytes long, 256 at least.
+pub fn unsubscribe(v5: bool, length: usize) -> Vec<u8> {
+    const TOPIC: &str = "mqtt-fwd/check/";
+    // Behind a remaining length of two bytes: packet identifier, properties, length of the topic.
+    let properties: &[u8] = if v5 { &[0] } else { &[] };
+    let remaining = length.clamp(256, 16_384) - 3;
+    let topic = remaining - 2 - properties.len() - 2;
+    let mut packet = vec![0xa2, remaining as u8 | 0x80, (remaining >> 7) as u8, 0, 1];
+    packet.extend(properties);
+    packet.extend((topic as u16).to_be_bytes());
+    packet.extend(TOPIC.bytes());
+    packet.resize(3 + remaining, b'x');
+    packet
+}
+
 fn accepted(to: SocketAddr, code: u8) -> Result<(), String> {
     if code == 0 { Ok(()) } else { Err(format!("{to} refused CONNECT with code {code:#04x}")) }
 }
@@ -92,5 +107,8 @@ fn closed(to: SocketAddr) -> String {
 }
 
 fn wrong(to: SocketAddr, error: &impl std::fmt::Debug) -> String {
-    format!("reading CONNACK from {to}: {error:?}")
+    // The library's errors have no other text, and those of the system are within.
+    let text = format!("{error:?}");
+    let of_system = text.strip_prefix("Io(\"").and_then(|text| text.strip_suffix("\")"));
+    format!("reading CONNACK from {to}: {}", of_system.unwrap_or(&text))
 }

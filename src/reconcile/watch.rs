@@ -11,9 +11,11 @@ use crate::balancer::client::{BalancerError, Client};
 use crate::balancer::flags::GROUP_FLAG;
 use crate::balancer::{embedded, listeners};
 use crate::chain::health;
-use crate::config::{BalancerKind, Config};
+use crate::config::{BalancerKind, Config, Service};
 use crate::datapath::Datapath;
 use crate::datapath::plan::MapPlan;
+use crate::domain::health::CheckPath;
+use crate::domain::vip::mac_text;
 use crate::domain::{Mac, Problem, Vip};
 use crate::handover::{silent, stuck};
 use crate::kernel::xdp;
@@ -117,6 +119,7 @@ impl Reconciler {
         if let Err(problem) = self.try_apply(config, gateway, datapath, alone).await {
             problems.insert(0, problem);
         }
+        problems.extend(self.other_gateway(config, gateway, &problems).await);
         let texts: Vec<&str> = problems.iter().map(|problem| problem.text.as_str()).collect();
         let problem = Some(texts.join("; ")).filter(|text| !text.is_empty());
         self.observed.reconciled(problems);
@@ -127,6 +130,39 @@ impl Reconciler {
             }
             self.problem = problem;
         }
+    }
+
+    /// That the balancer sends elsewhere than this host would. There may be a reason for that, which checks that go
+    /// the same way tell by succeeding.
+    async fn other_gateway(
+        &mut self,
+        config: &Config,
+        configured: Option<Mac>,
+        problems: &[Problem],
+    ) -> Option<Problem> {
+        let is_checked = |service: &Service| {
+            service.health_check.as_ref().is_some_and(|check| check.path == CheckPath::Encapsulated)
+        };
+        if config.services.iter().all(is_checked) && !problems.iter().any(|p| p.code == "real_down")
+        {
+            return None;
+        }
+        let next_hop = mac_text(gateway::learned(config).await?);
+        let (has, remedy) = match (configured, &mut self.client) {
+            (Some(mac), _) => {
+                (mac_text(mac), "correct gateway_mac in the configuration, or remove it".to_owned())
+            }
+            (None, Some(client)) => {
+                (client.mac().await.ok()?, format!("`mqtt-fwd katran mac {next_hop}` corrects it"))
+            }
+            (None, None) => return None,
+        };
+        (has != next_hop).then(|| {
+            let text = format!(
+                "the balancer sends to gateway {has}, and this host's next hop to the reals is {next_hop}: {remedy}"
+            );
+            Problem::new("gateway_differs", text)
+        })
     }
 
     /// Applies, unless that was refused a moment ago. `alone`: there is no other problem of this host.
