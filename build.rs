@@ -10,13 +10,14 @@ use libbpf_cargo::SkeletonBuilder;
 use prost::Message as _;
 
 /// Source of each program, without `.bpf.c`; the last one is for `benches/`.
-const PROGRAMS: [&str; 7] = [
+const PROGRAMS: [&str; 8] = [
     "bpf/root/xdp_root",
     "bpf/forward/mqtt_fwd",
     "bpf/balancer/balancer",
     "bpf/broker/decap",
     "bpf/broker/takeover",
     "bpf/checks/wrap",
+    "bpf/checks/as_client",
     "benches/bpf/rewind",
 ];
 

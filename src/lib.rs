@@ -11,6 +11,7 @@ pub mod chain;
 pub mod cli;
 pub mod clients;
 pub mod config;
+pub mod connectivity;
 pub mod counter;
 pub mod datapath;
 pub mod domain;

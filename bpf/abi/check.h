@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/* What a health check that goes the way of clients' packets is wrapped in (bpf/checks/). */
+/* Packets of this host's own that go the way of clients' packets (bpf/checks/). */
 #ifndef MQTT_FWD_CHECK_H
 #define MQTT_FWD_CHECK_H
 
 #include "base.h"
 
-enum check_limits { CHECK_SOCKETS = 4096 };
+enum check_limits { CHECK_SOCKETS = 4096, CHECK_FRAME = 9216 };
 
-/* By socket cookie. */
+/* What a health check's packets are wrapped in, by socket cookie. */
 struct check_path {
 	__be32 src[4]; /* of the outer header; IPv4 in src[0] */
 	__be32 dst[4]; /* the real */
@@ -19,5 +19,12 @@ struct check_path {
 	__u8 pad[6];
 };
 SIZE_IS(struct check_path, 48);
+
+/* A frame that was taken before it left. */
+struct client_frame {
+	__u32 length;
+	__u8 bytes[CHECK_FRAME];
+};
+SIZE_IS(struct client_frame, 4 + CHECK_FRAME);
 
 #endif /* MQTT_FWD_CHECK_H */

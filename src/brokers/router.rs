@@ -82,7 +82,7 @@ pub struct Router {
 impl Router {
     /// Builds the table of a service; the relay's own group is left out.
     pub fn new(config: &Config, service: &Service) -> Result<Self, RouterError> {
-        let filters: Vec<&TopicFilter> = service.routes.iter().map(|r| &r.filter).collect();
+        let filters: Vec<&TopicFilter> = service.all_routes().map(|r| &r.filter).collect();
         let automaton = Automaton::compile(&filters, config.maps.route_states)?;
         let mut edges: HashMap<u32, HashMap<Box<[u8]>, u32>> = HashMap::new();
         for edge in automaton.edges {
@@ -110,8 +110,7 @@ impl Router {
             groups.push(Group { brokers: weighted, slots });
         }
         let targets = service
-            .routes
-            .iter()
+            .all_routes()
             .map(|route| match &route.target {
                 Target::Group(name) => numbers.get(name.as_str()).copied(),
                 Target::Any => None,

@@ -10,6 +10,7 @@ use crate::broker_host::HostError;
 use crate::clients::ClientsError;
 use crate::config::ConfigError;
 use crate::config::edit::EditError;
+use crate::connectivity::ConnectivityError;
 use crate::datapath::plan::PlanError;
 use crate::handover::HandoverError;
 use crate::handover::keys::KeyError;
@@ -43,6 +44,8 @@ pub enum Error {
     Clients(#[from] ClientsError),
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[error(transparent)]
+    Connectivity(#[from] ConnectivityError),
     #[error(transparent)]
     Edit(#[from] EditError),
     #[error(transparent)]

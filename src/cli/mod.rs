@@ -17,6 +17,7 @@ mod run;
 mod status;
 mod table;
 mod tables;
+mod test;
 #[cfg(feature = "top")]
 mod top;
 
@@ -83,6 +84,8 @@ enum Command {
     Status(status::Show),
     /// Follow the packet path and report whatever blocks it
     Doctor(table::Output),
+    /// Send messages to every broker, and report what arrived
+    Test(test::Test),
     /// Show groups, reals, topics and clients on one screen, with rates
     #[cfg(feature = "top")]
     Top(top::Top),
@@ -142,8 +145,8 @@ const GROUPS: [(&str, &[&str]); 5] = [
     (
         "Inspect",
         &[
-            "check", "status", "doctor", "top", "diff", "explain", "replay", "events", "counters",
-            "flows", "clients", "routes", "groups", "reals",
+            "check", "status", "doctor", "test", "top", "diff", "explain", "replay", "events",
+            "counters", "flows", "clients", "routes", "groups", "reals",
         ],
     ),
     ("Change", &["apply", "change", "drain", "undrain", "load", "unload", "katran"]),
@@ -201,6 +204,7 @@ fn run(cli: Cli) -> Result<(), Error> {
         Command::Run => run::run(config()?),
         Command::Balancer => run::balancer(&config()?),
         Command::Status(args) => args.run(config()?),
+        Command::Test(args) => args.run(&in_force()?),
         Command::Doctor(output) => doctor::doctor(config()?, output),
         Command::Clients(args) => args.run(&in_force()?),
         Command::Flows(output) => tables::flows(&in_force()?, output),

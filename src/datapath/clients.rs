@@ -255,6 +255,49 @@ impl<'a> Recorder<'a> {
     }
 }
 
+impl Datapath {
+    /// Puts the record of an address in place of what is known of it.
+    pub fn put_client(&self, config: &Config, record: &ClientRecord) -> Result<()> {
+        let table = self.service_table()?;
+        let groups: BTreeMap<u16, group> = self.groups()?.into_iter().collect();
+        let Some((_, id)) = service_of(config, &table, &record.service) else { return Ok(()) };
+        let Some(mut c) = entry_of(record, None, |name| binding_to(&groups, id, name)) else {
+            return Ok(());
+        };
+        c.learned_s = boot_time().as_secs() as u32;
+        c.generation = table.generation;
+        match record.client.parse::<IpAddr>() {
+            Ok(addr @ IpAddr::V4(_)) => self.clients.put(&key4(id, addr), &c),
+            Ok(addr @ IpAddr::V6(_)) => self.clients6.put(&key6(id, addr), &c),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Removes what is known of an address or a client id, of all services.
+    pub fn forget_client(&self, client: &str) -> Result<()> {
+        for service in self.service_numbers()?.into_values() {
+            match client.parse() {
+                Ok(addr @ IpAddr::V4(_)) => self.clients.remove(&key4(service, addr))?,
+                Ok(addr @ IpAddr::V6(_)) => self.clients6.remove(&key6(service, addr))?,
+                Err(_) => false,
+            };
+        }
+        for key in self.client_id_keys(client)? {
+            self.client_ids.remove(&key)?;
+        }
+        Ok(())
+    }
+}
+
+/// The binding to a group of a service, by its name.
+fn binding_to(groups: &BTreeMap<u16, group>, service: u16, name: &str) -> Option<u32> {
+    let is_it = |(number, g): &(&u16, &group)| {
+        (g.service, g.parent) == (service, **number) && name_text(&g.name) == name
+    };
+    let (number, found) = groups.iter().find(is_it)?;
+    Some(binding_of(*number, found.epoch))
+}
+
 /// All clients' records, those learned last first, `most` at most. Client ids longer than what is kept of them are
 /// left out.
 pub fn snapshot(config: &Config, datapath: &Datapath, most: usize) -> Result<Vec<ClientRecord>> {
@@ -313,18 +356,13 @@ pub fn restore(
             restored.without_group += 1;
             continue;
         };
-        let binding = |name: &str| {
-            let is_it = |(number, g): &(&u16, &group)| {
-                (g.service, g.parent) == (id, **number) && name_text(&g.name) == name
-            };
-            let (number, found) = groups.iter().find(is_it)?;
-            Some(binding_of(*number, found.epoch))
-        };
         let by_topic = (!record.topic.is_empty()).then(|| {
             let key = (record.service.clone(), record.topic.clone());
             routed.entry(key).or_insert_with(|| group_of(service, &record.topic)).clone()
         });
-        let Some(mut c) = entry_of(&record, by_topic.flatten().as_deref(), binding) else {
+        let Some(mut c) =
+            entry_of(&record, by_topic.flatten().as_deref(), |name| binding_to(&groups, id, name))
+        else {
             restored.without_group += 1;
             continue;
         };

@@ -7,7 +7,7 @@ use super::ids::Identities;
 use crate::config::{Binding, Config, OnMisprediction, Service, Target};
 use crate::domain::filter::{Level, TopicFilter};
 use crate::domain::rendezvous;
-use crate::domain::{Affinity, ClientRouteKind};
+use crate::domain::{Affinity, ClientRouteKind, Route};
 use crate::kernel::abi::{
     Pod as _, addr_words, affinity, binding_mode, client_route, client_route_kind, limits, member,
     member_slot, misprediction_policy, route_edge, route_state, route_state_flags, service,
@@ -249,7 +249,8 @@ impl Image {
         end: u32,
         group_id: &dyn Fn(&str) -> Option<u16>,
     ) -> Result<(u32, u32)> {
-        let filters: Vec<&TopicFilter> = svc.routes.iter().map(|r| &r.filter).collect();
+        let routes: Vec<&Route> = svc.all_routes().collect();
+        let filters: Vec<&TopicFilter> = routes.iter().map(|r| &r.filter).collect();
         let automaton = Automaton::compile(&filters, end - *next_state)
             .map_err(|source| ImageError::Routes { service: svc.name.clone(), source })?;
         let base = *next_state;
@@ -261,7 +262,7 @@ impl Image {
         let with_edges: BTreeSet<u32> = automaton.edges.iter().map(|e| e.state).collect();
         for (number, state) in automaton.states.iter().enumerate().skip(1) {
             let number = number as u32;
-            let group = match state.accepts.map(|filter| &svc.routes[filter].target) {
+            let group = match state.accepts.map(|filter| &routes[filter].target) {
                 Some(Target::Group(name)) => group_id(name),
                 Some(Target::Any) => Some(special_group::ANY_GROUP.0 as u16),
                 None => None,
@@ -333,7 +334,7 @@ pub fn max_packet(config: &Config, svc: &Service, mtu: u32) -> Result<u16> {
 
 /// Bytes of the longest literal level; hashing more of a topic's level is of no use.
 fn longest_level(svc: &Service) -> u16 {
-    let literals = svc.routes.iter().flat_map(|r| r.filter.levels()).map(|level| match level {
+    let literals = svc.all_routes().flat_map(|r| r.filter.levels()).map(|level| match level {
         Level::Literal(text) => text.len(),
         Level::One | Level::Rest => 0,
     });

@@ -111,9 +111,14 @@ pub struct Service {
     pub groups: Vec<Group>,
     /// Its routes by topic: there may be 100,000.
     pub routes: Arc<[Route]>,
+    /// Those that `mqtt-fwd test` publishes by: a topic of its own for each group.
+    pub test_routes: Vec<Route>,
     /// Its routes by CONNECT, which come before those.
     pub client_routes: Vec<ClientRoute>,
 }
+
+/// What topics of tests begin with.
+pub const TEST_TOPICS: &str = "mqtt-fwd/test";
 
 impl Service {
     /// Whether the sidecar publishes for clients that were at the wrong group.
@@ -259,9 +264,14 @@ impl Target {
 }
 
 impl Service {
+    /// Its routes by topic, those of tests behind the others.
+    pub fn all_routes(&self) -> impl Iterator<Item = &Route> {
+        self.routes.iter().chain(&self.test_routes)
+    }
+
     /// The most specific route of a topic; `None`: the default group's.
     pub fn route_of(&self, topic: &str) -> Option<&Route> {
-        let matching = self.routes.iter().filter(|route| route.filter.matches(topic));
+        let matching = self.all_routes().filter(|route| route.filter.matches(topic));
         matching.max_by(|a, b| a.filter.specificity(&b.filter))
     }
 

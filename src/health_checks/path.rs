@@ -2,11 +2,11 @@
 //! gateway, and with delayed binding as a connection that was answered here.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpSocket, TcpStream};
 
 use super::answered;
@@ -17,7 +17,7 @@ use crate::domain::Mac;
 use crate::domain::vip::parse_mac;
 use crate::handover::keys::{KeyError, KeyFile, now};
 use crate::kernel::wrap::{Outer, Wrap};
-use crate::kernel::{BpfError, decap, xdp};
+use crate::kernel::{BpfError, decap, route, xdp};
 
 /// Why a check could not be made, which says nothing about its real.
 #[derive(Debug, thiserror::Error)]
@@ -88,7 +88,7 @@ impl Path {
         let cookie = socket.cookie().map_err(failed)?;
         // As the balancer's own, so that a broker host takes it for that.
         let source = if self.gue {
-            source_towards(real, None).map_err(failed)?
+            route::source_towards(real, None).map_err(failed)?
         } else {
             decap::usual_source(real)
         };
@@ -103,7 +103,7 @@ impl Path {
         let mss = self.mss(to)?;
         let mut wrapped = Wrapped { socket: None, mss, cookie, path: self };
         if opening == Opening::Answered {
-            let from = source_towards(to.ip(), device).map_err(failed)?;
+            let from = route::source_towards(to.ip(), device).map_err(failed)?;
             socket.bind(&SocketAddr::new(from, 0).into()).map_err(failed)?;
             let keys = KeyFile::read(&self.config.handover_key)?.cookie_keys(now());
             answered::establish(&socket, &keys, to, mss as u32).map_err(failed)?;
@@ -176,17 +176,4 @@ impl Drop for Wrapped<'_> {
     fn drop(&mut self) {
         self.path.wrap().remove(self.cookie);
     }
-}
-
-/// The address that this host sends from to another; over a device, or any.
-fn source_towards(to: IpAddr, device: Option<&[u8]>) -> io::Result<IpAddr> {
-    let any: IpAddr = match to {
-        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-    };
-    // Of UDP, connecting sends nothing (discard port, RFC 863).
-    let socket = UdpSocket::bind((any, 0))?;
-    SockRef::from(&socket).bind_device(device)?;
-    socket.connect((to, 9))?;
-    Ok(socket.local_addr()?.ip())
 }

@@ -92,7 +92,7 @@ pub fn topic(config: &Config, topic: &str) -> Result<Vec<TopicExplanation>, Unkn
 
 fn topic_of(service: &Service, topic: &str) -> TopicExplanation {
     let mut matching: Vec<_> =
-        service.routes.iter().filter(|route| route.filter.matches(topic)).collect();
+        service.all_routes().filter(|route| route.filter.matches(topic)).collect();
     matching.sort_by(|a, b| b.filter.specificity(&a.filter));
     let belongs_to = matching.first().map_or(&*service.default_group, |r| r.target.name());
     let group = service.group(belongs_to);

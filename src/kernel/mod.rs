@@ -2,6 +2,7 @@
 
 pub mod abi;
 pub mod adopt;
+pub mod as_client;
 pub mod catalog;
 pub mod chain;
 pub mod decap;
@@ -15,6 +16,7 @@ pub mod namespace;
 pub mod pins;
 pub mod privileges;
 pub mod reasons;
+pub mod route;
 pub mod sandbox;
 pub mod skeletons;
 pub mod takeover;

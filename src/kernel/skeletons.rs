@@ -31,6 +31,10 @@ pub mod wrap {
     include!(concat!(env!("OUT_DIR"), "/wrap.skel.rs"));
 }
 
+pub mod as_client {
+    include!(concat!(env!("OUT_DIR"), "/as_client.skel.rs"));
+}
+
 pub mod decap {
     include!(concat!(env!("OUT_DIR"), "/decap.skel.rs"));
 }

@@ -94,7 +94,9 @@ async fn next_hop(handle: &Handle, addr: IpAddr) -> Result<(IpAddr, u32), rtnetl
         IpAddr::V4(a) => RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(a, 32).build(),
         IpAddr::V6(a) => RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(a, 128).build(),
     };
-    let route = handle.route().get(query).execute().try_next().await?;
+    // To its end: the library warns of answers that nobody takes.
+    let routes: Vec<_> = handle.route().get(query).execute().try_collect().await?;
+    let route = routes.into_iter().next();
     let mut hop = addr;
     let mut interface = 0;
     for attribute in route.into_iter().flat_map(|route| route.attributes) {
@@ -145,8 +147,9 @@ async fn neighbour(
     interface: u32,
 ) -> Result<Option<(Mac, bool)>, rtnetlink::Error> {
     let family = if addr.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-    let mut all = handle.neighbours().get().set_address_family(family).execute();
-    while let Some(entry) = all.try_next().await? {
+    let all = handle.neighbours().get().set_address_family(family).execute();
+    let all: Vec<_> = all.try_collect().await?;
+    for entry in all {
         let usable = !matches!(
             entry.header.state,
             NeighbourState::Incomplete | NeighbourState::Failed | NeighbourState::None

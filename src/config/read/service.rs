@@ -10,7 +10,8 @@ use super::values::{absolute, address, certificate, name_text, network};
 use crate::domain::filter::TopicFilter;
 use crate::domain::health::{CheckKind, CheckPath, HealthCheck};
 use crate::domain::{
-    ANY, CertificateName, ClientRoute, ClientRouteKind, RelayListener, RelayTls, limits,
+    ANY, CertificateName, ClientRoute, ClientRouteKind, RelayListener, RelayTls, TEST_TOPICS,
+    limits,
 };
 
 #[allow(clippy::too_many_lines)] // one key after the other
@@ -131,6 +132,7 @@ pub(super) fn service(r: Reader<'_>) -> Option<Service> {
         r.problem("route", format!("topic {twice:?} is routed twice; remove one of the two"));
     }
     r.finish();
+    let test_routes = test_routes(&groups, relay.as_deref(), &routes);
     Some(Service {
         name: name?,
         addr: addr?,
@@ -144,8 +146,20 @@ pub(super) fn service(r: Reader<'_>) -> Option<Service> {
         on_misprediction,
         groups,
         routes: routes.into(),
+        test_routes,
         client_routes,
     })
+}
+
+/// A topic for each group that no client has, unless it is routed otherwise.
+fn test_routes(groups: &[Group], relay: Option<&str>, routes: &[Route]) -> Vec<Route> {
+    let of_group = |group: &Group| {
+        let filter = TopicFilter::parse(&format!("{TEST_TOPICS}/{}/#", group.name)).ok()?;
+        let is_new = routes.iter().all(|route| route.filter != filter);
+        let fits = filter.levels().len() <= limits::ROUTE_LEVELS;
+        (is_new && fits).then(|| Route { filter, target: Target::Group(group.name.clone()) })
+    };
+    groups.iter().filter(|group| Some(&*group.name) != relay).filter_map(of_group).collect()
 }
 
 /// A port of the relay's beside its service's own.

@@ -1,0 +1,381 @@
+//! `mqtt-fwd test`: real messages to every broker, by every way of binding that is configured, on topics of its own
+//! (`mqtt-fwd/test/GROUP/…`), and what became of each.
+//!
+//! ```text
+//! socket ─ egress: taken ─► injected: xdp_root ─ mqtt_fwd ─ balancer ─► real ─► its answer ─► socket
+//! ```
+
+mod opening;
+mod session;
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use futures_util::{StreamExt as _, stream};
+use serde::Serialize;
+
+use self::opening::{From as Source, Here, Opened};
+use self::session::{PATIENCE, Session};
+use crate::balancer::client::BalancerError;
+use crate::config::{Binding, Config, Group, Service};
+use crate::domain::TEST_TOPICS;
+use crate::domain::health::CheckKind;
+use crate::kernel::BpfError;
+use crate::mqtt::client::{self, ConnectOptions};
+
+/// Why nothing can be tested.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectivityError {
+    #[error(transparent)]
+    Bpf(#[from] BpfError),
+    #[error(transparent)]
+    Balancer(#[from] BalancerError),
+    #[error("finding this host's address towards a service: {0}")]
+    Source(#[from] std::io::Error),
+}
+
+type Result<T, E = ConnectivityError> = std::result::Result<T, E>;
+
+/// Connections at a time.
+const AT_ONCE: usize = 8;
+/// Connections for each real of a group whose reals are chosen by client id or topic.
+const CHOSEN_TRIES: usize = 12;
+/// Connections for each real where it cannot be chosen at all.
+const SPREAD: usize = 2;
+/// Connections until a prediction is right.
+const TEACHING: usize = 4;
+/// Seconds; a test is over before.
+const KEEPALIVE: u16 = 30;
+
+/// A message, and what became of it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Tested {
+    pub service: String,
+    pub group: String,
+    /// None: it is not known which.
+    pub real: Option<IpAddr>,
+    /// predicted, delayed or relay.
+    pub binding: &'static str,
+    /// Its QoS, and its size if that matters.
+    pub message: String,
+    pub outcome: Outcome,
+    /// From its first byte to the broker's answer, milliseconds.
+    pub ms: Option<f64>,
+    /// Why it was lost, or not sent.
+    pub reason: Option<String>,
+}
+
+/// What became of a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    Arrived,
+    Lost,
+    /// It could not be sent there.
+    NotSent,
+}
+
+/// Tests all services, or one. `from`: over the network, from this address of this host, where no balancer need be.
+pub async fn test(
+    config: &Config,
+    service: Option<&str>,
+    from: Option<IpAddr>,
+) -> Result<Vec<Tested>> {
+    let source = match from {
+        Some(from) => Source::Network(from),
+        None => Source::Here(Box::new(Here::new(config).await?)),
+    };
+    let mut all = Vec::new();
+    for one in config.services.iter().filter(|s| service.is_none_or(|name| s.name == name)) {
+        if from.is_some_and(|from| from.is_ipv4() != one.addr.is_ipv4()) {
+            continue;
+        }
+        for group in &one.groups {
+            let test = Test { source: &source, service: one, group };
+            let mut found = test.run().await?;
+            let unused = group.reals.iter().filter(|real| real.weight == 0);
+            let reason = "it gets no connections: down, drained, or of weight 0";
+            found.extend(unused.map(|real| {
+                test.row(Some(real.addr), "none", Err((Outcome::NotSent, reason.to_owned())))
+            }));
+            found.sort_by(|a, b| a.real.cmp(&b.real));
+            all.extend(found);
+        }
+    }
+    Ok(all)
+}
+
+/// Of one group.
+#[derive(Clone, Copy)]
+struct Test<'a> {
+    source: &'a Source,
+    service: &'a Service,
+    group: &'a Group,
+}
+
+/// A connection whose first message arrived, or why it did not.
+struct Connected {
+    session: Session,
+    client: SocketAddr,
+    id: String,
+    topic: String,
+}
+
+impl Test<'_> {
+    async fn run(self) -> Result<Vec<Tested>> {
+        let reals: Vec<IpAddr> =
+            self.group.reals.iter().filter(|real| real.weight > 0).map(|real| real.addr).collect();
+        match (self.source, self.service.binding) {
+            (Source::Here(here), Binding::Predicted) => {
+                here.predict(self.service, &self.group.name)?;
+            }
+            (Source::Network(_), Binding::Predicted) => self.teach().await,
+            (_, Binding::Delayed) => {}
+        }
+        let tested = self.all(reals).await;
+        if let (Source::Here(here), Binding::Predicted) = (self.source, self.service.binding) {
+            here.forget(self.service)?;
+        }
+        Ok(tested)
+    }
+
+    /// Over the network, the first messages of a group are lost, as any new client's are.
+    async fn teach(self) {
+        for _ in 0..TEACHING {
+            let Ok(mut connected) = self.connect(None).await else { return };
+            let (session, topic) = (&mut connected.session, &connected.topic);
+            let done = session.publish_qos1(topic, b"mqtt-fwd test: learn").await;
+            connected.session.end().await;
+            if done.is_ok() {
+                return;
+            }
+        }
+    }
+
+    async fn all(self, reals: Vec<IpAddr>) -> Vec<Tested> {
+        if self.group.affinity.chooses_real() {
+            return self.until_all(&reals).await;
+        }
+        let wanted: Vec<Option<IpAddr>> = match self.source {
+            Source::Here(_) => reals.into_iter().map(Some).collect(),
+            Source::Network(_) => vec![None; SPREAD * reals.len()],
+        };
+        let tested = stream::iter(wanted).map(|real| self.one(real)).buffer_unordered(AT_ONCE);
+        tested.collect::<Vec<_>>().await.into_iter().flatten().collect()
+    }
+
+    fn is_relay(self) -> bool {
+        Some(&self.group.name) == self.service.relay.as_ref()
+    }
+
+    /// Connections until each real had one: which gets one is decided by what is not known here.
+    async fn until_all(self, reals: &[IpAddr]) -> Vec<Tested> {
+        let mut missing: BTreeSet<IpAddr> = reals.iter().copied().collect();
+        let mut all = Vec::new();
+        for _ in 0..CHOSEN_TRIES * reals.len() {
+            if missing.is_empty() {
+                break;
+            }
+            let found = self.one(None).await;
+            let real = found.first().and_then(|row| row.real);
+            match real {
+                Some(real) if missing.remove(&real) => all.extend(found),
+                Some(_) => {}
+                // It is not known whose this is: once is enough.
+                None => {
+                    all.extend(found);
+                    break;
+                }
+            }
+        }
+        let reason = "no client id and no topic of the test led to it";
+        all.extend(
+            missing.into_iter().map(|real| {
+                self.row(Some(real), "QoS 0", Err((Outcome::NotSent, reason.to_owned())))
+            }),
+        );
+        all
+    }
+
+    /// One connection, with all messages.
+    async fn one(self, real: Option<IpAddr>) -> Vec<Tested> {
+        let mut connected = match self.connect(real).await {
+            Ok(connected) => connected,
+            Err(failure) => return vec![self.row(real, "CONNECT", Err(failure))],
+        };
+        let rows = if self.is_relay() {
+            self.through_relay(real, &mut connected).await
+        } else {
+            self.to_broker(real, &mut connected).await
+        };
+        connected.session.end().await;
+        if let Source::Here(here) = self.source {
+            here.forget_id(&connected.id);
+        }
+        rows
+    }
+
+    async fn connect(self, real: Option<IpAddr>) -> Result<Connected, (Outcome, String)> {
+        let lost = |reason| (Outcome::Lost, reason);
+        let vip = SocketAddr::new(self.group.vip, self.service.port);
+        let opened = self.source.open(self.service, real.map(|real| (vip, real))).await;
+        let Opened { mut stream, client } = opened.map_err(|(is_unreachable, reason)| {
+            if is_unreachable { (Outcome::NotSent, reason) } else { lost(self.no_answer(&reason)) }
+        })?;
+        let nonce = getrandom::u32().map_err(|e| lost(e.to_string()))?;
+        let id = format!("mqtt-fwd-test-{nonce:08x}");
+        let mut options = ConnectOptions {
+            v5: false,
+            client_id: &id,
+            username: None,
+            password: None,
+            keep_alive: KEEPALIVE,
+        };
+        if let Some(CheckKind::Mqtt { v5, username, password, .. }) =
+            self.service.health_check.as_ref().map(|check| &check.kind)
+        {
+            options.v5 = *v5;
+            options.username = username.as_deref();
+            options.password = password.as_deref();
+        }
+        let to = SocketAddr::new(self.service.addr, self.service.port);
+        let connack = client::connect(&mut stream, to, &options);
+        let connack = tokio::time::timeout(PATIENCE, connack).await;
+        connack
+            .unwrap_or_else(|_| Err(format!("no CONNACK in {} s", PATIENCE.as_secs())))
+            .map_err(lost)?;
+        let topic = format!("{TEST_TOPICS}/{}/{nonce:08x}", self.group.name);
+        let session = Session::new(stream, options.v5);
+        Ok(Connected { session, client, id, topic })
+    }
+
+    async fn to_broker(self, real: Option<IpAddr>, connected: &mut Connected) -> Vec<Tested> {
+        let (session, topic) = (&mut connected.session, &connected.topic);
+        let mut results: Vec<(String, Result<Duration, String>)> = Vec::new();
+        let begun = Instant::now();
+        let qos0 = session.publish_qos0(topic, b"mqtt-fwd test").await;
+        let first = qos0.map(|()| begun.elapsed()).map_err(|reason| self.not_taken_over(&reason));
+        let real = match self.source {
+            Source::Here(here) => {
+                here.flow(connected.client, self.service.port).and_then(|(_, it)| it).or(real)
+            }
+            Source::Network(_) => real,
+        };
+        if let Some(reason) = self.went_wrong(connected.client).filter(|_| first.is_ok()) {
+            return vec![self.row(real, "QoS 0", Err((Outcome::Lost, reason)))];
+        }
+        results.push(("QoS 0".to_owned(), first));
+        if results[0].1.is_ok() {
+            let begun = Instant::now();
+            let qos1 = session.publish_qos1(topic, b"mqtt-fwd test").await;
+            results.push(("QoS 1".to_owned(), qos1.map(|()| begun.elapsed())));
+        }
+        if results.iter().all(|(_, result)| result.is_ok()) {
+            let size = session.largest_payload(topic).unwrap_or(1024);
+            let begun = Instant::now();
+            let large = session.publish_qos1(topic, &vec![b'.'; size]).await;
+            let large = large.map(|()| begun.elapsed()).map_err(|reason| {
+                format!("{reason}; small ones do: does a link on the way have a smaller MTU?")
+            });
+            results.push((format!("QoS 1, {size} B"), large));
+        }
+        let row = |(message, result): (String, Result<Duration, String>)| {
+            self.row(real, &message, result.map_err(|reason| (Outcome::Lost, reason)))
+        };
+        results.into_iter().map(row).collect()
+    }
+
+    /// To each group, and back by the relay's own subscription.
+    async fn through_relay(self, real: Option<IpAddr>, connected: &mut Connected) -> Vec<Tested> {
+        let nonce = connected.topic.rsplit('/').next().unwrap_or_default().to_owned();
+        let session = &mut connected.session;
+        let subscribed = session.subscribe(&format!("{TEST_TOPICS}/+/{nonce}")).await;
+        let wrong = || self.went_wrong(connected.client);
+        if let Some(reason) = subscribed.map_err(|r| self.not_taken_over(&r)).err().or_else(wrong) {
+            return vec![self.row(real, "SUBSCRIBE", Err((Outcome::Lost, reason)))];
+        }
+        let mut rows = Vec::new();
+        for group in self.service.groups.iter().filter(|group| group.name != self.group.name) {
+            let topic = format!("{TEST_TOPICS}/{}/{nonce}", group.name);
+            let begun = Instant::now();
+            let mut result = session.publish_qos1(&topic, b"mqtt-fwd test").await;
+            if result.is_ok() {
+                result = session.message(&topic).await;
+            }
+            let result = result.map(|()| begun.elapsed());
+            let message = format!("QoS 1 to {}, and back", group.name);
+            rows.push(self.row(real, &message, result.map_err(|reason| (Outcome::Lost, reason))));
+        }
+        rows
+    }
+
+    /// That a flow is not of the group; over the network, nobody can tell.
+    fn went_wrong(self, client: SocketAddr) -> Option<String> {
+        let Source::Here(here) = self.source else { return None };
+        let Some((flow, _)) = here.flow(client, self.service.port) else {
+            return Some(
+                "the datapath knows nothing of the connection: is another balancer in front?"
+                    .to_owned(),
+            );
+        };
+        (flow.group != self.group.name).then(|| {
+            let why = flow.fallback_reason.map(|reason| format!(", since {reason}"));
+            let (group, by) = (flow.group, flow.bound_by);
+            format!("it went to group {group}, bound by {by}{}", why.unwrap_or_default())
+        })
+    }
+
+    fn no_answer(self, reason: &str) -> String {
+        match (self.source, self.service.binding) {
+            (Source::Network(_), _) => {
+                format!("{reason}: do routers send {} to a balancer?", self.service.addr)
+            }
+            (_, Binding::Delayed) => format!(
+                "{reason}: it is sent to the balancer's gateway, which has to bring it back here: is that right \
+                 (`mqtt-fwd katran mac`)?"
+            ),
+            (_, Binding::Predicted) => format!(
+                "{reason}: does its host unwrap (`mqtt-fwd host status` there), is the gateway right (`mqtt-fwd katran \
+                 mac`), and does it have a route to this host?"
+            ),
+        }
+    }
+
+    fn not_taken_over(self, reason: &str) -> String {
+        if self.service.binding != Binding::Delayed || !reason.contains("did not arrive") {
+            return reason.to_owned();
+        }
+        format!(
+            "{reason}: its host does not take the connection over: `mqtt-fwd host status` there says whether handover \
+             key and clock are right; its firewall must let segments pass that are no SYN"
+        )
+    }
+
+    fn row(
+        self,
+        real: Option<IpAddr>,
+        message: &str,
+        result: Result<Duration, (Outcome, String)>,
+    ) -> Tested {
+        let binding = match self.service.binding {
+            _ if self.is_relay() => "relay",
+            Binding::Predicted => "predicted",
+            Binding::Delayed => "delayed",
+        };
+        let (outcome, ms, reason) = match result {
+            Ok(took) => (Outcome::Arrived, Some(took.as_secs_f64() * 1000.0), None),
+            Err((outcome, reason)) => (outcome, None, Some(reason)),
+        };
+        Tested {
+            service: self.service.name.clone(),
+            group: self.group.name.clone(),
+            real,
+            binding,
+            message: message.to_owned(),
+            outcome,
+            ms,
+            reason,
+        }
+    }
+}
