@@ -68,9 +68,14 @@ impl Run {
             match endpoint.connect().await {
                 Ok(channel) => break channel,
                 // One that was just started does not listen yet.
-                Err(_) if Instant::now() < deadline && instance::find(config).is_some() => {
+                Err(error)
+                    if !is_denied(&error)
+                        && Instant::now() < deadline
+                        && instance::find(config).is_some() =>
+                {
                     tokio::time::sleep(Duration::from_millis(50)).await;
                 }
+                Err(error) if is_denied(&error) => return Err(ApiError::NotRoot { pid }),
                 Err(error) => return Err(not_answering(innermost(&error))),
             }
         };
@@ -156,6 +161,19 @@ pub async fn in_force(config: Config) -> Result<Config> {
     let Some(mut run) = Run::find(&config).await? else { return Ok(config) };
     let there = run.configuration(&config.path).await?;
     Ok(if there.text == config.text { config } else { there })
+}
+
+/// Whether this process may not reach the socket.
+fn is_denied(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut error = Some(error);
+    while let Some(one) = error {
+        let denied = |e: &std::io::Error| e.kind() == std::io::ErrorKind::PermissionDenied;
+        if one.downcast_ref::<std::io::Error>().is_some_and(denied) {
+            return true;
+        }
+        error = one.source();
+    }
+    false
 }
 
 /// tonic wraps "connection refused" in several layers of "transport error".

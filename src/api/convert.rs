@@ -49,7 +49,7 @@ same_fields! {
     Finding = Finding { about, severity, text, remedy }
     Counter = Counter { name, is_verdict, count, meaning }
     GroupRow = Group { service, group, vip, reals, packets, bytes }
-    Difference = GetDifferenceResponse { steps, changed }
+    Difference = GetDifferenceResponse { changes, steps, changed }
     Flow = Flow {
         service, client, group, vip, topic, state, bound_by, fallback_reason, client_id, predicted,
         misrouted
@@ -244,6 +244,7 @@ impl From<Restored> for proto::ImportClientsResponse {
             added: done.added as u64,
             already_learned: done.already_learned as u64,
             without_group: done.without_group as u64,
+            did_not_fit: done.did_not_fit as u64,
         }
     }
 }

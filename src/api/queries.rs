@@ -106,6 +106,7 @@ impl Run {
             added: done.added as usize,
             already_learned: done.already_learned as usize,
             without_group: done.without_group as usize,
+            did_not_fit: done.did_not_fit as usize,
         })
     }
 

@@ -108,7 +108,9 @@ impl Control {
     pub async fn poll(&mut self, tasks: &mut Tasks) {
         let config = self.state.config();
         let mut problems = self.state.reals.problems(&config);
+        problems.extend(self.state.observed.own_problems());
         let counters = self.datapath.counters().unwrap_or_default();
+        self.state.observed.note_counters(&counters);
         let dropped = chain::balancer_misses(&config.pins()).unwrap_or_default();
         problems.extend(self.misrouting.add(&counters, dropped, Instant::now()));
         self.reconciler.reconcile(&self.in_effect.config, &self.datapath, problems).await;
@@ -143,6 +145,7 @@ impl Control {
         match reload(&self.state.config(), self.balancer.as_ref()) {
             Ok(new) => {
                 info!(path = %new.path.display(), "configuration reloaded");
+                self.state.observed.note_reload(None);
                 self.reset_dead();
                 self.config.send_replace(Arc::new(new));
                 tasks.reloaded().await;
@@ -150,6 +153,7 @@ impl Control {
             }
             Err(why) => {
                 error!("configuration not reloaded, the previous one stays in force: {why}");
+                self.state.observed.note_reload(Some(why.to_string()));
                 if let Some(answer) = answer {
                     let _ = answer.send(Err(Unmade::Refused(why.to_string())));
                 }

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::task::JoinHandle;
 use tracing::{debug, error, info, warn};
@@ -13,7 +14,10 @@ use crate::datapath::Datapath;
 use crate::inspect::metrics::Metrics;
 use crate::rescue::Rescuer;
 use crate::state::State;
-use crate::{chain, clients, health_checks, metrics};
+use crate::{chain, clients, connectivity, health_checks, metrics};
+
+/// From a start or reload to the first test.
+const TEST_DELAY: Duration = Duration::from_secs(10);
 
 /// A task that ends with the value.
 #[derive(Debug)]
@@ -42,6 +46,7 @@ pub struct Tasks {
     remote: Option<Remote>,
     watchdog: Task,
     checks: Task,
+    tests: Option<Task>,
     rescuer: Option<Rescuer>,
     /// From when on the file's clients have been loaded.
     saving: Option<Task>,
@@ -63,6 +68,7 @@ impl Tasks {
             remote,
             watchdog: watchdog(state),
             checks: checks(state),
+            tests: tests(state),
             rescuer: None,
             saving: None,
             state: state.clone(),
@@ -91,6 +97,7 @@ impl Tasks {
     pub async fn reloaded(&mut self) {
         self.watchdog = watchdog(&self.state);
         self.checks = checks(&self.state);
+        self.tests = tests(&self.state);
         let Some(api) = self.state.config().api.clone() else {
             self.remote = None;
             return;
@@ -115,7 +122,7 @@ impl Tasks {
 
     /// Ends them, and what they have in hand.
     pub async fn finish(self, datapath: &Datapath) {
-        drop((self.watchdog, self.checks));
+        drop((self.watchdog, self.checks, self.tests));
         if let Some(rescuer) = self.rescuer {
             rescuer.finish().await;
         }
@@ -131,6 +138,21 @@ fn watchdog(state: &State) -> Task {
 
 fn checks(state: &State) -> Task {
     Task::spawn(health_checks::run(state.config(), Arc::clone(&state.reals)))
+}
+
+/// Tests as configured.
+fn tests(state: &State) -> Option<Task> {
+    let interval = state.config().test_interval?;
+    let state = state.clone();
+    Some(Task::spawn(async move {
+        // What was just configured comes into force first, and brokers are checked.
+        tokio::time::sleep(interval.min(TEST_DELAY)).await;
+        loop {
+            let result = connectivity::test(&state.in_effect(), None, None).await;
+            state.observed.note_test(result.map_err(|error| error.to_string()));
+            tokio::time::sleep(interval).await;
+        }
+    }))
 }
 
 fn serve_metrics(addr: SocketAddr, state: &State) -> Result<Task> {

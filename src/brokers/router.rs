@@ -8,7 +8,7 @@ use super::connection::BrokerInfo;
 use super::tls::{Connector, TlsError};
 use crate::config::Config;
 use crate::domain::filter::{Level, TopicFilter};
-use crate::domain::{Service, Target, rendezvous};
+use crate::domain::{Route, Service, TEST_TOPICS, Target, rendezvous};
 use crate::routes::compile::{Automaton, State, TooManyStates};
 use crate::routes::walk;
 
@@ -70,6 +70,9 @@ pub struct Router {
     edges: HashMap<u32, HashMap<Box<[u8]>, u32>>,
     start: u32,
     start_dollar: u32,
+    /// Where topics of tests pass, and no others: wildcards do not lead there, or they would take their filters to
+    /// all groups.
+    tests: Option<u32>,
     /// The group of each route; `None`: an "any" route.
     targets: Vec<Option<usize>>,
     groups: Vec<Group>,
@@ -116,7 +119,16 @@ impl Router {
                 Target::Any => None,
             })
             .collect();
+        let (test, _) = TEST_TOPICS.split_once('/').unwrap_or((TEST_TOPICS, ""));
+        let is_test =
+            |route: &Route| route.filter.levels().first() == Some(&Level::Literal(test.into()));
+        let tests = if service.routes.iter().any(is_test) {
+            None
+        } else {
+            edges.get(&automaton.start).and_then(|edges| edges.get(test.as_bytes())).copied()
+        };
         Ok(Self {
+            tests,
             automaton: automaton.states,
             edges,
             start: automaton.start,
@@ -215,7 +227,10 @@ impl Router {
                     Level::Literal(text) => {
                         after.insert(self.next(*state, text.as_bytes()));
                     }
-                    Level::One => after.extend(self.after(*state)),
+                    Level::One => {
+                        let unlike = |next: &u32| Some(*next) != self.tests;
+                        after.extend(self.after(*state).filter(unlike));
+                    }
                     // "a/#" also matches "a" (MQTT 3.1.1 §4.7.1.2).
                     Level::Rest => groups.extend(self.reachable(*state, budget)),
                 }
@@ -254,6 +269,7 @@ impl Router {
         }
         let mut groups = BTreeSet::new();
         let (mut seen, mut todo) = (BTreeSet::from([from]), vec![from]);
+        seen.extend(self.tests);
         let mut visits = Budget(REACHABLE_MAX);
         while let Some(state) = todo.pop() {
             self.accepted(state, &mut groups);
@@ -371,6 +387,20 @@ route = [{}]
             6,
             "wherever its publisher is"
         );
+    }
+
+    #[test]
+    fn only_who_names_them_gets_messages_of_tests() {
+        let t = table(&[("x/y", "a")]);
+        let groups = |filter: &str| {
+            let brokers = t.brokers_for(filter, &mut Budget::of_packet()).into_iter();
+            brokers.map(|b| group(&t, b)).collect::<BTreeSet<_>>().into_iter().collect::<String>()
+        };
+        assert_eq!(groups("mqtt-fwd/test/b/1"), "b");
+        assert_eq!(groups("mqtt-fwd/test/+/1"), groups("mqtt-fwd/#"));
+        assert!(groups("mqtt-fwd/#").contains('a') && groups("mqtt-fwd/#").contains('b'));
+        // Of b there is no route.
+        assert!(!groups("+/+/+/1").contains('b') && !groups("+/#").contains('b'));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! `check` and `routes`: what the configuration means.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 
 use serde::Serialize;
 
@@ -10,52 +11,111 @@ use crate::config::{Binding, Config, Group, Service};
 use crate::datapath::Datapath;
 use crate::datapath::plan::MapPlan;
 use crate::domain::Affinity;
+use crate::domain::health::CheckPath;
 use crate::handover::keys::{KeyFile, now};
 use crate::kernel::xdp;
 
-pub fn check(config: &Config) -> Result<(), Error> {
+/// Of the JSON: it changes when a field goes or means something else.
+const SCHEMA: u32 = 1;
+
+#[derive(Serialize)]
+struct Checked<'a> {
+    schema: u32,
+    path: &'a std::path::Path,
+    services: Vec<CheckedService<'a>>,
+}
+
+#[derive(Serialize)]
+struct CheckedService<'a> {
+    name: &'a str,
+    address: SocketAddr,
+    routes: usize,
+    groups: usize,
+    reals: usize,
+    default_group: &'a str,
+    /// What it takes besides, or what follows from it, a sentence each.
+    notes: Vec<String>,
+}
+
+pub fn check(config: &Config, output: Output) -> Result<(), Error> {
     // Where another configuration is in force, both have to fit for a moment.
     if let Ok(datapath) = Datapath::open(&config.pins()) {
         let mtu = xdp::interface_mtu(&config.interface)?;
         MapPlan::of(config, &datapath, mtu)?;
     }
+    let services: Vec<CheckedService<'_>> =
+        config.services.iter().map(|service| summary(config, service)).collect();
+    if output.json {
+        table::json(&Checked { schema: SCHEMA, path: &config.path, services });
+        return Ok(());
+    }
     line(&format!("{}: valid", config.path.display()));
-    for service in &config.services {
-        let reals: usize = service.groups.iter().map(|g| g.reals.len()).sum();
+    for service in services {
         line(&format!(
             "service {} at {}: {} to {} with {}, default group {}",
             service.name,
-            std::net::SocketAddr::new(service.addr, service.port),
-            counted(service.routes.len(), "route"),
-            counted(service.groups.len(), "group"),
-            counted(reals, "real"),
+            service.address,
+            counted(service.routes, "route"),
+            counted(service.groups, "group"),
+            counted(service.reals, "real"),
             service.default_group
         ));
-        if service.binding == Binding::Delayed {
-            handover(config, service);
-        }
-        if let Some(relay) = service.relay.as_ref().and_then(|name| service.group(name)) {
-            relayed(service, relay);
-        }
-        scattered(service);
+        service.notes.iter().for_each(|note| line(&format!("  {note}")));
     }
     Ok(())
 }
 
+fn summary<'a>(config: &Config, service: &'a Service) -> CheckedService<'a> {
+    let mut notes = Vec::new();
+    if service.binding == Binding::Delayed {
+        notes.extend(handover(config, service));
+    }
+    if let Some(relay) = service.relay.as_ref().and_then(|name| service.group(name)) {
+        notes.push(relayed(service, relay));
+    }
+    notes.extend(unchecked(service));
+    notes.extend(scattered(service));
+    CheckedService {
+        name: &service.name,
+        address: SocketAddr::new(service.addr, service.port),
+        routes: service.routes.len() + service.client_routes.len(),
+        groups: service.groups.len(),
+        reals: service.groups.iter().map(|g| g.reals.len()).sum(),
+        default_group: &service.default_group,
+        notes,
+    }
+}
+
+/// Faults of brokers, or of the way to them, that `status` will not see.
+fn unchecked(service: &Service) -> Option<String> {
+    let cure =
+        "health_check = { type = \"mqtt\", path = \"encapsulated\" } sends what clients send";
+    match service.health_check.as_ref().map(|check| check.path) {
+        None => Some(format!(
+            "its brokers are not checked, so `status` is healthy whatever they are: {cure}"
+        )),
+        Some(CheckPath::Direct) => Some(format!(
+            "its brokers are checked at their own addresses, which says nothing of the way that clients' packets \
+             take: {cure}"
+        )),
+        Some(CheckPath::Encapsulated) => None,
+    }
+}
+
 /// Groups in which what brokers keep lies now at one, now at another.
-fn scattered(service: &Service) {
+fn scattered(service: &Service) -> Option<String> {
     let groups = service.groups.iter().filter(|g| Some(&g.name) != service.relay.as_ref());
     let of_several = groups.filter(|g| g.affinity == Affinity::None && g.reals.len() > 1);
     let names: Vec<_> = of_several.map(|g| g.name.as_str()).collect();
     if names.is_empty() {
-        return;
+        return None;
     }
     let cure = match service.binding {
         Binding::Delayed => "give each real a vip, and affinity = \"client_id\" or \"topic\"",
         Binding::Predicted => "affinity = \"client_ip\", or binding = \"delayed\"",
     };
-    line(&format!(
-        "  without affinity ({}): each connection of a client may find another broker of its group, so persistent \
+    Some(format!(
+        "without affinity ({}): each connection of a client may find another broker of its group, so persistent \
          sessions and QoS 2 start over, and the will of a connection that was lost may come after the next one's \
          birth message{}; {cure}",
         names.join(", "),
@@ -64,42 +124,43 @@ fn scattered(service: &Service) {
         } else {
             ""
         }
-    ));
+    ))
 }
 
 /// What the relay needs that the configuration cannot give.
-fn relayed(service: &Service, relay: &Group) {
+fn relayed(service: &Service, relay: &Group) -> String {
     let hosts: Vec<_> = relay.reals.iter().map(|r| r.addr.to_string()).collect();
     let ports: Vec<_> = std::iter::once(service.port)
         .chain(service.listeners.iter().map(|l| l.port))
         .map(|port| port.to_string())
         .collect();
-    line(&format!(
-        "  relay: `mqtt-fwd relay` on {}, with this file, listens on port {} of {}",
+    format!(
+        "relay: `mqtt-fwd relay` on {}, with this file, listens on port {} of {}",
         hosts.join(", "),
         ports.join(", "),
         service.addr
-    ));
+    )
 }
 
 /// What delayed binding needs that the configuration cannot give.
-fn handover(config: &Config, service: &Service) {
+fn handover(config: &Config, service: &Service) -> [String; 2] {
     let hosts: BTreeSet<_> =
         service.groups.iter().flat_map(|g| &g.reals).map(|r| r.addr.to_string()).collect();
     let list: Vec<_> = hosts.into_iter().collect();
-    line(&format!(
-        "  binding = \"delayed\": each broker host ({}) needs Linux 6.9 or later and \
+    let hosts = format!(
+        "binding = \"delayed\": each broker host ({}) needs Linux 6.9 or later and \
          `mqtt-fwd host up --handover-key FILE`; `mqtt-fwd host status` there says what is missing",
         list.join(", ")
-    ));
-    match KeyFile::read(&config.handover_key) {
-        Ok(file) => line(&format!(
-            "  handover key {}: fingerprint {} in use; the hosts' `mqtt-fwd keys show` must say the same",
+    );
+    let key = match KeyFile::read(&config.handover_key) {
+        Ok(file) => format!(
+            "handover key {}: fingerprint {} in use; the hosts' `mqtt-fwd keys show` must say the same",
             config.handover_key.display(),
             file.in_use(now()).fingerprint()
-        )),
-        Err(e) => line(&format!("  not ready: {e}")),
-    }
+        ),
+        Err(e) => format!("not ready: {e}"),
+    };
+    [hosts, key]
 }
 
 #[derive(Serialize)]

@@ -76,9 +76,16 @@ impl Clients {
                     0 => String::new(),
                     n => format!(", {n} whose groups are not in force (`mqtt-fwd apply`)"),
                 };
+                let stayed = done.added - done.did_not_fit;
+                let lost = match done.did_not_fit {
+                    0 => String::new(),
+                    n => format!(
+                        ", {n} found no place beside the others (raise [maps] clients or client_ids)"
+                    ),
+                };
                 table::line(&format!(
-                    "{} clients imported; {} had been learned already{instead}",
-                    done.added, done.already_learned
+                    "{stayed} clients imported; {} had been learned already{instead}{lost}",
+                    done.already_learned
                 ));
                 Ok(())
             }

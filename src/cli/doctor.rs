@@ -1,30 +1,75 @@
 //! `doctor`: what stands in the way of packets.
 
+use std::pin::pin;
+
+use clap::Args;
+
 use super::block_on;
 use super::error::Error;
-use super::table::{self, Output, line};
-use crate::api::{ApiError, Run};
+use super::find::{Found, find_or};
+use super::table::{self, Output, counted, line};
+use crate::api::{self, ApiError};
 use crate::config::Config;
+use crate::connectivity::{self, Outcome};
 use crate::inspect::Context;
 use crate::inspect::doctor::{Finding, examine};
 
 /// `run` looks, and where it does not answer or there is none, this process.
 async fn findings(config: Config) -> Result<Vec<Finding>, ApiError> {
-    match Run::find(&config).await {
-        Ok(Some(mut run)) => run.diagnose().await,
-        Ok(None) => Ok(examine(&Context::outside(config)).await),
-        Err(silent @ ApiError::NotAnswering { .. }) => {
-            let mut found = examine(&Context::outside(config)).await;
-            found.push(Finding::fault("run", silent.to_string(), "systemctl restart mqtt-fwd"));
+    let context = Context::outside(config.clone());
+    let here = pin!(examine(&context));
+    match find_or(&config, here).await? {
+        Found::Run(mut run) => run.diagnose().await,
+        Found::Here(silent, mut found) => {
+            let fault =
+                |e: ApiError| Finding::fault("run", e.to_string(), "systemctl restart mqtt-fwd");
+            found.extend(silent.map(fault));
             Ok(found)
         }
-        Err(error) => Err(error),
     }
 }
 
-pub fn doctor(config: Config, output: Output) -> Result<(), Error> {
-    let interface = config.interface.clone();
-    let found = block_on(findings(config))?;
+#[derive(Debug, Args)]
+pub struct Doctor {
+    /// Also send messages to every broker, as `mqtt-fwd test` does
+    #[arg(long)]
+    deep: bool,
+
+    #[command(flatten)]
+    output: Output,
+}
+
+/// What `mqtt-fwd test` finds.
+async fn tested(config: Config) -> Vec<Finding> {
+    let config = api::in_force(config.clone()).await.unwrap_or(config);
+    let tested = connectivity::test(&super::test::in_effect(&config).await, None, None).await;
+    let tested = match tested {
+        Ok(tested) => tested,
+        Err(error) => return vec![Finding::fault("test", error.to_string(), "")],
+    };
+    let (lost, others): (Vec<_>, Vec<_>) =
+        tested.iter().partition(|one| one.outcome == Outcome::Lost);
+    let arrived = others.iter().filter(|one| one.outcome == Outcome::Arrived).count();
+    let mut found = vec![Finding::ok("test", format!("{} arrived", counted(arrived, "message")))];
+    found.extend(lost.iter().map(|one| Finding::fault("test", format!("lost: {one}"), "")));
+    found
+}
+
+impl Doctor {
+    pub fn run(&self, config: Config) -> Result<(), Error> {
+        let interface = config.interface.clone();
+        let found = block_on(async {
+            let mut found = findings(config.clone()).await?;
+            if self.deep {
+                found.extend(tested(config).await);
+            }
+            Ok::<_, ApiError>(found)
+        })?;
+        show(found, interface, self.output)
+    }
+}
+
+fn show(found: Vec<Finding>, interface: String, output: Output) -> Result<(), Error> {
     if output.json {
         table::json(&found);
     } else {

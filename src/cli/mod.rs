@@ -8,6 +8,7 @@ mod doctor;
 mod error;
 mod events;
 mod explain;
+mod find;
 mod host;
 mod katran;
 mod keys;
@@ -79,11 +80,11 @@ enum Command {
     /// Run the relay, in the foreground: it routes each message to its group
     Relay,
     /// Check the configuration file and summarize it
-    Check,
+    Check(table::Output),
     /// Show the state of chain, balancer and services, with counters
     Status(status::Show),
     /// Follow the packet path and report whatever blocks it
-    Doctor(table::Output),
+    Doctor(doctor::Doctor),
     /// Send messages to every broker, and report what arrived
     Test(test::Test),
     /// Show groups, reals, topics and clients on one screen, with rates
@@ -108,7 +109,7 @@ enum Command {
     /// Replay a capture and report where each message would go
     Replay(replay::Replay),
     /// Show what differs between the file and the running state; exits with 1 if anything does
-    Diff,
+    Diff(table::Output),
     /// Load mqtt_fwd into the interface's XDP chain
     Load(chain::Load),
     /// Detach and unpin all programs, or only mqtt_fwd
@@ -195,17 +196,17 @@ fn run(cli: Cli) -> Result<(), Error> {
     // What is in force may have been changed since it was read from the file.
     let in_force = || -> Result<Config, Error> { block_on(api::in_force(config()?)) };
     match cli.command {
-        Command::Check => check::check(&config()?),
+        Command::Check(output) => check::check(&config()?, output),
         Command::Load(args) => chain::load(&args, &config()?),
         Command::Unload(args) => args.run(&config()?),
         Command::Apply(args) => args.run(&config()?),
-        Command::Diff => run::diff(config()?),
+        Command::Diff(output) => run::diff(config()?, output),
         Command::Change(args) => args.run(&config()?),
         Command::Run => run::run(config()?),
         Command::Balancer => run::balancer(&config()?),
         Command::Status(args) => args.run(config()?),
         Command::Test(args) => args.run(&in_force()?),
-        Command::Doctor(output) => doctor::doctor(config()?, output),
+        Command::Doctor(args) => args.run(config()?),
         Command::Clients(args) => args.run(&in_force()?),
         Command::Flows(output) => tables::flows(&in_force()?, output),
         Command::Routes(output) => {

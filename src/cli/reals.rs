@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::block_on;
 use super::error::Error;
 use super::table::{self, Output, counted, line};
-use crate::api::Run;
+use crate::api::{Drained, Run};
 use crate::config::{Config, address};
 
 #[derive(Serialize)]
@@ -60,6 +60,21 @@ pub struct Drain {
     /// Also end its connections, this many per second, each with DISCONNECT when its client sends next
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     end_per_second: Option<u32>,
+
+    #[command(flatten)]
+    output: Output,
+}
+
+/// Of the JSON: it changes when a field goes or means something else.
+const SCHEMA: u32 = 1;
+
+#[derive(Serialize)]
+struct Printed {
+    schema: u32,
+    real: IpAddr,
+    drained: bool,
+    groups: usize,
+    ending: usize,
 }
 
 #[derive(Debug, Args)]
@@ -67,6 +82,14 @@ pub struct Undrain {
     /// Address of the real
     #[arg(value_parser = address)]
     real: IpAddr,
+
+    #[command(flatten)]
+    output: Output,
+}
+
+fn json(real: IpAddr, drained: bool, done: Drained) {
+    let Drained { groups, ending } = done;
+    table::json(&Printed { schema: SCHEMA, real, drained, groups, ending });
 }
 
 impl Drain {
@@ -75,6 +98,10 @@ impl Drain {
         let done = block_on(async {
             Run::require(config, "a drain").await?.drain(self.real, per_second).await
         })?;
+        if self.output.json {
+            json(self.real, true, done);
+            return Ok(());
+        }
         let established = match self.end_per_second {
             Some(n) => format!(
                 "{} of it end as their clients send, {n} per second",
@@ -95,6 +122,10 @@ impl Undrain {
     pub fn run(&self, config: &Config) -> Result<(), Error> {
         let done =
             block_on(async { Run::require(config, "a drain").await?.undrain(self.real).await })?;
+        if self.output.json {
+            json(self.real, false, done);
+            return Ok(());
+        }
         line(&format!(
             "{}: gets new connections in {} again",
             self.real,

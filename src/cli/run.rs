@@ -1,9 +1,10 @@
 //! `apply`, `run` and `balancer`.
 
 use clap::Args;
+use serde::Serialize;
 
 use super::error::Error;
-use super::table::line;
+use super::table::{self, Output, line};
 use super::{block_on, from_run_or};
 use crate::api::Run;
 use crate::app;
@@ -12,54 +13,86 @@ use crate::chain::health;
 use crate::config::Config;
 use crate::datapath::Datapath;
 use crate::handover::silent;
-use crate::inspect::{Context, diff as difference};
+use crate::inspect::Context;
+use crate::inspect::diff::{self as difference, Difference};
 use crate::instance::{self, Running};
 use crate::reconcile::plan::Plan;
 use crate::reconcile::{apply, gateway};
+
+/// Of the JSON: it changes when a field goes or means something else.
+const SCHEMA: u32 = 1;
 
 #[derive(Debug, Args)]
 pub struct Apply {
     /// Only print what would be done
     #[arg(long)]
     dry_run: bool,
+
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Serialize)]
+struct Printed<'a> {
+    schema: u32,
+    #[serde(flatten)]
+    difference: &'a Difference,
+}
+
+#[derive(Serialize)]
+struct Applied<'a> {
+    schema: u32,
+    dry_run: bool,
+    changes: &'a [String],
+    steps: &'a [String],
 }
 
 /// What differs between the file, with reals that are out of use, and what is in force.
-pub fn diff(config: Config) -> Result<(), Error> {
+pub fn diff(config: Config, output: Output) -> Result<(), Error> {
     let difference = from_run_or(
         &config,
         async |mut run| run.difference().await,
         async || Ok(difference::read(&Context::outside(config.clone())).await?),
     )?;
-    for text in &difference.steps {
-        line(text);
+    let differs = difference.changed || !difference.steps.is_empty();
+    if output.json {
+        table::json(&Printed { schema: SCHEMA, difference: &difference });
+    } else {
+        print(&difference.changes, &difference.steps);
+        if !differs {
+            line("all is as configured");
+        } else if difference.changes.is_empty() && difference.steps.is_empty() {
+            line(&format!("{} was changed in comments or spaces only", config.path.display()));
+        }
     }
-    if difference.changed && difference.steps.is_empty() {
-        line(&format!(
-            "{} is not what `run` works by: one of them was changed, in what is neither of the maps nor of \
-             the balancer, or back",
-            config.path.display()
-        ));
+    if differs { Err(Error::Differs { path: config.path }) } else { Ok(()) }
+}
+
+/// First what was changed, by names, then what is done for it.
+fn print(changes: &[String], steps: &[String]) {
+    changes.iter().for_each(|text| line(text));
+    if !changes.is_empty() && !steps.is_empty() {
+        line("");
     }
-    if difference.changed || !difference.steps.is_empty() {
-        return Err(Error::Differs { path: config.path });
-    }
-    line("all is as configured");
-    Ok(())
+    steps.iter().for_each(|text| line(text));
 }
 
 impl Apply {
     pub fn run(&self, config: &Config) -> Result<(), Error> {
-        let lines = block_on(self.steps(config))?;
-        for text in &lines {
-            line(text);
+        let (changes, steps) = block_on(self.steps(config))?;
+        if self.output.json {
+            let (changes, steps) = (&changes[..], &steps[..]);
+            table::json(&Applied { schema: SCHEMA, dry_run: self.dry_run, changes, steps });
+        } else {
+            print(&changes, &steps);
+            let noun = if steps.len() == 1 { "step" } else { "steps" };
+            line(&match (steps.len(), self.dry_run) {
+                (0, false) if !changes.is_empty() => "in force".to_owned(),
+                (0, _) if changes.is_empty() => "all is as configured".to_owned(),
+                (n, true) => format!("{n} {noun}; nothing was changed (--dry-run)"),
+                (n, false) => format!("{n} {noun} done, and read back"),
+            });
         }
-        let steps = if lines.len() == 1 { "step" } else { "steps" };
-        line(&match (lines.len(), self.dry_run) {
-            (0, _) => "all is as configured".to_owned(),
-            (n, true) => format!("{n} {steps}; nothing was changed (--dry-run)"),
-            (n, false) => format!("{n} {steps} done, and read back"),
-        });
         // What is configured right may still not be forwarded.
         for problem in health::problems(config) {
             tracing::warn!("{problem}");
@@ -67,7 +100,8 @@ impl Apply {
         Ok(())
     }
 
-    async fn steps(&self, config: &Config) -> Result<Vec<String>, Error> {
+    /// What was changed, as far as a `run` knows, and what is done for it.
+    async fn steps(&self, config: &Config) -> Result<(Vec<String>, Vec<String>), Error> {
         if let Some(running) = instance::find(config) {
             return by_run(&running, config, self.dry_run).await;
         }
@@ -80,13 +114,17 @@ impl Apply {
             silent::put_keys(config, &datapath)?;
             apply::apply(config, gateway, &datapath, &mut client).await?
         };
-        Ok(plan.lines())
+        Ok((Vec::new(), plan.lines()))
     }
 }
 
 /// A `run` at work would undo what it does not know of: it is asked what differs, told to read the file again, and
 /// waited for.
-async fn by_run(running: &Running, config: &Config, dry_run: bool) -> Result<Vec<String>, Error> {
+async fn by_run(
+    running: &Running,
+    config: &Config,
+    dry_run: bool,
+) -> Result<(Vec<String>, Vec<String>), Error> {
     let no_run = || Error::Failed("`run` has just ended; try again".to_owned());
     if !running.reads(config) {
         return Err(Error::Failed(format!(
@@ -104,7 +142,7 @@ async fn by_run(running: &Running, config: &Config, dry_run: bool) -> Result<Vec
     if !dry_run && (difference.changed || !difference.steps.is_empty()) {
         run.reload().await?;
     }
-    Ok(difference.steps)
+    Ok((difference.changes, difference.steps))
 }
 
 pub fn run(config: Config) -> Result<(), Error> {

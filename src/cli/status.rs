@@ -1,12 +1,14 @@
 //! `status`: is everything where it should be, and what goes through it?
 
 use clap::Args;
+use std::pin::pin;
+
 use serde::Serialize;
 
 use super::block_on;
 use super::error::Error;
+use super::find::{Found, find_or};
 use super::table::{self, Output, line};
-use crate::api::{ApiError, Run};
 use crate::config::Config;
 use crate::domain::Problem;
 use crate::inspect::Context;
@@ -35,13 +37,13 @@ pub struct Show {
 
 /// As `run` has it, and where it does not answer or there is none, as it is seen from here.
 async fn read(config: Config) -> Result<Status, Error> {
-    let silent = match Run::find(&config).await {
-        Ok(Some(mut run)) => return Ok(run.status().await?),
-        Ok(None) => None,
-        Err(silent @ ApiError::NotAnswering { .. }) => Some(silent),
-        Err(error) => return Err(error.into()),
+    let context = Context::outside(config.clone());
+    let here = pin!(status::read(&context));
+    let (silent, here) = match find_or(&config, here).await? {
+        Found::Run(mut run) => return Ok(run.status().await?),
+        Found::Here(silent, here) => (silent, here),
     };
-    let mut status = status::read(&Context::outside(config)).await?;
+    let mut status = here?;
     if let Some(error) = silent {
         status.add(Problem::new("run_not_answering", error.to_string()));
     }

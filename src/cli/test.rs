@@ -75,7 +75,7 @@ impl Test {
 }
 
 /// With the weights that reals have by their checks, if there is a `run` to ask.
-async fn in_effect(config: &Config) -> Config {
+pub async fn in_effect(config: &Config) -> Config {
     let mut config = config.clone();
     let Ok(Some(mut run)) = Run::find(&config).await else { return config };
     let Ok(states) = run.reals().await else { return config };

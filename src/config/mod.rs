@@ -1,5 +1,6 @@
 //! The configuration: one TOML file, read and checked as a whole before anything is touched.
 
+mod differences;
 pub mod edit;
 mod error;
 mod read;
@@ -9,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use differences::differences;
 pub use error::{ConfigError, Problem};
 pub use read::{address, endpoint, mac};
 
@@ -55,6 +57,8 @@ pub struct Config {
     pub clients_save_interval: Duration,
     /// Between two reconciliations with the balancer.
     pub reconcile_interval: Duration,
+    /// Between two tests of `run`, as `mqtt-fwd test` makes them; `None`: it makes none.
+    pub test_interval: Option<Duration>,
     /// How much the datapath reports and stores in a second.
     pub rates: Rates,
     /// Map capacities.

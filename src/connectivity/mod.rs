@@ -9,6 +9,7 @@ mod opening;
 mod session;
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -64,6 +65,17 @@ pub struct Tested {
     pub ms: Option<f64>,
     /// Why it was lost, or not sent.
     pub reason: Option<String>,
+}
+
+impl fmt::Display for Tested {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { service, group, message, .. } = self;
+        match self.real {
+            Some(real) => write!(f, "to {real} of group {group} ({service}), {message}")?,
+            None => write!(f, "to group {group} ({service}), {message}")?,
+        }
+        self.reason.as_ref().map_or(Ok(()), |reason| write!(f, ": {reason}"))
+    }
 }
 
 /// What became of a message.

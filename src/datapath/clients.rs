@@ -13,9 +13,10 @@ use crate::domain::client_record::{ClientRecord, IdentifiedBy, Restored};
 use crate::domain::{Target, limits, rendezvous};
 use crate::kernel::Result;
 use crate::kernel::abi::{
-    Pod as _, addr_words, binding_of, binding_parts, client, client_flags, client_id, client4,
-    client6, group, name_text, service_table, topic, topic_verdict, words_addr,
+    Pod, addr_words, binding_of, binding_parts, client, client_flags, client_id, client4, client6,
+    group, name_text, service_table, topic, topic_verdict, words_addr,
 };
+use crate::kernel::maps::Table;
 use crate::routes::hash::Keys;
 
 /// A client and its prediction.
@@ -409,7 +410,19 @@ pub fn restore(
     datapath.clients.put_all(&new.v4)?;
     datapath.clients6.put_all(&new.v6)?;
     datapath.client_ids.put_all(&new.ids)?;
+    restored.did_not_fit = gone(&datapath.clients, new.v4.iter().map(|(key, _)| key))?
+        + gone(&datapath.clients6, new.v6.iter().map(|(key, _)| key))?
+        + gone(&datapath.client_ids, new.ids.iter().map(|(key, _)| key))?;
     Ok(restored)
+}
+
+/// How many of these keys are in a map no more.
+fn gone<'a, K: Pod + 'a, V: Pod>(
+    map: &Table<K, V>,
+    keys: impl Iterator<Item = &'a K>,
+) -> Result<usize> {
+    let there: HashSet<Vec<u8>> = map.keys()?.iter().map(|key| key.bytes().to_vec()).collect();
+    Ok(keys.filter(|key| !there.contains(key.bytes())).count())
 }
 
 fn service_of<'a>(

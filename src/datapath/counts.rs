@@ -25,6 +25,19 @@ impl Counters {
         at.and_then(|at| self.0.get(at)).copied().unwrap_or_default()
     }
 
+    /// Whether any of them is larger than the other's: those began at zero since.
+    pub fn is_beyond(&self, later: &Self) -> bool {
+        self.0.iter().zip(&later.0).any(|(before, now)| before > now)
+    }
+
+    /// By how much each has grown since.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> Self {
+        let grown =
+            |(i, now): (usize, &u64)| now.saturating_sub(before.0.get(i).copied().unwrap_or(0));
+        Self(self.0.iter().enumerate().map(grown).collect())
+    }
+
     /// All of them.
     pub fn iter(&self) -> impl Iterator<Item = (&'static Reason, u64)> + '_ {
         REASONS.iter().zip(self.0.iter().copied())

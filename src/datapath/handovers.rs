@@ -116,6 +116,12 @@ impl Datapath {
         Ok(true)
     }
 
+    /// Whether SYNs can be answered.
+    pub fn has_cookie_keys(&self) -> Result<bool> {
+        let keys = self.handover_keys.get(&0)?.unwrap_or_default();
+        Ok(keys.key.iter().flatten().any(|word| *word != 0))
+    }
+
     /// Brings cookie keys into the datapath; whether they differ from those there.
     pub fn put_cookie_keys(&self, keys: &CookieKeys) -> Result<bool> {
         let wanted = handover_keys::from(keys);

@@ -62,6 +62,8 @@ pub struct ClientRecord {
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Restored {
     pub added: usize,
+    /// Others took their places: the maps are too small.
+    pub did_not_fit: usize,
     /// The datapath has learned of them itself.
     pub already_learned: usize,
     /// Their service or group does not exist any more.

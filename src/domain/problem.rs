@@ -13,14 +13,14 @@ pub struct Problem {
 
 impl Problem {
     /// Whether this host forwards regardless: the fault lies behind it, and is the same from any other
-    /// balancer.
+    /// balancer, or is about what comes next.
     pub fn is_elsewhere(&self) -> bool {
         ELSEWHERE.contains(&self.code.as_str())
     }
 
-    /// Whether others can only hear of it from `run`, which takes a while to find it.
-    pub fn is_seen_by_run_only(&self) -> bool {
-        self.is_elsewhere() || ["balancer_misses", "gateway_differs"].contains(&self.code.as_str())
+    /// Whether anybody can look for it, so that what `run` found a moment ago need not be so any more.
+    pub fn is_seen_from_outside(&self) -> bool {
+        SEEN_FROM_OUTSIDE.contains(&self.code.as_str())
     }
 
     /// Of a code and a text.
@@ -36,11 +36,36 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Codes of faults that are not this host's, and that only `run` sees, as it takes a while to find them.
-pub const ELSEWHERE: [&str; 4] = ["real_down", "not_checked", "misrouted", "handover_stuck"];
+/// Codes of faults that this host forwards regardless of.
+pub const ELSEWHERE: [&str; 7] = [
+    "real_down",
+    "not_checked",
+    "misrouted",
+    "handover_stuck",
+    "handover_key",
+    "reload_refused",
+    "test_failed",
+];
+
+/// Codes of what any process of this host finds by looking; of the others, only `run` knows.
+const SEEN_FROM_OUTSIDE: [&str; 13] = [
+    "chain_missing",
+    "chain_unreadable",
+    "root_missing",
+    "root_foreign",
+    "mqtt_fwd_missing",
+    "balancer_missing",
+    "balancer_unpatched",
+    "balancer_orphaned",
+    "balancer_unreachable",
+    "balancer_differs",
+    "several_servers",
+    "service_not_in_force",
+    "run_not_answering",
+];
 
 /// All codes, with what they mean.
-pub const CODES: [(&str, &str); 21] = [
+pub const CODES: [(&str, &str); 24] = [
     ("chain_missing", "the program array is not pinned"),
     ("chain_unreadable", "the program array cannot be read"),
     ("root_missing", "no XDP program is on the interface, or there is no interface"),
@@ -64,6 +89,15 @@ pub const CODES: [(&str, &str); 21] = [
     ("real_down", "a real's checks fail"),
     ("not_checked", "checks of reals cannot be made"),
     ("handover_stuck", "brokers do not take over connections that they were given"),
+    ("handover_key", "the handover key file cannot be used; the keys from before are"),
+    (
+        "reload_refused",
+        "the configuration file was changed and refused: it is not what is in force",
+    ),
+    (
+        "test_failed",
+        "messages of the last test (`test_interval`) were lost, or it could not be made",
+    ),
     (
         "misrouted",
         "more than 1 % of the last minute's messages, and 10, were not at their group's brokers, or not judged",

@@ -4,13 +4,15 @@ use serde::Serialize;
 
 use super::{Context, Result};
 use crate::balancer::client::Client;
-use crate::config::Config;
+use crate::config::{Config, differences};
 use crate::reconcile::gateway;
 use crate::reconcile::plan::Plan;
 
 /// The difference.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Difference {
+    /// What was changed since the file was read, by the names of routes, groups and reals.
+    pub changes: Vec<String>,
     /// What `apply` would do, a step each.
     pub steps: Vec<String>,
     /// The file was changed since it was read; what of it is neither of maps nor of the balancer is in no step.
@@ -27,5 +29,9 @@ pub async fn read(context: &Context) -> Result<Difference> {
     let in_effect = context.in_effect_of(&file);
     let plan = Plan::of(&in_effect, gateway, &datapath, &mut client).await?;
     // Not all keys are of maps or the balancer: of checks, say, only `run` knows.
-    Ok(Difference { steps: plan.lines(), changed: in_force.text != file.text })
+    Ok(Difference {
+        changes: differences(in_force, &file),
+        steps: plan.lines(),
+        changed: in_force.text != file.text,
+    })
 }

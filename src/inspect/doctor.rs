@@ -12,9 +12,9 @@ use serde::Serialize;
 use tokio::net::TcpStream;
 
 use super::Context;
-use crate::balancer::client::Client;
+use crate::balancer::client::{BalancerError, Client};
 use crate::chain::health;
-use crate::config::{Config, XdpMode};
+use crate::config::{BalancerKind, Config, XdpMode};
 use crate::datapath::Datapath;
 use crate::datapath::clients::multi_group_count;
 use crate::domain::Health;
@@ -67,10 +67,17 @@ pub struct Finding {
 }
 
 impl Finding {
+    /// As it should be.
+    pub fn ok(about: &str, text: String) -> Self {
+        let mut found = Findings::default();
+        found.add(Severity::Ok, about, text, None);
+        found.0.remove(0)
+    }
+
     /// Packets are not forwarded as configured.
     pub fn fault(about: &str, text: String, remedy: &str) -> Self {
         let mut found = Findings::default();
-        found.add(Severity::Fault, about, text, Some(remedy.to_owned()));
+        found.add(Severity::Fault, about, text, Some(remedy.to_owned()).filter(|r| !r.is_empty()));
         found.0.remove(0)
     }
 }
@@ -119,11 +126,12 @@ pub async fn examine(context: &Context) -> Vec<Finding> {
     let datapath = context.datapath().ok();
     in_force(&mut found, context, datapath.as_ref()).await;
     path_to_reals(&mut found, config).await;
+    tracking(&mut found, config).await;
     brokers(&mut found, config).await;
     checks(&mut found, context);
     delayed(&mut found, config);
     if let Some(datapath) = &datapath {
-        traffic(&mut found, config, datapath);
+        traffic(&mut found, context, datapath);
     }
     found.0
 }
@@ -193,7 +201,10 @@ fn interface(found: &mut Findings, config: &Config) {
     let errors: u64 = driver::xdp_counters(name)
         .unwrap_or_default()
         .iter()
-        .filter(|(counter, _)| counter.contains("err") || counter.contains("drop"))
+        // What a program dropped on purpose is counted as drops, too.
+        .filter(|(counter, _)| {
+            ["err", "full", "abort", "invalid", "tx_drop"].iter().any(|part| counter.contains(part))
+        })
         .map(|(_, n)| n)
         .sum();
     if errors > 0 {
@@ -298,28 +309,55 @@ async fn in_force(found: &mut Findings, context: &Context, datapath: Option<&Dat
     }
 }
 
+/// A wrong gateway loses all packets behind it, unseen: what the balancer has is compared with this host's own routes.
 async fn path_to_reals(found: &mut Findings, config: &Config) {
-    match gateway::desired(config).await {
-        Ok(Some(mac)) => found.ok("gateway", format!("packets to brokers go to {}", mac_text(mac))),
-        Ok(None) => katrans_gateway(found, config).await,
-        Err(e) => found.fault("gateway", e.to_string(), ""),
-    }
-}
-
-/// It has a default that nobody else compares: a wrong one loses all packets behind it, unseen.
-async fn katrans_gateway(found: &mut Findings, config: &Config) {
     let asked = async { Client::connect(&config.balancer_endpoint).await?.mac().await };
-    let Ok(has) = asked.await else { return };
+    let has = match (gateway::desired(config).await, asked.await) {
+        (Err(e), _) => return found.fault("gateway", e.to_string(), ""),
+        (Ok(Some(mac)), _) => mac_text(mac),
+        (Ok(None), Ok(mac)) => mac,
+        (Ok(None), Err(_)) => return,
+    };
+    let remedy = |mac: &str| match config.balancer {
+        BalancerKind::Katran if config.gateway_mac.is_none() => {
+            format!(
+                "`mqtt-fwd katran mac {mac}`, or gateway_mac in the configuration: `run` compares that"
+            )
+        }
+        _ => "correct gateway_mac in the configuration, or remove it".to_owned(),
+    };
     match gateway::learned(config).await.map(mac_text) {
         Some(mac) if mac == has => {
-            found.ok("gateway", format!("Katran sends to {has}, the next hop to the brokers"));
+            found.ok("gateway", format!("packets to brokers go to {has}, the next hop to them"));
         }
         Some(mac) => found.warning(
             "gateway",
-            format!("Katran sends to {has}, but the next hop to the brokers is {mac} from here"),
-            format!("`mqtt-fwd katran mac {mac}`, or gateway_mac in the configuration: `run` compares that"),
+            format!("packets to brokers go to {has}, but the next hop to them is {mac} from here"),
+            remedy(&mac),
         ),
-        None => found.ok("gateway", format!("Katran sends to {has}; no next hop is known here")),
+        None => found
+            .ok("gateway", format!("packets to brokers go to {has}; no next hop is known here")),
+    }
+}
+
+/// A Katran that is not told which processors forward has one table for all, of 1,000 connections.
+async fn tracking(found: &mut Findings, config: &Config) {
+    if config.balancer != BalancerKind::Katran {
+        return;
+    }
+    let asked = async {
+        let mut client = Client::connect(&config.balancer_endpoint).await?;
+        Ok::<_, BalancerError>(client.lru_fallback_stats().await?.v1)
+    };
+    if let Ok(packets @ 1..) = asked.await {
+        found.warning(
+            "balancer",
+            format!(
+                "Katran looked {packets} packets up in its fallback table, which has room for 1,000 connections: a \
+                 drain, or a changed weight, resets those that it has forgotten (lru_fallback)"
+            ),
+            "start it with -forwarding_cores and -numa_nodes, a number for each processor: docs/katran.md",
+        );
     }
 }
 
@@ -449,16 +487,30 @@ const TOLD: [(&str, &str, &str); 12] = [
     ),
     (
         "publish_lost",
-        "PUBLISHes were lost since the maps were made: their connections were bound to another group",
+        "PUBLISHes were lost: their connections were bound to another group",
         "binding = \"delayed\", a relay, or both: docs/delayed-binding.md, docs/relay.md",
     ),
 ];
 
-fn traffic(found: &mut Findings, config: &Config, datapath: &Datapath) {
+fn traffic(found: &mut Findings, context: &Context, datapath: &Datapath) {
+    let config = context.config();
     let Ok(counters) = datapath.counters() else { return };
-    let count = |name: &str| counters.get(name);
+    // What is over need not be repeated for ever, where somebody knows when it was.
+    let ever = |name: &&str| counters.get(name) > 0;
     let ours = ["flow_new", "flow_predicted", "syn_answered", "flow_adopted", "data", "no_data"];
-    if ours.iter().all(|name| count(name) == 0) {
+    let nothing_came = !ours.iter().any(ever);
+    let (counters, period) = match context.counters_before() {
+        Some((age, before)) => {
+            let minutes = age.as_secs().div_ceil(60);
+            (counters.since(&before), format!(", in the last {minutes} min"))
+        }
+        None => (counters, String::new()),
+    };
+    let count = |name: &str| counters.get(name);
+    let has_flows = datapath.map_uses().unwrap_or_default();
+    let has_flows = has_flows.iter().any(|map| map.map.starts_with("flows") && map.used > 0);
+    // Counters of a new version begin at zero, and flows stay.
+    if nothing_came && !has_flows {
         let addresses: Vec<_> = config.services.iter().map(|s| s.addr.to_string()).collect();
         found.warning(
             "traffic",
@@ -477,7 +529,7 @@ fn traffic(found: &mut Findings, config: &Config, datapath: &Datapath) {
             _ => false,
         };
         if count(name) > 0 && !is_over {
-            found.warning("traffic", format!("{} {text} ({name})", count(name)), remedy);
+            found.warning("traffic", format!("{} {text} ({name}{period})", count(name)), remedy);
         }
     }
     for map in datapath.map_uses().unwrap_or_default().iter().filter(|map| map.evicted > 0) {

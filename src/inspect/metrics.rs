@@ -1,13 +1,16 @@
 //! What `run` measures of datapath, balancer and itself.
 
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::balancer::client::{BalancerError, Client};
 use crate::config::Config;
+use crate::connectivity::Outcome;
 use crate::datapath::Datapath;
 use crate::datapath::clients::multi_group_count;
 use crate::domain::problem::CODES;
 use crate::domain::{Health, Problem, Vip};
+use crate::handover::keys::{KeyFile, now};
 use crate::kernel::pins::{PROGRAMS, Pins};
 use crate::kernel::{chain, driver};
 use crate::metrics::{Family, Source, build_info, number};
@@ -22,6 +25,7 @@ impl Source for Metrics {
         let config = self.0.config();
         let mut all = vec![build_info()];
         all.extend(self.sidecar());
+        all.extend(self.own(&config));
         all.extend(self.checks(&config));
         all.extend(balancer(&config).await);
         let observed = Arc::clone(&self.0.observed);
@@ -68,6 +72,41 @@ impl Metrics {
         ]
     }
 
+    /// What `run` last did by itself or was told: reloads, tests, keys.
+    fn own(&self, config: &Config) -> Vec<Family> {
+        let mut all = Vec::new();
+        let mut gauge =
+            |name, help, value: f64| all.push(Family::gauge(name, help).with(&[], value));
+        if let Some(reloaded) = self.0.observed.reloaded() {
+            let taken = u32::from(reloaded.refused.is_none());
+            let help = "1: the file was taken over when it was last read again; 0: it was refused";
+            gauge("config_last_reload_successful", help, taken.into());
+            let help = "When that was, seconds since 1970";
+            gauge("config_last_reload_timestamp_seconds", help, seconds(reloaded.when));
+        }
+        if config.uses_delayed_binding()
+            && let Ok(file) = KeyFile::read(&config.handover_key)
+        {
+            let help = "Epoch of the handover key in use";
+            gauge("handover_key_epoch", help, file.in_use(now()).epoch.into());
+        }
+        let Some(test) = self.0.observed.tested() else { return all };
+        let help =
+            "When messages were last sent to every broker (test_interval), seconds since 1970";
+        gauge("test_timestamp_seconds", help, seconds(test.when));
+        let mut messages =
+            Family::gauge("test_messages", "Messages of that test, by what became of them");
+        let tested = test.result.unwrap_or_default();
+        for (label, outcome) in
+            [("arrived", Outcome::Arrived), ("lost", Outcome::Lost), ("not_sent", Outcome::NotSent)]
+        {
+            let count = tested.iter().filter(|one| one.outcome == outcome).count();
+            messages.push(&[("outcome", label)], number(count as u64));
+        }
+        all.push(messages);
+        all
+    }
+
     fn checks(&self, config: &Config) -> Vec<Family> {
         let mut up = Family::gauge("real_up", "1: the real's checks succeed; 0: they fail");
         let mut used = Family::gauge("real_in_use", "1: the real gets new connections");
@@ -84,6 +123,10 @@ impl Metrics {
         }
         vec![up, used]
     }
+}
+
+fn seconds(time: SystemTime) -> f64 {
+    time.duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
 }
 
 fn datapath(config: &Config, observed: &Observed) -> Vec<Family> {

@@ -10,10 +10,12 @@ pub mod overview;
 pub mod status;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::balancer::client::BalancerError;
 use crate::config::{Config, ConfigError};
 use crate::datapath::Datapath;
+use crate::datapath::counts::Counters;
 use crate::kernel::{self, BpfError};
 use crate::reconcile::ReconcileError;
 use crate::replay::ReplayError;
@@ -69,6 +71,11 @@ impl Context {
     /// Another configuration with them.
     pub fn in_effect_of(&self, config: &Config) -> Config {
         self.run.as_ref().map_or_else(|| config.clone(), |run| run.reals.in_effect(config))
+    }
+
+    /// The datapath's counters some minutes ago, and how long that is.
+    pub fn counters_before(&self) -> Option<(Duration, Counters)> {
+        self.run.as_ref()?.observed.counters_before()
     }
 
     /// What only `run` sees.

@@ -99,7 +99,7 @@ pub async fn read(context: &Context) -> Result<Status> {
     let balancer_ok = trouble.is_none();
     problems.extend(trouble.map(|code| Problem::new(code, balancer.clone())));
     let seen = context.seen().map(|seen| seen.problems).unwrap_or_default();
-    problems.extend(seen.into_iter().filter(Problem::is_seen_by_run_only));
+    problems.extend(seen.into_iter().filter(|problem| !problem.is_seen_from_outside()));
     for service in services.iter().filter(|s| !s.in_force) {
         problems.push(Problem::new(
             "service_not_in_force",

@@ -15,7 +15,7 @@ use hyper_util::service::TowerToHyperService;
 use tokio::sync::{Mutex, Semaphore};
 use tracing::warn;
 
-use super::{Family, text};
+use super::{Family, process, text};
 
 /// What is served.
 pub trait Source: Send + Sync + 'static {
@@ -86,7 +86,9 @@ async fn metrics<S: Source>(State(served): State<Arc<Served<S>>>) -> impl IntoRe
     let text = match fresh {
         Some((_, text)) => text.clone(),
         None => {
-            let text = text(served.source.families().await);
+            let mut families = served.source.families().await;
+            families.extend(process::families());
+            let text = text(families);
             *last = Some((Instant::now(), text.clone()));
             text
         }

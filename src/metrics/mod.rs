@@ -1,12 +1,14 @@
 //! OpenMetrics over HTTP: what is measured at the moment of a scrape, in families, and the server.
 
 mod http;
+mod process;
 
 pub use http::{Source, bind, serve};
 
 use std::fmt;
 
 use prometheus_client::collector::Collector;
+use prometheus_client::encoding;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
@@ -84,11 +86,18 @@ impl Collector for Snapshot {
 
 /// The exposition, as OpenMetrics 1.0 text.
 pub fn text(families: Vec<Family>) -> String {
-    let mut registry = Registry::with_prefix("mqtt_fwd");
-    registry.register_collector(Box::new(Snapshot(families)));
+    // Those of the process have the names that they have everywhere.
+    let (process, own): (Vec<_>, Vec<_>) =
+        families.into_iter().partition(|family| family.name.starts_with("process_"));
     let mut text = String::new();
-    // Only a writer that fails makes it fail, and a String does not.
-    let _ = prometheus_client::encoding::text::encode(&mut text, &registry);
+    for (mut registry, families) in
+        [(Registry::with_prefix("mqtt_fwd"), own), (Registry::default(), process)]
+    {
+        registry.register_collector(Box::new(Snapshot(families)));
+        // Only a writer that fails makes it fail, and a String does not.
+        let _ = encoding::text::encode_registry(&mut text, &registry);
+    }
+    let _ = encoding::text::encode_eof(&mut text);
     text
 }
 

@@ -111,12 +111,11 @@ impl Plan {
         }));
         if let Some(image) = &maps.switch {
             lines.push(format!(
-                "maps services, route_edges, route_states: {} services, {} states, {} edges, switch to \
-                 generation {}",
+                "services and routes: switch to generation {} ({} services; {} states and {} edges of routes)",
+                image.table.generation,
                 image.table.count,
                 image.states.len(),
-                image.edges.len(),
-                image.table.generation
+                image.edges.len()
             ));
         }
         lines.extend(

@@ -115,6 +115,12 @@ impl Reconciler {
             Ok(found) => problems.extend(found),
             Err(error) => problems.push(Problem::new("apply_failed", error.to_string())),
         }
+        if let Err(error) = silent::put_keys(config, datapath) {
+            // Without any, no SYN is answered.
+            let has_some = datapath.has_cookie_keys().unwrap_or_default();
+            let code = if has_some { "handover_key" } else { "apply_failed" };
+            problems.push(Problem::new(code, error.to_string()));
+        }
         let alone = problems.iter().all(Problem::is_elsewhere);
         if let Err(problem) = self.try_apply(config, gateway, datapath, alone).await {
             problems.insert(0, problem);
@@ -176,11 +182,7 @@ impl Reconciler {
         if let Some(backoff) = self.backoff.as_ref().filter(|b| Instant::now() < b.until) {
             return Err(backoff.problem.clone());
         }
-        let applied = match silent::put_keys(config, datapath) {
-            Ok(()) => self.apply(config, gateway, datapath).await,
-            Err(error) => Err(error.into()),
-        };
-        let Err(error) = applied else {
+        let Err(error) = self.apply(config, gateway, datapath).await else {
             self.backoff = None;
             return Ok(());
         };

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 
-pub use observed::Observed;
+pub use observed::{LastTest, Observed};
 pub use requests::{Answer, Edits, RefusedEdits, Request, Unmade};
 
 use crate::config::Config;

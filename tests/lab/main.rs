@@ -1,5 +1,6 @@
 //! Clients, balancer and brokers in network namespaces: what really arrives.
 
+mod connectivity;
 mod delayed;
 mod health;
 mod replay;

@@ -92,6 +92,7 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
         r.duration("clients_save_interval", seconds(1)..=seconds(86_400)).unwrap_or(seconds(300));
     let reconcile_interval =
         r.duration("reconcile_interval", seconds(1)..=seconds(3600)).unwrap_or(seconds(1));
+    let test_interval = r.duration("test_interval", seconds(10)..=seconds(86_400));
     let d = Rates::default();
     let rates = Rates {
         events: r.number("events_per_second", 0..=1_000_000).unwrap_or(d.events),
@@ -126,6 +127,7 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
         clients_file,
         clients_save_interval,
         reconcile_interval,
+        test_interval,
         rates,
         maps,
         relay,

@@ -1,5 +1,6 @@
 //! Delayed binding in the lab: real TCP stacks and real brokers.
 
+mod checks;
 mod clients;
 mod loss;
 mod routes;

@@ -1,0 +1,124 @@
+//! Faults with which everything was lost for new clients while all was green: each is named within ten seconds, alike by
+//! `status`, `doctor`, `/health`, the metric and `test`.
+
+use std::time::{Duration, Instant};
+
+use crate::support::lab::{Lab, config};
+use crate::support::net::wait_for;
+use mqtt_fwd::kernel::takeover;
+
+/// Faster than by default, with which it takes 5 to 7 s.
+const CHECK: &str = "health_check = { type = \"mqtt\", path = \"encapsulated\", interval = \"700ms\", timeout = \"500ms\" }";
+
+fn lab() -> Option<Lab> {
+    if !takeover::supported() {
+        return None;
+    }
+    let groups = [("a", 1, &[201][..]), ("default", 250, &[203][..])];
+    let text = config(&groups, &[("sensor/a", "a")])
+        .replace("default_group", &format!("{CHECK}\ndefault_group"));
+    let text = format!("metrics = \"127.0.0.1:9469\"\n{text}");
+    Some(Lab::up(&text, &["--delayed"]))
+}
+
+fn output(lab: &Lab, args: &[&str]) -> String {
+    let output = lab.exec("lb", args);
+    String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+}
+
+/// Waits until `status` says so, and then asks all others. Says how long it took.
+fn named(lab: &Lab, fault: &str, code: &str, text: &str) -> Duration {
+    let since = Instant::now();
+    wait_for(&format!("{fault}: {text}"), || {
+        let status = output(lab, &["mqtt-fwd", "status"]);
+        (status.starts_with("eth0: NOT HEALTHY") && status.contains(text)).then_some(())
+    });
+    let took = since.elapsed();
+    assert!(!lab.exec("lb", &["mqtt-fwd", "status", "--check"]).status.success(), "{fault}");
+    let curl = |path: &str| lab.ok("lb", &["curl", "-s", &format!("http://127.0.0.1:9469/{path}")]);
+    assert!(curl("health").contains(text), "{fault}: {}", curl("health"));
+    let metric = format!("mqtt_fwd_problem{{code=\"{code}\"}} 1");
+    assert!(curl("metrics").contains(&metric), "{fault}");
+    let doctor = output(lab, &["mqtt-fwd", "doctor"]);
+    let about = if code == "real_down" { "health checks" } else { "gateway" };
+    assert!(doctor.contains(&format!("warning   {about}")), "{fault}: {doctor}");
+    assert!(took < Duration::from_secs(10), "{fault}: after {took:?}");
+    let tested = lab.exec("lb", &["mqtt-fwd", "test", "--service", "mqtt"]);
+    let tested_text = String::from_utf8_lossy(&tested.stdout);
+    assert_eq!(tested.status.code(), Some(1), "{fault}: {tested_text}");
+    assert!(tested_text.contains("LOST"), "{fault}: {tested_text}");
+    took
+}
+
+#[test]
+fn what_loses_every_message_of_new_clients_is_named_within_ten_seconds() {
+    let Some(lab) = lab() else { return };
+    let dir = format!("/run/mqtt-fwd-lab/{}", lab.name);
+    let healthy = || {
+        let status = || output(&lab, &["mqtt-fwd", "status"]);
+        // The test's own connections that nobody took over are a problem for half a minute.
+        let well =
+            |text: &str| text.starts_with("eth0: healthy") || text.contains("are not taken over");
+        wait_for(&format!("all to be well: {}", status()), || {
+            let text = status();
+            (well(&text) && !text.contains(" is down")).then_some(())
+        });
+    };
+    let bpffs = format!("{dir}/bpf/r1");
+    let host = |what: &str, more: &[&str]| {
+        let args = ["mqtt-fwd", "host", what, "--interface", "eth0", "--bpffs", &bpffs];
+        lab.ok("r1", &[&args[..], more].concat());
+    };
+    let vips = ["--vip", "10.1.50.200", "--vip", "fd01:50::200"];
+    let with_key = |file: &str| host("up", &[&vips[..], &["--handover-key", file]].concat());
+    let own_key = format!("{dir}/handover.key");
+    let not_taken_over =
+        "real 10.1.3.201 of group a (mqtt) is down: it does not take connections over";
+    healthy();
+    let mut took = Vec::new();
+
+    host("down", &[]);
+    host("up", &vips);
+    took.push(("no key", named(&lab, "no key", "real_down", not_taken_over)));
+    with_key(&own_key);
+    healthy();
+
+    let other_key = format!("{dir}/other.key");
+    lab.mqtt_fwd(&["keys", "new", "--file", &other_key]);
+    with_key(&other_key);
+    took.push(("wrong key", named(&lab, "wrong key", "real_down", not_taken_over)));
+    with_key(&own_key);
+    healthy();
+
+    // A key of before two rotations: the balancer takes new ones over by itself.
+    let old_key = format!("{dir}/old.key");
+    std::fs::copy(&own_key, &old_key).unwrap();
+    for _ in 0..2 {
+        lab.mqtt_fwd(&["keys", "rotate", "--file", &own_key, "--after", "0"]);
+    }
+    took.push(("old key", named(&lab, "old key", "real_down", not_taken_over)));
+    for real in ["r1", "r3"] {
+        let bpffs = format!("{dir}/bpf/{real}");
+        let up = ["mqtt-fwd", "host", "up", "--interface", "eth0", "--bpffs", &bpffs];
+        lab.ok(real, &[&up[..], &vips, &["--handover-key", &own_key]].concat());
+    }
+    healthy();
+
+    lab.ok("gw", &["ip", "link", "set", "r1", "mtu", "1499"]);
+    let too_large = "small packets arrive, and segments of 1440 bytes do not";
+    took.push(("path MTU", named(&lab, "path MTU", "real_down", too_large)));
+    lab.ok("gw", &["ip", "link", "set", "r1", "mtu", "1500"]);
+    healthy();
+
+    let file = format!("{dir}/config.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, text.replace("02:4d:51:54:54:01", "02:00:00:00:00:99")).unwrap();
+    lab.mqtt_fwd(&["apply"]);
+    let differs =
+        "the balancer sends to gateway 02:00:00:00:00:99, and this host's next hop to the reals is";
+    took.push(("gateway", named(&lab, "gateway", "gateway_differs", differs)));
+    std::fs::write(&file, text).unwrap();
+    lab.mqtt_fwd(&["apply"]);
+    healthy();
+    eprintln!("named after: {took:?}");
+}
