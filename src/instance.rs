@@ -4,7 +4,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::Write as _;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -106,9 +106,29 @@ pub fn remove(config: &Config) {
     let _ = fs::remove_dir(run_files::DIR);
 }
 
+/// The interface of the `run` that works by a file, whatever that says now.
+pub fn interface_of(file: &Path) -> Option<String> {
+    let file = fs::canonicalize(file).ok()?;
+    let begin = run_files::path("run", "", "");
+    let begin = begin.file_name()?.to_str()?.trim_end_matches('.').to_owned();
+    let there = fs::read_dir(run_files::DIR).ok()?.flatten();
+    let of_file = |entry: fs::DirEntry| {
+        let name = entry.file_name().into_string().ok()?;
+        let interface = name.strip_prefix(&begin)?.strip_suffix(".json")?.to_owned();
+        let running: Running = run_files::read(&entry.path())?;
+        (running.config == file).then_some(interface)
+    };
+    there.filter_map(of_file).next()
+}
+
 /// The `run` of a configuration's interface, if one is running.
 pub fn find(config: &Config) -> Option<Running> {
-    let path = path(config);
+    find_on(&config.interface)
+}
+
+/// The same, by the interface alone.
+pub fn find_on(interface: &str) -> Option<Running> {
+    let path = run_files::path("run", interface, "json");
     let file = File::open(&path).ok()?;
     // If the lock can be had, no process holds it.
     match Flock::lock(file, FlockArg::LockSharedNonblock) {

@@ -40,7 +40,7 @@ impl Run {
     /// The `run` that works by this configuration's file; `None`: there is none. One that does not answer is an error.
     pub async fn find(config: &Config) -> Result<Option<Self>> {
         match instance::find(config).filter(|running| running.reads(config)) {
-            Some(running) => Self::connect(config, &running).await.map(Some),
+            Some(running) => Self::connect(&config.interface, &running).await.map(Some),
             None => Ok(None),
         }
     }
@@ -54,13 +54,13 @@ impl Run {
             let file = config.path.clone();
             return Err(ApiError::OtherFile { pid: running.pid, config: running.config, file });
         }
-        Self::connect(config, &running).await
+        Self::connect(&config.interface, &running).await
     }
 
-    async fn connect(config: &Config, running: &Running) -> Result<Self> {
+    async fn connect(interface: &str, running: &Running) -> Result<Self> {
         let pid = running.pid;
         let not_answering = |reason: String| ApiError::NotAnswering { pid, reason };
-        let endpoint = Endpoint::from_shared(format!("unix:{}", socket(config).display()))
+        let endpoint = Endpoint::from_shared(format!("unix:{}", socket(interface).display()))
             .map_err(|e| not_answering(e.to_string()))?
             .timeout(WORK_TIMEOUT);
         let deadline = Instant::now() + START_TIMEOUT;
@@ -71,7 +71,7 @@ impl Run {
                 Err(error)
                     if !is_denied(&error)
                         && Instant::now() < deadline
-                        && instance::find(config).is_some() =>
+                        && instance::find_on(interface).is_some() =>
                 {
                     tokio::time::sleep(Duration::from_millis(50)).await;
                 }
@@ -161,6 +161,14 @@ pub async fn in_force(config: Config) -> Result<Config> {
     let Some(mut run) = Run::find(&config).await? else { return Ok(config) };
     let there = run.configuration(&config.path).await?;
     Ok(if there.text == config.text { config } else { there })
+}
+
+/// What a `run` works by that has read this file, which may be wrong by this time; `None`: there is none.
+pub async fn in_force_by(file: &Path) -> Result<Option<Config>> {
+    let running = instance::interface_of(file)
+        .and_then(|interface| instance::find_on(&interface).map(|running| (interface, running)));
+    let Some((interface, running)) = running else { return Ok(None) };
+    Run::connect(&interface, &running).await?.configuration(file).await.map(Some)
 }
 
 /// Whether this process may not reach the socket.

@@ -18,7 +18,7 @@ use tonic::transport::Server as GrpcServer;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
-pub use self::client::{Drained, Run, in_force};
+pub use self::client::{Drained, Run, in_force, in_force_by};
 use self::proto::FILE_DESCRIPTOR_SET;
 pub use self::queries::{Events, Overviews};
 pub use self::remote::Remote;
@@ -75,13 +75,13 @@ pub enum ApiError {
 pub type Result<T, E = ApiError> = std::result::Result<T, E>;
 
 /// Where the `run` of an interface listens.
-fn socket(config: &Config) -> PathBuf {
-    run_files::path("run", &config.interface, "sock")
+fn socket(interface: &str) -> PathBuf {
+    run_files::path("run", interface, "sock")
 }
 
 /// Listens.
 pub fn listen(config: &Config) -> Result<Listener> {
-    let at = format!("unix:{}", socket(config).display());
+    let at = format!("unix:{}", socket(&config.interface).display());
     grpc::listen(&at).map_err(|source| ApiError::Listen { at, source })
 }
 

@@ -108,6 +108,7 @@ impl Control {
     pub async fn poll(&mut self, tasks: &mut Tasks) {
         let config = self.state.config();
         let mut problems = self.state.reals.problems(&config);
+        self.forgive_reload(&config);
         problems.extend(self.state.observed.own_problems());
         let counters = self.datapath.counters().unwrap_or_default();
         self.state.observed.note_counters(&counters);
@@ -160,6 +161,17 @@ impl Control {
             }
         }
         self.apply_all();
+    }
+
+    /// A file that was refused, and says again what is in force, needs no reload.
+    fn forgive_reload(&self, config: &Config) {
+        let observed = &self.state.observed;
+        let was_refused = observed.reloaded().is_some_and(|last| last.refused.is_some());
+        if was_refused
+            && std::fs::read_to_string(&config.path).is_ok_and(|text| *text == *config.text)
+        {
+            observed.note_reload(None);
+        }
     }
 
     fn change(&mut self, edits: Edits, tasks: &mut Tasks) {

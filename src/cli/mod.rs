@@ -193,8 +193,22 @@ pub fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<(), Error> {
     let config = || Config::load(&cli.config);
-    // What is in force may have been changed since it was read from the file.
-    let in_force = || -> Result<Config, Error> { block_on(api::in_force(config()?)) };
+    // A file that is wrong says nothing of what is in force.
+    let known = || -> Result<Config, Error> {
+        let error = match config() {
+            Ok(config) => return Ok(config),
+            Err(error) => error,
+        };
+        match block_on(api::in_force_by(&cli.config)) {
+            Ok(Some(config)) => {
+                table::complain(&format!("{error}\nwhat follows is what `run` works by"));
+                Ok(config)
+            }
+            _ => Err(error.into()),
+        }
+    };
+    // And that may have been changed since it was read from the file.
+    let in_force = || -> Result<Config, Error> { block_on(api::in_force(known()?)) };
     match cli.command {
         Command::Check(output) => check::check(&config()?, output),
         Command::Load(args) => chain::load(&args, &config()?),
@@ -204,9 +218,9 @@ fn run(cli: Cli) -> Result<(), Error> {
         Command::Change(args) => args.run(&config()?),
         Command::Run => run::run(config()?),
         Command::Balancer => run::balancer(&config()?),
-        Command::Status(args) => args.run(config()?),
+        Command::Status(args) => args.run(known()?),
         Command::Test(args) => args.run(&in_force()?),
-        Command::Doctor(args) => args.run(config()?),
+        Command::Doctor(args) => args.run(known()?),
         Command::Clients(args) => args.run(&in_force()?),
         Command::Flows(output) => tables::flows(&in_force()?, output),
         Command::Routes(output) => {

@@ -139,7 +139,8 @@ async fn by_run(
         let _lock = apply::lock(config).await?;
         run.difference().await?
     };
-    if !dry_run && (difference.changed || !difference.steps.is_empty()) {
+    // Also if the file is the same: certificates and keys that it names need not be.
+    if !dry_run {
         run.reload().await?;
     }
     Ok((difference.changes, difference.steps))

@@ -12,7 +12,7 @@ use serde::Serialize;
 use tokio::net::TcpStream;
 
 use super::Context;
-use crate::balancer::client::{BalancerError, Client};
+use crate::balancer::client::Client;
 use crate::chain::health;
 use crate::config::{BalancerKind, Config, XdpMode};
 use crate::datapath::Datapath;
@@ -86,6 +86,10 @@ impl Finding {
 struct Findings(Vec<Finding>);
 
 impl Findings {
+    fn has_fault(&self, about: &str) -> bool {
+        self.0.iter().any(|found| found.about == about && found.severity == Severity::Fault.text())
+    }
+
     fn ok(&mut self, about: &'static str, text: impl Into<String>) {
         self.add(Severity::Ok, about, text.into(), None);
     }
@@ -125,8 +129,14 @@ pub async fn examine(context: &Context) -> Vec<Finding> {
     chain(&mut found, config);
     let datapath = context.datapath().ok();
     in_force(&mut found, context, datapath.as_ref()).await;
-    path_to_reals(&mut found, config).await;
-    tracking(&mut found, config).await;
+    // Not twice, if it does not answer.
+    let balancer = if found.has_fault("balancer") {
+        None
+    } else {
+        Client::connect(&config.balancer_endpoint).await.ok()
+    };
+    path_to_reals(&mut found, config, balancer.clone()).await;
+    tracking(&mut found, config, balancer).await;
     brokers(&mut found, config).await;
     checks(&mut found, context);
     delayed(&mut found, config);
@@ -310,13 +320,15 @@ async fn in_force(found: &mut Findings, context: &Context, datapath: Option<&Dat
 }
 
 /// A wrong gateway loses all packets behind it, unseen: what the balancer has is compared with this host's own routes.
-async fn path_to_reals(found: &mut Findings, config: &Config) {
-    let asked = async { Client::connect(&config.balancer_endpoint).await?.mac().await };
-    let has = match (gateway::desired(config).await, asked.await) {
+async fn path_to_reals(found: &mut Findings, config: &Config, balancer: Option<Client>) {
+    let has = match (gateway::desired(config).await, balancer) {
         (Err(e), _) => return found.fault("gateway", e.to_string(), ""),
         (Ok(Some(mac)), _) => mac_text(mac),
-        (Ok(None), Ok(mac)) => mac,
-        (Ok(None), Err(_)) => return,
+        (Ok(None), Some(mut balancer)) => match balancer.mac().await {
+            Ok(mac) => mac,
+            Err(_) => return,
+        },
+        (Ok(None), None) => return,
     };
     let remedy = |mac: &str| match config.balancer {
         BalancerKind::Katran if config.gateway_mac.is_none() => {
@@ -341,15 +353,11 @@ async fn path_to_reals(found: &mut Findings, config: &Config) {
 }
 
 /// A Katran that is not told which processors forward has one table for all, of 1,000 connections.
-async fn tracking(found: &mut Findings, config: &Config) {
-    if config.balancer != BalancerKind::Katran {
+async fn tracking(found: &mut Findings, config: &Config, balancer: Option<Client>) {
+    let Some(mut balancer) = balancer.filter(|_| config.balancer == BalancerKind::Katran) else {
         return;
-    }
-    let asked = async {
-        let mut client = Client::connect(&config.balancer_endpoint).await?;
-        Ok::<_, BalancerError>(client.lru_fallback_stats().await?.v1)
     };
-    if let Ok(packets @ 1..) = asked.await {
+    if let Ok(packets @ 1..) = balancer.lru_fallback_stats().await.map(|stats| stats.v1) {
         found.warning(
             "balancer",
             format!(

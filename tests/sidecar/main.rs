@@ -9,4 +9,5 @@ mod operation;
 mod sockets;
 #[path = "../support/mod.rs"]
 mod support;
+mod truth;
 mod views;
