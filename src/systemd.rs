@@ -9,6 +9,11 @@ fn notify(states: &[NotifyState<'_>]) {
     }
 }
 
+/// It waits for something else, and may take another minute.
+pub fn waiting(status: &str) {
+    notify(&[NotifyState::Status(status), NotifyState::ExtendTimeoutUsec(60_000_000)]);
+}
+
 /// It works, also after a reload.
 pub fn ready() {
     notify(&[NotifyState::Ready]);

@@ -1,21 +1,29 @@
 //! What is in place before the first thread starts.
 
 use std::fs::File;
+use std::net::TcpListener;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::Flock;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
-use super::Result;
 use super::balancer::Embedded;
+use super::{Result, RunError};
 use crate::config::{BalancerKind, Config};
-use crate::instance;
-use crate::kernel::{load, privileges};
+use crate::kernel::{load, privileges, xdp};
+use crate::{instance, metrics, systemd};
+
+/// From one look for an interface that is not there to the next.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+/// From one word on that to the next.
+const SAY_AGAIN: Duration = Duration::from_secs(30);
 
 /// Programs and maps, and the lock that this process is the one `run` by.
 #[derive(Debug)]
 pub struct Loaded {
     pub(super) config: Config,
     pub(super) balancer: Option<Embedded>,
+    pub(super) metrics: Option<TcpListener>,
     pub(super) lock: Flock<File>,
 }
 
@@ -23,6 +31,11 @@ pub struct Loaded {
 /// this comes before all threads.
 pub fn load(config: Config) -> Result<Loaded> {
     let lock = instance::lock(&config)?;
+    // What may be taken comes first: packets are not to depend on a process that ends.
+    let bind =
+        |addr| metrics::bind(addr).map_err(|source| RunError::ListenMetrics { addr, source });
+    let metrics = config.metrics.map(bind).transpose()?;
+    wait_for_interface(&config.interface);
     // Listening first: whoever serves there already keeps its programs in their positions.
     let listener = match config.balancer {
         BalancerKind::Embedded => Some(Embedded::listen(&config)?),
@@ -34,5 +47,23 @@ pub fn load(config: Config) -> Result<Loaded> {
         Ok(kept) => debug!("capabilities kept: {}", kept.join(", ")),
         Err(error) => warn!(%error, "capabilities that are not needed could not be dropped"),
     }
-    Ok(Loaded { config, balancer, lock })
+    Ok(Loaded { config, balancer, metrics, lock })
+}
+
+/// One that comes late, as many do after a boot, is no reason to give up.
+fn wait_for_interface(interface: &str) {
+    let mut said: Option<Instant> = None;
+    while xdp::interface_index(interface).is_err() {
+        if said.is_none_or(|when| when.elapsed() > SAY_AGAIN) {
+            warn!(
+                "there is no interface {interface}; waiting for it (`ip link` lists those that there are)"
+            );
+            systemd::waiting(&format!("waiting for interface {interface}"));
+            said = Some(Instant::now());
+        }
+        std::thread::sleep(LOOK_AGAIN);
+    }
+    if said.is_some() {
+        info!("interface {interface} is there");
+    }
 }

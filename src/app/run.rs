@@ -45,13 +45,13 @@ impl Signals {
 
 /// Runs until SIGTERM or SIGINT. SIGHUP reloads the configuration.
 pub async fn run(loaded: Loaded) -> Result<()> {
-    let Loaded { config, balancer, lock: _lock } = loaded;
+    let Loaded { config, balancer, metrics, lock: _lock } = loaded;
     let mut signals = Signals::new()?;
     let endpoint = config.balancer_endpoint.clone();
     let maps = balancer.as_ref().map(|balancer| balancer.maps.clone());
     let mut served = balancer.map_or_else(Served::default, Embedded::serve);
     let (mut control, mut requests) = Control::new(config, maps)?;
-    let mut tasks = Tasks::spawn(control.state()).await?;
+    let mut tasks = Tasks::spawn(control.state(), metrics).await?;
     loop {
         control.renew(&mut tasks);
         // A balancer that hangs must not keep signals waiting. What is left half done by an end in

@@ -1,13 +1,13 @@
 //! What goes on beside the control loop, each in a task of its own, with the state.
 
-use std::net::SocketAddr;
+use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinHandle;
 use tracing::{debug, error, info, warn};
 
-use super::{Result, RunError};
+use super::Result;
 use crate::api::{self, Remote};
 use crate::config::Service;
 use crate::datapath::Datapath;
@@ -54,10 +54,10 @@ pub struct Tasks {
 
 impl Tasks {
     /// Starts them.
-    pub async fn spawn(state: &State) -> Result<Self> {
+    pub async fn spawn(state: &State, metrics: Option<TcpListener>) -> Result<Self> {
         let config = state.config();
         let api = api::serve(api::listen(&config)?, state.clone());
-        let metrics = config.metrics.map(|addr| serve_metrics(addr, state)).transpose()?;
+        let metrics = metrics.map(|listener| serve_metrics(listener, state));
         let remote = match &config.api {
             Some(api) => Some(Remote::serve(api, state.clone(), &mut None).await?),
             None => None,
@@ -155,11 +155,11 @@ fn tests(state: &State) -> Option<Task> {
     }))
 }
 
-fn serve_metrics(addr: SocketAddr, state: &State) -> Result<Task> {
-    let listener =
-        metrics::bind(addr).map_err(|source| RunError::ListenMetrics { addr, source })?;
-    info!(%addr, "serving /metrics and /health");
-    Ok(Task::spawn(metrics::serve(listener, Metrics(state.clone()))))
+fn serve_metrics(listener: TcpListener, state: &State) -> Task {
+    if let Ok(addr) = listener.local_addr() {
+        info!(%addr, "serving /metrics and /health");
+    }
+    Task::spawn(metrics::serve(listener, Metrics(state.clone())))
 }
 
 async fn save_clients(state: State) {

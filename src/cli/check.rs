@@ -39,8 +39,9 @@ struct CheckedService<'a> {
 
 pub fn check(config: &Config, output: Output) -> Result<(), Error> {
     // Where another configuration is in force, both have to fit for a moment.
-    if let Ok(datapath) = Datapath::open(&config.pins()) {
-        let mtu = xdp::interface_mtu(&config.interface)?;
+    if let Ok(datapath) = Datapath::open(&config.pins())
+        && let Ok(mtu) = xdp::interface_mtu(&config.interface)
+    {
         MapPlan::of(config, &datapath, mtu)?;
     }
     let services: Vec<CheckedService<'_>> =

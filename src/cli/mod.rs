@@ -130,9 +130,12 @@ enum Command {
     Host(host::Host),
     /// Attach a pass-all XDP program to a veth peer, so that XDP_TX reaches it
     VethPeer(host::VethPeer),
-    /// Print the manual page
+    /// Write the manual pages, one a command
     #[command(hide = true)]
-    Man,
+    Man {
+        /// Into this directory
+        directory: PathBuf,
+    },
     /// Print a shell's completions
     Completions {
         /// Which shell
@@ -242,14 +245,8 @@ fn run(cli: Cli) -> Result<(), Error> {
         Command::Relay => crate::relay::run(&config()?).map_err(Error::from),
         Command::Host(args) => args.run(),
         Command::VethPeer(args) => args.run(),
-        Command::Man => {
-            let mut text = Vec::new();
-            clap_mangen::Man::new(command())
-                .render(&mut text)
-                .map_err(|source| Error::Io { what: "the manual page".to_owned(), source })?;
-            table::line(String::from_utf8_lossy(&text).trim_end());
-            Ok(())
-        }
+        Command::Man { directory } => clap_mangen::generate_to(command(), &directory)
+            .map_err(|source| Error::Io { what: directory.display().to_string(), source }),
         Command::Completions { shell } => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut command(), "mqtt-fwd", &mut text);
