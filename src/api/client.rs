@@ -163,12 +163,29 @@ pub async fn in_force(config: Config) -> Result<Config> {
     Ok(if there.text == config.text { config } else { there })
 }
 
+/// The `run` that works by a file, whatever that says now.
+async fn run_by(file: &Path) -> Result<Option<Run>> {
+    let Some(interface) = instance::interface_of(file) else { return Ok(None) };
+    match instance::find_on(&interface) {
+        Some(running) => Run::connect(&interface, &running).await.map(Some),
+        None => Ok(None),
+    }
+}
+
 /// What a `run` works by that has read this file, which may be wrong by this time; `None`: there is none.
 pub async fn in_force_by(file: &Path) -> Result<Option<Config>> {
-    let running = instance::interface_of(file)
-        .and_then(|interface| instance::find_on(&interface).map(|running| (interface, running)));
-    let Some((interface, running)) = running else { return Ok(None) };
-    Run::connect(&interface, &running).await?.configuration(file).await.map(Some)
+    match run_by(file).await? {
+        Some(mut run) => run.configuration(file).await.map(Some),
+        None => Ok(None),
+    }
+}
+
+/// Has a file read by its `run`, if there is one. Of one that is wrong, it then knows that it was refused.
+pub async fn reload_by(file: &Path) -> Result<()> {
+    match run_by(file).await? {
+        Some(mut run) => run.reload().await,
+        None => Ok(()),
+    }
 }
 
 /// Whether this process may not reach the socket.

@@ -18,7 +18,7 @@ use tonic::transport::Server as GrpcServer;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
-pub use self::client::{Drained, Run, in_force, in_force_by};
+pub use self::client::{Drained, Run, in_force, in_force_by, reload_by};
 use self::proto::FILE_DESCRIPTOR_SET;
 pub use self::queries::{Events, Overviews};
 pub use self::remote::Remote;

@@ -216,7 +216,16 @@ fn run(cli: Cli) -> Result<(), Error> {
         Command::Check(output) => check::check(&config()?, output),
         Command::Load(args) => chain::load(&args, &config()?),
         Command::Unload(args) => args.run(&config()?),
-        Command::Apply(args) => args.run(&config()?),
+        Command::Apply(args) => match config() {
+            Ok(config) => args.run(&config),
+            Err(error) => {
+                if !args.is_dry_run() {
+                    // What is wrong is said here already.
+                    let _ = block_on(api::reload_by(&cli.config));
+                }
+                Err(error.into())
+            }
+        },
         Command::Diff(output) => run::diff(config()?, output),
         Command::Change(args) => args.run(&config()?),
         Command::Run => run::run(config()?),

@@ -78,6 +78,10 @@ fn print(changes: &[String], steps: &[String]) {
 }
 
 impl Apply {
+    pub fn is_dry_run(&self) -> bool {
+        self.dry_run
+    }
+
     pub fn run(&self, config: &Config) -> Result<(), Error> {
         let (changes, steps) = block_on(self.steps(config))?;
         if self.output.json {

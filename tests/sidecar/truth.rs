@@ -30,9 +30,10 @@ fn with_metrics(net: &Net, text: &str) {
 fn a_file_that_is_refused_is_a_problem_until_one_is_taken_over() {
     let net = Net::new();
     with_metrics(&net, CONFIG);
-    let run = running(&net);
+    let _run = running(&net);
     with_metrics(&net, &CONFIG.replace("group = \"a\"", "group = \"nosuch\""));
-    run.signal("HUP");
+    // What systemd's ExecReload= runs.
+    assert_eq!(net.mqtt_fwd(&["apply"]).status.code(), Some(2));
     let status = || text_of(&net.mqtt_fwd(&["status"]));
     wait_for("the problem", || {
         status().contains("the changed configuration file was refused").then_some(())
@@ -48,7 +49,6 @@ fn a_file_that_is_refused_is_a_problem_until_one_is_taken_over() {
     ] {
         assert!(metrics.contains(line), "{line}");
     }
-    assert_eq!(net.mqtt_fwd(&["apply"]).status.code(), Some(2), "what systemd's ExecReload= runs");
     with_metrics(&net, CONFIG);
     net.ok(&["apply"]);
     wait_for("health", || healthy(&net).then_some(()));
