@@ -111,14 +111,14 @@ pub fn interface_of(file: &Path) -> Option<String> {
     let file = fs::canonicalize(file).ok()?;
     let begin = run_files::path("run", "", "");
     let begin = begin.file_name()?.to_str()?.trim_end_matches('.').to_owned();
-    let there = fs::read_dir(run_files::DIR).ok()?.flatten();
+    let mut there = fs::read_dir(run_files::DIR).ok()?.flatten();
     let of_file = |entry: fs::DirEntry| {
         let name = entry.file_name().into_string().ok()?;
         let interface = name.strip_prefix(&begin)?.strip_suffix(".json")?.to_owned();
         let running: Running = run_files::read(&entry.path())?;
         (running.config == file).then_some(interface)
     };
-    there.filter_map(of_file).next()
+    there.find_map(of_file)
 }
 
 /// The `run` of a configuration's interface, if one is running.

@@ -76,7 +76,7 @@ pub fn init(filter: &str, format: Format) -> Result<(), String> {
     match format {
         // It has the time by itself.
         Format::Text if is_journal() => {
-            log.without_time().with_level(false).map_event_format(Prioritized).init()
+            log.without_time().with_level(false).map_event_format(Prioritized).init();
         }
         Format::Text => log.init(),
         Format::Json => log.json().init(),

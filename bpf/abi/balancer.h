@@ -13,6 +13,7 @@ enum balancer_limits {
 	RING_SIZE = 65537,
 	/* Number 0 is "no real", so that a ring that was never filled sends nowhere. */
 	NO_REAL = 0,
+	REALS = 1024,
 };
 
 struct vip_meta {
@@ -22,9 +23,10 @@ struct vip_meta {
 };
 SIZE_IS(struct vip_meta, 12);
 
+/* As Katran's, so that both are read alike. */
 struct real_definition {
 	__be32 addr[4]; /* IPv4 in addr[0] */
-	__u8 v6;
+	__u8 v6; /* Katran: bit 0 of its flags */
 	__u8 pad[3];
 };
 SIZE_IS(struct real_definition, 20);
@@ -64,8 +66,8 @@ struct connection_real {
 SIZE_IS(struct connection_real, 8);
 
 struct lb_stats {
-	__u64 v1; /* a VIP's packets; see the server for the others */
-	__u64 v2; /* a VIP's bytes */
+	__u64 v1; /* a VIP's or real's packets; see the server for the others */
+	__u64 v2; /* a VIP's or real's bytes */
 };
 SIZE_IS(struct lb_stats, 16);
 

@@ -17,7 +17,8 @@
 
 MAP(vip_map, BPF_MAP_TYPE_HASH, struct vip_definition, struct vip_meta, DEFAULT_VIPS);
 MAP(ch_rings, BPF_MAP_TYPE_ARRAY, __u32, __u32, DEFAULT_VIPS *RING_SIZE);
-MAP(reals, BPF_MAP_TYPE_ARRAY, __u32, struct real_definition, 1024);
+MAP(reals, BPF_MAP_TYPE_ARRAY, __u32, struct real_definition, REALS);
+MAP(reals_stats, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct lb_stats, REALS);
 MAP(vip_reals, BPF_MAP_TYPE_HASH, struct vip_real, __u32, 4096);
 MAP(connections, BPF_MAP_TYPE_LRU_HASH, struct connection4, struct connection_real, 1 << 20);
 MAP(connections6, BPF_MAP_TYPE_LRU_HASH, struct connection6, struct connection_real, 1 << 20);
@@ -370,6 +371,7 @@ int balancer_ingress(struct xdp_md *ctx)
 		return XDP_DROP;
 
 	stat_add(&vip_stats, vip->vip_num, 1, p.length);
+	stat_add(&reals_stats, real_num, 1, p.length);
 	if (real->v6 ? !encap6(ctx, &p, gw, real->addr) : !encap4(ctx, &p, gw, real->addr[0]))
 		return XDP_DROP;
 	return XDP_TX;

@@ -61,7 +61,7 @@ same_fields! {
     BeatenRoute = BeatenRoute { route, belongs_to, at_level }
     Trial = Trial { opening, group, bound_by, fallback_reason }
     GroupOverview = GroupOverview { service, group, packets_s, bytes_s, flows }
-    RealOverview = RealOverview { group, real, weight, state }
+    RealOverview = RealOverview { group, real, weight, state, packets_s, bytes_s }
     TopicUse = TopicOverview { topic, group, flows, misrouted }
     MultiGroupClient = ClientOverview { client, topic, group, changes }
     Overview = Overview {

@@ -12,7 +12,7 @@ use super::Result;
 use super::balancer::Shared;
 use super::reload::reload;
 use super::tasks::Tasks;
-use crate::config::Config;
+use crate::config::{Config, differences};
 use crate::datapath::Datapath;
 use crate::datapath::flows::{Termination, terminate};
 use crate::health_checks::{self, Reals};
@@ -146,6 +146,9 @@ impl Control {
         match reload(&self.state.config(), self.balancer.as_ref()) {
             Ok(new) => {
                 info!(path = %new.path.display(), "configuration reloaded");
+                for difference in differences(&self.state.config(), &new) {
+                    info!("{difference}");
+                }
                 self.state.observed.note_reload(None);
                 self.reset_dead();
                 self.config.send_replace(Arc::new(new));

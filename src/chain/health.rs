@@ -103,8 +103,8 @@ fn balancer_problem(
     }
     let names: Vec<String> = listeners.iter().map(ToString::to_string).collect();
     let text = format!(
-        "{} (id {}) in the balancer's position is not the program of {}, but left by a server that \
-         is gone; restart the balancer",
+        "{} (id {}) in the balancer's position is not the program of {}: it was left by a server that is gone, or \
+         another one is just starting; if this lasts, restart the balancer",
         program.name,
         program.id,
         names.join(", ")

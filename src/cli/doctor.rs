@@ -65,11 +65,11 @@ impl Doctor {
             }
             Ok::<_, ApiError>(found)
         })?;
-        show(found, interface, self.output)
+        show(&found, interface, self.output)
     }
 }
 
-fn show(found: Vec<Finding>, interface: String, output: Output) -> Result<(), Error> {
+fn show(found: &[Finding], interface: String, output: Output) -> Result<(), Error> {
     if output.json {
         table::json(&found);
     } else {

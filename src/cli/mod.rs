@@ -1,5 +1,6 @@
 //! The command line. One file a subcommand; all it does itself is reading arguments and printing.
 
+mod bundle;
 mod chain;
 mod change;
 mod check;
@@ -130,6 +131,8 @@ enum Command {
     Host(host::Host),
     /// Attach a pass-all XDP program to a veth peer, so that XDP_TX reaches it
     VethPeer(host::VethPeer),
+    /// Collect what somebody needs who is asked for help, in one archive
+    Bundle(bundle::Bundle),
     /// Write the manual pages, one a command
     #[command(hide = true)]
     Man {
@@ -155,7 +158,7 @@ const GROUPS: [(&str, &[&str]); 5] = [
     ),
     ("Change", &["apply", "change", "drain", "undrain", "load", "unload", "katran"]),
     ("Broker hosts", &["host", "keys", "veth-peer"]),
-    ("Other", &["completions", "help"]),
+    ("Other", &["bundle", "completions", "help"]),
 ];
 
 /// The command line, with its commands under headings.
@@ -254,6 +257,7 @@ fn run(cli: Cli) -> Result<(), Error> {
         Command::Relay => crate::relay::run(&config()?).map_err(Error::from),
         Command::Host(args) => args.run(),
         Command::VethPeer(args) => args.run(),
+        Command::Bundle(args) => args.run(&cli.config),
         Command::Man { directory } => clap_mangen::generate_to(command(), &directory)
             .map_err(|source| Error::Io { what: directory.display().to_string(), source }),
         Command::Completions { shell } => {

@@ -70,11 +70,15 @@ pub fn diff(config: Config, output: Output) -> Result<(), Error> {
 
 /// First what was changed, by names, then what is done for it.
 fn print(changes: &[String], steps: &[String]) {
-    changes.iter().for_each(|text| line(text));
+    for text in changes {
+        line(text);
+    }
     if !changes.is_empty() && !steps.is_empty() {
         line("");
     }
-    steps.iter().for_each(|text| line(text));
+    for text in steps {
+        line(text);
+    }
 }
 
 impl Apply {

@@ -54,6 +54,10 @@ pub fn data(text: &str) {
 /// A reader that went away (`| head`) is no error; a full disk is.
 fn verbatim(text: &str) {
     use std::io::Write as _;
+    if is_closed() {
+        complain("standard output is closed");
+        std::process::exit(i32::from(super::error::FAILED));
+    }
     match writeln!(std::io::stdout(), "{text}") {
         Ok(()) => {}
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
@@ -62,6 +66,19 @@ fn verbatim(text: &str) {
             std::process::exit(i32::from(super::error::FAILED));
         }
     }
+}
+
+/// Whether this process was started without a standard output. Rust opens /dev/null in its place, for reading and
+/// writing, as a shell's redirection does not.
+fn is_closed() -> bool {
+    use std::os::fd::AsFd as _;
+
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    let stdout = std::io::stdout();
+    let flags = fcntl(stdout.as_fd(), FcntlArg::F_GETFL).unwrap_or_default();
+    let null = nix::sys::stat::stat("/dev/null").map(|null| null.st_rdev);
+    let rdev = nix::sys::stat::fstat(stdout.as_fd()).map(|stat| stat.st_rdev);
+    OFlag::from_bits_truncate(flags) & OFlag::O_ACCMODE == OFlag::O_RDWR && rdev == null
 }
 
 /// Prints a line to standard error, if that can be written.

@@ -103,7 +103,7 @@ fn of_group(service: &str, old: &Group, new: &Group, lines: &mut Vec<String>) {
                 ));
             }
             Some(now) if now.vip != real.vip => {
-                lines.push(of(&format!("real {}, VIP: changed", real.addr)))
+                lines.push(of(&format!("real {}, VIP: changed", real.addr)));
             }
             Some(_) => {}
             None => lines.push(of(&format!("real {}: removed", real.addr))),

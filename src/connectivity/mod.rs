@@ -111,7 +111,7 @@ pub async fn test(
             found.extend(unused.map(|real| {
                 test.row(Some(real.addr), "none", Err((Outcome::NotSent, reason.to_owned())))
             }));
-            found.sort_by(|a, b| a.real.cmp(&b.real));
+            found.sort_by_key(|one| one.real);
             all.extend(found);
         }
     }

@@ -139,12 +139,12 @@ impl Here {
         for _ in 0..PORTS {
             let port = 32_768 + (getrandom::u32().map_err(|e| e.to_string())? % 28_000) as u16;
             match self.real_of(SocketAddr::new(from, port), vip) {
-                Some(it) if it == real => {
-                    if socket.bind(&SocketAddr::new(from, port).into()).is_ok() {
-                        return Ok(());
-                    }
+                Some(it)
+                    if it == real && socket.bind(&SocketAddr::new(from, port).into()).is_ok() =>
+                {
+                    return Ok(());
                 }
-                Some(other) if !others.contains(&other) => others.push(other),
+                Some(other) if other != real && !others.contains(&other) => others.push(other),
                 _ => {}
             }
         }

@@ -9,8 +9,9 @@ use crate::connectivity::Outcome;
 use crate::datapath::Datapath;
 use crate::datapath::clients::multi_group_count;
 use crate::domain::problem::CODES;
-use crate::domain::{Health, Problem, Vip};
+use crate::domain::{Health, Problem};
 use crate::handover::keys::{KeyFile, now};
+use crate::inspect::overview::group_traffic;
 use crate::kernel::pins::{PROGRAMS, Pins};
 use crate::kernel::{chain, driver};
 use crate::metrics::{Family, Source, build_info, number};
@@ -158,6 +159,17 @@ fn datapath(config: &Config, observed: &Observed) -> Vec<Family> {
         let help = "Packets of groups that the balancer dropped, as it knew no service for them";
         all.push(Family::counter("balancer_misses", help).with(&[], number(misses)));
     }
+    if let Some(traffic) = chain::real_traffic(&config.pins()) {
+        let mut packets =
+            Family::counter("real_packets", "Packets to a real, by the balancer's count");
+        let mut bytes = Family::counter("real_bytes", "Their bytes");
+        for (real, sum) in traffic {
+            let real = real.to_string();
+            packets.push(&[("real", &real)], number(sum.0));
+            bytes.push(&[("real", &real)], number(sum.1));
+        }
+        all.extend([packets, bytes]);
+    }
     if let Ok(generation) = datapath.generation() {
         let help = "Generation of services and routes in force";
         all.push(Family::gauge("generation", help).with(&[], generation));
@@ -200,10 +212,10 @@ async fn balancer(config: &Config) -> Vec<Family> {
         let mut client = Client::connect(&config.balancer_endpoint).await?;
         for service in &config.services {
             for group in &service.groups {
-                let stats = client.vip_stats(Vip::tcp(group.vip, service.port)).await?;
+                let sum = group_traffic(&mut client, service, group).await?;
                 let labels = [("service", &*service.name), ("group", &*group.name)];
-                packets.push(&labels, number(stats.v1));
-                bytes.push(&labels, number(stats.v2));
+                packets.push(&labels, number(sum.0));
+                bytes.push(&labels, number(sum.1));
             }
         }
         Ok::<(), BalancerError>(())

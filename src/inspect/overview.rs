@@ -1,6 +1,7 @@
 //! All at a glance, with rates: what `top` shows.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::time::Instant;
 
 use serde::Serialize;
@@ -14,7 +15,8 @@ use crate::datapath::clients::{MultiGroupClient, multi_group};
 use crate::datapath::counts::Counters;
 use crate::datapath::flows::{FlowCounts, TopicUse};
 use crate::datapath::names::Names;
-use crate::domain::Vip;
+use crate::domain::{Group, Service, Vip};
+use crate::kernel::chain;
 use crate::kernel::reasons::Reason;
 
 /// As many topics, and clients, as fit a large terminal.
@@ -55,13 +57,16 @@ pub struct GroupOverview {
 }
 
 /// A real.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RealOverview {
     pub group: String,
     pub real: String,
     pub weight: u32,
     /// In words; empty: no `run` tells.
     pub state: String,
+    /// To the real, for all groups that have it. None: this process may not look.
+    pub packets_s: Option<f64>,
+    pub bytes_s: Option<f64>,
 }
 
 /// One sample after the other: rates are of two.
@@ -98,13 +103,30 @@ struct Sample {
     counters: Counters,
     /// Packets and bytes by service and group, as the balancer counts; empty: it does not answer.
     traffic: BTreeMap<(String, String), (u64, u64)>,
+    /// Likewise by real.
+    reals: BTreeMap<IpAddr, (u64, u64)>,
 }
 
 impl Sample {
     async fn read(config: &Config, datapath: &Datapath) -> Result<Self> {
         let traffic = traffic(config).await.unwrap_or_default();
-        Ok(Self { time: Instant::now(), counters: datapath.counters()?, traffic })
+        let reals = chain::real_traffic(&config.pins()).unwrap_or_default();
+        Ok(Self { time: Instant::now(), counters: datapath.counters()?, traffic, reals })
     }
+}
+
+/// Packets and bytes of a group: of its VIP, and of those with one real each.
+pub async fn group_traffic(
+    client: &mut Client,
+    service: &Service,
+    group: &Group,
+) -> Result<(u64, u64), BalancerError> {
+    let mut sum = (0, 0);
+    for vip in std::iter::once(group.vip).chain(group.reals.iter().filter_map(|real| real.vip)) {
+        let stats = client.vip_stats(Vip::tcp(vip, service.port)).await?;
+        sum = (sum.0 + stats.v1, sum.1 + stats.v2);
+    }
+    Ok(sum)
 }
 
 async fn traffic(config: &Config) -> Result<BTreeMap<(String, String), (u64, u64)>, BalancerError> {
@@ -112,8 +134,8 @@ async fn traffic(config: &Config) -> Result<BTreeMap<(String, String), (u64, u64
     let mut traffic = BTreeMap::new();
     for service in &config.services {
         for group in &service.groups {
-            let stats = client.vip_stats(Vip::tcp(group.vip, service.port)).await?;
-            traffic.insert((service.name.clone(), group.name.clone()), (stats.v1, stats.v2));
+            let sum = group_traffic(&mut client, service, group).await?;
+            traffic.insert((service.name.clone(), group.name.clone()), sum);
         }
     }
     Ok(traffic)
@@ -169,16 +191,21 @@ fn read(context: &Context, datapath: &Datapath, before: &Sample, now: &Sample) -
         flows: flows.all,
         clients,
         groups,
-        reals: reals(context),
+        reals: reals(context, &|real: IpAddr| {
+            let (before, now) = (before.reals.get(&real)?, now.reals.get(&real)?);
+            Some((rate(before.0, now.0), rate(before.1, now.1)))
+        }),
         topics: flows.topics,
         multi_group,
     })
 }
 
-fn reals(context: &Context) -> Vec<RealOverview> {
+fn reals(context: &Context, rates: &dyn Fn(IpAddr) -> Option<(f64, f64)>) -> Vec<RealOverview> {
     if let Some(seen) = context.seen() {
         let row = |real: crate::domain::RealState| RealOverview {
             state: real.text().to_owned(),
+            packets_s: rates(real.addr).map(|(packets, _)| packets),
+            bytes_s: rates(real.addr).map(|(_, bytes)| bytes),
             group: real.group,
             real: real.addr.to_string(),
             weight: real.weight,
@@ -193,6 +220,8 @@ fn reals(context: &Context) -> Vec<RealOverview> {
                 real: real.addr.to_string(),
                 weight: real.weight,
                 state: String::new(),
+                packets_s: rates(real.addr).map(|(packets, _)| packets),
+                bytes_s: rates(real.addr).map(|(_, bytes)| bytes),
             })
         })
         .collect()

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::overview::group_traffic;
 use super::{Context, Result};
 use crate::balancer::client::{BalancerError, Client};
 use crate::balancer::desired::desired_vips;
@@ -212,28 +213,37 @@ pub async fn groups(config: &Config) -> Vec<GroupRow> {
         let mut there = BTreeMap::new();
         let desired = desired_vips(config);
         for vip in client.vips().await?.into_iter().filter(|vip| desired.contains_key(vip)) {
-            there.insert(vip, (client.reals(vip).await?, client.vip_stats(vip).await?));
+            there.insert(vip, client.reals(vip).await?);
         }
-        Ok::<_, BalancerError>(there)
+        let mut traffic = BTreeMap::new();
+        for service in &config.services {
+            for group in &service.groups {
+                let vip = Vip::tcp(group.vip, service.port);
+                if there.contains_key(&vip) {
+                    traffic.insert(vip, group_traffic(&mut client, service, group).await?);
+                }
+            }
+        }
+        Ok::<_, BalancerError>((there, traffic))
     };
-    let there = balancer.await.unwrap_or_else(|e| {
+    let (there, traffic) = balancer.await.unwrap_or_else(|e| {
         tracing::warn!("{e}; showing the configuration only");
-        BTreeMap::default()
+        Default::default()
     });
     let groups = config.services.iter().flat_map(|s| s.groups.iter().map(move |g| (s, g)));
     let group = |(service, group): (&crate::domain::Service, &crate::domain::Group)| {
         let vip = Vip::tcp(group.vip, service.port);
-        let there = there.get(&vip);
+        let (there, traffic) = (there.get(&vip), traffic.get(&vip));
         GroupRow {
             service: service.name.clone(),
             group: group.name.clone(),
             vip: vip.to_string(),
             reals: match there {
-                Some((reals, _)) => reals.iter().map(|(a, w)| real_text(*a, *w)).collect(),
+                Some(reals) => reals.iter().map(|(a, w)| real_text(*a, *w)).collect(),
                 None => group.reals.iter().map(|r| real_text(r.addr, r.weight)).collect(),
             },
-            packets: there.map(|(_, s)| s.v1),
-            bytes: there.map(|(_, s)| s.v2),
+            packets: traffic.map(|(packets, _)| *packets),
+            bytes: traffic.map(|(_, bytes)| *bytes),
         }
     };
     groups.map(group).collect()

@@ -80,7 +80,7 @@ use Role::{Configuration, Flows, Internal, Knowledge, Scratch, Shared};
 
 /// All of them.
 #[rustfmt::skip] // a table
-pub const MAPS: [Map; 42] = [
+pub const MAPS: [Map; 43] = [
     map(M, "root_array",        Shared,        None, None),
     map(M, "mqtt_service_vips", Shared,        None, None),
     map(M, "generation",        Configuration, None, None),
@@ -122,6 +122,7 @@ pub const MAPS: [Map; 42] = [
     map(B, "connections",       Flows,         Some(|s| s.flows), None),
     map(B, "connections6",      Flows,         Some(|s| s.flows), None),
     map(B, "vip_stats",         Scratch,       Some(|s| s.vips), None),
+    map(B, "reals_stats",       Scratch,       None, None),
     map(B, "balancer_stats",    Scratch,       None, None),
     map(B, "mqtt_misses",       Scratch,       None, None),
 ];

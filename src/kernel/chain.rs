@@ -1,11 +1,13 @@
 //! The chain: `root_array` and what is in its positions.
 
+use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::path::PathBuf;
 
 use libbpf_rs::{MapCore as _, MapFlags, MapHandle, MapType};
 
-use super::abi::{Pod as _, chain_position, limits};
+use super::abi::{Pod as _, chain_position, lb_stats, limits, real_definition, words_addr};
 use super::pins::{Object, Pins};
 use super::xdp::ProgramInfo;
 use super::{BpfError, Result};
@@ -20,16 +22,43 @@ pub const POSITIONS: u32 = limits::ROOT_ARRAY_SIZE.0;
 /// Packets of groups that the balancer dropped, since it knew no service for them: the embedded one's count, or that of
 /// katran-patches/. `None`: it has none, or this process may not look (CAP_SYS_ADMIN).
 pub fn balancer_misses(pins: &Pins) -> Option<u64> {
-    const NAME: &str = "mqtt_misses";
+    let map = balancers_map(pins, "mqtt_misses")?;
+    let values = map.lookup_percpu(0u32.bytes(), MapFlags::ANY).ok()??;
+    Some(values.iter().map(|value| u64::from_bytes(&value[..8])).sum())
+}
+
+/// Packets and bytes that the balancer sent to each real, for all VIPs; the embedded one and Katran count alike.
+/// `None`: this process may not look.
+pub fn real_traffic(pins: &Pins) -> Option<BTreeMap<IpAddr, (u64, u64)>> {
+    let (reals, stats) = (balancers_map(pins, "reals")?, balancers_map(pins, "reals_stats")?);
+    let mut traffic = BTreeMap::new();
+    for number in 0..reals.max_entries().min(stats.max_entries()) {
+        let Ok(Some(real)) = reals.lookup(number.bytes(), MapFlags::ANY) else { continue };
+        let Some(real) = real.get(..size_of::<real_definition>()).map(real_definition::from_bytes)
+        else {
+            return None;
+        };
+        if real.addr == [0; 4] {
+            continue;
+        }
+        let Ok(Some(counts)) = stats.lookup_percpu(number.bytes(), MapFlags::ANY) else { continue };
+        let counts = counts.iter().filter_map(|value| value.get(..size_of::<lb_stats>()));
+        let sum = counts
+            .map(lb_stats::from_bytes)
+            .fold((0, 0), |(packets, bytes), one| (packets + one.v1, bytes + one.v2));
+        traffic.insert(words_addr(real.addr, real.v6 & 1 != 0), sum);
+    }
+    Some(traffic)
+}
+
+/// A map of the program in the balancer's position, or of the embedded one, by its pin.
+fn balancers_map(pins: &Pins, name: &str) -> Option<MapHandle> {
     let of_program = || {
         let program = Chain::open(pins).ok()??.program(BALANCER)?;
         let maps = program.map_ids?.into_iter().filter_map(|id| MapHandle::from_map_id(id).ok());
-        maps.into_iter().find(|map| map.name() == NAME)
+        maps.into_iter().find(|map| map.name() == name)
     };
-    let pinned = MapHandle::from_pinned_path(pins.map_of(Object::Balancer, NAME)).ok();
-    let map = of_program().or(pinned)?;
-    let values = map.lookup_percpu(0u32.bytes(), MapFlags::ANY).ok()??;
-    Some(values.iter().map(|value| u64::from_bytes(&value[..8])).sum())
+    of_program().or_else(|| MapHandle::from_pinned_path(pins.map_of(Object::Balancer, name)).ok())
 }
 
 /// A pinned `root_array`, ours or Katran's.

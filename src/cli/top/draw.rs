@@ -15,7 +15,75 @@ const PLAIN: (u16, u16) = (100, 40);
 /// Lines that each table gets at least, its heading and a blank line included.
 const TABLE_LEAST: u16 = 4;
 
-pub fn draw(frame: &mut Frame<'_>, o: &Overview) {
+/// A table that has the screen for itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Focus {
+    Groups,
+    Reals,
+    Topics,
+    Clients,
+}
+
+/// What of it is shown.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct View {
+    /// None: all tables, each as far as it fits.
+    pub focus: Option<Focus>,
+    /// Rows of the one table that have been scrolled away.
+    pub first: usize,
+}
+
+impl View {
+    /// Of one table; of all, if that one is shown already.
+    pub fn toggle(&mut self, focus: Focus) {
+        let focus = (self.focus != Some(focus)).then_some(focus);
+        *self = Self { focus, first: 0 };
+    }
+
+    /// Scrolls, as far as there are rows.
+    pub fn scroll(&mut self, rows: isize, o: &Overview) {
+        let last = match self.focus {
+            Some(Focus::Groups) => o.groups.len(),
+            Some(Focus::Reals) => o.reals.len(),
+            Some(Focus::Topics) => o.topics.len(),
+            Some(Focus::Clients) => o.multi_group.len(),
+            None => return,
+        };
+        self.first = self.first.saturating_add_signed(rows).min(last.saturating_sub(1));
+    }
+}
+
+/// The overview without the rows that were scrolled away.
+fn scrolled(o: &Overview, view: View) -> Overview {
+    let mut o = o.clone();
+    let at = |len: usize| view.first.min(len);
+    match view.focus {
+        Some(Focus::Groups) => drop(o.groups.drain(..at(o.groups.len()))),
+        Some(Focus::Reals) => drop(o.reals.drain(..at(o.reals.len()))),
+        Some(Focus::Topics) => drop(o.topics.drain(..at(o.topics.len()))),
+        Some(Focus::Clients) => drop(o.multi_group.drain(..at(o.multi_group.len()))),
+        None => {}
+    }
+    o
+}
+
+pub fn draw(frame: &mut Frame<'_>, o: &Overview, view: View) {
+    let Some(focus) = view.focus else {
+        all(frame, o);
+        return;
+    };
+    let parts = Layout::vertical([Constraint::Length(4), Constraint::Min(1)]).split(frame.area());
+    let o = scrolled(o, view);
+    head(frame, parts[0], &o);
+    match focus {
+        Focus::Groups => groups(frame, parts[1], &o),
+        Focus::Reals => reals(frame, parts[1], &o),
+        Focus::Topics => topics(frame, parts[1], &o),
+        Focus::Clients => clients(frame, parts[1], &o),
+    }
+}
+
+fn all(frame: &mut Frame<'_>, o: &Overview) {
     let height = |rows: usize| Constraint::Max(rows.max(1) as u16 + 2);
     let parts = Layout::vertical([
         Constraint::Length(4),
@@ -38,7 +106,7 @@ pub fn draw(frame: &mut Frame<'_>, o: &Overview) {
 pub fn plain(o: &Overview) -> String {
     let (width, height) = PLAIN;
     let Ok(mut terminal) = ratatui::Terminal::new(TestBackend::new(width, height));
-    let Ok(_) = terminal.draw(|frame| draw(frame, o));
+    let Ok(_) = terminal.draw(|frame| all(frame, o));
     let cells = terminal.backend().buffer().content();
     let line = |cells: &[ratatui::buffer::Cell]| {
         cells.iter().map(ratatui::buffer::Cell::symbol).collect::<String>().trim_end().to_owned()
@@ -58,7 +126,7 @@ fn head(frame: &mut Frame<'_>, area: Rect, o: &Overview) {
         Line::from(vec![
             Span::styled(format!("mqtt-fwd on {}: ", o.interface), bold),
             state,
-            Span::raw("    q ends"),
+            Span::raw("    q ends; g r t c: one table, ↑ ↓"),
         ]),
         Line::from(format!(
             "{} packets/s   {} PUBLISH/s   {} misrouted/s   {} new flows/s",
@@ -76,7 +144,6 @@ fn head(frame: &mut Frame<'_>, area: Rect, o: &Overview) {
 }
 
 fn groups(frame: &mut Frame<'_>, area: Rect, o: &Overview) {
-    let or_unknown = |n: Option<f64>| n.map_or_else(|| "?".to_owned(), number);
     let rows = o.groups.iter().map(|g| {
         Row::new([
             Cell::new(g.service.clone()),
@@ -109,11 +176,20 @@ fn reals(frame: &mut Frame<'_>, area: Rect, o: &Overview) {
             Cell::new(r.real.clone()),
             right(&r.weight.to_string(), 6),
             Cell::new(r.state.clone()).style(style),
+            right(&or_unknown(r.packets_s), 9),
+            right(&or_unknown(r.bytes_s), 8),
         ])
     });
-    let widths =
-        [Constraint::Min(16), Constraint::Min(24), Constraint::Length(6), Constraint::Length(13)];
-    frame.render_widget(table(rows, &widths, &["GROUP", "REAL", "WEIGHT", "STATE"]), area);
+    let widths = [
+        Constraint::Min(12),
+        Constraint::Min(16),
+        Constraint::Length(6),
+        Constraint::Length(12),
+        Constraint::Length(9),
+        Constraint::Length(8),
+    ];
+    let heading = ["GROUP", "REAL", "WEIGHT", "STATE", "PACKETS/S", " BYTES/S"];
+    frame.render_widget(table(rows, &widths, &heading), area);
 }
 
 fn topics(frame: &mut Frame<'_>, area: Rect, o: &Overview) {
@@ -164,6 +240,10 @@ fn right(text: &str, width: usize) -> Cell<'static> {
     Cell::new(format!("{text:>width$}"))
 }
 
+fn or_unknown(n: Option<f64>) -> String {
+    n.map_or_else(|| "?".to_owned(), number)
+}
+
 /// A rate in four digits at most.
 fn number(n: f64) -> String {
     match n {
@@ -195,6 +275,8 @@ mod tests {
             real: real.into(),
             weight: 1,
             state: state.into(),
+            packets_s: Some(1234.0),
+            bytes_s: Some(98_765.0),
         };
         let topic = |topic: &str, group: &str, flows, misrouted| TopicUse {
             topic: topic.into(),
@@ -236,7 +318,7 @@ mod tests {
 
     fn screen(width: u16, height: u16, o: &Overview) -> String {
         let mut terminal = ratatui::Terminal::new(TestBackend::new(width, height)).unwrap();
-        terminal.draw(|frame| draw(frame, o)).unwrap();
+        terminal.draw(|frame| draw(frame, o, View::default())).unwrap();
         terminal.backend().to_string()
     }
 
@@ -251,6 +333,27 @@ mod tests {
         o.problems = vec!["no XDP program is on eth0".into(), "another".into()];
         o.groups = vec![o.groups[0].clone(); 30];
         insta::assert_snapshot!(screen(80, 24, &o));
+    }
+
+    #[test]
+    fn a_table_that_does_not_fit_has_the_screen_for_itself_and_scrolls() {
+        let mut o = overview();
+        o.reals = vec![o.reals[0].clone(); 50];
+        o.reals[40].real = "10.1.3.240".into();
+        let mut view = View::default();
+        view.toggle(Focus::Reals);
+        let mut shown = |view| {
+            let mut terminal = ratatui::Terminal::new(TestBackend::new(80, 24)).unwrap();
+            terminal.draw(|frame| draw(frame, &o, view)).unwrap();
+            terminal.backend().to_string()
+        };
+        assert!(!shown(view).contains("10.1.3.240"));
+        view.scroll(30, &o);
+        assert!(shown(view).contains("10.1.3.240"));
+        view.scroll(1000, &o);
+        assert_eq!(view.first, 49);
+        view.toggle(Focus::Reals);
+        assert!(view.focus.is_none() && view.first == 0);
     }
 
     #[test]

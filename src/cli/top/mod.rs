@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
 
+use self::draw::{Focus, View};
 use crate::api::{Overviews, Run};
 use crate::cli::error::Error;
 use crate::config::Config;
@@ -16,6 +17,9 @@ use crate::inspect::overview::{self, Overview, Sampler};
 
 /// From one poll of the keyboard to the next.
 const KEYS: Duration = Duration::from_millis(20);
+
+/// Rows of a page.
+const PAGE: isize = 20;
 
 #[derive(Debug, Args)]
 pub struct Top {
@@ -72,9 +76,10 @@ async fn show(mut source: Source, terminal: &mut ratatui::DefaultTerminal) -> Re
         }
     };
     let showing = async {
+        let mut view = View::default();
         loop {
             let overview = samples.borrow_and_update().clone();
-            terminal.draw(|frame| draw::draw(frame, &overview)).map_err(failed)?;
+            terminal.draw(|frame| draw::draw(frame, &overview, view)).map_err(failed)?;
             loop {
                 if samples.has_changed().unwrap_or(true) {
                     break;
@@ -87,7 +92,7 @@ async fn show(mut source: Source, terminal: &mut ratatui::DefaultTerminal) -> Re
                 if ends(&event) {
                     return Ok(());
                 }
-                if matches!(event, Event::Resize(..)) {
+                if matches!(event, Event::Resize(..)) || turns(&event, &mut view, &overview) {
                     break;
                 }
             }
@@ -97,6 +102,26 @@ async fn show(mut source: Source, terminal: &mut ratatui::DefaultTerminal) -> Re
         failed = reading => failed,
         ended = showing => ended,
     }
+}
+
+/// Whether something else is to be shown now.
+fn turns(event: &Event, view: &mut View, overview: &Overview) -> bool {
+    let Event::Key(key) = event else { return false };
+    if key.kind == KeyEventKind::Release {
+        return false;
+    }
+    match key.code {
+        KeyCode::Char('g') => view.toggle(Focus::Groups),
+        KeyCode::Char('r') => view.toggle(Focus::Reals),
+        KeyCode::Char('t') => view.toggle(Focus::Topics),
+        KeyCode::Char('c') => view.toggle(Focus::Clients),
+        KeyCode::Up | KeyCode::Char('k') => view.scroll(-1, overview),
+        KeyCode::Down | KeyCode::Char('j') => view.scroll(1, overview),
+        KeyCode::PageUp => view.scroll(-PAGE, overview),
+        KeyCode::PageDown => view.scroll(PAGE, overview),
+        _ => return false,
+    }
+    true
 }
 
 fn ends(event: &Event) -> bool {

@@ -104,6 +104,14 @@ fn what_loses_every_message_of_new_clients_is_named_within_ten_seconds() {
     }
     healthy();
 
+    // The commonest rule of a host: nothing that is new and no SYN.
+    let rule = "add table inet host; add chain inet host input { type filter hook input priority 0; }; \
+                add rule inet host input ct state new tcp flags & (syn|rst|ack) != syn drop";
+    lab.ok("r1", &["nft", rule]);
+    took.push(("firewall", named(&lab, "firewall", "real_down", not_taken_over)));
+    lab.ok("r1", &["nft", "delete table inet host"]);
+    healthy();
+
     lab.ok("gw", &["ip", "link", "set", "r1", "mtu", "1499"]);
     let too_large = "small packets arrive, and segments of 1440 bytes do not";
     took.push(("path MTU", named(&lab, "path MTU", "real_down", too_large)));
