@@ -15,12 +15,8 @@ use crate::domain::health::CheckPath;
 use crate::handover::keys::{KeyFile, now};
 use crate::kernel::xdp;
 
-/// Of the JSON: it changes when a field goes or means something else.
-const SCHEMA: u32 = 1;
-
 #[derive(Serialize)]
 struct Checked<'a> {
-    schema: u32,
     path: &'a std::path::Path,
     services: Vec<CheckedService<'a>>,
 }
@@ -47,7 +43,7 @@ pub fn check(config: &Config, output: Output) -> Result<(), Error> {
     let services: Vec<CheckedService<'_>> =
         config.services.iter().map(|service| summary(config, service)).collect();
     if output.json {
-        table::json(&Checked { schema: SCHEMA, path: &config.path, services });
+        table::json(&Checked { path: &config.path, services });
         return Ok(());
     }
     line(&format!("{}: valid", config.path.display()));
@@ -175,7 +171,7 @@ struct Row {
 pub fn routes(config: &Config, output: Output) {
     let rows: Vec<Row> = config.services.iter().flat_map(all).collect();
     if output.json {
-        table::json(&rows);
+        table::json_rows("routes", &rows);
         return;
     }
     table::print(

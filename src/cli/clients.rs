@@ -119,7 +119,7 @@ fn show(config: &Config, output: Output) -> Result<(), Error> {
         },
     )?;
     if output.json {
-        table::json(&rows);
+        table::json_rows("clients", &rows);
         return Ok(());
     }
     table::print(

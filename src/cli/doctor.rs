@@ -71,7 +71,7 @@ impl Doctor {
 
 fn show(found: &[Finding], interface: String, output: Output) -> Result<(), Error> {
     if output.json {
-        table::json(&found);
+        table::json_rows("findings", &found);
     } else {
         for (i, finding) in found.iter().enumerate() {
             let severity = match finding.severity.as_str() {

@@ -73,7 +73,7 @@ impl Explain {
 
     fn print<T: Serialize>(&self, found: &[T], show: fn(&T)) {
         if self.output.json {
-            table::json(&found);
+            table::json_rows("explanations", &found);
         } else {
             found.iter().for_each(show);
         }

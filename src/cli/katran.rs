@@ -219,7 +219,7 @@ async fn rows(client: &mut Client) -> Result<Vec<VipRow>, Error> {
 async fn list(client: &mut Client, output: Output) -> Result<(), Error> {
     let rows = rows(client).await?;
     if output.json {
-        table::json(&rows);
+        table::json_rows("vips", &rows);
         return Ok(());
     }
     let lines = rows.into_iter().flat_map(|row| {

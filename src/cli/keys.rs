@@ -71,7 +71,7 @@ impl Keys {
             })
             .collect();
         if output.is_some_and(|output| output.json) {
-            table::json(&rows);
+            table::json_rows("keys", &rows);
             return Ok(());
         }
         table::print(

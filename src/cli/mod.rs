@@ -133,6 +133,8 @@ enum Command {
     VethPeer(host::VethPeer),
     /// Collect what somebody needs who is asked for help, in one archive
     Bundle(bundle::Bundle),
+    /// Print the JSON Schema of the configuration, for editors
+    Schema,
     /// Write the manual pages, one a command
     #[command(hide = true)]
     Man {
@@ -158,7 +160,7 @@ const GROUPS: [(&str, &[&str]); 5] = [
     ),
     ("Change", &["apply", "change", "drain", "undrain", "load", "unload", "katran"]),
     ("Broker hosts", &["host", "keys", "veth-peer"]),
-    ("Other", &["bundle", "completions", "help"]),
+    ("Other", &["bundle", "schema", "completions", "help"]),
 ];
 
 /// The command line, with its commands under headings.
@@ -258,6 +260,10 @@ fn run(cli: Cli) -> Result<(), Error> {
         Command::Host(args) => args.run(),
         Command::VethPeer(args) => args.run(),
         Command::Bundle(args) => args.run(&cli.config),
+        Command::Schema => {
+            table::line(&crate::config::schema::text());
+            Ok(())
+        }
         Command::Man { directory } => clap_mangen::generate_to(command(), &directory)
             .map_err(|source| Error::Io { what: directory.display().to_string(), source }),
         Command::Completions { shell } => {

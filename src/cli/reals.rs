@@ -37,7 +37,7 @@ pub fn reals(config: &Config, output: Output) -> Result<(), Error> {
         })
         .collect();
     if output.json {
-        table::json(&rows);
+        table::json_rows("reals", &rows);
         return Ok(());
     }
     table::print(
@@ -65,12 +65,8 @@ pub struct Drain {
     output: Output,
 }
 
-/// Of the JSON: it changes when a field goes or means something else.
-const SCHEMA: u32 = 1;
-
 #[derive(Serialize)]
 struct Printed {
-    schema: u32,
     real: IpAddr,
     drained: bool,
     groups: usize,
@@ -89,7 +85,7 @@ pub struct Undrain {
 
 fn json(real: IpAddr, drained: bool, done: Drained) {
     let Drained { groups, ending } = done;
-    table::json(&Printed { schema: SCHEMA, real, drained, groups, ending });
+    table::json(&Printed { real, drained, groups, ending });
 }
 
 impl Drain {

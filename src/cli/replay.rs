@@ -127,7 +127,8 @@ impl Replay {
             })
         };
         if self.output.json {
-            table::json(&differing().map(|(here, there)| Pair { here, there }).collect::<Vec<_>>());
+            let pairs: Vec<_> = differing().map(|(here, there)| Pair { here, there }).collect();
+            table::json_rows("differing", &pairs);
             return;
         }
         line(&summary(config, report));

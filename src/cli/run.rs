@@ -14,13 +14,10 @@ use crate::config::Config;
 use crate::datapath::Datapath;
 use crate::handover::silent;
 use crate::inspect::Context;
-use crate::inspect::diff::{self as difference, Difference};
+use crate::inspect::diff as difference;
 use crate::instance::{self, Running};
 use crate::reconcile::plan::Plan;
 use crate::reconcile::{apply, gateway};
-
-/// Of the JSON: it changes when a field goes or means something else.
-const SCHEMA: u32 = 1;
 
 #[derive(Debug, Args)]
 pub struct Apply {
@@ -33,15 +30,7 @@ pub struct Apply {
 }
 
 #[derive(Serialize)]
-struct Printed<'a> {
-    schema: u32,
-    #[serde(flatten)]
-    difference: &'a Difference,
-}
-
-#[derive(Serialize)]
 struct Applied<'a> {
-    schema: u32,
     dry_run: bool,
     changes: &'a [String],
     steps: &'a [String],
@@ -56,7 +45,7 @@ pub fn diff(config: Config, output: Output) -> Result<(), Error> {
     )?;
     let differs = difference.changed || !difference.steps.is_empty();
     if output.json {
-        table::json(&Printed { schema: SCHEMA, difference: &difference });
+        table::json(&difference);
     } else {
         print(&difference.changes, &difference.steps);
         if !differs {
@@ -90,7 +79,7 @@ impl Apply {
         let (changes, steps) = block_on(self.steps(config))?;
         if self.output.json {
             let (changes, steps) = (&changes[..], &steps[..]);
-            table::json(&Applied { schema: SCHEMA, dry_run: self.dry_run, changes, steps });
+            table::json(&Applied { dry_run: self.dry_run, changes, steps });
         } else {
             print(&changes, &steps);
             let noun = if steps.len() == 1 { "step" } else { "steps" };

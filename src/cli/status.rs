@@ -3,8 +3,6 @@
 use clap::Args;
 use std::pin::pin;
 
-use serde::Serialize;
-
 use super::block_on;
 use super::error::Error;
 use super::find::{Found, find_or};
@@ -14,16 +12,6 @@ use crate::domain::Problem;
 use crate::inspect::Context;
 use crate::inspect::status::{self, Status};
 use crate::kernel::reasons::REASONS;
-
-/// Of the JSON: it changes when a field goes or means something else.
-const SCHEMA: u32 = 1;
-
-#[derive(Serialize)]
-struct Printed<'a> {
-    schema: u32,
-    #[serde(flatten)]
-    status: &'a Status,
-}
 
 #[derive(Debug, Args)]
 pub struct Show {
@@ -60,7 +48,7 @@ impl Show {
             return Err(Error::Unhealthy { interface, problems });
         }
         if self.output.json {
-            table::json(&Printed { schema: SCHEMA, status: &status });
+            table::json(&status);
         } else if !self.check {
             print(&status);
         }

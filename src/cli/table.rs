@@ -1,6 +1,7 @@
 //! Tables for people, JSON for programs.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
 
 use clap::Args;
@@ -15,9 +16,24 @@ pub struct Output {
     pub json: bool,
 }
 
-/// Prints a value as JSON.
+/// Of all JSON that is one value: it changes when a field goes or means something else.
+const SCHEMA: u32 = 1;
+
+#[derive(Serialize)]
+struct Versioned<'a, T> {
+    schema: u32,
+    #[serde(flatten)]
+    value: &'a T,
+}
+
+/// Prints rows as JSON, under a name.
+pub fn json_rows(name: &str, rows: &impl Serialize) {
+    json(&BTreeMap::from([(name, rows)]));
+}
+
+/// Prints a value with fields as JSON.
 pub fn json(value: &impl Serialize) {
-    match serde_json::to_string_pretty(value) {
+    match serde_json::to_string_pretty(&Versioned { schema: SCHEMA, value }) {
         Ok(text) => line(&text),
         Err(e) => complain(&e.to_string()),
     }

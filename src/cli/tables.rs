@@ -25,7 +25,7 @@ pub fn flows(config: &Config, output: Output) -> Result<(), Error> {
         },
     )?;
     if output.json {
-        table::json(&rows);
+        table::json_rows("flows", &rows);
         return Ok(());
     }
     table::print(
@@ -65,7 +65,7 @@ pub fn groups(config: &Config, output: Output) -> Result<(), Error> {
         async || Ok(status::groups(config).await),
     )?;
     if output.json {
-        table::json(&rows);
+        table::json_rows("groups", &rows);
         return Ok(());
     }
     let number = |n: Option<u64>| n.map_or_else(|| "?".to_owned(), |n| n.to_string());
@@ -97,7 +97,7 @@ impl Counters {
         )?;
         if self.output.json {
             let by_name: BTreeMap<_, _> = counters.iter().map(|c| (&c.name, c.count)).collect();
-            table::json(&by_name);
+            table::json_rows("counters", &by_name);
             return Ok(());
         }
         let shown = counters.into_iter().filter(|c| self.all || c.count > 0);

@@ -12,12 +12,8 @@ use crate::api::Run;
 use crate::config::{Config, address};
 use crate::connectivity::{self, Outcome, Tested};
 
-/// Of the JSON: it changes when a field goes or means something else.
-const SCHEMA: u32 = 1;
-
 #[derive(Serialize)]
 struct Printed<'a> {
-    schema: u32,
     arrived: usize,
     lost: usize,
     not_sent: usize,
@@ -53,7 +49,7 @@ impl Test {
         let (arrived, lost, not_sent) =
             (count(Outcome::Arrived), count(Outcome::Lost), count(Outcome::NotSent));
         if self.output.json {
-            table::json(&Printed { schema: SCHEMA, arrived, lost, not_sent, messages: &tested });
+            table::json(&Printed { arrived, lost, not_sent, messages: &tested });
         } else {
             print(&tested);
             line("");

@@ -5,6 +5,7 @@ pub mod edit;
 mod error;
 mod read;
 mod reader;
+pub mod schema;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -1,7 +1,7 @@
 //! Reads TOML tables key by key and collects what is wrong, instead of stopping at the first.
 
 use std::cell::RefCell;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::{Range, RangeInclusive};
 use std::time::Duration;
 
@@ -17,12 +17,44 @@ pub struct Source<'a> {
     line_starts: Vec<usize>,
     problems: RefCell<Vec<Problem>>,
     lines: RefCell<HashMap<String, usize>>,
+    /// What was asked for, by path, without the numbers of lists; none: nobody wants to know.
+    asked: Option<RefCell<BTreeMap<String, Asked>>>,
+}
+
+/// What a key may be.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    Text,
+    /// Such as "300ms".
+    Duration,
+    Choice(Vec<String>),
+    Number(RangeOf),
+    Flag,
+    Texts,
+    Table,
+    Tables,
+}
+
+/// From and to.
+pub type RangeOf = (i64, i64);
+
+/// A key that was asked for.
+#[derive(Debug, Clone)]
+pub struct Asked {
+    pub kind: Kind,
+    pub required: bool,
 }
 
 impl<'a> Source<'a> {
     pub fn new(text: &'a str) -> Self {
         let line_starts = text.match_indices('\n').map(|(at, _)| at + 1).collect();
-        Self { text, line_starts, problems: RefCell::default(), lines: RefCell::default() }
+        Self {
+            text,
+            line_starts,
+            problems: RefCell::default(),
+            lines: RefCell::default(),
+            asked: None,
+        }
     }
 
     /// All of it.
@@ -48,6 +80,16 @@ impl<'a> Source<'a> {
             }
         };
         self.problems.borrow_mut().push(Problem { line, key, value, text });
+    }
+
+    /// One that notes what is asked for.
+    pub fn noting(text: &'a str) -> Self {
+        Self { asked: Some(RefCell::default()), ..Self::new(text) }
+    }
+
+    /// All that was asked for.
+    pub fn asked(&self) -> BTreeMap<String, Asked> {
+        self.asked.as_ref().map(|asked| asked.borrow().clone()).unwrap_or_default()
     }
 
     /// Whether nothing is wrong so far.
@@ -107,6 +149,34 @@ impl<'a> Reader<'a> {
         self.source.report(path, value, text.into());
     }
 
+    /// The path of a key, the same for all tables of a list.
+    fn unnumbered(&self, key: &str) -> String {
+        let path = self.key(key);
+        let parts = path.split('[');
+        parts.map(|part| part.split_once(']').map_or(part, |(_, rest)| rest)).collect()
+    }
+
+    /// Notes what a key may be, unless something more exact is known.
+    fn ask(&self, key: &'static str, kind: Kind) {
+        let Some(asked) = &self.source.asked else { return };
+        let path = self.unnumbered(key);
+        let mut asked = asked.borrow_mut();
+        let there =
+            asked.entry(path).or_insert_with(|| Asked { kind: kind.clone(), required: false });
+        if there.kind == Kind::Text {
+            there.kind = kind;
+        }
+    }
+
+    fn require(&self, key: &'static str) {
+        self.ask(key, Kind::Text);
+        if let Some(asked) = &self.source.asked
+            && let Some(asked) = asked.borrow_mut().get_mut(&self.unnumbered(key))
+        {
+            asked.required = true;
+        }
+    }
+
     fn get(&self, key: &'static str) -> Option<&'a DeValue<'a>> {
         self.known.borrow_mut().insert(key);
         let value = self.table.get(key)?;
@@ -116,6 +186,7 @@ impl<'a> Reader<'a> {
 
     /// An optional text.
     pub fn text(&self, key: &'static str) -> Option<&'a str> {
+        self.ask(key, Kind::Text);
         match self.get(key)? {
             DeValue::String(text) => Some(text),
             _ => {
@@ -127,6 +198,7 @@ impl<'a> Reader<'a> {
 
     /// A text that has to be there. `example` says what to write.
     pub fn required_text(&self, key: &'static str, example: &str) -> Option<&'a str> {
+        self.require(key);
         if self.get(key).is_none() {
             self.problem(key, format!("is missing; write {key} = {example:?}"));
         }
@@ -159,6 +231,7 @@ impl<'a> Reader<'a> {
         example: &str,
         parse: impl Fn(&str) -> Result<T, String>,
     ) -> Vec<T> {
+        self.ask(key, Kind::Texts);
         let Some(value) = self.get(key) else { return Vec::new() };
         let DeValue::Array(items) = value else {
             self.problem(key, format!("must be a list, [{example:?}]"));
@@ -174,6 +247,8 @@ impl<'a> Reader<'a> {
 
     /// One of a few words.
     pub fn choice<T: Copy>(&self, key: &'static str, choices: &[(&str, T)]) -> Option<T> {
+        let names = choices.iter().map(|(name, _)| (*name).to_owned());
+        self.ask(key, Kind::Choice(names.collect()));
         let text = self.text(key)?;
         let found = choices.iter().find(|(name, _)| *name == text).map(|(_, value)| *value);
         if found.is_none() {
@@ -189,6 +264,7 @@ impl<'a> Reader<'a> {
         key: &'static str,
         range: RangeInclusive<i64>,
     ) -> Option<T> {
+        self.ask(key, Kind::Number((*range.start(), *range.end())));
         match self.get(key)? {
             DeValue::Integer(n) if in_range(n, &range).is_some() => {
                 in_range(n, &range).and_then(|n| T::try_from(n).ok())
@@ -203,6 +279,7 @@ impl<'a> Reader<'a> {
 
     /// An optional duration within bounds, such as "300ms" or "5m".
     pub fn duration(&self, key: &'static str, range: RangeInclusive<Duration>) -> Option<Duration> {
+        self.ask(key, Kind::Duration);
         self.parsed(key, |text| {
             let (low, high) = (range.start(), range.end());
             match humantime::parse_duration(text) {
@@ -218,6 +295,7 @@ impl<'a> Reader<'a> {
 
     /// An optional true or false.
     pub fn flag(&self, key: &'static str) -> Option<bool> {
+        self.ask(key, Kind::Flag);
         match self.get(key)? {
             DeValue::Boolean(value) => Some(*value),
             _ => {
@@ -229,6 +307,7 @@ impl<'a> Reader<'a> {
 
     /// An optional table.
     pub fn table(&self, key: &'static str) -> Option<Reader<'a>> {
+        self.ask(key, Kind::Table);
         match self.get(key)? {
             DeValue::Table(table) => Some(self.child(table, self.key(key))),
             _ => {
@@ -240,6 +319,7 @@ impl<'a> Reader<'a> {
 
     /// A list of tables, empty if the key is not there.
     pub fn tables(&self, key: &'static str) -> Vec<Reader<'a>> {
+        self.ask(key, Kind::Tables);
         let Some(value) = self.get(key) else { return Vec::new() };
         let DeValue::Array(items) = value else {
             self.problem(key, format!("must be a list of tables, [[{}]]", self.key(key)));

@@ -34,10 +34,7 @@ pub fn real_traffic(pins: &Pins) -> Option<BTreeMap<IpAddr, (u64, u64)>> {
     let mut traffic = BTreeMap::new();
     for number in 0..reals.max_entries().min(stats.max_entries()) {
         let Ok(Some(real)) = reals.lookup(number.bytes(), MapFlags::ANY) else { continue };
-        let Some(real) = real.get(..size_of::<real_definition>()).map(real_definition::from_bytes)
-        else {
-            return None;
-        };
+        let real = real_definition::from_bytes(real.get(..size_of::<real_definition>())?);
         if real.addr == [0; 4] {
             continue;
         }

@@ -33,7 +33,12 @@ fn states(lab: &Lab) -> BTreeMap<String, String> {
     let rows: serde_json::Value =
         serde_json::from_str(&lab.mqtt_fwd(&["reals", "--json"])).unwrap();
     let text = |row: &serde_json::Value, key: &str| row[key].as_str().unwrap().to_owned();
-    rows.as_array().unwrap().iter().map(|row| (text(row, "real"), text(row, "state"))).collect()
+    rows["reals"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|row| (text(row, "real"), text(row, "state")))
+        .collect()
 }
 
 fn wait_state(lab: &Lab, real: &str, state: &str) {
@@ -48,7 +53,7 @@ fn wait_out_of_use(lab: &Lab, real: &str) {
         let groups: serde_json::Value =
             serde_json::from_str(&lab.mqtt_fwd(&["groups", "--json"])).unwrap();
         let group =
-            groups.as_array().unwrap().iter().find(|g| {
+            groups["groups"].as_array().unwrap().iter().find(|g| {
                 g["group"] == "a" && g["vip"].as_str().unwrap().starts_with("10.1.50.1:")
             });
         let reals = group.expect("group a")["reals"].as_array().unwrap();

@@ -367,7 +367,8 @@ fn doctor_names_each_fault_with_its_remedy() {
     net.sh("ip link set eth0 xdp off; ip addr add 10.1.50.200/32 dev lo");
     let output = net.mqtt_fwd(&["doctor", "--json"]);
     assert_eq!(output.status.code(), Some(1));
-    let found: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let found = found["findings"].as_array().unwrap();
     let is = |severity: &str, text: &str| {
         found.iter().any(|finding| {
             finding["severity"] == severity && finding["text"].as_str().unwrap().contains(text)

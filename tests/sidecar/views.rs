@@ -137,7 +137,7 @@ fn what_is_known_of_clients_survives_a_reboot() {
         let rows: Value =
             serde_json::from_slice(&net.mqtt_fwd(&["clients", "--json"]).stdout).unwrap();
         let row = |r: &Value| format!("{} {} {}", r["client"], r["topic"], r["group"]);
-        rows.as_array().unwrap().iter().map(row).collect()
+        rows["clients"].as_array().unwrap().iter().map(row).collect()
     };
     let before = known(&net);
     assert_eq!(before.len(), 2, "{before:?}");

@@ -151,7 +151,7 @@ impl Lab {
     pub fn counter(&self, name: &str) -> u64 {
         let counters: serde_json::Value =
             serde_json::from_str(&self.mqtt_fwd(&["counters", "--json"])).unwrap();
-        counters[name].as_u64().unwrap()
+        counters["counters"][name].as_u64().unwrap()
     }
 }
 

@@ -342,7 +342,7 @@ mod tests {
         o.reals[40].real = "10.1.3.240".into();
         let mut view = View::default();
         view.toggle(Focus::Reals);
-        let mut shown = |view| {
+        let shown = |view| {
             let mut terminal = ratatui::Terminal::new(TestBackend::new(80, 24)).unwrap();
             terminal.draw(|frame| draw(frame, &o, view)).unwrap();
             terminal.backend().to_string()

@@ -6,6 +6,7 @@ mod group;
 mod service;
 mod values;
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,7 +15,7 @@ use toml::de::DeTable;
 
 use self::values::{absolute, certificate, is_of_this_host};
 pub use self::values::{address, endpoint, mac};
-use super::reader::{Reader, Source};
+use super::reader::{Asked, Reader, Source};
 use super::{
     Api, BalancerKind, Binding, Config, ConfigError, Encapsulation, MapSizes, Rates, Service,
     XdpMode,
@@ -32,6 +33,14 @@ pub fn config(path: &Path, text: &str, table: &DeTable<'_>) -> Result<Config, Co
         Some(config) if source.is_clean() => Ok(config),
         _ => Err(ConfigError::Invalid { path: path.to_owned(), problems: source.into_problems() }),
     }
+}
+
+/// What the reader asks for in a file that has everything.
+pub fn asked(text: &str) -> BTreeMap<String, Asked> {
+    let Ok(table) = DeTable::parse(text) else { return BTreeMap::new() };
+    let source = Source::noting(text);
+    let _ = whole(Path::new(""), table.get_ref(), &source);
+    source.asked()
 }
 
 /// What is valid of the file; `None` if that is not enough to go on with.
