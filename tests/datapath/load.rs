@@ -10,6 +10,7 @@ use std::process::Command;
 
 use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
 use libbpf_sys::bpf_insn;
+use mqtt_fwd::kernel::skeletons::as_client::AsClientSkelBuilder;
 use mqtt_fwd::kernel::skeletons::balancer::BalancerSkelBuilder;
 use mqtt_fwd::kernel::skeletons::decap::DecapSkelBuilder;
 use mqtt_fwd::kernel::skeletons::mqtt_fwd::MqttFwdSkelBuilder;
@@ -21,12 +22,13 @@ use mqtt_fwd::kernel::takeover;
 /// By how much a figure may grow before somebody has to look.
 const GROWTH: f64 = 1.10;
 
-const SOURCES: [&str; 6] = [
+const SOURCES: [&str; 7] = [
     "root/xdp_root",
     "forward/mqtt_fwd",
     "balancer/balancer",
     "broker/decap",
     "broker/takeover",
+    "checks/as_client",
     "checks/wrap",
 ];
 
@@ -45,6 +47,7 @@ fn every_program_loads() {
     load!(DecapSkelBuilder);
     // Attaching it takes Linux 6.6; elsewhere, `status` says that there are no checks.
     load!(WrapSkelBuilder);
+    load!(AsClientSkelBuilder);
     // Linux 6.9: elsewhere, `host up` says that delayed binding is not to be had.
     if takeover::supported() {
         load!(TakeoverSkelBuilder);
