@@ -2,7 +2,7 @@
 //! so the file is never stale.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::Write as _;
+use std::io::{Seek as _, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -35,6 +35,9 @@ pub struct Running {
     pub pid: i32,
     /// The configuration that it works by.
     pub config: PathBuf,
+    /// What it waits for before it does anything.
+    #[serde(default)]
+    pub waits_for: Option<String>,
 }
 
 impl Running {
@@ -85,16 +88,27 @@ pub fn lock(config: &Config) -> Result<Flock<File>> {
         });
         return Err(InstanceError::Taken { interface: config.interface.clone(), who });
     };
-    let me = Running { pid: std::process::id().cast_signed(), config: absolute(config) };
     // The previous `run` may have removed it between opening and locking.
     let inode = |found: std::io::Result<fs::Metadata>| found.map(|m| m.ino()).ok();
     if inode(file.metadata()) != inode(fs::metadata(&path)) {
         drop(file);
         return lock(config);
     }
-    file.set_len(0).map_err(failed)?;
-    file.write_all(&serde_json::to_vec(&me).unwrap_or_default()).map_err(failed)?;
+    tell(&mut file, config, None)?;
     Ok(file)
+}
+
+/// Tells others what this process waits for.
+pub fn tell(file: &mut Flock<File>, config: &Config, waits_for: Option<&str>) -> Result<()> {
+    let failed = |source| InstanceError::Io { path: path(config), source };
+    let me = Running {
+        pid: std::process::id().cast_signed(),
+        config: absolute(config),
+        waits_for: waits_for.map(str::to_owned),
+    };
+    file.set_len(0).map_err(failed)?;
+    file.rewind().map_err(failed)?;
+    file.write_all(&serde_json::to_vec(&me).unwrap_or_default()).map_err(failed)
 }
 
 /// Removes what tells others of this process, at its end. The lock is held meanwhile.
@@ -116,7 +130,8 @@ pub fn interface_of(file: &Path) -> Option<String> {
         let name = entry.file_name().into_string().ok()?;
         let interface = name.strip_prefix(&begin)?.strip_suffix(".json")?.to_owned();
         let running: Running = run_files::read(&entry.path())?;
-        (running.config == file).then_some(interface)
+        // One that has crashed leaves its file behind.
+        (running.config == file && find_on(&interface).is_some()).then_some(interface)
     };
     there.find_map(of_file)
 }

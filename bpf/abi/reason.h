@@ -38,6 +38,7 @@
 	VERDICT(RESCUED, "behind a misrouted PUBLISH: handed to the sidecar") \
 	VERDICT(ICMP_ERROR, "ICMP error about a flow: sent to the flow's group") \
 	VERDICT(TOO_BIG, "too large to be encapsulated: answered with ICMP") \
+	VERDICT(RATE_LIMITED, "of a client that is above its [limits]: dropped, for TCP to repeat") \
 	VERDICT(NO_GROUP_VIP, "no usable group for the flow: passed on unchanged") \
 	VERDICT(NO_DATA, "segment without data: follows its flow") \
 	VERDICT(DATA, "segment with data: follows its flow")

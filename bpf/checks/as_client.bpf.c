@@ -18,7 +18,7 @@
 
 /* By socket cookie. */
 struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__type(key, __u64);
 	__type(value, __u8);
 	__uint(max_entries, CHECK_SOCKETS);

@@ -18,6 +18,7 @@
 #include "mqtt/will.h"
 #include "icmp_error.h"
 #include "end/rescue_stage.h"
+#include "limits.h"
 #include "services.h"
 #include "too_big.h"
 
@@ -129,11 +130,24 @@ static __always_inline void follow(struct xdp_md *ctx, struct bound *b, struct c
 		flow_accept(c, f, t, svc);
 	if (f->flags & FLOW_RESCUED && !(c->flags & bpf_htons(TCP_RST)))
 		tail_call_stage(ctx, c, svc, b->binding, STAGE_RESCUE);
+	if (messages_per_client && c->payload_length && !(c->flags & bpf_htons(TCP_RST))) {
+		struct scratch *w = scratch();
+
+		if (w)
+			w->published = 0;
+		if (!messages_admitted(c, f)) {
+			b->reason = REASON_RATE_LIMITED;
+			b->exit = EXIT_DROP;
+			return;
+		}
+	}
 	if (c->payload_length) {
 		if (!(f->connect & FLOW_CONNECT_READ))
 			connect_seen(ctx, c, f, t, svc);
 		if (frame(ctx, f, c, t, svc))
 			frame_packets(ctx, f, c, t);
+		if (messages_per_client)
+			messages_used(c, f);
 		if (f->flags & (FLOW_RESCUED | FLOW_ENDED) &&
 		    !end_segment(ctx, c, f, t, c->flags & bpf_htons(TCP_FIN))) {
 			/* It was to go to the sidecar, but its checksum is wrong. */
@@ -168,6 +182,11 @@ static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 		/* During an upgrade, flows that are not here yet are the last program's. */
 		if (!f && !is_syn(c) && has_predecessor)
 			bpf_tail_call(ctx, &predecessor, 0);
+		if (connections_per_address && !f && is_syn(c) &&
+		    svc->binding == BINDING_PREDICTED && !connection_admitted(c)) {
+			count(REASON_RATE_LIMITED);
+			return XDP_DROP;
+		}
 		f = bind(ctx, &b, c, t, svc, f);
 		if (b.exit == EXIT_HANDSHAKE)
 			tail_call_stage(ctx, c, svc, 0, STAGE_HANDSHAKE);

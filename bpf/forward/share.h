@@ -50,10 +50,14 @@ static __always_inline bool share_take(const struct conn *c, enum share_kind sha
 	return true;
 }
 
-/* Whether the client may have another place in `handovers`: of an address, half of what all may have. */
+/* Whether the client may have another place in `handovers`: of an address, half of what all may have, or less. */
 __noinline int handover_admitted(const struct conn *c)
 {
-	return c && share_take(c, SHARE_OF_HANDOVERS, handovers_per_second / 2) &&
+	__u32 most = handovers_per_second / 2;
+
+	if (connections_per_address && connections_per_address < most)
+		most = connections_per_address;
+	return c && share_take(c, SHARE_OF_HANDOVERS, most) &&
 	       budget_take(&budgets, BUDGET_HANDOVERS, handovers_per_window);
 }
 

@@ -113,6 +113,7 @@ struct scratch {
 	__u32 slot; /* of the service that is framed for */
 	__u32 relay_asked; /* for this segment, whether the flow belongs to the relay */
 	__u32 tally[PUBLISH_REASONS]; /* for counters[REASON_PUBLISH …], once a segment */
+	__u32 published; /* PUBLISHes of this segment; counted only where [limits] bounds them */
 	__u64 hash; /* STOP_TOPIC */
 	struct publish publish;
 	/* What a client's record is to hear of: a topic's hash, and its group. */

@@ -45,6 +45,9 @@ MAP(untracked, BPF_MAP_TYPE_ARRAY, __u32, __u64, 1 << 12);
 /* What each address has used lately of what all share. */
 MAP(client_shares, BPF_MAP_TYPE_LRU_HASH, struct client6, struct client_share, 1 << 14);
 
+/* How much clients publish, where [limits] bounds that: by their key in `client_ids`, or by address. */
+MAP(client_rates, BPF_MAP_TYPE_LRU_HASH, __u64, struct client_rate, 1 << 16);
+
 /* A topic that is being parsed. */
 struct topic_stream {
 	struct siphash_stream whole;

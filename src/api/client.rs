@@ -59,6 +59,9 @@ impl Run {
 
     async fn connect(interface: &str, running: &Running) -> Result<Self> {
         let pid = running.pid;
+        if let Some(what) = running.waits_for.clone() {
+            return Err(ApiError::Waiting { pid, what });
+        }
         let not_answering = |reason: String| ApiError::NotAnswering { pid, reason };
         let endpoint = Endpoint::from_shared(format!("unix:{}", socket(interface).display()))
             .map_err(|e| not_answering(e.to_string()))?

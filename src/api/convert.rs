@@ -13,16 +13,18 @@ use crate::inspect::explain::{
     BeatenRoute, ClientExplanation, FlowExplanation, TopicExplanation, Trial,
 };
 use crate::inspect::overview::{GroupOverview, Overview, RealOverview};
-use crate::inspect::status::{GroupRow, ServiceStatus, Status};
+use crate::inspect::status::{GroupReal, GroupRow, LoadedProgram, ServiceStatus, Status};
 
-/// Types with the fields of their messages; of those behind a semicolon, each entry is converted.
+/// Types with the fields of their messages; of those behind a semicolon, each entry is converted, and behind a bar, the
+/// one that there may be.
 macro_rules! same_fields {
-    ($($type:ident = $message:ident { $($field:ident),* $(; $($each:ident),+)? })+) => {$(
+    ($($type:ident = $message:ident { $($field:ident),* $(; $($each:ident),+)? $(| $($maybe:ident),+)? })+) => {$(
         impl From<$type> for proto::$message {
             fn from(from: $type) -> Self {
                 Self {
                     $($field: from.$field,)*
                     $($($each: from.$each.into_iter().map(Into::into).collect(),)+)?
+                    $($($maybe: from.$maybe.map(Into::into),)+)?
                 }
             }
         }
@@ -32,6 +34,7 @@ macro_rules! same_fields {
                 Self {
                     $($field: from.$field,)*
                     $($($each: from.$each.into_iter().map(Into::into).collect(),)+)?
+                    $($($maybe: from.$maybe.map(Into::into),)+)?
                 }
             }
         }
@@ -43,12 +46,14 @@ same_fields! {
     MapUse = MapUse { map, capacity, used, evicted }
     ServiceStatus = ServiceStatus { name, address, in_force, max_packet }
     Status = GetStatusResponse {
-        interface, attached, mode, generation, balancer, balancer_ok, multi_group_clients,
-        relayed, counters, healthy, file_in_force; positions, services, maps, problems
+        interface, mode, generation, balancer, balancer_ok, multi_group_clients,
+        relayed, counters, healthy, file_in_force; positions, services, maps, problems | attached
     }
+    LoadedProgram = LoadedProgram { name, id }
+    GroupReal = GroupReal { address, weight }
     Finding = Finding { about, severity, text, remedy }
     Counter = Counter { name, is_verdict, count, meaning }
-    GroupRow = Group { service, group, vip, reals, packets, bytes }
+    GroupRow = Group { service, group, vip, packets, bytes; reals }
     Difference = GetDifferenceResponse { changes, steps, changed }
     Flow = Flow {
         service, client, group, vip, topic, state, bound_by, fallback_reason, client_id, predicted,
@@ -70,15 +75,15 @@ same_fields! {
     }
 }
 
-impl From<Option<String>> for proto::Position {
-    fn from(program: Option<String>) -> Self {
-        Self { program }
+impl From<Option<LoadedProgram>> for proto::Position {
+    fn from(program: Option<LoadedProgram>) -> Self {
+        Self { program: program.map(Into::into) }
     }
 }
 
-impl From<proto::Position> for Option<String> {
+impl From<proto::Position> for Option<LoadedProgram> {
     fn from(position: proto::Position) -> Self {
-        position.program
+        position.program.map(Into::into)
     }
 }
 

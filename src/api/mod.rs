@@ -59,6 +59,8 @@ pub enum ApiError {
          restarting it loses nothing: forwarding goes on with what is pinned"
     )]
     NotAnswering { pid: i32, reason: String },
+    #[error("`run` (pid {pid}) does nothing yet: it waits for {what}")]
+    Waiting { pid: i32, what: String },
     #[error("`run` (pid {pid}) answers root only: use sudo")]
     NotRoot { pid: i32 },
     #[error("an answer of `run` lacks {0}; is it of another version than this binary?")]

@@ -22,6 +22,9 @@ use crate::reconcile::watch::Reconciler;
 use crate::state::{Answer, Edits, Observed, Request, State, Unmade};
 use crate::{drain, systemd};
 
+/// Differences of a reload that are logged.
+const LOGGED_DIFFERENCES: usize = 20;
+
 /// Longest time between two signs of life for the service manager.
 const ALIVE: Duration = Duration::from_secs(10);
 
@@ -114,7 +117,9 @@ impl Control {
         self.state.observed.note_counters(&counters);
         let dropped = chain::balancer_misses(&config.pins()).unwrap_or_default();
         problems.extend(self.misrouting.add(&counters, dropped, Instant::now()));
-        self.reconciler.reconcile(&self.in_effect.config, &self.datapath, problems).await;
+        let nothing_arrives = self.state.reals.nothing_arrives(&config);
+        let (config_now, datapath) = (&self.in_effect.config, &self.datapath);
+        self.reconciler.reconcile(config_now, datapath, problems, nothing_arrives).await;
         if !self.ready {
             systemd::ready();
             self.ready = true;
@@ -146,18 +151,25 @@ impl Control {
         match reload(&self.state.config(), self.balancer.as_ref()) {
             Ok(new) => {
                 info!(path = %new.path.display(), "configuration reloaded");
-                for difference in differences(&self.state.config(), &new) {
-                    info!("{difference}");
-                }
+                log_differences(&self.state.config(), &new);
                 self.state.observed.note_reload(None);
                 self.reset_dead();
                 self.config.send_replace(Arc::new(new));
-                tasks.reloaded().await;
-                self.waiting.extend(answer);
+                match tasks.reloaded().await {
+                    Ok(()) => self.waiting.extend(answer),
+                    Err(why) => {
+                        error!("{why}");
+                        self.state.observed.note_reload(Some(why.clone()));
+                        if let Some(answer) = answer {
+                            let _ = answer.send(Err(Unmade::Refused(why)));
+                        }
+                    }
+                }
             }
             Err(why) => {
-                error!("configuration not reloaded, the previous one stays in force: {why}");
-                self.state.observed.note_reload(Some(why.to_string()));
+                let reason = why.without_values();
+                error!("configuration not reloaded, the previous one stays in force: {reason}");
+                self.state.observed.note_reload(Some(why.without_values()));
                 if let Some(answer) = answer {
                     let _ = answer.send(Err(Unmade::Refused(why.to_string())));
                 }
@@ -222,6 +234,17 @@ impl Control {
             }
         }
         self.reset = dead;
+    }
+}
+
+/// What a reload has changed, as far as anybody would read it.
+fn log_differences(old: &Config, new: &Config) {
+    let all = differences(old, new);
+    for difference in all.iter().take(LOGGED_DIFFERENCES) {
+        info!("{difference}");
+    }
+    if let Some(more @ 1..) = all.len().checked_sub(LOGGED_DIFFERENCES) {
+        info!("and {more} more differences");
     }
 }
 

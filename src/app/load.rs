@@ -30,12 +30,12 @@ pub struct Loaded {
 /// Loads, and then gives up the privileges that only loading takes. Those are a thread's own, so
 /// this comes before all threads.
 pub fn load(config: Config) -> Result<Loaded> {
-    let lock = instance::lock(&config)?;
+    let mut lock = instance::lock(&config)?;
     // What may be taken comes first: packets are not to depend on a process that ends.
     let bind =
         |addr| metrics::bind(addr).map_err(|source| RunError::ListenMetrics { addr, source });
     let metrics = config.metrics.map(bind).transpose()?;
-    wait_for_interface(&config.interface);
+    wait_for_interface(&config, &mut lock)?;
     // Listening first: whoever serves there already keeps its programs in their positions.
     let listener = match config.balancer {
         BalancerKind::Embedded => Some(Embedded::listen(&config)?),
@@ -51,7 +51,8 @@ pub fn load(config: Config) -> Result<Loaded> {
 }
 
 /// One that comes late, as many do after a boot, is no reason to give up.
-fn wait_for_interface(interface: &str) {
+fn wait_for_interface(config: &Config, lock: &mut Flock<File>) -> Result<()> {
+    let interface = &config.interface;
     let mut said: Option<Instant> = None;
     while xdp::interface_index(interface).is_err() {
         if said.is_none_or(|when| when.elapsed() > SAY_AGAIN) {
@@ -59,11 +60,14 @@ fn wait_for_interface(interface: &str) {
                 "there is no interface {interface}; waiting for it (`ip link` lists those that there are)"
             );
             systemd::waiting(&format!("waiting for interface {interface}"));
+            instance::tell(lock, config, Some(&format!("interface {interface}")))?;
             said = Some(Instant::now());
         }
         std::thread::sleep(LOOK_AGAIN);
     }
     if said.is_some() {
         info!("interface {interface} is there");
+        instance::tell(lock, config, None)?;
     }
+    Ok(())
 }

@@ -18,6 +18,16 @@ pub enum ReloadError {
     Bpf(#[from] BpfError),
 }
 
+impl ReloadError {
+    /// For where others read it.
+    pub fn without_values(&self) -> String {
+        match self {
+            Self::Config(error) => error.without_values(),
+            other => other.to_string(),
+        }
+    }
+}
+
 /// Reads the file again, and loads what it takes.
 pub fn reload(config: &Config, balancer: Option<&Shared>) -> Result<Config, ReloadError> {
     let new = Config::load(&config.path)?;

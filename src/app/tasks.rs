@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinHandle;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 
 use super::Result;
 use crate::api::{self, Remote};
 use crate::config::Service;
+use crate::connectivity::ConnectivityError;
 use crate::datapath::Datapath;
 use crate::inspect::metrics::Metrics;
 use crate::rescue::Rescuer;
@@ -94,18 +95,20 @@ impl Tasks {
     }
 
     /// The file was read again.
-    pub async fn reloaded(&mut self) {
+    ///
+    /// The error: what of it was not taken over.
+    pub async fn reloaded(&mut self) -> Result<(), String> {
         self.watchdog = watchdog(&self.state);
         self.checks = checks(&self.state);
         self.tests = tests(&self.state);
         let Some(api) = self.state.config().api.clone() else {
             self.remote = None;
-            return;
+            return Ok(());
         };
-        match Remote::serve(&api, self.state.clone(), &mut self.remote).await {
-            Ok(new) => self.remote = Some(new),
-            Err(error) => error!("certificates of [api] not taken over: {error}"),
-        }
+        let new = Remote::serve(&api, self.state.clone(), &mut self.remote).await;
+        let new = new.map_err(|e| format!("certificates of [api] were not taken over: {e}"))?;
+        self.remote = Some(new);
+        Ok(())
     }
 
     /// Other reals are checked, or otherwise.
@@ -142,14 +145,20 @@ fn checks(state: &State) -> Task {
 
 /// Tests as configured.
 fn tests(state: &State) -> Option<Task> {
-    let interval = state.config().test_interval?;
+    let Some(interval) = state.config().test_interval else {
+        state.observed.forget_test();
+        return None;
+    };
     let state = state.clone();
     Some(Task::spawn(async move {
         // What was just configured comes into force first, and brokers are checked.
         tokio::time::sleep(interval.min(TEST_DELAY)).await;
         loop {
             let result = connectivity::test(&state.in_effect(), None, None).await;
-            state.observed.note_test(result.map_err(|error| error.to_string()));
+            // Somebody tests by hand: that is no fault.
+            if !matches!(result, Err(ConnectivityError::Busy)) {
+                state.observed.note_test(result.map_err(|error| error.to_string()));
+            }
             tokio::time::sleep(interval).await;
         }
     }))

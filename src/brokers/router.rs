@@ -391,7 +391,7 @@ route = [{}]
 
     #[test]
     fn only_who_names_them_gets_messages_of_tests() {
-        let t = table(&[("x/y", "a")]);
+        let t = table(&[("x/y", "a"), ("z", "b")]);
         let groups = |filter: &str| {
             let brokers = t.brokers_for(filter, &mut Budget::of_packet()).into_iter();
             brokers.map(|b| group(&t, b)).collect::<BTreeSet<_>>().into_iter().collect::<String>()
@@ -399,8 +399,12 @@ route = [{}]
         assert_eq!(groups("mqtt-fwd/test/b/1"), "b");
         assert_eq!(groups("mqtt-fwd/test/+/1"), groups("mqtt-fwd/#"));
         assert!(groups("mqtt-fwd/#").contains('a') && groups("mqtt-fwd/#").contains('b'));
-        // Of b there is no route.
-        assert!(!groups("+/+/+/1").contains('b') && !groups("+/#").contains('b'));
+        // No other topic of a or b has four levels.
+        assert_eq!(groups("+/+/+/1"), "d");
+        // Where no topic leads, none of a test does.
+        let t = table(&[("x/y", "a")]);
+        let brokers = t.brokers_for("mqtt-fwd/test/b/1", &mut Budget::of_packet());
+        assert!(brokers.into_iter().all(|b| group(&t, b) == "d"));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -15,7 +16,7 @@ use toml_edit::{DocumentMut, Item, Value};
 use super::block_on;
 use super::error::Error;
 use super::table::line;
-use crate::config::Config;
+use crate::config::{Config, is_secret};
 use crate::datapath::Datapath;
 use crate::datapath::clients::clients;
 use crate::datapath::flows::flows;
@@ -80,7 +81,8 @@ impl Bundle {
         let output = self.output.clone().unwrap_or_else(|| format!("mqtt-fwd-{now}.tar.gz").into());
         let failed = |source| Error::Io { what: output.display().to_string(), source };
         // Before anything is collected: a place where it cannot be written.
-        let archive = File::create_new(&output).map_err(failed)?;
+        let archive = File::options().write(true).create_new(true).mode(0o600).open(&output);
+        let archive = archive.map_err(failed)?;
         let parts = block_on(async { Ok::<_, Error>(self.parts(file).await) })?;
         write(archive, &format!("mqtt-fwd-{now}"), &parts).map_err(failed)?;
         for part in &parts {
@@ -133,11 +135,12 @@ fn described(part: &Part) -> String {
     }
 }
 
-/// What a command prints, errors too.
+/// What a command prints; if that is nothing, what it complains of.
 async fn output(mut command: Command) -> Result<Vec<u8>, String> {
     command.stdin(Stdio::null()).kill_on_drop(true);
     match tokio::time::timeout(PATIENCE, command.output()).await {
-        Ok(Ok(output)) => Ok([output.stdout, output.stderr].concat()),
+        Ok(Ok(output)) if output.stdout.is_empty() => Ok(output.stderr),
+        Ok(Ok(output)) => Ok(output.stdout),
         Ok(Err(error)) => Err(error.to_string()),
         Err(_) => Err(format!("no end in {} s", PATIENCE.as_secs())),
     }
@@ -172,7 +175,7 @@ fn hide_value(key: &str, value: &mut Value) {
             table.iter_mut().for_each(|(key, value)| hide_value(key.get(), value));
         }
         Value::Array(values) => values.iter_mut().for_each(|value| hide_value(key, value)),
-        _ if key.contains("password") || key.contains("secret") => *value = "(removed)".into(),
+        _ if is_secret(key) => *value = "(removed)".into(),
         _ => {}
     }
 }

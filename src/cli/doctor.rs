@@ -10,7 +10,7 @@ use super::find::{Found, find_or};
 use super::table::{self, Output, counted, line};
 use crate::api::{self, ApiError};
 use crate::config::Config;
-use crate::connectivity::{self, Outcome};
+use crate::connectivity::{self, Outcome, Tested};
 use crate::inspect::Context;
 use crate::inspect::doctor::{Finding, examine};
 
@@ -47,11 +47,15 @@ async fn tested(config: Config) -> Vec<Finding> {
         Ok(tested) => tested,
         Err(error) => return vec![Finding::fault("test", error.to_string(), "")],
     };
-    let (lost, others): (Vec<_>, Vec<_>) =
-        tested.iter().partition(|one| one.outcome == Outcome::Lost);
-    let arrived = others.iter().filter(|one| one.outcome == Outcome::Arrived).count();
-    let mut found = vec![Finding::ok("test", format!("{} arrived", counted(arrived, "message")))];
-    found.extend(lost.iter().map(|one| Finding::fault("test", format!("lost: {one}"), "")));
+    let of = |outcome| tested.iter().filter(move |one| one.outcome == outcome);
+    let arrived = counted(of(Outcome::Arrived).count(), "message");
+    let mut found = vec![match of(Outcome::Arrived).count() {
+        0 => Finding::fault("test", "no message arrived".to_owned(), ""),
+        _ => Finding::ok("test", format!("{arrived} arrived")),
+    }];
+    found.extend(of(Outcome::Lost).map(|one| Finding::fault("test", format!("lost: {one}"), "")));
+    let not_sent = |one: &Tested| Finding::warning("test", format!("not sent {one}"));
+    found.extend(of(Outcome::NotSent).map(not_sent));
     found
 }
 

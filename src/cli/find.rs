@@ -32,7 +32,9 @@ pub async fn find_or<T>(
     match found {
         Ok(Some(run)) => Ok(Found::Run(run)),
         Ok(None) => Ok(Found::Here(None, here)),
-        Err(silent @ ApiError::NotAnswering { .. }) => Ok(Found::Here(Some(silent), here)),
+        Err(silent @ (ApiError::NotAnswering { .. } | ApiError::Waiting { .. })) => {
+            Ok(Found::Here(Some(silent), here))
+        }
         Err(error) => Err(error),
     }
 }

@@ -17,7 +17,7 @@ struct Row {
     group: String,
     real: String,
     weight: u32,
-    state: &'static str,
+    state: String,
     since_s: u64,
     error: String,
 }
@@ -27,7 +27,7 @@ pub fn reals(config: &Config, output: Output) -> Result<(), Error> {
     let rows: Vec<Row> = reals
         .into_iter()
         .map(|real| Row {
-            state: real.state().text(),
+            state: real.state().text().to_owned(),
             service: real.service,
             group: real.group,
             real: real.address,
@@ -37,7 +37,9 @@ pub fn reals(config: &Config, output: Output) -> Result<(), Error> {
         })
         .collect();
     if output.json {
-        table::json_rows("reals", &rows);
+        // A word, not what people read.
+        let word = |row: Row| Row { state: row.state.replace(", ", "_"), ..row };
+        table::json_rows("reals", &rows.into_iter().map(word).collect::<Vec<_>>());
         return Ok(());
     }
     table::print(
@@ -45,7 +47,7 @@ pub fn reals(config: &Config, output: Output) -> Result<(), Error> {
         rows.into_iter().map(|r| {
             let since = table::age(r.since_s);
             let weight = r.weight.to_string();
-            vec![r.service, r.group, r.real, weight, r.state.to_owned(), since, r.error]
+            vec![r.service, r.group, r.real, weight, r.state, since, r.error]
         }),
     );
     Ok(())

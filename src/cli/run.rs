@@ -134,12 +134,13 @@ async fn by_run(
     let difference = {
         // While `run` writes, what is read here may be half of this and half of that.
         let _lock = apply::lock(config).await?;
-        run.difference().await?
+        run.difference().await
     };
     // Also if the file is the same: certificates and keys that it names need not be.
     if !dry_run {
         run.reload().await?;
     }
+    let difference = difference?;
     Ok((difference.changes, difference.steps))
 }
 

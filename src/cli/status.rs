@@ -10,7 +10,7 @@ use super::table::{self, Output, line};
 use crate::config::Config;
 use crate::domain::Problem;
 use crate::inspect::Context;
-use crate::inspect::status::{self, Status};
+use crate::inspect::status::{self, LoadedProgram, Status};
 use crate::kernel::reasons::REASONS;
 
 #[derive(Debug, Args)]
@@ -57,7 +57,9 @@ impl Show {
 }
 
 fn print(status: &Status) {
-    let or_none = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".to_owned());
+    let or_none = |program: &Option<LoadedProgram>| {
+        program.as_ref().map_or_else(|| "-".to_owned(), ToString::to_string)
+    };
     line(&format!(
         "{}: {}",
         status.interface,

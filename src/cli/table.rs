@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
 use comfy_table::{Cell, CellAlignment, ContentArrangement, Table};
@@ -84,18 +85,24 @@ fn verbatim(text: &str) {
     }
 }
 
-/// Whether this process was started without a standard output. Rust opens /dev/null in its place, for reading and
-/// writing, as a shell's redirection does not.
+/// Whether this process was started without a standard output. Rust's runtime opens /dev/null in its place, before
+/// anything of ours runs but this.
 fn is_closed() -> bool {
-    use std::os::fd::AsFd as _;
-
-    use nix::fcntl::{FcntlArg, OFlag, fcntl};
-    let stdout = std::io::stdout();
-    let flags = fcntl(stdout.as_fd(), FcntlArg::F_GETFL).unwrap_or_default();
-    let null = nix::sys::stat::stat("/dev/null").map(|null| null.st_rdev);
-    let rdev = nix::sys::stat::fstat(stdout.as_fd()).map(|stat| stat.st_rdev);
-    OFlag::from_bits_truncate(flags) & OFlag::O_ACCMODE == OFlag::O_RDWR && rdev == null
+    CLOSED.load(Ordering::Relaxed)
 }
+
+static CLOSED: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn look_at_stdout() {
+    // SAFETY: it takes any number for a descriptor.
+    let flags = unsafe { libc::fcntl(libc::STDOUT_FILENO, libc::F_GETFD) };
+    CLOSED.store(flags == -1, Ordering::Relaxed);
+}
+
+// SAFETY: the C library calls what stands there before `main`, and the function needs nothing of Rust's runtime.
+#[used]
+#[unsafe(link_section = ".init_array")]
+static LOOK_AT_STDOUT: extern "C" fn() = look_at_stdout;
 
 /// Prints a line to standard error, if that can be written.
 pub fn complain(text: &str) {

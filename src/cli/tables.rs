@@ -72,7 +72,7 @@ pub fn groups(config: &Config, output: Output) -> Result<(), Error> {
     table::print(
         &["service", "group", "group vip", "reals", ">packets", ">bytes"],
         rows.into_iter().map(|r| {
-            vec![r.service, r.group, r.vip, r.reals.join(", "), number(r.packets), number(r.bytes)]
+            vec![r.service, r.group, r.vip, joined(&r.reals), number(r.packets), number(r.bytes)]
         }),
     );
     Ok(())
@@ -110,4 +110,8 @@ impl Counters {
         );
         Ok(())
     }
+}
+
+fn joined(all: &[impl ToString]) -> String {
+    all.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }

@@ -160,7 +160,7 @@ fn others(old: &Config, new: &Config) -> Vec<&'static str> {
         ("clients_save_interval", old.clients_save_interval != new.clients_save_interval),
         ("reconcile_interval", old.reconcile_interval != new.reconcile_interval),
         ("test_interval", old.test_interval != new.test_interval),
-        ("rates", old.rates != new.rates),
+        ("rates or [limits]", old.rates != new.rates),
         ("[maps]", old.maps != new.maps),
         ("[relay]", differ(&old.relay, &new.relay)),
     ]

@@ -23,7 +23,7 @@ pub enum ConfigError {
         line: usize,
     },
     /// It is not TOML.
-    #[error("{path}: not valid TOML: {source}")]
+    #[error("{path}: not valid TOML: {}", excerpt(.source))]
     Syntax {
         /// Which.
         path: PathBuf,
@@ -59,6 +59,33 @@ impl fmt::Display for Problem {
             write!(f, "{}: {}", self.key, self.text)
         } else {
             write!(f, "{} = {}: {}", self.key, self.value, self.text)
+        }
+    }
+}
+
+/// What may be a secret, by the key's name or the line that it is in.
+pub fn is_secret(text: &str) -> bool {
+    ["password", "secret"].iter().any(|word| text.contains(word))
+}
+
+/// With the line that it is about, unless that has a secret.
+fn excerpt(error: &toml::de::Error) -> String {
+    let text = error.to_string();
+    if is_secret(&text) { error.message().to_owned() } else { text }
+}
+
+impl ConfigError {
+    /// For where others read it: without anything of the file but names of keys.
+    pub fn without_values(&self) -> String {
+        match self {
+            Self::Syntax { path, source } => {
+                format!("{}: not valid TOML: {}", path.display(), source.message())
+            }
+            Self::Invalid { path, problems } => {
+                let named = |p: &Problem| Problem { value: String::new(), ..p.clone() };
+                list(path, &problems.iter().map(named).collect::<Vec<_>>())
+            }
+            Self::Unreadable { .. } | Self::NotText { .. } => self.to_string(),
         }
     }
 }

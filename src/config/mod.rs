@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use differences::differences;
-pub use error::{ConfigError, Problem};
+pub use error::{ConfigError, Problem, is_secret};
 pub use read::{address, endpoint, mac};
 
 use crate::kernel::load::LoadSpec;

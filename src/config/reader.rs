@@ -9,6 +9,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::Problem;
+use super::error::is_secret;
 
 /// The file that is being read: its text, what is wrong with it, and where its keys are.
 pub struct Source<'a> {
@@ -69,6 +70,7 @@ impl<'a> Source<'a> {
 
     /// Reports a problem with a key, or with something in it, by its path.
     pub fn report(&self, key: String, value: String, text: String) {
+        let value = if is_secret(&key) && !value.is_empty() { "…".to_owned() } else { value };
         let lines = self.lines.borrow();
         let mut path = key.as_str();
         // The key may be missing; what it would be in is not.

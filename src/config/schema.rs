@@ -14,6 +14,7 @@ interface = "eth0"
 balancer = "katran"
 [api]
 [maps]
+[limits]
 [relay]
 [[service]]
 name = "s"

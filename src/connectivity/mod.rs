@@ -10,20 +10,23 @@ mod session;
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use futures_util::{StreamExt as _, stream};
+use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
 
 use self::opening::{From as Source, Here, Opened};
 use self::session::{PATIENCE, Session};
 use crate::balancer::client::BalancerError;
-use crate::config::{Binding, Config, Group, Service};
-use crate::domain::TEST_TOPICS;
+use crate::config::{Binding, Config, Group, Real, Service};
 use crate::domain::health::CheckKind;
+use crate::domain::{ClientRoute, ClientRouteKind, TEST_TOPICS};
 use crate::kernel::BpfError;
 use crate::mqtt::client::{self, ConnectOptions};
+use crate::run_files;
 
 /// Why nothing can be tested.
 #[derive(Debug, thiserror::Error)]
@@ -32,12 +35,17 @@ pub enum ConnectivityError {
     Bpf(#[from] BpfError),
     #[error(transparent)]
     Balancer(#[from] BalancerError),
-    #[error("finding this host's address towards a service: {0}")]
-    Source(#[from] std::io::Error),
+    #[error("finding this host's address, or its lock in /run/mqtt-fwd: {0}")]
+    Io(#[from] std::io::Error),
+    #[error("another test has been running for a minute; try again when it has ended")]
+    Busy,
 }
 
 type Result<T, E = ConnectivityError> = std::result::Result<T, E>;
 
+/// For another test to end, and from one look to the next.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(60);
+const LOCK_AGAIN: Duration = Duration::from_millis(100);
 /// Connections at a time.
 const AT_ONCE: usize = 8;
 /// Connections for each real of a group whose reals are chosen by client id or topic.
@@ -94,6 +102,11 @@ pub async fn test(
     service: Option<&str>,
     from: Option<IpAddr>,
 ) -> Result<Vec<Tested>> {
+    // Two would take each other's predictions.
+    let _lock = match from {
+        Some(_) => None,
+        None => Some(lock(config).await?),
+    };
     let source = match from {
         Some(from) => Source::Network(from),
         None => Source::Here(Box::new(Here::new(config).await?)),
@@ -118,6 +131,21 @@ pub async fn test(
     Ok(all)
 }
 
+/// Waits until no other process of this host tests.
+async fn lock(config: &Config) -> Result<Flock<File>> {
+    let path = run_files::path("test", &config.interface, "lock");
+    let end = Instant::now() + LOCK_TIMEOUT;
+    loop {
+        std::fs::create_dir_all(run_files::DIR)?;
+        let file = File::options().create(true).append(true).open(&path)?;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err(_) if Instant::now() < end => tokio::time::sleep(LOCK_AGAIN).await,
+            Err(_) => return Err(ConnectivityError::Busy),
+        }
+    }
+}
+
 /// Of one group.
 #[derive(Clone, Copy)]
 struct Test<'a> {
@@ -134,13 +162,25 @@ struct Connected {
     topic: String,
 }
 
-impl Test<'_> {
+impl<'a> Test<'a> {
     async fn run(self) -> Result<Vec<Tested>> {
+        if !self.is_by_topic() && self.id_prefix().is_none() {
+            let reason = "only certain clients are of this group, and a test is none of them";
+            let row = |real: &Real| {
+                self.row(Some(real.addr), "none", Err((Outcome::NotSent, reason.to_owned())))
+            };
+            return Ok(self.group.reals.iter().filter(|real| real.weight > 0).map(row).collect());
+        }
         let reals: Vec<IpAddr> =
             self.group.reals.iter().filter(|real| real.weight > 0).map(|real| real.addr).collect();
         match (self.source, self.service.binding) {
             (Source::Here(here), Binding::Predicted) => {
-                here.predict(self.service, &self.group.name)?;
+                if let Err(error) = here.predict(self.service, &self.group.name) {
+                    let row = |real| {
+                        self.row(Some(real), "CONNECT", Err((Outcome::Lost, error.to_string())))
+                    };
+                    return Ok(reals.into_iter().map(row).collect());
+                }
             }
             (Source::Network(_), Binding::Predicted) => self.teach().await,
             (_, Binding::Delayed) => {}
@@ -177,6 +217,27 @@ impl Test<'_> {
         tested.collect::<Vec<_>>().await.into_iter().flatten().collect()
     }
 
+    /// What client ids of the group begin with, where those lead to it, and no topic does.
+    fn id_prefix(self) -> Option<&'a str> {
+        if self.is_by_topic() {
+            return None;
+        }
+        let is_its = |route: &&ClientRoute| {
+            route.kind == ClientRouteKind::ClientId
+                && route.prefix
+                && route.group == self.group.name
+        };
+        self.service.client_routes.iter().find(is_its).map(|route| route.text.as_str())
+    }
+
+    /// Topics lead to it, or clients' subscriptions.
+    fn is_by_topic(self) -> bool {
+        let name = self.group.name.as_str();
+        self.is_relay()
+            || name == self.service.default_group
+            || self.service.test_routes.iter().any(|route| route.target.name() == name)
+    }
+
     fn is_relay(self) -> bool {
         Some(&self.group.name) == self.service.relay.as_ref()
     }
@@ -184,24 +245,23 @@ impl Test<'_> {
     /// Connections until each real had one: which gets one is decided by what is not known here.
     async fn until_all(self, reals: &[IpAddr]) -> Vec<Tested> {
         let mut missing: BTreeSet<IpAddr> = reals.iter().copied().collect();
-        let mut all = Vec::new();
+        let (mut all, mut failed) = (Vec::new(), 0);
         for _ in 0..CHOSEN_TRIES * reals.len() {
-            if missing.is_empty() {
+            // Each that fails takes its time, and it is not known whose it is.
+            if missing.is_empty() || failed > reals.len() {
                 break;
             }
             let found = self.one(None).await;
             let real = found.first().and_then(|row| row.real);
-            match real {
-                Some(real) if missing.remove(&real) => all.extend(found),
-                Some(_) => {}
-                // It is not known whose this is: once is enough.
-                None => {
-                    all.extend(found);
-                    break;
-                }
+            failed += usize::from(real.is_none());
+            if real.is_none_or(|real| missing.remove(&real)) {
+                all.extend(found);
+            } else {
+                // Of one that had all messages already, only what is news.
+                all.extend(found.into_iter().filter(|row| row.outcome == Outcome::Lost));
             }
         }
-        let reason = "no client id and no topic of the test led to it";
+        let reason = "no connection of the test got there, by no client id and no topic";
         all.extend(
             missing.into_iter().map(|real| {
                 self.row(Some(real), "QoS 0", Err((Outcome::NotSent, reason.to_owned())))
@@ -236,7 +296,7 @@ impl Test<'_> {
             if is_unreachable { (Outcome::NotSent, reason) } else { lost(self.no_answer(&reason)) }
         })?;
         let nonce = getrandom::u32().map_err(|e| lost(e.to_string()))?;
-        let id = format!("mqtt-fwd-test-{nonce:08x}");
+        let id = format!("{}mqtt-fwd-test-{nonce:08x}", self.id_prefix().unwrap_or_default());
         let mut options = ConnectOptions {
             v5: false,
             client_id: &id,
@@ -308,7 +368,9 @@ impl Test<'_> {
             return vec![self.row(real, "SUBSCRIBE", Err((Outcome::Lost, reason)))];
         }
         let mut rows = Vec::new();
-        for group in self.service.groups.iter().filter(|group| group.name != self.group.name) {
+        let others = self.service.groups.iter().map(|group| Test { group, ..self });
+        for group in others.filter(|other| !other.is_relay() && other.is_by_topic()) {
+            let group = group.group;
             let topic = format!("{TEST_TOPICS}/{}/{nonce}", group.name);
             let begun = Instant::now();
             let mut result = session.publish_qos1(&topic, b"mqtt-fwd test").await;

@@ -138,7 +138,9 @@ impl Here {
         };
         for _ in 0..PORTS {
             let port = 32_768 + (getrandom::u32().map_err(|e| e.to_string())? % 28_000) as u16;
-            match self.real_of(SocketAddr::new(from, port), vip) {
+            let real_of_new =
+                |balancer: &RealOfFlow| balancer.real_of_new(SocketAddr::new(from, port), vip);
+            match self.balancer.as_ref().and_then(real_of_new) {
                 Some(it)
                     if it == real && socket.bind(&SocketAddr::new(from, port).into()).is_ok() =>
                 {

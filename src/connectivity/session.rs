@@ -93,6 +93,8 @@ impl Session {
         let _ = self.stream.shutdown().await;
         // Until the broker's FIN is there, so that no RST takes the way of the test.
         let _ = tokio::time::timeout(Duration::from_millis(200), self.stream.read(&mut [0])).await;
+        // What was not acknowledged is not repeated when nobody takes it any more.
+        let _ = self.stream.set_zero_linger();
     }
 
     fn next_id(&mut self) -> u16 {

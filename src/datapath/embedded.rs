@@ -53,6 +53,7 @@ pub struct Embedded {
     members: Table<vip_real, u32>,
     gateway: Table<u32, gateway>,
     vip_stats: Table<u32, lb_stats>,
+    reals_stats: Table<u32, lb_stats>,
     stats: Table<u32, lb_stats>,
 }
 
@@ -67,6 +68,7 @@ impl Embedded {
             members: Table::open(&dir.join("vip_reals"))?,
             gateway: Table::open(&dir.join("ctl_array"))?,
             vip_stats: Table::open(&dir.join("vip_stats"))?,
+            reals_stats: Table::open(&dir.join("reals_stats"))?,
             stats: Table::open(&dir.join("balancer_stats"))?,
         })
     }
@@ -244,6 +246,9 @@ impl Embedded {
         let number = never_used
             .or(no_longer_used)
             .ok_or(Refusal::TooManyReals(self.reals.max_entries() - first))?;
+        // It may have been another's.
+        let cpus = self.reals_stats.get_per_cpu(&number)?.len();
+        self.reals_stats.put_per_cpu(&number, &vec![lb_stats::zeroed(); cpus])?;
         self.reals.put(&number, &wanted)?;
         Ok(number)
     }

@@ -9,6 +9,8 @@ use super::names::{Names, address_of, boot_time, services_of};
 use crate::domain::CookieKeys;
 use crate::kernel::Result;
 use crate::kernel::abi::{Pod as _, flow6, handover, handover_keys, handover_state, words_addr};
+use crate::kernel::maps::Table;
+use crate::kernel::pins::Pins;
 
 /// A connection whose CONNECT was answered, and whose client has said nothing since.
 #[derive(Debug)]
@@ -41,6 +43,14 @@ pub struct Stuck {
     /// Name of its service and of its group.
     pub service: String,
     pub group: String,
+}
+
+/// The keys that the balancer makes cookies with; `None`: it has none.
+pub fn cookie_keys(pins: &Pins) -> Result<Option<CookieKeys>> {
+    let keys: Table<u32, handover_keys> = Table::open(&pins.map("handover_keys"))?;
+    let keys = keys.get(&0)?.unwrap_or_default();
+    let has_some = keys.key.iter().flatten().any(|word| *word != 0);
+    Ok(has_some.then_some(CookieKeys { key: keys.key, epoch: keys.epoch }))
 }
 
 impl Datapath {

@@ -5,7 +5,7 @@ pub mod counts;
 pub mod embedded;
 pub mod events;
 pub mod flows;
-mod handovers;
+pub mod handovers;
 pub mod ids;
 pub mod image;
 pub mod names;

@@ -28,6 +28,16 @@ impl RealOfFlow {
     /// The real that a client's packets to a VIP are sent to: by a segment without data, which goes nowhere, and
     /// which the balancer counts as it counts any other.
     pub fn real_of(&self, client: SocketAddr, vip: SocketAddr) -> Option<IpAddr> {
+        self.ask(client, vip, false)
+    }
+
+    /// The real that a new connection would be sent to: by its SYN, for which what the balancer remembers of an older
+    /// one does not count.
+    pub fn real_of_new(&self, client: SocketAddr, vip: SocketAddr) -> Option<IpAddr> {
+        self.ask(client, vip, true)
+    }
+
+    fn ask(&self, client: SocketAddr, vip: SocketAddr, syn: bool) -> Option<IpAddr> {
         const HOPS: u8 = 64;
         let ethernet = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
         let ip = match (client.ip(), vip.ip()) {
@@ -36,7 +46,9 @@ impl RealOfFlow {
             _ => return None,
         };
         let mut frame = Vec::new();
-        ip.tcp(client.port(), vip.port(), 1, 1024).ack(1).write(&mut frame, &[]).ok()?;
+        let tcp = ip.tcp(client.port(), vip.port(), 1, 1024);
+        let tcp = if syn { tcp.syn() } else { tcp.ack(1) };
+        tcp.write(&mut frame, &[]).ok()?;
         let run = test_run::run(self.0.as_fd(), &frame, 1).ok()?;
         if run.verdict != libbpf_sys::XDP_TX {
             return None;

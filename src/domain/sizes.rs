@@ -57,10 +57,20 @@ pub struct Rates {
     pub new_flows: u32,
     /// New topics whose text and verdict are stored.
     pub new_topics: u32,
+    /// New connections of one address; 0: as many as it likes.
+    pub connections_per_address: u32,
+    /// PUBLISHes of one client; 0: as many as it likes.
+    pub messages_per_client: u32,
 }
 
 impl Default for Rates {
     fn default() -> Self {
-        Self { events: 2000, new_flows: 100_000, new_topics: 5000 }
+        Self {
+            events: 2000,
+            new_flows: 100_000,
+            new_topics: 5000,
+            connections_per_address: 0,
+            messages_per_client: 0,
+        }
     }
 }

@@ -151,6 +151,19 @@ impl Reals {
         groups.flat_map(reals).collect()
     }
 
+    /// Whether there are checks that go the way of clients' packets, and none of them succeeds.
+    pub fn nothing_arrives(&self, config: &Config) -> bool {
+        let goes_that_way = |name: &str| {
+            let service = config.services.iter().find(|service| service.name == name);
+            let check = service.and_then(|service| service.health_check.as_ref());
+            check.is_some_and(|check| check.path == CheckPath::Encapsulated)
+        };
+        let all = self.list(config);
+        let checked = || all.iter().filter(|real| goes_that_way(&real.service));
+        checked().any(|real| matches!(real.health, Health::Down(_)))
+            && !checked().any(|real| real.health == Health::Up)
+    }
+
     /// Whether a real is not to be used, if there is another.
     pub fn is_out(&self, service: &str, addr: IpAddr) -> bool {
         let inner = self.inner();

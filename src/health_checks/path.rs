@@ -12,10 +12,10 @@ use tokio::net::{TcpSocket, TcpStream};
 use super::answered;
 use crate::balancer::client::Client;
 use crate::config::{Config, Encapsulation, Service};
+use crate::datapath::handovers::cookie_keys;
 use crate::datapath::image::{self, ImageError};
 use crate::domain::Mac;
 use crate::domain::vip::parse_mac;
-use crate::handover::keys::{KeyError, KeyFile, now};
 use crate::kernel::wrap::{Outer, Wrap};
 use crate::kernel::{BpfError, decap, route, xdp};
 
@@ -26,8 +26,8 @@ pub enum PathError {
     Bpf(#[from] BpfError),
     #[error(transparent)]
     Image(#[from] ImageError),
-    #[error(transparent)]
-    Key(#[from] KeyError),
+    #[error("there is no handover key in the datapath")]
+    NoKey,
     #[error("a socket for a check of {real}: {source}")]
     Socket { real: IpAddr, source: io::Error },
 }
@@ -44,9 +44,14 @@ pub enum Opening {
 /// For how long the balancer's gateway is taken to be the same.
 const GATEWAY_AGE: Duration = Duration::from_secs(2);
 
+/// For its answer: all checks wait for that.
+const GATEWAY_TIMEOUT: Duration = Duration::from_millis(300);
+
 /// IP and TCP headers without options.
 const HEADERS_V4: u16 = 20 + 20;
 const HEADERS_V6: u16 = 40 + 20;
+/// The most that is put around a packet.
+const ENCAPSULATION: u16 = 40 + 8;
 /// Bytes of the TCP option, padded (RFC 7323 §3.2).
 pub const TIMESTAMPS: usize = 12;
 
@@ -93,6 +98,7 @@ impl Path {
             decap::usual_source(real)
         };
         let mac = self.gateway().await;
+        let mss = self.mss(to)?;
         let outer =
             Outer { source, real, gue: self.gue, mac, answered: opening == Opening::Answered };
         let mut wrap = self.wrap();
@@ -100,12 +106,11 @@ impl Path {
         wrap.add(cookie, outer)?;
         drop(wrap);
         // From here on: removed with the value.
-        let mss = self.mss(to)?;
         let mut wrapped = Wrapped { socket: None, mss, cookie, path: self };
         if opening == Opening::Answered {
             let from = route::source_towards(to.ip(), device).map_err(failed)?;
             socket.bind(&SocketAddr::new(from, 0).into()).map_err(failed)?;
-            let keys = KeyFile::read(&self.config.handover_key)?.cookie_keys(now());
+            let keys = cookie_keys(&self.config.pins())?.ok_or(PathError::NoKey)?;
             answered::establish(&socket, &keys, to, mss as u32).map_err(failed)?;
             let stream = TcpStream::from_std(socket.into()).map_err(failed)?;
             wrapped.socket = Some(Ready::Connected(stream));
@@ -118,12 +123,13 @@ impl Path {
 
     /// With delayed binding, the one in the balancer's SYN-ACKs.
     fn mss(&self, to: SocketAddr) -> Result<usize, PathError> {
-        let is = |service: &&Service| SocketAddr::new(service.addr, service.port) == to;
+        let is = |service: &&Service| service.addr == to.ip();
         let mtu = xdp::interface_mtu(&self.config.interface)?;
         let service = self.config.services.iter().find(is);
         let max = service.map(|service| image::max_packet(&self.config, service, mtu));
         let headers = if to.is_ipv4() { HEADERS_V4 } else { HEADERS_V6 };
-        Ok(max.transpose()?.unwrap_or(mtu as u16).saturating_sub(headers).into())
+        let whole = max.transpose()?.unwrap_or((mtu as u16).saturating_sub(ENCAPSULATION));
+        Ok(whole.saturating_sub(headers).into())
     }
 
     /// The MAC address that the balancer sends to; none: it does not say.
@@ -135,8 +141,12 @@ impl Path {
             return mac;
         }
         let ask = async { Client::connect(&self.config.balancer_endpoint).await?.mac().await };
-        // Zeros are no address, and yet what a Katran that was told none sends to.
-        let mac = ask.await.ok().map(|text| parse_mac(&text).unwrap_or_default());
+        let mac = match tokio::time::timeout(GATEWAY_TIMEOUT, ask).await {
+            // Zeros are no address, and yet what a Katran that was told none sends to.
+            Ok(Ok(text)) => Some(parse_mac(&text).unwrap_or_default()),
+            // It sends to where it sent before, whether or not it answers.
+            _ => asked.and_then(|(_, before)| before),
+        };
         *asked = Some((Instant::now(), mac));
         mac
     }

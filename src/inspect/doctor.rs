@@ -30,6 +30,9 @@ const KERNEL: (u32, u32) = (6, 1);
 /// For a broker to accept a connection.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// Of Katran's look-ups, one in so many may be in its fallback table.
+const FALLBACK_SHARE: u64 = 100;
+
 /// Brokers that are asked at a time.
 const AT_ONCE: usize = 64;
 
@@ -71,6 +74,13 @@ impl Finding {
     pub fn ok(about: &str, text: String) -> Self {
         let mut found = Findings::default();
         found.add(Severity::Ok, about, text, None);
+        found.0.remove(0)
+    }
+
+    /// Something is lost or missing.
+    pub fn warning(about: &str, text: String) -> Self {
+        let mut found = Findings::default();
+        found.add(Severity::Warning, about, text, None);
         found.0.remove(0)
     }
 
@@ -357,7 +367,13 @@ async fn tracking(found: &mut Findings, config: &Config, balancer: Option<Client
     let Some(mut balancer) = balancer.filter(|_| config.balancer == BalancerKind::Katran) else {
         return;
     };
-    if let Ok(packets @ 1..) = balancer.lru_fallback_stats().await.map(|stats| stats.v1) {
+    let (Ok(fallback), Ok(all)) = (balancer.lru_fallback_stats().await, balancer.lru_stats().await)
+    else {
+        return;
+    };
+    let packets = fallback.v1;
+    // A few are what this host itself asked the balancer's program, on any processor.
+    if packets * FALLBACK_SHARE > all.v1 {
         found.warning(
             "balancer",
             format!(
@@ -445,7 +461,7 @@ fn delayed(found: &mut Findings, config: &Config) {
 }
 
 /// What the counters tell, each with what usually makes them grow.
-const TOLD: [(&str, &str, &str); 12] = [
+const TOLD: [(&str, &str, &str); 13] = [
     (
         "no_balancer",
         "packets found no balancer, and went to this host's stack",
@@ -461,6 +477,11 @@ const TOLD: [(&str, &str, &str); 12] = [
         "connect_delayed",
         "CONNECTs were dropped, to be repeated: too many new connections at a time, of all or of one address",
         "if these are clients of yours, raise [maps] handovers",
+    ),
+    (
+        "rate_limited",
+        "segments were dropped, to be repeated: their clients are above what [limits] lets them do",
+        "raise it, if these clients may do that",
     ),
     (
         "untracked_dropped",

@@ -1,5 +1,7 @@
 //! What `run` measures of datapath, balancer and itself.
 
+use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -163,7 +165,10 @@ fn datapath(config: &Config, observed: &Observed) -> Vec<Family> {
         let mut packets =
             Family::counter("real_packets", "Packets to a real, by the balancer's count");
         let mut bytes = Family::counter("real_bytes", "Their bytes");
-        for (real, sum) in traffic {
+        let groups = config.services.iter().flat_map(|service| &service.groups);
+        let reals: BTreeSet<IpAddr> =
+            groups.flat_map(|group| &group.reals).map(|real| real.addr).collect();
+        for (real, sum) in traffic.into_iter().filter(|(real, _)| reals.contains(real)) {
             let real = real.to_string();
             packets.push(&[("real", &real)], number(sum.0));
             bytes.push(&[("real", &real)], number(sum.1));

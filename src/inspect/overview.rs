@@ -121,10 +121,13 @@ pub async fn group_traffic(
     service: &Service,
     group: &Group,
 ) -> Result<(u64, u64), BalancerError> {
-    let mut sum = (0, 0);
-    for vip in std::iter::once(group.vip).chain(group.reals.iter().filter_map(|real| real.vip)) {
-        let stats = client.vip_stats(Vip::tcp(vip, service.port)).await?;
-        sum = (sum.0 + stats.v1, sum.1 + stats.v2);
+    let stats = client.vip_stats(Vip::tcp(group.vip, service.port)).await?;
+    let mut sum = (stats.v1, stats.v2);
+    for vip in group.reals.iter().filter_map(|real| real.vip) {
+        // One that the balancer does not have, or not again yet, has no traffic.
+        if let Ok(stats) = client.vip_stats(Vip::tcp(vip, service.port)).await {
+            sum = (sum.0 + stats.v1, sum.1 + stats.v2);
+        }
     }
     Ok(sum)
 }

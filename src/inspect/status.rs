@@ -1,6 +1,7 @@
 //! Is everything where it should be, and what goes through it?
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -27,11 +28,11 @@ use crate::reconcile::{apply, gateway};
 pub struct Status {
     pub interface: String,
     /// The XDP program there; none: nothing is attached.
-    pub attached: Option<String>,
+    pub attached: Option<LoadedProgram>,
     /// native or generic.
     pub mode: Option<String>,
     /// The chain's programs, by position; none: it is empty.
-    pub positions: Vec<Option<String>>,
+    pub positions: Vec<Option<LoadedProgram>>,
     /// Of the routes in force.
     pub generation: Option<u32>,
     pub services: Vec<ServiceStatus>,
@@ -59,6 +60,36 @@ impl Status {
     }
 }
 
+/// A BPF program in the kernel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct LoadedProgram {
+    /// As the kernel keeps it: of 15 characters at most.
+    pub name: String,
+    pub id: u32,
+}
+
+impl fmt::Display for LoadedProgram {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (id {})", self.name, self.id)
+    }
+}
+
+/// A real of a group, as the balancer has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct GroupReal {
+    pub address: String,
+    pub weight: u32,
+}
+
+impl fmt::Display for GroupReal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.weight {
+            1 => f.write_str(&self.address),
+            weight => write!(f, "{} (weight {weight})", self.address),
+        }
+    }
+}
+
 /// A service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ServiceStatus {
@@ -78,7 +109,7 @@ pub struct GroupRow {
     /// Address and port.
     pub vip: String,
     /// At the balancer; if that does not answer, as configured.
-    pub reals: Vec<String>,
+    pub reals: Vec<GroupReal>,
     /// None: the balancer does not answer.
     pub packets: Option<u64>,
     pub bytes: Option<u64>,
@@ -87,7 +118,7 @@ pub struct GroupRow {
 /// Reads all of it.
 pub async fn read(context: &Context) -> Result<Status> {
     let config = context.config();
-    let program = |p: &xdp::ProgramInfo| format!("{} (id {})", p.name, p.id);
+    let program = |p: &xdp::ProgramInfo| LoadedProgram { name: p.name.clone(), id: p.id };
     let pins = config.pins();
     let attached = xdp::attached(&config.interface)?.map(|root| pins.identify(root));
     let chain = Chain::open(&pins)?;
@@ -239,8 +270,8 @@ pub async fn groups(config: &Config) -> Vec<GroupRow> {
             group: group.name.clone(),
             vip: vip.to_string(),
             reals: match there {
-                Some(reals) => reals.iter().map(|(a, w)| real_text(*a, *w)).collect(),
-                None => group.reals.iter().map(|r| real_text(r.addr, r.weight)).collect(),
+                Some(reals) => reals.iter().map(|(a, w)| group_real(*a, *w)).collect(),
+                None => group.reals.iter().map(|r| group_real(r.addr, r.weight)).collect(),
             },
             packets: traffic.map(|(packets, _)| *packets),
             bytes: traffic.map(|(_, bytes)| *bytes),
@@ -249,6 +280,6 @@ pub async fn groups(config: &Config) -> Vec<GroupRow> {
     groups.map(group).collect()
 }
 
-fn real_text(addr: std::net::IpAddr, weight: u32) -> String {
-    if weight == 1 { addr.to_string() } else { format!("{addr} (weight {weight})") }
+fn group_real(addr: std::net::IpAddr, weight: u32) -> GroupReal {
+    GroupReal { address: addr.to_string(), weight }
 }

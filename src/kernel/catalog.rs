@@ -80,7 +80,7 @@ use Role::{Configuration, Flows, Internal, Knowledge, Scratch, Shared};
 
 /// All of them.
 #[rustfmt::skip] // a table
-pub const MAPS: [Map; 43] = [
+pub const MAPS: [Map; 44] = [
     map(M, "root_array",        Shared,        None, None),
     map(M, "mqtt_service_vips", Shared,        None, None),
     map(M, "generation",        Configuration, None, None),
@@ -110,6 +110,7 @@ pub const MAPS: [Map; 43] = [
     map(M, "events",            Scratch,       None, None),
     map(M, "rescues",           Scratch,       None, None),
     map(M, "client_shares",     Scratch,       None, None),
+    map(M, "client_rates",      Scratch,       None, None),
     map(M, "rescuer",           Scratch,       None, None),
     map(M, "predecessor",       Scratch,       None, None),
     map(M, "stages",            Scratch,       None, None),

@@ -43,7 +43,10 @@ pub fn real_traffic(pins: &Pins) -> Option<BTreeMap<IpAddr, (u64, u64)>> {
         let sum = counts
             .map(lb_stats::from_bytes)
             .fold((0, 0), |(packets, bytes), one| (packets + one.v1, bytes + one.v2));
-        traffic.insert(words_addr(real.addr, real.v6 & 1 != 0), sum);
+        // A real that was removed and added again has another number, and its old counts are its own.
+        let all: &mut (u64, u64) =
+            traffic.entry(words_addr(real.addr, real.v6 & 1 != 0)).or_default();
+        *all = (all.0 + sum.0, all.1 + sum.1);
     }
     Some(traffic)
 }

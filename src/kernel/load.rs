@@ -98,6 +98,8 @@ pub fn load(spec: &LoadSpec) -> Result<Loaded> {
         rodata.handovers_per_window = Rates::per_window(rodata.handovers_per_second);
         rodata.clients_per_second = spec.maps.clients_per_second();
         rodata.clients_per_window = Rates::per_window(rodata.clients_per_second);
+        rodata.connections_per_address = spec.rates.connections_per_address;
+        rodata.messages_per_client = spec.rates.messages_per_client;
     }
     let place = Place::mqtt_fwd(spec)?;
     let prepared = prepare(spec, place.object, open.open_object_mut())?;

@@ -11,10 +11,9 @@ use crate::balancer::client::{BalancerError, Client};
 use crate::balancer::flags::GROUP_FLAG;
 use crate::balancer::{embedded, listeners};
 use crate::chain::health;
-use crate::config::{BalancerKind, Config, Service};
+use crate::config::{BalancerKind, Config};
 use crate::datapath::Datapath;
 use crate::datapath::plan::MapPlan;
-use crate::domain::health::CheckPath;
 use crate::domain::vip::mac_text;
 use crate::domain::{Mac, Problem, Vip};
 use crate::handover::{silent, stuck};
@@ -91,12 +90,13 @@ impl Reconciler {
 
     /// Once: compares, and puts back.
     ///
-    /// `problems`: what is wrong besides.
+    /// `problems`: what is wrong besides. `nothing_arrives`: no check succeeds of those that go as clients' packets do.
     pub async fn reconcile(
         &mut self,
         config: &Config,
         datapath: &Datapath,
         mut problems: Vec<Problem>,
+        nothing_arrives: bool,
     ) {
         // 100,000 routes take some hundred megabytes to compile, once; all of that is free.
         if std::mem::take(&mut self.just_applied) {
@@ -115,17 +115,24 @@ impl Reconciler {
             Ok(found) => problems.extend(found),
             Err(error) => problems.push(Problem::new("apply_failed", error.to_string())),
         }
+        // Without any, clients of delayed binding would be bound by address: then what was in force stays.
+        let mut missing_keys = None;
         if let Err(error) = silent::put_keys(config, datapath) {
-            // Without any, no SYN is answered.
-            let has_some = datapath.has_cookie_keys().unwrap_or_default();
-            let code = if has_some { "handover_key" } else { "apply_failed" };
-            problems.push(Problem::new(code, error.to_string()));
+            if datapath.has_cookie_keys().unwrap_or_default() {
+                problems.push(Problem::new("handover_key", error.to_string()));
+            } else {
+                missing_keys = Some(Problem::new("apply_failed", error.to_string()));
+            }
         }
         let alone = problems.iter().all(Problem::is_elsewhere);
-        if let Err(problem) = self.try_apply(config, gateway, datapath, alone).await {
+        let applied = match missing_keys {
+            Some(problem) => Err(problem),
+            None => self.try_apply(config, gateway, datapath, alone).await,
+        };
+        if let Err(problem) = applied {
             problems.insert(0, problem);
         }
-        problems.extend(self.other_gateway(config, gateway, &problems).await);
+        problems.extend(self.other_gateway(config, gateway, nothing_arrives).await);
         let texts: Vec<&str> = problems.iter().map(|problem| problem.text.as_str()).collect();
         let problem = Some(texts.join("; ")).filter(|text| !text.is_empty());
         self.observed.reconciled(problems);
@@ -144,13 +151,9 @@ impl Reconciler {
         &mut self,
         config: &Config,
         configured: Option<Mac>,
-        problems: &[Problem],
+        nothing_arrives: bool,
     ) -> Option<Problem> {
-        let is_checked = |service: &Service| {
-            service.health_check.as_ref().is_some_and(|check| check.path == CheckPath::Encapsulated)
-        };
-        if config.services.iter().all(is_checked) && !problems.iter().any(|p| p.code == "real_down")
-        {
+        if !nothing_arrives {
             return None;
         }
         let next_hop = mac_text(gateway::learned(config).await?);

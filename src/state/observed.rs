@@ -75,6 +75,11 @@ impl Observed {
         *held(&self.tested) = Some(LastTest { when: SystemTime::now(), result });
     }
 
+    /// There are no tests any more.
+    pub fn forget_test(&self) {
+        *held(&self.tested) = None;
+    }
+
     /// The last test, if there was one.
     pub fn tested(&self) -> Option<LastTest> {
         held(&self.tested).clone()
@@ -118,6 +123,11 @@ impl Observed {
             Some(Ok(tested)) => {
                 let lost: Vec<&Tested> =
                     tested.iter().filter(|one| one.outcome == Outcome::Lost).collect();
+                if tested.iter().all(|one| one.outcome == Outcome::NotSent) {
+                    let text =
+                        "in the last test, no message could be sent; `mqtt-fwd test` says why";
+                    problems.push(Problem::new("test_failed", text));
+                }
                 if let Some(first) = lost.first() {
                     let text = format!(
                         "{} of {} messages of the last test were lost, the first one {first}; `mqtt-fwd test` shows all",

@@ -7,6 +7,7 @@ mod framing;
 mod fuzz;
 mod handshake;
 mod learning;
+mod limits;
 mod load;
 mod maps;
 mod packets;

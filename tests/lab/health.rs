@@ -57,8 +57,7 @@ fn wait_out_of_use(lab: &Lab, real: &str) {
                 g["group"] == "a" && g["vip"].as_str().unwrap().starts_with("10.1.50.1:")
             });
         let reals = group.expect("group a")["reals"].as_array().unwrap();
-        let weights = reals.iter().filter_map(|r| r.as_str().unwrap().strip_prefix(real));
-        weights.into_iter().all(|weight| weight == " (weight 0)").then_some(())
+        reals.iter().all(|r| r["address"] != real || r["weight"] == 0).then_some(())
     });
 }
 

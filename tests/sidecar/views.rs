@@ -64,7 +64,7 @@ fn run_shows_others_what_the_maps_hold() {
         &["explain", "--json", "flow", "10.1.1.3:4000"],
     ];
     // Ages go on, programs may be others, and the host's own packets come in between.
-    let passing = ["age_s\": ", "(id ", "\"not_service\"", "\"ipv6_extension\"", "\"not_ip\""];
+    let passing = ["age_s\": ", "\"id\": ", "\"not_service\"", "\"ipv6_extension\"", "\"not_ip\""];
     let stable = |text: &str| -> Vec<String> {
         let kept = |line: &&str| !passing.iter().any(|word| line.contains(word));
         let lines = text.lines().filter(kept);

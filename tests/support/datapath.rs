@@ -153,6 +153,8 @@ impl Fixture {
         }
         let rodata = open.maps.rodata_data.as_deref_mut().unwrap();
         rodata.has_predecessor = 0;
+        rodata.connections_per_address = 0;
+        rodata.messages_per_client = 0;
         rodata.handovers_per_second = u32::MAX;
         rodata.handovers_per_window = u32::MAX;
         rodata.clients_per_second = u32::MAX;

@@ -126,6 +126,7 @@ __noinline int frame(struct xdp_md *ctx, struct flow *f, const struct conn *c,
 	end = c->payload + c->payload_length;
 	if (f->parser == PARSER_TYPE) {
 		behind = publish_again_alone(ctx, f, t, svc, offset | end << 16);
+		w->published = !!behind;
 		if (behind >= end) {
 			frame_next(f, c, c->seq + (behind - c->payload));
 			return false;

@@ -27,12 +27,13 @@ static __always_inline void tally(struct scratch *w, enum reason reason)
 	w->tally[(reason - REASON_PUBLISH) & (PUBLISH_REASONS - 1)]++;
 }
 
-static __always_inline void tally_count(const struct scratch *w)
+static __always_inline void tally_count(struct scratch *w)
 {
 #pragma unroll
 	for (__u32 i = 0; i < PUBLISH_REASONS; i++) {
 		if (w->tally[i])
 			count_many(REASON_PUBLISH + i, w->tally[i]);
+		w->published += w->tally[i];
 	}
 }
 

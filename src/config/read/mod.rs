@@ -107,6 +107,7 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
         events: r.number("events_per_second", 0..=1_000_000).unwrap_or(d.events),
         new_flows: r.number("new_flows_per_second", 1..=100_000_000).unwrap_or(d.new_flows),
         new_topics: r.number("new_topics_per_second", 0..=100_000_000).unwrap_or(d.new_topics),
+        ..limits_of_clients(r.table("limits"))
     };
     let services: Vec<Service> =
         r.tables("service").into_iter().filter_map(service::service).collect();
@@ -142,6 +143,19 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
         relay,
         services,
     })
+}
+
+/// What one client may do in a second.
+fn limits_of_clients(r: Option<Reader<'_>>) -> Rates {
+    let d = Rates::default();
+    let Some(r) = r else { return d };
+    let rates = Rates {
+        connections_per_address: r.number("connections_per_address", 1..=1_000_000).unwrap_or(0),
+        messages_per_client: r.number("messages_per_client", 1..=1_000_000).unwrap_or(0),
+        ..d
+    };
+    r.finish();
+    rates
 }
 
 /// With certificates on both sides: whoever reaches it can change where clients' packets go.

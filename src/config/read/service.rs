@@ -1,6 +1,6 @@
 //! `[[service]]`: its keys, listeners, routes and health checks.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use super::super::reader::Reader;
@@ -132,7 +132,7 @@ pub(super) fn service(r: Reader<'_>) -> Option<Service> {
         r.problem("route", format!("topic {twice:?} is routed twice; remove one of the two"));
     }
     r.finish();
-    let test_routes = test_routes(&groups, relay.as_deref(), &routes);
+    let test_routes = test_routes(&groups, default_group.as_deref(), &routes);
     Some(Service {
         name: name?,
         addr: addr?,
@@ -151,15 +151,18 @@ pub(super) fn service(r: Reader<'_>) -> Option<Service> {
     })
 }
 
-/// A topic for each group that no client has, unless it is routed otherwise.
-fn test_routes(groups: &[Group], relay: Option<&str>, routes: &[Route]) -> Vec<Route> {
+/// A topic that no client has, for each group that topics lead to: one that is for certain clients only must not be had
+/// by publishing something.
+fn test_routes(groups: &[Group], default: Option<&str>, routes: &[Route]) -> Vec<Route> {
+    let by_topic: HashSet<&str> =
+        routes.iter().map(|route| route.target.name()).chain(default).collect();
     let of_group = |group: &Group| {
         let filter = TopicFilter::parse(&format!("{TEST_TOPICS}/{}/#", group.name)).ok()?;
         let is_new = routes.iter().all(|route| route.filter != filter);
         let fits = filter.levels().len() <= limits::ROUTE_LEVELS;
         (is_new && fits).then(|| Route { filter, target: Target::Group(group.name.clone()) })
     };
-    groups.iter().filter(|group| Some(&*group.name) != relay).filter_map(of_group).collect()
+    groups.iter().filter(|group| by_topic.contains(&*group.name)).filter_map(of_group).collect()
 }
 
 /// A port of the relay's beside its service's own.
