@@ -52,7 +52,7 @@ struct Part {
 const OWN: [(&str, &[&str], &str); 9] = [
     ("check.json", &["check", "--json"], "what the configuration means"),
     ("status.json", &["status", "--json"], "chain, balancer, services, maps, problems"),
-    ("doctor.json", &["doctor", "--json"], "what stands in the way of packets"),
+    ("doctor.json", &["doctor", "--json"], "what blocks packets"),
     ("diff.json", &["diff", "--json"], "what of the file is not in force"),
     ("reals.json", &["reals", "--json"], "brokers with their health"),
     ("groups.json", &["groups", "--json"], "groups with their traffic"),

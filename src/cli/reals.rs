@@ -38,7 +38,7 @@ pub fn reals(config: &Config, output: Output) -> Result<(), Error> {
         .collect();
     if output.json {
         // A word, not what people read.
-        let word = |row: Row| Row { state: row.state.replace(", ", "_"), ..row };
+        let word = |row: Row| Row { state: row.state.replace(", ", "_").replace(' ', "_"), ..row };
         table::json_rows("reals", &rows.into_iter().map(word).collect::<Vec<_>>());
         return Ok(());
     }

@@ -85,8 +85,8 @@ fn verbatim(text: &str) {
     }
 }
 
-/// Whether this process was started without a standard output. Rust's runtime opens /dev/null in its place, before
-/// anything of ours runs but this.
+/// Whether this process was started without a standard output. Rust's runtime opens /dev/null in its place before
+/// `main`; what looks here comes before that.
 fn is_closed() -> bool {
     CLOSED.load(Ordering::Relaxed)
 }

@@ -577,3 +577,17 @@ fn a_flow_ends_however_small_its_segments_are() {
         }
     }
 }
+
+#[test]
+fn topics_of_tests_lead_only_where_other_topics_do() {
+    // A group of certain clients: no topic leads there.
+    let group = "{ name = \"own\", vip = \"10.1.50.3\", reals = [{ address = \"10.1.3.9\" }] },\n";
+    let f = Fixture::with(&CONFIG.replacen("group = [\n", &format!("group = [\n{group}"), 1));
+    let mut c = Conn::open(&f, "10.1.1.1:4000");
+    c.data(&mqtt::connect(4));
+    let to_own = c.data(&mqtt::publish(b"mqtt-fwd/test/own/1", 0, b"x"));
+    assert_eq!(to_own.group, "default");
+    assert!(to_own.counters.contains(&"publish 1".to_owned()), "{to_own:?}");
+    let to_a = c.ended(&mqtt::publish(b"mqtt-fwd/test/a/1", 0, b"x"));
+    assert!(to_a.counters.contains(&"flow_ended 1".to_owned()), "{to_a:?}");
+}

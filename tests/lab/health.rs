@@ -131,7 +131,7 @@ fn a_dead_broker_gets_no_connections_and_one_that_is_back_does() {
     wait_for("both to be down", || {
         let now = states(&lab);
         let both = ["10.1.3.201", "10.1.3.202"];
-        both.iter().all(|real| now[*real] == "down, in use").then_some(())
+        both.iter().all(|real| now[*real] == "down_in_use").then_some(())
     });
     broker(&lab, 1, "-CONT");
     broker(&lab, 2, "-CONT");

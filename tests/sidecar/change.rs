@@ -328,7 +328,7 @@ fn other_hosts_need_a_certificate_of_the_right_authority() {
     fs::write(net.dir.join("server.crt"), "no certificate").unwrap();
     run.signal("HUP");
     wait_for("the refusal", || {
-        run.log().contains("certificates of [api] not taken over").then_some(())
+        run.log().contains("certificates of [api] were not taken over").then_some(())
     });
     assert_eq!(remote_reals(&net, alice()), Ok(3));
     fs::write(net.dir.join("server.crt"), good).unwrap();
