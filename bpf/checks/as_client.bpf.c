@@ -41,12 +41,18 @@ int take_frame(struct __sk_buff *skb)
 	/* Gone for TCP: one that cannot be kept is one that was lost on the way. */
 	frame = bpf_ringbuf_reserve(&client_frames, sizeof(*frame), 0);
 	if (frame) {
+		int copied = 0;
+
 		frame->length = length;
-		if (length < ETH_HLEN || length > sizeof(frame->bytes) ||
-		    bpf_skb_load_bytes(skb, 0, frame->bytes, length))
-			bpf_ringbuf_discard(frame, 0);
-		else
+		if (length <= sizeof(frame->bytes)) {
+			barrier_var(length); /* or clang makes one comparison of both, which is no bound */
+			copied = length >= ETH_HLEN &&
+				 !bpf_skb_load_bytes(skb, 0, frame->bytes, length);
+		}
+		if (copied)
 			bpf_ringbuf_submit(frame, 0);
+		else
+			bpf_ringbuf_discard(frame, 0);
 	}
 	/*
 	 * To where it is nobody's: dropped here, it would be what TCP has not sent, and an
