@@ -45,7 +45,8 @@ int take_frame(struct __sk_buff *skb)
 
 		frame->length = length;
 		if (length <= sizeof(frame->bytes)) {
-			barrier_var(length); /* or clang makes one comparison of both, which is no bound */
+			/* Or clang makes one comparison of both, which is no bound. */
+			barrier_var(length);
 			copied = length >= ETH_HLEN &&
 				 !bpf_skb_load_bytes(skb, 0, frame->bytes, length);
 		}
