@@ -11,6 +11,7 @@ use super::table::{line, time_of_day};
 use crate::api::{self, Run};
 use crate::config::Config;
 use crate::datapath::events::{Event, Reader};
+use crate::datapath::names::bound_by_words;
 
 #[derive(Debug, Args)]
 pub struct Events {
@@ -85,14 +86,14 @@ fn text(event: &Event) -> String {
     let topic = event.topic.as_deref().unwrap_or("?");
     let what = match event.event.as_str() {
         "bound" => {
-            let by = match event.bound_by.as_deref() {
-                Some("prediction") if event.topic.is_some() => {
-                    format!("prediction (topic {topic})")
+            let by = event.bound_by.as_deref().unwrap_or("default");
+            let text = bound_by_words(by, event.fallback_reason.as_deref());
+            match &event.topic {
+                Some(topic) if by == "prediction" => {
+                    format!("to {group}, by {text}, topic {topic}")
                 }
-                by => by.unwrap_or("default").to_owned(),
-            };
-            let why = event.fallback_reason.as_ref().map(|why| format!(" ({why})"));
-            format!("to {group}, by {by}{}", why.unwrap_or_default())
+                _ => format!("to {group}, by {text}"),
+            }
         }
         "learned" => format!("topic {topic} → {group}"),
         "mispredicted" => format!(

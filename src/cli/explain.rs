@@ -9,6 +9,7 @@ use super::error::Error;
 use super::from_run_or;
 use super::table::{self, Output, age, line};
 use crate::config::Config;
+use crate::datapath::names::{bound_by_words, words};
 use crate::inspect::Context;
 use crate::inspect::explain::{
     self, BeatenRoute, ClientExplanation, FlowExplanation, TopicExplanation, Trial,
@@ -131,20 +132,17 @@ fn show_client(c: &ClientExplanation) {
     for Trial { opening, group, bound_by, fallback_reason } in &c.trials {
         let outcome = match group {
             Some(group) => {
-                format!("to {group}, by {}", because(bound_by, fallback_reason.as_deref()))
+                format!("to {group}, by {}", bound_by_words(bound_by, fallback_reason.as_deref()))
             }
             None => "answered; the first message decides".to_owned(),
         };
         item("next", &format!("{opening}: {outcome}"));
     }
     for flow in &c.flows {
-        let by = because(&flow.bound_by, flow.fallback_reason.as_deref());
-        item("flow", &format!("{}: to {}, by {by}, {}", flow.client, flow.group, flow.state));
+        let by = bound_by_words(&flow.bound_by, flow.fallback_reason.as_deref());
+        let state = words(&flow.state);
+        item("flow", &format!("{}: to {}, by {by}, {state}", flow.client, flow.group));
     }
-}
-
-fn because(by: &str, reason: Option<&str>) -> String {
-    reason.map_or_else(|| by.to_owned(), |reason| format!("{by} (fallback: {reason})"))
 }
 
 fn show_flow(f: &FlowExplanation) {
@@ -153,15 +151,13 @@ fn show_flow(f: &FlowExplanation) {
     if !row.client_id.is_empty() {
         item("client id", &row.client_id);
     }
-    item(
-        "bound to",
-        &format!("{}, by {}", row.group, because(&row.bound_by, row.fallback_reason.as_deref())),
-    );
+    let by = bound_by_words(&row.bound_by, row.fallback_reason.as_deref());
+    item("bound to", &format!("{}, by {by}", row.group));
     match &f.real {
         Some(real) => item("real", &format!("{real}, as the balancer says")),
         None => item("real", "the balancer does not say"),
     }
-    item("state", &row.state);
+    item("state", &words(&row.state));
     if let Some(route) = &f.route {
         item("last topic", &route.topic);
         show_route(route);

@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::error::Error;
 use super::table::{self, Output, counted, line};
 use crate::config::Config;
+use crate::datapath::names::bound_by_words;
 use crate::replay::{Message, Outcome, Report, replay};
 
 #[derive(Debug, Args)]
@@ -77,10 +78,6 @@ impl Replay {
                     "bound by",
                 ],
                 report.messages.iter().map(|m| {
-                    let bound_by = m.fallback_reason.map_or_else(
-                        || m.bound_by.to_owned(),
-                        |why| format!("{} ({why})", m.bound_by),
-                    );
                     vec![
                         table::time_of_day(m.time),
                         m.client.to_string(),
@@ -89,7 +86,7 @@ impl Replay {
                         m.belongs_to.clone(),
                         m.went_to.clone().unwrap_or_else(|| "-".to_owned()),
                         text(m.outcome).to_owned(),
-                        bound_by,
+                        bound_by_words(m.bound_by, m.fallback_reason),
                     ]
                 }),
             );
@@ -110,8 +107,7 @@ impl Replay {
         line("");
         let mut bound_by: BTreeMap<String, usize> = BTreeMap::new();
         for message in &report.messages {
-            let reason = message.fallback_reason.map(|reason| format!(" ({reason})"));
-            let text = format!("{}{}", message.bound_by, reason.unwrap_or_default());
+            let text = bound_by_words(message.bound_by, message.fallback_reason);
             *bound_by.entry(text).or_default() += 1;
         }
         table::print(

@@ -11,7 +11,7 @@ use crate::config::Config;
 use crate::datapath::Datapath;
 use crate::datapath::counts::Counter;
 use crate::datapath::flows;
-use crate::datapath::names::Names;
+use crate::datapath::names::{self, Names};
 use crate::inspect::status;
 
 pub fn flows(config: &Config, output: Output) -> Result<(), Error> {
@@ -45,11 +45,8 @@ pub fn flows(config: &Config, output: Output) -> Result<(), Error> {
                 r.client,
                 r.client_id,
                 r.group,
-                match r.fallback_reason {
-                    Some(reason) => format!("{} ({reason})", r.bound_by),
-                    None => r.bound_by,
-                },
-                r.state,
+                names::bound_by_words(&r.bound_by, r.fallback_reason.as_deref()),
+                names::words(&r.state).into_owned(),
                 r.topic,
                 mark(r.misrouted, "misrouted"),
             ]

@@ -22,6 +22,7 @@ use self::opening::{From as Source, Here, Opened};
 use self::session::{PATIENCE, Session};
 use crate::balancer::client::BalancerError;
 use crate::config::{Binding, Config, Group, Real, Service};
+use crate::datapath::names::bound_by_words;
 use crate::domain::health::CheckKind;
 use crate::domain::{ClientRoute, ClientRouteKind, TEST_TOPICS};
 use crate::kernel::BpfError;
@@ -394,9 +395,8 @@ impl<'a> Test<'a> {
             );
         };
         (flow.group != self.group.name).then(|| {
-            let why = flow.fallback_reason.map(|reason| format!(", since {reason}"));
-            let (group, by) = (flow.group, flow.bound_by);
-            format!("it went to group {group}, bound by {by}{}", why.unwrap_or_default())
+            let by = bound_by_words(&flow.bound_by, flow.fallback_reason.as_deref());
+            format!("it went to group {}, bound by {by}", flow.group)
         })
     }
 

@@ -11,7 +11,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
 
 use super::Datapath;
-use super::names::{Names, binding_text, boot_time, text_of};
+use super::names::{Names, binding_codes, boot_time, text_of};
 use crate::config::Config;
 use crate::kernel::abi::{Pod as _, event, event_kind, special_group, words_addr};
 use crate::kernel::pins::{Object, Pins};
@@ -167,7 +167,7 @@ impl Event {
             _ => "?",
         };
         let (bound_by, reason) =
-            binding_text(event.bound_by, event.fallback_reason, event.by_prediction != 0);
+            binding_codes(event.bound_by, event.fallback_reason, event.by_prediction != 0);
         let client = words_addr(event.client, event.v6 != 0);
         Self {
             time: now.saturating_sub(ago).as_micros() as f64 / 1e6,

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::Datapath;
 use super::names::{
-    EVICTED, Names, Topics, address_of, binding_text, boot_time, services_of, text_of,
+    EVICTED, Names, Topics, address_of, binding_codes, boot_time, services_of, text_of,
 };
 use super::real_of_flow::RealOfFlow;
 use crate::config::Config;
@@ -29,9 +29,9 @@ pub struct Flow {
     pub vip: Option<String>,
     /// Its last PUBLISH's.
     pub topic: String,
-    /// opening, connected, unframed, not MQTT, ended or closing.
+    /// `opening`, `connected`, `unframed`, `not_mqtt`, `ended` or `closing`.
     pub state: String,
-    /// What it was bound by, and why not by its first message.
+    /// What it was bound by, and why not by its first message: codes, as in `mqtt_fwd.proto`.
     pub bound_by: String,
     pub fallback_reason: Option<String>,
     /// Empty where clients are identified by address.
@@ -87,7 +87,7 @@ fn state_of(f: &flow) -> &'static str {
     } else if has(f, flow_flags::FLOW_ENDED) {
         "ended"
     } else if has(f, flow_flags::FLOW_OPAQUE) {
-        "not MQTT"
+        "not_mqtt"
     } else if has(f, flow_flags::FLOW_UNSYNCED) {
         "unframed"
     } else if has(f, flow_flags::FLOW_CONNECTED) || f.topic != 0 {
@@ -151,7 +151,7 @@ impl<'a> Rows<'a> {
 
     fn row(&mut self, key: Key, f: &flow) -> Result<Flow> {
         let predicted = has(f, flow_flags::FLOW_PREDICTED);
-        let (bound_by, reason) = binding_text(f.bound_by, f.fallback_reason, predicted);
+        let (bound_by, reason) = binding_codes(f.bound_by, f.fallback_reason, predicted);
         Ok(Flow {
             service: self.names.service(key.service()),
             client: key.client().to_string(),
@@ -229,7 +229,7 @@ pub struct Followed {
 pub fn follow(datapath: &Datapath, client: SocketAddr, service: u16) -> Result<Option<Followed>> {
     Ok(datapath.flow(Key::of(client, service))?.map(|f| {
         let predicted = has(&f, flow_flags::FLOW_PREDICTED);
-        let (bound_by, fallback_reason) = binding_text(f.bound_by, f.fallback_reason, predicted);
+        let (bound_by, fallback_reason) = binding_codes(f.bound_by, f.fallback_reason, predicted);
         Followed {
             bound_by,
             fallback_reason,

@@ -1,5 +1,6 @@
 //! Names for the numbers in maps.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -79,34 +80,54 @@ impl Names {
     }
 }
 
-/// How a flow was bound, for people; and why not in a better way.
-pub(super) fn binding_text(
+/// How a flow was bound, and why not in a better way: codes, for which [`words`] has the text.
+pub(super) fn binding_codes(
     bound_by: u8,
     fallback: u8,
     predicted: bool,
 ) -> (&'static str, Option<&'static str>) {
     use abi::{bound_by as By, fallback_reason as Why};
 
-    let text = match By(u32::from(bound_by)) {
+    let by = match By(u32::from(bound_by)) {
         By::BOUND_BY_MESSAGE => "message",
-        By::BOUND_BY_CLIENT_ID => "client id",
-        By::BOUND_BY_ANSWERED if fallback == 0 => "message (answered)",
+        By::BOUND_BY_CLIENT_ID => "client_id",
+        By::BOUND_BY_ANSWERED if fallback == 0 => "message_answered",
         By::BOUND_BY_ROUTE => "route",
         _ if predicted => "prediction",
-        _ => "no prediction",
+        _ => "no_prediction",
     };
     let why = match Why(u32::from(fallback)) {
-        Why::FALLBACK_NOT_CONNECT => Some("no CONNECT that all brokers accept"),
-        Why::FALLBACK_CUT => Some("CONNECT in several segments"),
-        Why::FALLBACK_TOO_LONG => Some("CONNECT too long"),
-        Why::FALLBACK_MQTT5 => Some("MQTT 5"),
-        Why::FALLBACK_PERSISTENT => Some("persistent session"),
+        Why::FALLBACK_NOT_CONNECT => Some("connect_not_for_all"),
+        Why::FALLBACK_CUT => Some("connect_in_segments"),
+        Why::FALLBACK_TOO_LONG => Some("connect_too_long"),
+        Why::FALLBACK_MQTT5 => Some("mqtt5"),
+        Why::FALLBACK_PERSISTENT => Some("persistent_session"),
         Why::FALLBACK_CREDENTIALS => Some("credentials"),
         Why::FALLBACK_SILENT => Some("silent"),
-        Why::FALLBACK_NO_TOPIC => Some("no topic decides"),
+        Why::FALLBACK_NO_TOPIC => Some("no_topic"),
         _ => None,
     };
-    (text, why)
+    (by, why)
+}
+
+/// What people read for the code of a flow's state, of what it was bound by, or of why.
+pub fn words(code: &str) -> Cow<'_, str> {
+    Cow::Borrowed(match code {
+        "message_answered" => "message (answered)",
+        "connect_not_for_all" => "no CONNECT that all brokers accept",
+        "connect_in_segments" => "CONNECT in several segments",
+        "connect_too_long" => "CONNECT too long",
+        "mqtt5" => "MQTT 5",
+        "no_topic" => "no topic decides",
+        "not_mqtt" => "not MQTT",
+        _ => return Cow::Owned(code.replace('_', " ")),
+    })
+}
+
+/// What people read for what a flow was bound by, and why.
+pub fn bound_by_words(code: &str, reason: Option<&str>) -> String {
+    let by = words(code);
+    reason.map_or_else(|| by.to_string(), |reason| format!("{by} ({})", words(reason)))
 }
 
 /// The clock that the datapath stamps with.
@@ -149,5 +170,28 @@ impl<'a> Topics<'a> {
         };
         self.cached.insert(hash, text.clone());
         Ok(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_get_codes_and_people_words() {
+        let is_code = |text: &str| {
+            text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+        };
+        for (by, why) in (0..16).flat_map(|by| (0..16).map(move |why| (by, why))) {
+            let (code, reason) = binding_codes(by, why, true);
+            for code in [code].into_iter().chain(reason) {
+                assert!(is_code(code), "{code}");
+                assert!(!words(code).contains('_'), "{code}");
+            }
+        }
+        assert_eq!(
+            bound_by_words("no_prediction", Some("connect_in_segments")),
+            "no prediction (CONNECT in several segments)"
+        );
     }
 }
