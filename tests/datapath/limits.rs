@@ -50,7 +50,7 @@ fn a_client_that_publishes_too_fast_is_slowed_down_and_each_message_counts_once(
         c.sent += publish.len() as u32;
     }
     assert_eq!(f.counters()["publish"] - before, u64::from(3 * MOST));
-    // So many a second of the clock, which began somewhere in one.
+    // The limit holds for each second of the clock, and the test began somewhere within one.
     assert!(start.elapsed() > Duration::from_secs(1), "{:?}", start.elapsed());
     assert!((1..=4).contains(&dropped), "{dropped}");
     // Another address is another client.
