@@ -16,6 +16,7 @@ pub mod counter;
 pub mod datapath;
 pub mod domain;
 pub mod drain;
+pub mod fleet;
 pub mod grpc;
 pub mod handover;
 pub mod health_checks;

@@ -69,6 +69,11 @@ enum handover_mark {
 	MARK_MASK = 0xff00,
 	MARK_HANDOVER = 0x80, /* carries a CONNECT that has been answered here */
 	MARK_ACK_MASK = 0x7f, /* else: acknowledges so many bytes that the balancer sent */
+	/*
+	 * A broker host's word to the balancer: the packet comes back, for the connection is not here (fleets,
+	 * broker/returned.h).
+	 */
+	MARK_RETURNED = MARK | MARK_HANDOVER | MARK_ACK_MASK,
 };
 
 #endif /* MQTT_FWD_ABI_HANDOVER_H */

@@ -38,6 +38,8 @@
 	VERDICT(RESCUED, "behind a misrouted PUBLISH: handed to the sidecar") \
 	VERDICT(ICMP_ERROR, "ICMP error about a flow: sent to the flow's group") \
 	VERDICT(TOO_BIG, "too large to be encapsulated: answered with ICMP") \
+	VERDICT(MISSED, "of a connection that this balancer does not know (fleet): dropped, and asked for") \
+	VERDICT(MISS_DROPPED, "likewise, and not asked for: over misses_per_second, or asked for just now") \
 	VERDICT(RATE_LIMITED, "of a client that is above its [limits]: dropped, for TCP to repeat") \
 	VERDICT(NO_GROUP_VIP, "no usable group for the flow: passed on unchanged") \
 	VERDICT(NO_DATA, "segment without data: follows its flow") \
@@ -87,6 +89,10 @@
 	NOTE(FALLBACK_CREDENTIALS, "fallback: credentials, which only the broker can check") \
 	NOTE(FALLBACK_SILENT, "fallback: nothing came after CONNECT") \
 	NOTE(FALLBACK_NO_TOPIC, "fallback: what came after CONNECT has no topic that decides") \
+	NOTE(ADOPTED_FROM_REAL, "connection found at a broker host (fleet): bound to that") \
+	NOTE(ADOPTED_FROM_STORE, "connection without a broker yet, found in the fleet's store: goes on here") \
+	NOTE(NOBODY_HAS_IT, "connection that no broker host has (fleet): its client is told so by RST") \
+	NOTE(RETURNED, "segment that came back from a broker host, which has no such connection (fleet)") \
 	NOTE(HANDOVER, "segment given its broker with CONNECT in front") \
 	NOTE(HANDOVER_CONFIRMED, "connection confirmed: its broker has it") \
 	NOTE(CLIENT_MISJUDGED, "client id found to change topics: no longer bound by its id alone") \

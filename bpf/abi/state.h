@@ -135,6 +135,7 @@ enum bound_by {
 	BOUND_BY_ANSWERED, /* CONNECT was answered here: by the message that followed */
 	BOUND_BY_ROUTE, /* by a route that names its client id or user name */
 	BOUND_BY_UNANSWERED, /* nothing told, and no answer was possible: by the client's address */
+	BOUND_BY_REAL, /* seen from its middle (fleet): by the broker host that has it */
 	BOUND_BYS,
 };
 

@@ -7,21 +7,33 @@
  * Only packets for a service of this host, and from where a balancer sends, are unwrapped.
  * Everything else stays as it is: a host that unwraps whatever it gets lets strangers send from any
  * address.
+ *
+ * In a fleet of balancers, it also says which connections this host has (fleet/answer.h), and sends back what is of
+ * none of them (fleet/returned.h).
  */
 #include "../abi/config.h"
 #include "../lib/parse.h"
+#include "fleet/returned.h"
 #include "vips.h"
 
 enum decap_counter {
 	DECAP_UNWRAPPED,
 	DECAP_OTHER_SERVICE,
 	DECAP_OTHER_SOURCE,
+	DECAP_RETURNED,
+	DECAP_ANSWERED,
+	DECAP_DENIED,
 	DECAP_COUNTERS,
 };
 
 struct exported_types {
 	struct source source;
 	enum decap_counter decap_counter;
+	struct ask ask;
+	struct asked asked;
+	enum ask_kind ask_kind;
+	enum ask_limits ask_limits;
+	enum asked_state asked_state;
 };
 EXPORT_TYPES(exported_types);
 
@@ -117,7 +129,25 @@ static __always_inline int unwrap(struct xdp_md *ctx, struct cursor *c, __u32 ou
 		return XDP_DROP;
 	*eth = mac;
 	count(DECAP_UNWRAPPED);
+	if (return_to_balancer(ctx)) {
+		count(DECAP_RETURNED);
+		return XDP_TX;
+	}
 	return XDP_PASS;
+}
+
+static __always_inline int answer(struct xdp_md *ctx, bool v6)
+{
+	switch (answer_question(ctx, v6)) {
+	case ASK_ANSWERED:
+		count(DECAP_ANSWERED);
+		return XDP_TX;
+	case ASK_DENIED:
+		count(DECAP_DENIED);
+		return XDP_DROP;
+	default:
+		return XDP_PASS;
+	}
 }
 
 static __always_inline int unwrap_by(struct xdp_md *ctx, struct cursor *c, __u8 protocol,
@@ -129,6 +159,8 @@ static __always_inline int unwrap_by(struct xdp_md *ctx, struct cursor *c, __u8 
 		const struct udphdr *udp = parse_udp(c);
 		if (udp && udp->dest == bpf_htons(gue_port))
 			return unwrap(ctx, c, outer + sizeof(*udp), from);
+		if (udp && udp->dest == bpf_htons(ask_port))
+			return answer(ctx, outer == sizeof(struct ipv6hdr));
 	}
 	return XDP_PASS;
 }

@@ -50,7 +50,8 @@ static __always_inline int pass_on(struct xdp_md *ctx, enum reason reason)
 /*
  * A mark is this program's word to a broker host (abi/handover.h), which then sends no RST. One
  * packet in 256 looks marked as it comes from its client, by chance or on purpose: it gets another
- * identification, one bit away.
+ * identification, one bit away. Whether it was a broker host's word, that it has no such connection: a
+ * hint, as anybody can send one.
  */
 #define MARK_CLEARED 0x8000
 
@@ -59,21 +60,26 @@ static __always_inline bool looks_marked(__be16 word)
 	return (word & bpf_htons(MARK_MASK)) == bpf_htons(MARK);
 }
 
-static __always_inline void clear_mark4(struct iphdr *ip)
+static __always_inline bool clear_mark4(struct iphdr *ip)
 {
-	if (!looks_marked(ip->id) || !(ip->frag_off & bpf_htons(IP_DF)))
-		return;
-	ip->check = csum_replace2(ip->check, ip->id, ip->id ^ bpf_htons(MARK_CLEARED));
-	ip->id ^= bpf_htons(MARK_CLEARED);
+	__be16 was = ip->id;
+
+	if (!looks_marked(was) || !(ip->frag_off & bpf_htons(IP_DF)))
+		return false;
+	ip->check = csum_replace2(ip->check, was, was ^ bpf_htons(MARK_CLEARED));
+	ip->id = was ^ bpf_htons(MARK_CLEARED);
+	return was == bpf_htons(MARK_RETURNED);
 }
 
 /* All packets of the flow get the same flow label, still (RFC 6437 §3). */
-static __always_inline void clear_mark6(struct ipv6hdr *ip)
+static __always_inline bool clear_mark6(struct ipv6hdr *ip)
 {
-	__be16 *label = (__be16 *)ip + 1;
+	__be16 *label = (__be16 *)ip + 1, was = *label;
 
-	if (looks_marked(*label))
-		*label ^= bpf_htons(MARK_CLEARED);
+	if (!looks_marked(was))
+		return false;
+	*label = was ^ bpf_htons(MARK_CLEARED);
+	return was == bpf_htons(MARK_RETURNED);
 }
 
 /*

@@ -11,6 +11,8 @@
  */
 #include "flow/delayed.h"
 #include "flow/predicted.h"
+#include "fleet/adopt.h"
+#include "fleet/miss.h"
 #include "handshake/handshake.h"
 #include "handshake/handover.h"
 #include "emit.h"
@@ -23,6 +25,8 @@
 #include "too_big.h"
 
 struct exported_types {
+	struct adoption adoption;
+	enum adoption_kind adoption_kind;
 	struct event event;
 	enum limits limits;
 	enum chain_position chain_position;
@@ -39,6 +43,7 @@ struct exported_types {
 	enum handover_limits handover_limits;
 	enum handover_state handover_state;
 	enum misprediction_policy misprediction_policy;
+	struct miss miss;
 	enum parser parser;
 	enum reason reason;
 	enum rescue_flags rescue_flags;
@@ -101,7 +106,9 @@ static __always_inline struct flow *bind(struct xdp_md *ctx, struct bound *b, co
 					 struct flow *f)
 {
 	if (svc->binding == BINDING_DELAYED) {
-		if (!f || is_syn(c) || (f->flags & FLOW_REUSED_PORT && !is_of_flow(ctx, c, f))) {
+		/* In a fleet, the SYN on the flow's addresses may have gone to another balancer. */
+		if (!f || is_syn(c) || (f->flags & FLOW_REUSED_PORT && !is_of_flow(ctx, c, f)) ||
+		    (fleet && c->payload_length && is_far(f, c))) {
 			b->exit = EXIT_HANDSHAKE;
 			return NULL;
 		}
@@ -187,6 +194,10 @@ static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 			count(REASON_RATE_LIMITED);
 			return XDP_DROP;
 		}
+		if (fleet && !is_syn(c) && is_missed(c, svc, f)) {
+			tail_call_stage(ctx, c, svc, 0, STAGE_MISS);
+			return XDP_DROP;
+		}
 		f = bind(ctx, &b, c, t, svc, f);
 		if (b.exit == EXIT_HANDSHAKE)
 			tail_call_stage(ctx, c, svc, 0, STAGE_HANDSHAKE);
@@ -270,7 +281,8 @@ static __always_inline int classify4(struct xdp_md *ctx, struct cursor *cur,
 			return answer_too_big(ctx, s->svc->max_packet, false);
 		count(REASON_TOO_BIG_NO_DF);
 	}
-	clear_mark4(ip);
+	if (clear_mark4(ip))
+		c->touches |= RETURNED;
 	return SEGMENT;
 }
 
@@ -314,7 +326,8 @@ static __always_inline int classify6(struct xdp_md *ctx, struct cursor *cur,
 
 	if (length > s->svc->max_packet)
 		return answer_too_big(ctx, s->svc->max_packet, true);
-	clear_mark6(ip);
+	if (clear_mark6(ip))
+		c->touches |= RETURNED;
 	return SEGMENT;
 }
 

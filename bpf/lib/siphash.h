@@ -76,6 +76,26 @@ static __always_inline __u64 siphash_final(struct siphash *h, __u64 tail, __u32 
 	return hash ? hash : 1;
 }
 
+/* SipHash-2-4, for authentication. Its input is whole words here. */
+static __always_inline void siphash24_word(struct siphash *h, __u64 word)
+{
+	h->v3 ^= word;
+	sip_round(h);
+	sip_round(h);
+	h->v0 ^= word;
+}
+
+static __always_inline __u64 siphash24_final(struct siphash *h, __u32 length)
+{
+	siphash24_word(h, (__u64)length << 56);
+	h->v2 ^= 0xff;
+	sip_round(h);
+	sip_round(h);
+	sip_round(h);
+	sip_round(h);
+	return h->v0 ^ h->v1 ^ h->v2 ^ h->v3;
+}
+
 static __always_inline void siphash_stream_init(struct siphash_stream *s, __u64 key0, __u64 key1)
 {
 	siphash_init(&s->h, key0, key1);

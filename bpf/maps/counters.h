@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * Counters, budgets, and the two rings to user space.
+ * Counters, budgets, and the rings to user space.
  */
 #ifndef MQTT_FWD_MAPS_COUNTERS_H
 #define MQTT_FWD_MAPS_COUNTERS_H
@@ -18,6 +18,7 @@ enum budget_kind {
 	BUDGET_RESCUES,
 	BUDGET_HANDOVERS,
 	BUDGET_CLIENTS,
+	BUDGET_MISSES,
 	BUDGETS,
 };
 MAP(budgets, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct budget, BUDGETS);
@@ -29,6 +30,7 @@ const volatile __u32 topics_per_window = 1000;
 const volatile __u32 rescues_per_window = 50;
 const volatile __u32 handovers_per_window = 300;
 const volatile __u32 clients_per_window = 80;
+const volatile __u32 misses_per_window = 2500;
 
 /* Of all CPUs together, a second; of an address, a share of it (forward/share.h). */
 const volatile __u32 handovers_per_second = 6000;
@@ -44,6 +46,12 @@ struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1 << 22);
 } events SEC(".maps");
+
+/* Segments of connections that are not known here, for the sidecar to ask who has them (abi/fleet.h). */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 22);
+} misses SEC(".maps");
 
 /* What misrouted clients sent, for the sidecar (abi/rescue.h). */
 struct {

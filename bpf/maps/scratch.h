@@ -5,6 +5,7 @@
 #ifndef MQTT_FWD_MAPS_SCRATCH_H
 #define MQTT_FWD_MAPS_SCRATCH_H
 
+#include "../abi/fleet.h"
 #include "../abi/handover.h"
 #include "../abi/rescue.h"
 #include "../abi/state.h"
@@ -42,6 +43,8 @@ _Static_assert(REASON_UNJUDGED == REASON_PUBLISH + PUBLISH_REASONS - 1 &&
 		       REASON_PUBLISH_LOST > REASON_PUBLISH &&
 		       REASON_PUBLISH_LOST < REASON_UNJUDGED,
 	       "see scratch.tally");
+
+_Static_assert(sizeof(struct rescue) == sizeof(struct miss), "both end where the segment begins");
 
 #define SEGMENT_MAX 4096 /* bytes; frames are linear, and no larger than a page */
 
@@ -142,7 +145,11 @@ struct scratch {
 	struct handover handover; /* with room behind it: see CONNECT_BOUND */
 	struct tcp_option_scan options;
 	struct answer answer;
-	struct rescue rescue; /* with its bytes behind it */
+	/* With its bytes behind it. */
+	union {
+		struct rescue rescue;
+		struct miss miss;
+	};
 	__u8 segment[SEGMENT_MAX];
 };
 MAP(scratch_area, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct scratch, 1);

@@ -13,6 +13,7 @@ use ipnet::IpNet;
 use notes::Notes;
 
 use crate::domain::XdpMode;
+use crate::fleet::key;
 use crate::handover;
 use crate::handover::keys::{KeyError, KeyFile};
 use crate::kernel::decap::{self, Decap};
@@ -53,6 +54,10 @@ pub struct BrokerHost {
     pub bpffs: std::path::PathBuf,
     /// The key of delayed binding; `None`: this host's kernel takes no connections over.
     pub handover_key: Option<PathBuf>,
+    /// The same key, of a fleet, whose questions are answered then; `None`: none are.
+    pub fleet_key: Option<PathBuf>,
+    /// UDP port of a fleet's questions.
+    pub ask_port: u16,
     /// MSS to advertise; `None`: what leaves room for the encapsulation; 0: leave routes alone.
     pub advmss: Option<u32>,
 }
@@ -66,6 +71,7 @@ pub fn up(host: &BrokerHost) -> Result<Vec<String>> {
     let mut done = Vec::new();
     // Before anything is changed: a key that cannot be read.
     let keys = host.handover_key.as_deref().map(KeyFile::read).transpose()?;
+    let fleet = host.fleet_key.as_deref().map(KeyFile::read).transpose()?;
     let pins = pins_of(&host.bpffs, &host.interface);
     let decap = Decap {
         interface: &host.interface,
@@ -73,6 +79,9 @@ pub fn up(host: &BrokerHost) -> Result<Vec<String>> {
         sources: if host.sources.is_empty() { &decap::USUAL_SOURCES } else { &host.sources },
         mode: host.mode,
         gue_port: host.gue_port,
+        ask_port: host.ask_port,
+        ask_keys: fleet
+            .map_or([[0; 2]; 2], |file| key::ask_keys(&file.cookie_keys(handover::keys::now()))),
     };
     done.extend(decap.attach(&pins, || Notes::forget(&host.interface))?);
     let mut notes = Notes::read(&host.interface);

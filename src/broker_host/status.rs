@@ -25,6 +25,10 @@ pub struct Status {
     pub can_take_over: bool,
     /// Epoch of the key that is in use, if there is one.
     pub key_epoch: Option<u32>,
+    /// It says to a fleet of balancers which connections it has.
+    pub answers_fleet: bool,
+    /// How long ago it was asked last, in seconds.
+    pub asked_s: Option<u64>,
     /// What the programs have done.
     pub counters: Vec<(&'static str, u64)>,
     /// What is wrong, and what to do about it.
@@ -75,7 +79,21 @@ pub fn status(interface: &str, bpffs: &Path, key_file: Option<&Path>) -> Result<
         listeners(&vips, &mut problems);
     }
     let can_take_over = takeover::supported();
-    Ok(Status { vips, sources, unwraps, takes_over, can_take_over, key_epoch, counters, problems })
+    let answers_fleet =
+        decap::answers(&pins).is_some_and(|keys| keys.as_flattened().iter().any(|w| *w != 0));
+    let asked_s = decap::last_question(&pins).map(|age| age.as_secs());
+    Ok(Status {
+        vips,
+        sources,
+        unwraps,
+        takes_over,
+        can_take_over,
+        key_epoch,
+        answers_fleet,
+        asked_s,
+        counters,
+        problems,
+    })
 }
 
 fn wrong_settings(interface: &str, takes_over: bool, problems: &mut Vec<String>) {

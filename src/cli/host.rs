@@ -44,6 +44,12 @@ enum Action {
         /// Take connections over (delayed binding): the balancer's handover key
         #[arg(long, value_name = "FILE")]
         handover_key: Option<PathBuf>,
+        /// Answer the questions of a fleet of balancers: their handover key, whatever the binding
+        #[arg(long, value_name = "FILE")]
+        fleet_key: Option<PathBuf>,
+        /// UDP port of those questions, as [fleet] has it
+        #[arg(long, default_value_t = 18_830, value_parser = clap::value_parser!(u16).range(1..))]
+        ask_port: u16,
         /// Mount point of bpffs
         #[arg(long, default_value = "/sys/fs/bpf")]
         bpffs: PathBuf,
@@ -118,6 +124,13 @@ fn print(interface: &str, status: &broker_host::status::Status) {
         }
         _ => line("takes no connections over: this kernel cannot (Linux 6.9 or later can)"),
     }
+    match (status.answers_fleet, status.asked_s) {
+        (false, _) => {}
+        (true, Some(s)) => {
+            line(&format!("answers a fleet's questions; the last one came {s} s ago"))
+        }
+        (true, None) => line("answers a fleet's questions; none has come yet"),
+    }
     for (text, count) in &status.counters {
         line(&format!("{count:10}  {text}"));
     }
@@ -160,6 +173,8 @@ impl Host {
                 advmss,
                 gue_port,
                 handover_key,
+                fleet_key,
+                ask_port,
                 bpffs,
             } => {
                 let mode = match xdp_mode {
@@ -174,6 +189,8 @@ impl Host {
                     gue_port,
                     bpffs,
                     handover_key,
+                    fleet_key,
+                    ask_port,
                     advmss,
                 })?
             }

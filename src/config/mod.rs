@@ -15,6 +15,7 @@ pub use differences::differences;
 pub use error::{ConfigError, Problem, is_secret};
 pub use read::{address, endpoint, mac};
 
+use crate::domain::fleet::Fleet;
 use crate::kernel::load::LoadSpec;
 use crate::kernel::pins::Pins;
 
@@ -66,6 +67,8 @@ pub struct Config {
     pub maps: MapSizes,
     /// What the relay's clients may cost.
     pub relay: RelayLimits,
+    /// This balancer as one of several; `None`: it is alone.
+    pub fleet: Option<Fleet>,
     /// The services, at least one.
     pub services: Vec<Service>,
 }

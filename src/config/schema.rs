@@ -16,6 +16,7 @@ balancer = "katran"
 [maps]
 [limits]
 [relay]
+[fleet]
 [[service]]
 name = "s"
 address = "10.0.0.1"

@@ -8,6 +8,7 @@ pub mod flows;
 pub mod handovers;
 pub mod ids;
 pub mod image;
+pub mod misses;
 pub mod names;
 pub mod plan;
 pub mod real_of_flow;

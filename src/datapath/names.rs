@@ -3,13 +3,13 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
 
 use super::Datapath;
 use super::ids::Entry;
 use crate::config::Config;
 use crate::kernel::Result;
 use crate::kernel::abi::{self, binding_parts, service, service_table, topic, words_addr};
+pub use crate::kernel::boot_time;
 
 /// In place of a topic or client id whose record has been evicted.
 pub const EVICTED: &str = "(evicted)";
@@ -93,6 +93,7 @@ pub(super) fn binding_codes(
         By::BOUND_BY_CLIENT_ID => "client_id",
         By::BOUND_BY_ANSWERED if fallback == 0 => "message_answered",
         By::BOUND_BY_ROUTE => "route",
+        By::BOUND_BY_REAL => "real",
         _ if predicted => "prediction",
         _ => "no_prediction",
     };
@@ -119,6 +120,7 @@ pub fn words(code: &str) -> Cow<'_, str> {
         "connect_too_long" => "CONNECT too long",
         "mqtt5" => "MQTT 5",
         "no_topic" => "no topic decides",
+        "real" => "the real that has it",
         "not_mqtt" => "not MQTT",
         _ => return Cow::Owned(code.replace('_', " ")),
     })
@@ -128,13 +130,6 @@ pub fn words(code: &str) -> Cow<'_, str> {
 pub fn bound_by_words(code: &str, reason: Option<&str>) -> String {
     let by = words(code);
     reason.map_or_else(|| by.to_string(), |reason| format!("{by} ({})", words(reason)))
-}
-
-/// The clock that the datapath stamps with.
-pub fn boot_time() -> Duration {
-    // It exists since Linux 2.6.39.
-    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
-        .map_or(Duration::ZERO, Duration::from)
 }
 
 /// A text of the maps, with a mark if only its beginning is kept.

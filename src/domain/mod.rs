@@ -5,6 +5,7 @@ mod api;
 pub mod client_record;
 mod cookie_keys;
 pub mod filter;
+pub mod fleet;
 pub mod health;
 pub mod limits;
 pub mod problem;

@@ -21,7 +21,12 @@ pub struct MapSizes {
     pub groups: u32,
     /// VIPs of the embedded balancer.
     pub vips: u32,
+    /// Bytes of the ring buffer that a fleet's sidecar reads segments from; a power of two.
+    pub misses: u32,
 }
+
+/// Without a fleet, nobody reads it: as small as it can be.
+const NO_MISSES: u32 = 4096;
 
 impl Default for MapSizes {
     fn default() -> Self {
@@ -36,6 +41,7 @@ impl Default for MapSizes {
             route_states: 500_000,
             groups: 1024,
             vips: 64,
+            misses: NO_MISSES,
         }
     }
 }
@@ -45,6 +51,12 @@ impl MapSizes {
     #[must_use]
     pub fn without_delayed(self) -> Self {
         Self { client_ids: 1024, handovers: 1024, ..self }
+    }
+
+    /// The same, of a balancer in a fleet.
+    #[must_use]
+    pub fn with_fleet(self) -> Self {
+        Self { misses: 1 << 22, ..self }
     }
 }
 
@@ -61,6 +73,8 @@ pub struct Rates {
     pub connections_per_address: u32,
     /// PUBLISHes of one client; 0: as many as it likes.
     pub messages_per_client: u32,
+    /// Connections of other balancers that are asked for; `None`: there is no fleet.
+    pub misses: Option<u32>,
 }
 
 impl Default for Rates {
@@ -71,6 +85,7 @@ impl Default for Rates {
             new_topics: 5000,
             connections_per_address: 0,
             messages_per_client: 0,
+            misses: None,
         }
     }
 }

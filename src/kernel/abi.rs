@@ -5,15 +5,18 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 pub use super::skeletons::balancer::types::{
     balancer_limits, balancer_stat, gateway, lb_stats, real_definition, vip_meta, vip_real,
 };
-pub use super::skeletons::decap::types::{address, decap_counter, source};
+pub use super::skeletons::decap::types::{
+    address, ask, ask_keys, ask_kind, ask_limits, asked, asked_state, decap_counter, source,
+};
 use super::skeletons::mqtt_fwd::types::__anon_flow_7;
 pub use super::skeletons::mqtt_fwd::types::{
-    affinity, binding_mode, bound_by, chain_position, client, client_flags, client_id,
-    client_route, client_route_kind, client4, client6, event, event_kind, fallback_reason, flow,
-    flow_flags, flow4, flow6, group, handover, handover_keys, handover_limits, handover_state,
-    limits, map_use, member, member_slot, misprediction_policy, parser, reason, rescue,
-    rescue_flags, rescue_limits, rescuer, route_edge, route_state, route_state_flags, service,
-    service_table, special_group, topic, topic_verdict, tracked_map, vip_definition, vip_flags,
+    adoption, adoption_kind, affinity, binding_mode, bound_by, chain_position, client,
+    client_flags, client_id, client_route, client_route_kind, client4, client6, event, event_kind,
+    fallback_reason, flow, flow_flags, flow4, flow6, group, handover, handover_keys,
+    handover_limits, handover_state, limits, map_use, member, member_slot, misprediction_policy,
+    miss, parser, reason, rescue, rescue_flags, rescue_limits, rescuer, route_edge, route_state,
+    route_state_flags, service, service_table, special_group, topic, topic_verdict, tracked_map,
+    vip_definition, vip_flags,
 };
 pub use super::skeletons::takeover::types::takeover_counter;
 pub use super::skeletons::wrap::types::check_path;
@@ -48,7 +51,7 @@ macro_rules! pod {
 }
 
 pod! {
-    address, check_path, client, client_id, client_route, client4, client6, event, flow, flow4, flow6, gateway, group,
+    address, adoption, ask, ask_keys, asked, miss, check_path, client, client_id, client_route, client4, client6, event, flow, flow4, flow6, gateway, group,
     handover, handover_keys, lb_stats, map_use, member, member_slot, real_definition, rescue, rescuer, route_edge,
     route_state, service, service_table, source, topic, topic_verdict, vip_definition, vip_meta, vip_real,
 }

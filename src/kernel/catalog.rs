@@ -80,7 +80,7 @@ use Role::{Configuration, Flows, Internal, Knowledge, Scratch, Shared};
 
 /// All of them.
 #[rustfmt::skip] // a table
-pub const MAPS: [Map; 44] = [
+pub const MAPS: [Map; 45] = [
     map(M, "root_array",        Shared,        None, None),
     map(M, "mqtt_service_vips", Shared,        None, None),
     map(M, "generation",        Configuration, None, None),
@@ -109,6 +109,7 @@ pub const MAPS: [Map; 44] = [
     map(M, "map_uses",          Scratch,       None, None),
     map(M, "events",            Scratch,       None, None),
     map(M, "rescues",           Scratch,       None, None),
+    map(M, "misses",            Scratch,       Some(|s| s.misses), None),
     map(M, "client_shares",     Scratch,       None, None),
     map(M, "client_rates",      Scratch,       None, None),
     map(M, "rescuer",           Scratch,       None, None),

@@ -98,6 +98,8 @@ pub fn load(spec: &LoadSpec) -> Result<Loaded> {
         rodata.handovers_per_window = Rates::per_window(rodata.handovers_per_second);
         rodata.clients_per_second = spec.maps.clients_per_second();
         rodata.clients_per_window = Rates::per_window(rodata.clients_per_second);
+        rodata.fleet = spec.rates.misses.is_some().into();
+        rodata.misses_per_window = spec.rates.misses.map_or(0, Rates::per_window);
         rodata.connections_per_address = spec.rates.connections_per_address;
         rodata.messages_per_client = spec.rates.messages_per_client;
     }
@@ -242,6 +244,9 @@ fn install(
             _ => Program::fd_from_id(old.id).map_err(Predecessor::failed)?,
         };
         predecessor.set(fd.as_fd())?;
+    }
+    if let Some(mut adopt) = object.progs_mut().find(|program| program.name() == pins::ADOPT) {
+        pin_program(&mut adopt, &pins.program(pins::ADOPT), &mut new_pins)?;
     }
     let mut program = object
         .progs_mut()

@@ -29,6 +29,14 @@ pub mod wrap;
 pub mod xdp;
 
 use std::path::PathBuf;
+use std::time::Duration;
+
+/// The clock that the datapath stamps with.
+pub fn boot_time() -> Duration {
+    // It exists since Linux 2.6.39.
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
+        .map_or(Duration::ZERO, Duration::from)
+}
 
 /// What can go wrong between here and the kernel, each with the way out of it.
 #[derive(Debug, thiserror::Error)]

@@ -36,7 +36,10 @@ const APPLY: &str = "apply";
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 
 /// Programs that are pinned.
-pub const PROGRAMS: [&str; 3] = ["xdp_root", "mqtt_fwd", "balancer_ingress"];
+pub const PROGRAMS: [&str; 4] = ["xdp_root", "mqtt_fwd", ADOPT, "balancer_ingress"];
+
+/// In no chain: the sidecar runs it on segments of a fleet's connections.
+pub const ADOPT: &str = "mqtt_adopt";
 
 /// An object whose maps are pinned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -47,6 +47,7 @@ impl<'a> Sandbox<'a> {
         }
         if let Some(rodata) = open.maps.rodata_data.as_deref_mut() {
             rodata.has_predecessor = 0;
+            rodata.fleet = 0;
             rodata.connections_per_address = 0;
             rodata.messages_per_client = 0;
             rodata.cache_set_bits = sizes.cache_sets().ilog2();

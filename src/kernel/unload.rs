@@ -34,6 +34,7 @@ pub fn take_out(spec: &LoadSpec) -> Result<Unloaded> {
     if let Some(program) = check_position(pins, &chain, chain::MQTT_FWD, "mqtt_fwd")? {
         chain.clear(chain::MQTT_FWD)?;
         pins::remove_pin(&pins.program("mqtt_fwd"))?;
+        pins::remove_pin(&pins.program(pins::ADOPT))?;
         report.removed.push(format!("{} (id {})", program.name, program.id));
         report.kept.push(format!("maps in {}", pins.current(pins::Object::MqttFwd).display()));
     }

@@ -20,6 +20,8 @@ pub struct ProgramInfo {
     pub map_ids: Option<Vec<u32>>,
     /// Instructions after verification.
     pub instructions: u32,
+    /// The kernel's hash of its instructions.
+    pub tag: [u8; 8],
     /// How often it ran, and for how long, if the kernel measures that.
     pub runs: u64,
     pub run_time: std::time::Duration,
@@ -36,6 +38,7 @@ impl ProgramInfo {
                 name: "?".to_owned(),
                 map_ids: None,
                 instructions: 0,
+                tag: [0; 8],
                 runs: 0,
                 run_time: std::time::Duration::ZERO,
             }),
@@ -81,6 +84,7 @@ impl ProgramInfo {
             name: String::from_utf8_lossy(&name).into_owned(),
             map_ids: Some(map_ids),
             instructions: info.xlated_prog_len / 8,
+            tag: info.tag,
             runs: info.run_cnt,
             run_time: std::time::Duration::from_nanos(info.run_time_ns),
         })
@@ -145,6 +149,27 @@ pub fn attach(interface: &str, program: BorrowedFd<'_>, mode: XdpMode) -> Result
             failed(interface, "attaching the XDP program")(source)
         }
     })
+}
+
+/// Puts a program in the place of the attached one, in whatever mode that is; no packet meets none.
+pub fn replace(interface: &str, program: BorrowedFd<'_>, old: BorrowedFd<'_>) -> Result<()> {
+    let index = interface_index(interface)?;
+    let mode = attached_mode(interface).unwrap_or(XdpMode::Native);
+    let flags = flags(mode) | XdpFlags::REPLACE;
+    let options = libbpf_sys::bpf_xdp_attach_opts {
+        sz: size_of::<libbpf_sys::bpf_xdp_attach_opts>() as u64,
+        old_prog_fd: old.as_raw_fd(),
+        ..Default::default()
+    };
+    // SAFETY: the options live through the call.
+    let error = unsafe {
+        libbpf_sys::bpf_xdp_attach(index, program.as_raw_fd(), flags.bits(), &raw const options)
+    };
+    if error == 0 {
+        return Ok(());
+    }
+    let source = libbpf_rs::Error::from_raw_os_error(-error);
+    Err(failed(interface, "replacing the XDP program")(source))
 }
 
 /// Detaches the interface's program if it is the one with this identifier; whether it was.

@@ -2,6 +2,7 @@
 
 mod cost;
 mod differential;
+mod fleet;
 mod flows;
 mod framing;
 mod fuzz;

@@ -112,6 +112,7 @@ pub const SMALL: MapSizes = MapSizes {
     route_states: 4096,
     groups: 64,
     vips: 16,
+    misses: 1 << 20,
 };
 
 /// `mqtt_fwd` with a configuration in force and a sentinel behind it.
@@ -153,6 +154,8 @@ impl Fixture {
         }
         let rodata = open.maps.rodata_data.as_deref_mut().unwrap();
         rodata.has_predecessor = 0;
+        rodata.fleet = 0;
+        rodata.misses_per_window = u32::MAX;
         rodata.connections_per_address = 0;
         rodata.messages_per_client = 0;
         rodata.handovers_per_second = u32::MAX;

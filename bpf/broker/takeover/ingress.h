@@ -7,8 +7,6 @@
 #include "kernel.h"
 #include "segment.h"
 
-#include <bpf/bpf_core_read.h>
-
 /* How far a segment of the same connection may lie from what its socket expects. */
 #define SAME_CONNECTION (1 << 24)
 
@@ -85,16 +83,6 @@ static __always_inline int for_listener(struct __sk_buff *skb, const struct segm
 	};
 	bpf_map_update_elem(&taken_over, &key, &conn, BPF_ANY);
 	return TC_ACT_UNSPEC;
-}
-
-/* What an older connection's TIME_WAIT socket expects next. */
-static __always_inline __u32 time_wait_rcv_nxt(struct tcp_timewait_sock *tw)
-{
-	struct tcp_timewait_sock___own *own = (void *)tw;
-
-	if (bpf_core_field_exists(own->tw_rcv_nxt))
-		return BPF_CORE_READ(own, tw_rcv_nxt);
-	return tw->tw_sk.__tw_common.skc_tw_rcv_nxt;
 }
 
 /* The segment goes round once more; this copy ends the older socket that would have taken it. */

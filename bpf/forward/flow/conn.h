@@ -5,6 +5,9 @@
 
 #include "../../abi/state.h"
 
+/* conn.touches of what came back from a broker host (abi/handover.h, MARK_RETURNED). */
+#define RETURNED 2
+
 struct conn {
 	struct flow6 key; /* IPv4: address in key.addr[0], the rest 0 */
 	__u32 tag; /* of the key, never 0: see struct flow */
@@ -13,7 +16,7 @@ struct conn {
 	__u16 payload; /* offset from the start of the frame */
 	__u16 payload_length;
 	__u8 v6;
-	__u8 touches; /* looks into `flows`, though it has no data: see mqtt_fwd.bpf.c */
+	__u8 touches; /* looks into `flows`, though it has no data: see mqtt_fwd.bpf.c; RETURNED */
 	__be16 flags; /* of TCP, in the word that begins with the header's length (RFC 9293 §3.1) */
 };
 

@@ -4,6 +4,7 @@
 #define MQTT_FWD_HANDSHAKE_UNTRACKED_H
 
 #include "../../lib/clock.h"
+#include "../flow/delayed.h"
 #include "bound.h"
 
 /*
@@ -17,15 +18,22 @@
 /* log2 of the places in `untracked`. */
 const volatile __u32 untracked_bits = 12;
 
-static __always_inline bool untracked_again(const struct conn *c, const struct service_table *t)
+/* Milliseconds | tag << 32. */
+static __always_inline __u64 *untracked_place(const struct conn *c, const struct service_table *t)
 {
 	__u32 key = ((c->tag ^ (__u32)t->topic_key[0]) * 0x9e3779b1U) >> (32 - untracked_bits);
-	__u64 *place = bpf_map_lookup_elem(&untracked, &key), seen;
+
+	return bpf_map_lookup_elem(&untracked, &key);
+}
+
+static __always_inline bool untracked_again(const struct conn *c, const struct service_table *t)
+{
+	__u64 *place = untracked_place(c, t), seen;
 	__u32 age;
 
 	if (!place)
 		return false;
-	seen = READ_ONCE(*place); /* ms | tag << 32 */
+	seen = READ_ONCE(*place);
 	age = now_ms() - (__u32)seen;
 	if (seen >> 32 == c->tag && age < UNTRACKED_LATE_MS) {
 		if (age < UNTRACKED_SOON_MS)
@@ -45,6 +53,10 @@ static __always_inline int handshake_untracked(struct xdp_md *ctx, struct conn *
 {
 	binding_t binding;
 
+	if (fleet) {
+		tail_call_stage(ctx, c, svc, 0, STAGE_MISS);
+		return XDP_DROP;
+	}
 	if (!rst && !untracked_again(c, t)) {
 		count(REASON_UNTRACKED_DROPPED);
 		return XDP_DROP;

@@ -10,6 +10,7 @@
 #ifndef MQTT_FWD_HANDSHAKE_WAITING_H
 #define MQTT_FWD_HANDSHAKE_WAITING_H
 
+#include "../flow/delayed.h"
 #include "answer.h"
 #include "bound.h"
 #include "first_message.h"
@@ -57,6 +58,11 @@ static __always_inline int handshake_waiting(struct xdp_md *ctx, struct conn *c,
 	struct bind_decision *v = decision_begin(w, behind, FLOW_CONNECTED);
 	bool again = c->seq == h->start, silent = h->state == HANDOVER_SILENT;
 
+	/* Another balancer had what comes before this, and a broker has the connection. */
+	if (fleet && seq_before(behind, c->seq)) {
+		tail_call_stage(ctx, c, svc, 0, STAGE_MISS);
+		return XDP_DROP;
+	}
 	if (!c->payload_length && !fin) {
 		if (c->seq == behind - 1)
 			return handshake_answer(ctx, c, svc, h, false, REASON_WAIT_ANSWERED);

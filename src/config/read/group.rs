@@ -6,10 +6,16 @@ use tokio_rustls::rustls::pki_types::ServerName;
 
 use super::super::reader::Reader;
 use super::super::{Binding, Group, Real};
+use super::fleet::reals_have_vips;
 use super::values::{absolute, address, certificate, name_text};
 use crate::domain::{ANY, Affinity, BrokerTls};
 
-pub(super) fn group(r: Reader<'_>, service: Option<IpAddr>, binding: Binding) -> Option<Group> {
+pub(super) fn group(
+    r: Reader<'_>,
+    service: Option<IpAddr>,
+    binding: Binding,
+    fleet: bool,
+) -> Option<Group> {
     let name = r.required("name", "temperature", |text| {
         if text == ANY {
             return Err("means \"whatever group the flow is bound to\" in routes; choose another"
@@ -64,8 +70,8 @@ pub(super) fn group(r: Reader<'_>, service: Option<IpAddr>, binding: Binding) ->
         // Katran's ring weighs by repetition; larger numbers only slow its building.
         let weight = real.number("weight", 0..=1000).unwrap_or(1);
         let own_vip = real.parsed("vip", address);
-        match (affinity.chooses_real(), own_vip) {
-            (true, None) if !real.has("vip") => real.problem(
+        match (reals_have_vips(fleet, affinity), own_vip) {
+            (true, None) if !fleet && !real.has("vip") => real.problem(
                 "vip",
                 "is missing; with this affinity each real has a group VIP of its own, an address \
                  that only the balancer knows",
@@ -73,7 +79,7 @@ pub(super) fn group(r: Reader<'_>, service: Option<IpAddr>, binding: Binding) ->
             (false, Some(_)) => {
                 real.problem(
                     "vip",
-                    "only affinity = \"client_id\" or \"topic\" needs it; remove it",
+                    "only affinity = \"client_id\" or \"topic\", or a [fleet], needs it; remove it",
                 );
             }
             (true, Some(own)) if vip.is_some_and(|v| v.is_ipv4() != own.is_ipv4()) => {

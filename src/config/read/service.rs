@@ -15,7 +15,7 @@ use crate::domain::{
 };
 
 #[allow(clippy::too_many_lines)] // one key after the other
-pub(super) fn service(r: Reader<'_>) -> Option<Service> {
+pub(super) fn service(r: Reader<'_>, fleet: bool) -> Option<Service> {
     let name = r.required("name", "mqtt", name_text);
     let addr = r.required("address", "10.1.50.200", address);
     let port = r.number("port", 1..=65_535).unwrap_or(1883);
@@ -39,7 +39,7 @@ pub(super) fn service(r: Reader<'_>) -> Option<Service> {
     }
     let complete = group_readers.len();
     let groups: Vec<Group> =
-        group_readers.into_iter().filter_map(|g| group(g, addr, binding)).collect();
+        group_readers.into_iter().filter_map(|g| group(g, addr, binding, fleet)).collect();
     // Names of groups that are wrong in themselves would only make routes look wrong, too.
     let complete = complete == groups.len();
     for (i, g) in groups.iter().enumerate() {

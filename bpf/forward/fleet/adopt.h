@@ -1,0 +1,126 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What the sidecar has found out of a segment's connection (miss.h): it runs this program on the segment, with that in
+ * front. So all that is known of flows is written here, by the one who writes flows.
+ *
+ *   a broker host has it   a flow, bound to that host alone; the segment goes on
+ *   the store has it       its CONNECT is kept here now; the segment is what it waits for
+ *   nobody has it          RST, if the segment asks for an answer
+ */
+#ifndef MQTT_FWD_FLEET_ADOPT_H
+#define MQTT_FWD_FLEET_ADOPT_H
+
+#include "../handshake/answer.h"
+#include "../handshake/handovers.h"
+#include "../flow/delayed.h"
+#include "../services.h"
+
+/* What was known of these addresses is of another connection. Global (see event.h). */
+__noinline int adopt_forget(const struct conn *c, const struct service_table *t)
+{
+	if (!c || !t)
+		return 0;
+	flow_remove(c, false);
+	flow_remove(c, true);
+	handover_remove(c);
+	cache_correct(c, t, 0);
+	return 0;
+}
+
+/* A flow that is bound to the one broker host that has its connection. Global (see event.h). */
+__noinline int adopt_flow(const struct conn *c, const struct service_table *t, __u32 binding)
+{
+	struct flow f = {}, *known;
+
+	if (!c || !t)
+		return 0;
+	known = flow_find(c);
+	/* Several of its segments were held. */
+	if (known && known->bound_by == BOUND_BY_REAL && flow_binding(known, c) == binding &&
+	    !is_far(known, c))
+		return 0;
+	adopt_forget(c, t);
+	f.bound = tagged(c, binding);
+	f.next = tagged(c, c->seq);
+	f.end = c->seq;
+	f.ack = c->ack;
+	/* Where its control packets begin will show; what it published before is not known. */
+	f.flags = FLOW_UNSYNCED;
+	f.bound_by = BOUND_BY_REAL;
+	if (flow_put(c, &f, false))
+		return 0;
+	count(REASON_ADOPTED_FROM_REAL);
+	report_event(c, EVENT_BOUND, from_to(NO_GROUP, binding), 0,
+		     BOUND_BY_REAL << REPORT_BOUND_BY_SHIFT);
+	return 0;
+}
+
+/* Its kept CONNECT is in scratch.handover. Global (see event.h). */
+__noinline int adopt_waiting(const struct conn *c, const struct service_table *t)
+{
+	struct scratch *w = scratch();
+
+	if (!c || !t || !w)
+		return 0;
+	adopt_forget(c, t);
+	w->handover.born_s = now_s();
+	handover_put(c, &w->handover);
+	count(REASON_ADOPTED_FROM_STORE);
+	return 0;
+}
+
+SEC("xdp")
+int mqtt_adopt(struct xdp_md *ctx)
+{
+	const struct service_table *t = current_table();
+	struct scratch *w = scratch();
+	struct adoption *a;
+	struct conn c = {};
+	__u32 kind, binding, answers;
+
+	if (!t || !w)
+		return XDP_DROP;
+	a = frame_start(ctx);
+	if ((void *)(a + 1) > frame_end(ctx))
+		return XDP_DROP;
+	__builtin_memcpy(c.key.addr, a->client, sizeof(a->client));
+	c.key.port = a->client_port;
+	c.key.service = a->service;
+	c.tag = conn_tag(&c.key);
+	c.seq = a->seq;
+	c.ack = a->ack;
+	c.payload_length = a->payload_length;
+	c.v6 = a->v6;
+	kind = a->kind;
+	binding = a->binding;
+	answers = !a->rst;
+	bool fin = a->fin;
+	if (kind == ADOPTED_FROM_STORE &&
+	    bpf_xdp_load_bytes(ctx, __builtin_offsetof(struct adoption, handover), &w->handover,
+			       sizeof(w->handover)))
+		return XDP_DROP;
+	if (bpf_xdp_adjust_head(ctx, sizeof(struct adoption)))
+		return XDP_DROP;
+
+	switch (kind) {
+	case ADOPTED_FROM_REAL:
+		if (!group_of(binding))
+			return XDP_DROP;
+		adopt_flow(&c, t, binding);
+		break;
+	case ADOPTED_FROM_STORE:
+		adopt_waiting(&c, t);
+		break;
+	default:
+		adopt_forget(&c, t);
+		count(REASON_NOBODY_HAS_IT);
+		if (!answers || !answer_reset(ctx, &c, fin))
+			return XDP_DROP;
+		count(REASON_REFUSED);
+		return XDP_TX;
+	}
+	bpf_tail_call(ctx, &stages, STAGE_FORWARD);
+	return XDP_DROP;
+}
+
+#endif /* MQTT_FWD_FLEET_ADOPT_H */

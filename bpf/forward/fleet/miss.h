@@ -1,0 +1,103 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * A fleet's balancer gets segments of connections that it does not know: another one had them until now. It
+ * never forwards those by prediction. The sidecar asks all broker hosts who has the connection, and puts the
+ * answer in front of the segment (adopt.h).
+ *
+ *   not known      no flow, and neither SYN nor cookie; or the group is gone
+ *   not the flow's data far from where the flow is: it ended elsewhere, and its port is used again
+ *   came back      its broker host has no such connection
+ *
+ * Segments are dropped here: TCP repeats what nobody answers in time.
+ */
+#ifndef MQTT_FWD_FLEET_MISS_H
+#define MQTT_FWD_FLEET_MISS_H
+
+#include "../flow/delayed.h"
+#include "../handshake/untracked.h"
+#include "../services.h"
+
+/* Without data, a connection is asked for once in this time. */
+#define MISS_PAUSE_MS 1000
+
+/* Whether a segment without SYN is of a connection that is not known here, though there may be a flow. */
+static __always_inline bool is_missed(const struct conn *c, const struct service *svc,
+				      const struct flow *f)
+{
+	bool delayed = svc->binding == BINDING_DELAYED;
+	__u64 other;
+
+	if (!f)
+		return !delayed; /* else the handshake's stage knows more */
+	if (c->touches & RETURNED || !group_of(flow_binding(f, c)))
+		return true;
+	if (delayed || !c->payload_length || !is_far(f, c))
+		return false;
+	other = flow_challenger(f);
+	return !other || challenger_seq(other) != c->seq;
+}
+
+/* Whether a segment without data was not asked for just now. */
+static __always_inline bool miss_again(const struct conn *c, const struct service_table *t)
+{
+	__u64 *place = untracked_place(c, t), seen;
+
+	if (!place)
+		return false;
+	seen = READ_ONCE(*place);
+	if (seen >> 32 == c->tag && now_ms() - (__u32)seen < MISS_PAUSE_MS)
+		return false;
+	WRITE_ONCE(*place, tagged(c, now_ms()));
+	return true;
+}
+
+/* Hands the frame to the sidecar; false: there is no room. Global (see event.h). */
+__noinline int miss_report(struct xdp_md *ctx, const struct conn *c)
+{
+	struct scratch *w = scratch();
+	__u32 length;
+
+	if (!c || !w)
+		return false;
+	length = frame_length(ctx);
+	barrier_var(length);
+	if (length >= SEGMENT_MAX)
+		return false;
+	w->miss = (struct miss){
+		.time_ns = bpf_ktime_get_boot_ns(),
+		.client_port = c->key.port,
+		.service = c->key.service,
+		.seq = c->seq,
+		.ack = c->ack,
+		.length = length,
+		.v6 = c->v6,
+	};
+	__builtin_memcpy(w->miss.client, c->key.addr, sizeof(w->miss.client));
+	if (!frame_copy(ctx, 0, w->segment, length, SEGMENT_MAX))
+		return false;
+	barrier_var(length);
+	return !bpf_ringbuf_output(&misses, &w->miss,
+				   sizeof(w->miss) + (length & (SEGMENT_MAX - 1)), 0);
+}
+
+SEC("xdp")
+int mqtt_miss(struct xdp_md *ctx)
+{
+	const struct service_table *t = current_table();
+	struct scratch *w = scratch();
+	struct conn *c;
+
+	if (!t || !w)
+		return XDP_DROP;
+	c = &w->tail_args.conn;
+	if (c->touches & RETURNED)
+		count(REASON_RETURNED);
+	if (((c->payload_length || c->flags & bpf_htons(TCP_FIN)) || miss_again(c, t)) &&
+	    budget_take(&budgets, BUDGET_MISSES, misses_per_window) && miss_report(ctx, c))
+		count(REASON_MISSED);
+	else
+		count(REASON_MISS_DROPPED);
+	return XDP_DROP;
+}
+
+#endif /* MQTT_FWD_FLEET_MISS_H */

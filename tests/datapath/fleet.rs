@@ -1,0 +1,189 @@
+//! A balancer in a fleet: what it does not know, it asks for, and what it is told, it does.
+
+use libbpf_rs::RingBufferBuilder;
+use mqtt_fwd::datapath::misses::{Answer, Segment};
+use mqtt_fwd::kernel::test_run;
+use std::cell::RefCell;
+use std::os::fd::AsFd as _;
+
+use crate::support::conn::{Conn, seen};
+use crate::support::datapath::{CONFIG, Fixture, JUMPED, SMALL, XDP_DROP, XDP_TX};
+use crate::support::{mqtt, packet};
+
+/// In a fleet; bound by prediction.
+fn fleet(text: &str) -> Fixture {
+    Fixture::loaded(text, &SMALL, |rodata| {
+        rodata.fleet = 1;
+        rodata.flows_per_window = u32::MAX;
+        rodata.topics_per_window = u32::MAX;
+    })
+}
+
+fn delayed() -> String {
+    CONFIG.replace("max_packet", "binding = \"delayed\"\nmax_packet")
+}
+
+/// What was asked for since the last time.
+fn misses(f: &Fixture) -> Vec<Segment> {
+    let all = RefCell::new(Vec::new());
+    let mut builder = RingBufferBuilder::new();
+    builder
+        .add(&f.skel.maps.misses, |bytes| {
+            all.borrow_mut().push(Segment::read(bytes).unwrap());
+            0
+        })
+        .unwrap();
+    builder.build().unwrap().consume().unwrap();
+    all.into_inner()
+}
+
+/// Tells the datapath what was found out; the verdict, and the packet.
+fn adopt(f: &Fixture, segment: &Segment, answer: &Answer) -> (u32, Vec<u8>) {
+    let run = test_run::run(f.skel.progs.mqtt_adopt.as_fd(), &segment.with(answer), 1).unwrap();
+    (run.verdict, run.frame)
+}
+
+fn group(f: &Fixture, name: &str) -> Answer {
+    let id = f
+        .datapath
+        .groups()
+        .unwrap()
+        .into_iter()
+        .find(|(_, g)| mqtt_fwd::kernel::abi::name_text(&g.name) == name && g.service == 0);
+    let (id, g) = id.unwrap();
+    Answer::Real(mqtt_fwd::kernel::abi::binding_of(id, g.epoch))
+}
+
+#[test]
+fn what_is_not_known_is_asked_for_and_goes_where_it_is_had() {
+    for text in [CONFIG.to_owned(), delayed()] {
+        let f = fleet(&text);
+        let mut conn = Conn::new(&f, "10.1.1.1:40000");
+        let publish = mqtt::publish(b"sensor/a", 0, b"1");
+        let sent = conn.segment(&publish);
+        let (outcome, counters) = f.send_counting(&sent);
+        assert_eq!(outcome.verdict, XDP_DROP, "never by prediction");
+        assert_eq!(counters.keys().copied().collect::<Vec<_>>(), ["missed"]);
+        let asked = misses(&f);
+        assert_eq!(asked.len(), 1);
+        assert_eq!((asked[0].client, asked[0].seq), (conn.client, conn.next_seq()));
+        assert_eq!(asked[0].frame(), sent);
+
+        let (verdict, packet) = adopt(&f, &asked[0], &group(&f, "b"));
+        assert_eq!(verdict, JUMPED);
+        assert_eq!(packet::dst(&packet).to_string(), "10.1.50.2");
+        conn.sent += publish.len() as u32;
+        // From here on it is a flow as any other; its group was not chosen here, so it is not ended for its topic.
+        for _ in 0..40 {
+            assert_eq!(conn.data(&mqtt::publish(b"sensor/a", 0, b"2")).group, "b");
+        }
+        assert!(misses(&f).is_empty());
+        assert_eq!(f.flow(conn.client).unwrap().bound_by, "real");
+    }
+}
+
+#[test]
+fn whom_nobody_has_is_told_so_at_once() {
+    let f = fleet(CONFIG);
+    let conn = Conn::new(&f, "10.1.1.1:40000");
+    f.send(&conn.segment(&mqtt::publish(b"sensor/a", 0, b"1")));
+    let asked = misses(&f).remove(0);
+    let (verdict, packet) = adopt(&f, &asked, &Answer::Nobody);
+    assert_eq!(verdict, XDP_TX);
+    let headers = etherparse::PacketHeaders::from_ethernet_slice(&packet).unwrap();
+    let tcp = headers.transport.unwrap().tcp().unwrap();
+    assert!(tcp.rst && tcp.sequence_number == conn.ack && packet::tcp_checksum_right(&packet));
+    // An RST is not answered (RFC 9293 §3.10.7.1).
+    f.send(&packet::tcp(conn.client, conn.service, 5, 5, |h| h.rst = true, &[]));
+    let asked = misses(&f).remove(0);
+    assert_eq!(adopt(&f, &asked, &Answer::Nobody).0, XDP_DROP);
+}
+
+#[test]
+fn without_data_a_connection_is_asked_for_once_a_second() {
+    let f = fleet(CONFIG);
+    let conn = Conn::new(&f, "10.1.1.1:40000");
+    for _ in 0..100 {
+        f.send(&conn.segment(&[]));
+    }
+    assert_eq!(misses(&f).len(), 1);
+    assert_eq!(f.counters()["miss_dropped"], 99);
+    // With data, and with FIN, always.
+    for _ in 0..3 {
+        f.send(&conn.segment(b"x"));
+        f.send(&packet::tcp(conn.client, conn.service, 9, 9, |h| h.fin = true, &[]));
+    }
+    assert_eq!(misses(&f).len(), 6);
+}
+
+#[test]
+fn a_connection_that_ended_elsewhere_does_not_keep_its_port() {
+    for text in [CONFIG.to_owned(), delayed()] {
+        let f = fleet(&text);
+        let mut old = Conn::new(&f, "10.1.1.1:40000");
+        f.send(&old.segment(b"x"));
+        adopt(&f, &misses(&f).remove(0), &group(&f, "a"));
+        old.sent += 1;
+        assert_eq!(old.data(&mqtt::publish(b"sensor/a", 0, b"1")).group, "a");
+        // It ended through another balancer, and so began the next one on the same addresses.
+        let mut new = Conn::new(&f, "10.1.1.1:40000");
+        new.isn = old.isn.wrapping_add(500_000_000);
+        let sent = new.segment(&mqtt::publish(b"sensor/b", 0, b"1"));
+        assert_eq!(f.send(&sent).verdict, XDP_DROP);
+        let asked = misses(&f);
+        assert_eq!(asked.len(), 1);
+        adopt(&f, &asked[0], &group(&f, "b"));
+        new.sent += mqtt::publish(b"sensor/b", 0, b"1").len() as u32;
+        assert_eq!(new.data(&mqtt::publish(b"sensor/b", 0, b"2")).group, "b");
+        assert_eq!(new.data_at(new.sent, &[]), seen("b", &["no_data 1"]));
+    }
+}
+
+#[test]
+fn what_comes_back_from_a_broker_host_is_asked_for() {
+    for client in ["10.1.1.1:40000", "[fd01:1::1]:40000"] {
+        let f = fleet(CONFIG);
+        let mut conn = Conn::open(&f, client);
+        conn.data(&mqtt::connect(4));
+        // Without data, it goes by the cache.
+        for _ in 0..200 {
+            conn.data_at(conn.sent, &[]);
+        }
+        let mut frame = conn.segment(&[]);
+        if conn.client.is_ipv4() {
+            frame[18..20].copy_from_slice(&0x4dffu16.to_be_bytes());
+            frame[20] |= 0x40;
+            frame[24..26].fill(0);
+            let sum = packet::checksum(&[&frame[14..34]]);
+            frame[24..26].copy_from_slice(&sum.to_be_bytes());
+        } else {
+            frame[16..18].copy_from_slice(&0x4dffu16.to_be_bytes());
+        }
+        let (outcome, counters) = f.send_counting(&frame);
+        assert_eq!(outcome.verdict, XDP_DROP);
+        assert_eq!(counters, [("missed", 1), ("returned", 1)].into_iter().collect());
+        assert_eq!(misses(&f).len(), 1);
+        // Without a fleet it means nothing: the flow goes on.
+        let alone = Fixture::new();
+        let mut conn = Conn::open(&alone, client);
+        conn.data(&mqtt::connect(4));
+        assert_eq!(alone.send(&frame).verdict, JUMPED);
+    }
+}
+
+#[test]
+fn misses_are_bounded() {
+    let f = Fixture::loaded(CONFIG, &SMALL, |rodata| {
+        rodata.fleet = 1;
+        rodata.misses_per_window = 10;
+    });
+    for port in 1..1000 {
+        let conn = Conn::new(&f, &format!("10.1.1.1:{port}"));
+        f.send(&conn.segment(b"x"));
+    }
+    // Windows of 0.1 s: the loop may see a few.
+    let asked = misses(&f).len();
+    assert!((10..=100).contains(&asked), "{asked}");
+    assert_eq!(f.counters()["miss_dropped"], 999 - asked as u64);
+    assert!(f.flow("10.1.1.1:5".parse().unwrap()).is_none(), "a stranger's segment leaves no flow");
+}
