@@ -12,6 +12,7 @@ use crate::api::{self, Remote};
 use crate::config::Service;
 use crate::connectivity::ConnectivityError;
 use crate::datapath::Datapath;
+use crate::fleet::Asker;
 use crate::inspect::metrics::Metrics;
 use crate::rescue::Rescuer;
 use crate::state::State;
@@ -49,6 +50,7 @@ pub struct Tasks {
     checks: Task,
     tests: Option<Task>,
     rescuer: Option<Rescuer>,
+    asker: Option<Asker>,
     /// From when on the file's clients have been loaded.
     saving: Option<Task>,
 }
@@ -71,6 +73,7 @@ impl Tasks {
             checks: checks(state),
             tests: tests(state),
             rescuer: None,
+            asker: None,
             saving: None,
             state: state.clone(),
         })
@@ -82,6 +85,14 @@ impl Tasks {
             self.rescuer = None;
         }
         let wanted = self.state.config().services.iter().any(Service::rescues);
+        if self.asker.as_ref().is_some_and(Asker::has_ended) {
+            self.asker = None;
+        }
+        if self.asker.is_none() && self.state.config().fleet.is_some() {
+            self.asker = Asker::start(&self.state)
+                .inspect_err(|error| warn!(%error, "connections of other balancers are not asked for"))
+                .ok();
+        }
         if self.rescuer.is_none() && wanted {
             self.rescuer = Rescuer::start(&self.state)
                 .inspect_err(|error| warn!(%error, "misrouted messages are not rescued"))
@@ -92,12 +103,15 @@ impl Tasks {
     /// Other maps are pinned.
     pub fn maps_changed(&mut self) {
         self.rescuer = None;
+        self.asker = None;
     }
 
     /// The file was read again.
     ///
     /// The error: what of it was not taken over.
     pub async fn reloaded(&mut self) -> Result<(), String> {
+        // With the port and the keys that are configured now.
+        self.asker = None;
         self.watchdog = watchdog(&self.state);
         self.checks = checks(&self.state);
         self.tests = tests(&self.state);

@@ -1,14 +1,18 @@
 //! Segments of connections that this balancer does not know, as the datapath hands them over
 //! (`bpf/forward/fleet/miss.h`), and what it is told about them (`adopt.h`).
 
-use std::net::SocketAddr;
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::Duration;
 
 use libbpf_rs::{MapHandle, RingBuffer, RingBufferBuilder};
 
+use super::Datapath;
+use super::names::{address_of, services_of};
+use crate::config::Config;
 use crate::kernel::abi::{
-    Pod as _, addr_words, adoption, adoption_kind, handover, miss, words_addr,
+    Pod as _, addr_words, adoption, adoption_kind, binding_of, handover, miss, words_addr,
 };
 use crate::kernel::pins::{self, Pins};
 use crate::kernel::{BpfError, Result, test_run};
@@ -197,4 +201,43 @@ pub fn ring<'a>(pins: &Pins, mut take: impl FnMut(Segment) + 'a) -> Result<RingB
     };
     builder.add(&map, handle).map_err(failed("reading"))?;
     builder.build().map_err(failed("reading"))
+}
+
+/// A service, by its number in the datapath, and where its connections may be.
+#[derive(Debug, Clone)]
+pub struct Places {
+    pub addr: SocketAddr,
+    pub name: String,
+    /// Its reals, and the binding to each alone.
+    pub reals: BTreeMap<IpAddr, u32>,
+}
+
+impl Datapath {
+    /// All services' places, as far as the maps have the configuration's VIPs of reals.
+    pub fn places(&self, config: &Config) -> Result<BTreeMap<u16, Places>> {
+        let table = self.service_table()?;
+        let groups = self.groups()?;
+        let mut places = BTreeMap::new();
+        for service in services_of(&table) {
+            let addr = address_of(service);
+            let Some(configured) =
+                config.services.iter().find(|s| SocketAddr::new(s.addr, s.port) == addr)
+            else {
+                continue;
+            };
+            let binding = |vip: IpAddr| {
+                let words = addr_words(vip);
+                let found = groups.iter().find(|(_, g)| g.service == service.id && g.vip == words);
+                found.map(|(id, g)| binding_of(*id, g.epoch))
+            };
+            let mut reals = BTreeMap::new();
+            for real in configured.groups.iter().flat_map(|group| &group.reals) {
+                if let Some(binding) = real.vip.and_then(binding) {
+                    reals.entry(real.addr).or_insert(binding);
+                }
+            }
+            places.insert(service.id, Places { addr, name: configured.name.clone(), reals });
+        }
+        Ok(places)
+    }
 }

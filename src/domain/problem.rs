@@ -37,7 +37,7 @@ impl fmt::Display for Problem {
 }
 
 /// Codes of faults that this host forwards regardless of.
-pub const ELSEWHERE: [&str; 7] = [
+pub const ELSEWHERE: [&str; 8] = [
     "real_down",
     "not_checked",
     "misrouted",
@@ -45,6 +45,7 @@ pub const ELSEWHERE: [&str; 7] = [
     "handover_key",
     "reload_refused",
     "test_failed",
+    "real_not_answering",
 ];
 
 /// Codes of what any process of this host finds by looking; of the others, only `run` knows.
@@ -65,7 +66,7 @@ const SEEN_FROM_OUTSIDE: [&str; 13] = [
 ];
 
 /// All codes, with what they mean.
-pub const CODES: [(&str, &str); 24] = [
+pub const CODES: [(&str, &str); 25] = [
     ("chain_missing", "the program array is not pinned"),
     ("chain_unreadable", "the program array cannot be read"),
     ("root_missing", "no XDP program is on the interface, or there is no interface"),
@@ -87,6 +88,10 @@ pub const CODES: [(&str, &str); 24] = [
     ("run_not_answering", "`run` is there and does not answer"),
     ("apply_failed", "the configuration could not be applied"),
     ("real_down", "a real's checks fail"),
+    (
+        "real_not_answering",
+        "a broker host does not answer a fleet's questions: its connections stall if they move here",
+    ),
     ("not_checked", "checks of reals cannot be made"),
     ("handover_stuck", "brokers do not take over connections that they were given"),
     ("handover_key", "the handover key file cannot be used; the keys from before are"),

@@ -1,4 +1,8 @@
 //! Several balancers as one: brokers' hosts know which connections they have, and are asked for those that this
 //! balancer does not know.
 
+mod asker;
+mod asking;
 pub mod key;
+
+pub use asker::{AskError, Asker};

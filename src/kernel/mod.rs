@@ -3,6 +3,7 @@
 pub mod abi;
 pub mod adopt;
 pub mod as_client;
+pub mod ask;
 pub mod catalog;
 pub mod chain;
 pub mod decap;

@@ -1,6 +1,7 @@
 //! The state of `run`: what it works by, what it has seen, and what others ask it for. `run` builds it and passes it to
 //! whoever shows it.
 
+mod fleet;
 mod observed;
 mod requests;
 
@@ -8,6 +9,7 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 
+pub use fleet::{Fleet, TIMES};
 pub use observed::{LastTest, Observed};
 pub use requests::{Answer, Edits, RefusedEdits, Request, Unmade};
 

@@ -5,6 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::connectivity::{Outcome, Tested};
+use super::Fleet;
 use crate::counter::Counter;
 use crate::datapath::counts::Counters;
 use crate::domain::Problem;
@@ -51,6 +52,8 @@ pub struct Observed {
     pub rescue_lost: Counter,
     /// Those at QoS 1 and 2, which their client sends again.
     pub rescue_left: Counter,
+    /// What was asked for in a fleet.
+    pub fleet: Fleet,
     /// Plans that put back what the balancer lacked.
     pub balancer_repairs: Counter,
 }
@@ -109,7 +112,7 @@ impl Observed {
 
     /// Problems of what was asked of `run`, or made by itself.
     pub fn own_problems(&self) -> Vec<Problem> {
-        let mut problems = Vec::new();
+        let mut problems = self.fleet.problems();
         if let Some(Reloaded { refused: Some(why), .. }) = self.reloaded() {
             let text =
                 format!("the changed configuration file was refused, and is not in force: {why}");
