@@ -50,7 +50,7 @@ install_missing() {
 		"${missing[@]}" >/dev/null
 	# These packages start services of their own, which nothing here uses.
 	local service
-	for service in mosquitto prometheus prometheus-node-exporter; do
+	for service in mosquitto redis-server prometheus prometheus-node-exporter; do
 		if [[ " ${missing[*]} " == *" $service "* ]] && command -v systemctl >/dev/null; then
 			systemctl disable --now "$service" >/dev/null 2>&1 || true
 		fi
@@ -60,6 +60,7 @@ install_missing() {
 # Packages for building, and for the lab.
 install_packages() {
 	install_missing clang llvm make gcc pkg-config libelf-dev zlib1g-dev linux-libc-dev libc6-dev \
+		redis-server \
 		iproute2 ethtool mosquitto mosquitto-clients python3 python3-paho-mqtt tcpdump procps \
 		util-linux ca-certificates curl
 }

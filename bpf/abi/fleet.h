@@ -5,24 +5,41 @@
 
 #include "handover.h"
 
-/* A segment of a connection that is not known here. Followed by its frame, as it came in. */
-struct miss {
+enum fleet_report_kind {
+	/* A segment of a connection that is not known here. Its frame follows, as it came in. */
+	FLEET_MISSED,
+	/* A CONNECT was answered, and is kept for the message after it. Its struct handover follows. */
+	FLEET_KEPT,
+	/* A broker is given it now. */
+	FLEET_GIVEN,
+};
+
+/* What the datapath tells the sidecar. */
+struct fleet_report {
 	__u64 time_ns; /* CLOCK_BOOTTIME */
 	__be32 client[4]; /* IPv4 in client[0] */
 	__be16 client_port;
 	__u16 service;
-	__u32 seq;
+	__u32 seq; /* FLEET_MISSED */
 	__u32 ack;
-	__u16 length; /* of the frame */
+	__u16 length; /* of what follows */
 	__u8 v6;
-	__u8 pad;
+	__u8 kind; /* enum fleet_report_kind */
 };
-SIZE_IS(struct miss, 40);
+SIZE_IS(struct fleet_report, 40);
+
+/* Values of the constant `fleet`. */
+enum fleet_mode {
+	FLEET_NONE,
+	FLEET_MEMBER, /* this balancer is one of several: what it does not know, another may have had */
+	FLEET_WITH_STORE, /* and there is a store for connections that no broker has yet */
+};
 
 enum adoption_kind {
 	ADOPTED_FROM_REAL = 1, /* a broker host has it */
 	ADOPTED_FROM_STORE, /* no broker has it yet: its CONNECT was kept by another balancer */
 	ADOPTED_BY_NOBODY, /* nobody has it: its client is told so */
+	ADOPTED_ELSEWHERE, /* another balancer has gone on with it: what is kept of it here is old */
 };
 
 /* Where such a connection belongs. Put in front of the segment, whose frame follows. */

@@ -38,12 +38,14 @@ struct exported_types {
 	enum client_flags client_flags;
 	enum client_route_kind client_route_kind;
 	enum event_kind event_kind;
+	enum fleet_mode fleet_mode;
+	struct fleet_report fleet_report;
+	enum fleet_report_kind fleet_report_kind;
 	enum flow_connect flow_connect;
 	enum flow_flags flow_flags;
 	enum handover_limits handover_limits;
 	enum handover_state handover_state;
 	enum misprediction_policy misprediction_policy;
-	struct miss miss;
 	enum parser parser;
 	enum reason reason;
 	enum rescue_flags rescue_flags;

@@ -47,11 +47,11 @@ struct {
 	__uint(max_entries, 1 << 22);
 } events SEC(".maps");
 
-/* Segments of connections that are not known here, for the sidecar to ask who has them (abi/fleet.h). */
+/* What a fleet's sidecar is to ask for, and to keep for others (abi/fleet.h). */
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1 << 22);
-} misses SEC(".maps");
+} fleet_reports SEC(".maps");
 
 /* What misrouted clients sent, for the sidecar (abi/rescue.h). */
 struct {

@@ -44,7 +44,7 @@ _Static_assert(REASON_UNJUDGED == REASON_PUBLISH + PUBLISH_REASONS - 1 &&
 		       REASON_PUBLISH_LOST < REASON_UNJUDGED,
 	       "see scratch.tally");
 
-_Static_assert(sizeof(struct rescue) == sizeof(struct miss), "both end where the segment begins");
+_Static_assert(sizeof(struct rescue) == sizeof(struct fleet_report), "both end where the segment begins");
 
 #define SEGMENT_MAX 4096 /* bytes; frames are linear, and no larger than a page */
 
@@ -148,7 +148,7 @@ struct scratch {
 	/* With its bytes behind it. */
 	union {
 		struct rescue rescue;
-		struct miss miss;
+		struct fleet_report report;
 	};
 	__u8 segment[SEGMENT_MAX];
 };

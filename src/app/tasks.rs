@@ -90,7 +90,9 @@ impl Tasks {
         }
         if self.asker.is_none() && self.state.config().fleet.is_some() {
             self.asker = Asker::start(&self.state)
-                .inspect_err(|error| warn!(%error, "connections of other balancers are not asked for"))
+                .inspect_err(
+                    |error| warn!(%error, "connections of other balancers are not asked for"),
+                )
                 .ok();
         }
         if self.rescuer.is_none() && wanted {

@@ -497,7 +497,7 @@ fn topic_of(service: u16, text: &str, generation: u32, binding: u32) -> topic {
 }
 
 /// As the datapath hashes it (`bpf/forward/handshake/connect.h`).
-fn client_hash(keys: &Keys, service: u16, id: &[u8]) -> u64 {
+pub(super) fn client_hash(keys: &Keys, service: u16, id: &[u8]) -> u64 {
     const CLIENT_ID_DOMAIN: u64 = 0x6964_0000_0000_0000;
     let domain = Keys { topic: [keys.topic[0] ^ CLIENT_ID_DOMAIN, keys.topic[1]], ..*keys };
     domain.topic(service, id)

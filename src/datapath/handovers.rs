@@ -27,6 +27,11 @@ pub struct Silent {
 }
 
 impl Silent {
+    /// The number of its service.
+    pub(super) fn service_number(&self) -> u16 {
+        self.key.service
+    }
+
     /// One between two addresses, for tests.
     #[cfg(test)]
     pub(crate) fn between(client: SocketAddr, service: SocketAddr) -> Self {

@@ -8,14 +8,19 @@ use std::time::Duration;
 
 use libbpf_rs::{MapHandle, RingBuffer, RingBufferBuilder};
 
-use super::Datapath;
+use super::clients::client_hash;
+use super::image::keys_of;
 use super::names::{address_of, services_of};
+use super::{Datapath, Silent};
 use crate::config::Config;
+use crate::domain::waiting::Waiting;
 use crate::kernel::abi::{
-    Pod as _, addr_words, adoption, adoption_kind, binding_of, handover, miss, words_addr,
+    Pod as _, addr_words, adoption, adoption_kind, binding_of, fleet_report, fleet_report_kind,
+    handover, handover_state, name_text, special_group, words_addr,
 };
 use crate::kernel::pins::{self, Pins};
-use crate::kernel::{BpfError, Result, test_run};
+use crate::kernel::{BpfError, Result, boot_time, test_run};
+use crate::routes::hash::Keys;
 
 /// Offsets in the frame (RFC 894, RFC 791 §3.1, RFC 8200 §3, RFC 9293 §3.1).
 const IP: usize = 14;
@@ -42,7 +47,7 @@ pub struct Segment {
 }
 
 /// What was found out of a segment's connection.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub enum Answer {
     /// A broker host has it: the binding of the group of that host alone.
     Real(u32),
@@ -50,19 +55,13 @@ pub enum Answer {
     Waiting(Kept),
     /// Nobody has it.
     Nobody,
+    /// Another balancer has gone on with it.
+    Elsewhere,
 }
 
-/// A connection's CONNECT and numbers, as a balancer keeps them; opaque outside the datapath.
+/// A CONNECT as the datapath keeps it.
 #[derive(Clone, Copy)]
 pub struct Kept(handover);
-
-impl PartialEq for Kept {
-    fn eq(&self, other: &Self) -> bool {
-        self.bytes() == other.bytes()
-    }
-}
-
-impl Eq for Kept {}
 
 impl std::fmt::Debug for Kept {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -70,37 +69,55 @@ impl std::fmt::Debug for Kept {
     }
 }
 
-impl Kept {
-    /// As it is stored.
-    pub fn bytes(&self) -> &[u8] {
-        self.0.bytes()
-    }
+/// A connection: its client and its service's number.
+pub type Key = (SocketAddr, u16);
 
-    /// From what was stored; `None`: another build's.
-    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        (bytes.len() == size_of::<handover>()).then(|| Self(handover::from_bytes(bytes)))
-    }
-
-    /// Whether a segment is of this connection: what follows CONNECT, or CONNECT again.
-    pub fn is_before(&self, segment: &Segment) -> bool {
-        let behind = self.0.start.wrapping_add(u32::from(self.0.connect_length));
-        segment.seq == behind
-            || segment.seq == self.0.start
-            || segment.seq == behind.wrapping_sub(1)
-    }
+/// What the datapath tells.
+#[derive(Debug)]
+pub enum Report {
+    /// A segment of a connection that it does not know.
+    Missed(Segment),
+    /// It has answered a CONNECT, and keeps it.
+    Kept(Key, Kept),
+    /// A broker is given that now.
+    Given(Key),
 }
 
-impl From<handover> for Kept {
-    fn from(kept: handover) -> Self {
-        Self(kept)
+impl Report {
+    /// A record of the ring buffer; `None`: it is cut short.
+    pub fn read(record: &[u8]) -> Option<Self> {
+        let (head, rest) = record.split_at_checked(size_of::<fleet_report>())?;
+        let head = fleet_report::from_bytes(head);
+        let client =
+            SocketAddr::new(words_addr(head.client, head.v6 != 0), u16::from_be(head.client_port));
+        match fleet_report_kind(head.kind.into()) {
+            fleet_report_kind::FLEET_MISSED => Segment::read(&head, client, rest).map(Self::Missed),
+            fleet_report_kind::FLEET_KEPT => {
+                let kept = rest.get(..size_of::<handover>()).map(handover::from_bytes)?;
+                Some(Self::Kept((client, head.service), Kept(kept)))
+            }
+            _ => Some(Self::Given((client, head.service))),
+        }
     }
 }
 
 impl Segment {
-    /// A record of the ring buffer; `None`: it is cut short.
-    pub fn read(record: &[u8]) -> Option<Self> {
-        let (head, frame) = record.split_at_checked(size_of::<miss>())?;
-        let head = miss::from_bytes(head);
+    /// A CONNECT that was answered here, once more.
+    pub fn of_silent(silent: &Silent, frame: Vec<u8>) -> Self {
+        Self {
+            client: silent.client,
+            service: silent.service_number(),
+            seq: silent.start,
+            ack: silent.server,
+            when: boot_time(),
+            payload_length: silent.connect.len() as u16,
+            fin: false,
+            rst: false,
+            frame,
+        }
+    }
+
+    fn read(head: &fleet_report, client: SocketAddr, frame: &[u8]) -> Option<Self> {
         let frame = frame.get(..usize::from(head.length))?;
         let word = |at: usize| Some(u16::from_be_bytes([*frame.get(at)?, *frame.get(at + 1)?]));
         let (tcp, behind_ip) = if head.v6 != 0 {
@@ -111,10 +128,7 @@ impl Segment {
         let header = u16::from(frame.get(tcp + 12)? >> 4) * 4;
         let flags = *frame.get(tcp + 13)?;
         Some(Self {
-            client: SocketAddr::new(
-                words_addr(head.client, head.v6 != 0),
-                u16::from_be(head.client_port),
-            ),
+            client,
             service: head.service,
             seq: head.seq,
             ack: head.ack,
@@ -155,6 +169,7 @@ impl Segment {
                 adoption_kind::ADOPTED_FROM_STORE
             }
             Answer::Nobody => adoption_kind::ADOPTED_BY_NOBODY,
+            Answer::Elsewhere => adoption_kind::ADOPTED_ELSEWHERE,
         };
         head.kind = kind.0 as u8;
         [head.bytes(), &self.frame].concat()
@@ -184,9 +199,9 @@ impl Adopter {
     }
 }
 
-/// Opens the pinned ring buffer; `take` gets each segment.
-pub fn ring<'a>(pins: &Pins, mut take: impl FnMut(Segment) + 'a) -> Result<RingBuffer<'a>> {
-    let path = pins.map("misses");
+/// Opens the pinned ring buffer; `take` gets each report.
+pub fn ring<'a>(pins: &Pins, mut take: impl FnMut(Report) + 'a) -> Result<RingBuffer<'a>> {
+    let path = pins.map("fleet_reports");
     let failed = |action| {
         let path = path.clone();
         move |source| BpfError::Pin { path, action, source }
@@ -194,8 +209,8 @@ pub fn ring<'a>(pins: &Pins, mut take: impl FnMut(Segment) + 'a) -> Result<RingB
     let map = MapHandle::from_pinned_path(&path).map_err(failed("opening"))?;
     let mut builder = RingBufferBuilder::new();
     let handle = move |bytes: &[u8]| {
-        if let Some(segment) = Segment::read(bytes) {
-            take(segment);
+        if let Some(report) = Report::read(bytes) {
+            take(report);
         }
         0
     };
@@ -210,6 +225,51 @@ pub struct Places {
     pub name: String,
     /// Its reals, and the binding to each alone.
     pub reals: BTreeMap<IpAddr, u32>,
+    /// Its groups, by number.
+    groups: BTreeMap<u16, String>,
+    number: u16,
+    keys: Keys,
+}
+
+impl Places {
+    /// A kept CONNECT for other balancers; `None`: it is not whole.
+    pub fn waiting(&self, kept: &Kept) -> Option<Waiting> {
+        let h = &kept.0;
+        let connect = h.connect.get(..usize::from(h.connect_length))?.to_vec();
+        (u32::from(h.state) <= handover_state::HANDOVER_SILENT.0).then(|| Waiting {
+            start: h.start,
+            server: h.server,
+            timestamps: (h.timestamps != 0).then_some((h.tsval, h.client_tsval)),
+            client_id: (h.id_offset, if h.id == 0 { 0 } else { h.id_length }),
+            will_group: self.groups.get(&h.will_group).cloned(),
+            connect,
+            connect_sum: h.connect_sum,
+        })
+    }
+
+    /// One of another balancer, as this one would keep it; `None`: it is too long.
+    pub fn kept(&self, waiting: &Waiting) -> Option<Kept> {
+        let mut h = handover::zeroed();
+        h.connect.get_mut(..waiting.connect.len())?.copy_from_slice(&waiting.connect);
+        let (offset, length) = waiting.client_id;
+        let id = usize::from(offset)..usize::from(offset) + usize::from(length);
+        let id = waiting.connect.get(id).filter(|id| !id.is_empty());
+        let group = |name: &String| {
+            self.groups.iter().find_map(|(number, known)| (known == name).then_some(*number))
+        };
+        h.start = waiting.start;
+        h.server = waiting.server;
+        h.timestamps = waiting.timestamps.is_some().into();
+        (h.tsval, h.client_tsval) = waiting.timestamps.unwrap_or_default();
+        h.connect_length = waiting.connect.len() as u16;
+        h.connect_sum = waiting.connect_sum;
+        h.state = handover_state::HANDOVER_WAIT.0 as u8;
+        h.id = id.map_or(0, |id| client_hash(&self.keys, self.number, id));
+        (h.id_offset, h.id_length) = (offset, length);
+        h.will_group =
+            waiting.will_group.as_ref().and_then(group).unwrap_or(special_group::NO_GROUP.0 as u16);
+        Some(Kept(h))
+    }
 }
 
 impl Datapath {
@@ -236,7 +296,17 @@ impl Datapath {
                     reals.entry(real.addr).or_insert(binding);
                 }
             }
-            places.insert(service.id, Places { addr, name: configured.name.clone(), reals });
+            let of_service =
+                groups.iter().filter(|(id, g)| g.service == service.id && g.parent == *id);
+            let place = Places {
+                addr,
+                name: configured.name.clone(),
+                reals,
+                groups: of_service.map(|(id, g)| (*id, name_text(&g.name))).collect(),
+                number: service.id,
+                keys: keys_of(&table),
+            };
+            places.insert(service.id, place);
         }
         Ok(places)
     }

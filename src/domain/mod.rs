@@ -14,6 +14,7 @@ mod relay;
 pub mod rendezvous;
 mod sizes;
 pub mod vip;
+pub mod waiting;
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -24,7 +25,7 @@ use filter::TopicFilter;
 pub use problem::Problem;
 pub use real_state::{Health, RealState};
 pub use relay::{BrokerTls, Certificate, CertificateName, RelayLimits, RelayListener, RelayTls};
-pub use sizes::{MapSizes, Rates};
+pub use sizes::{FleetRates, MapSizes, Rates};
 pub use vip::{Mac, Vip};
 
 /// How XDP programs run on an interface.

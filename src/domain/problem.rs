@@ -37,7 +37,7 @@ impl fmt::Display for Problem {
 }
 
 /// Codes of faults that this host forwards regardless of.
-pub const ELSEWHERE: [&str; 8] = [
+pub const ELSEWHERE: [&str; 10] = [
     "real_down",
     "not_checked",
     "misrouted",
@@ -46,6 +46,8 @@ pub const ELSEWHERE: [&str; 8] = [
     "reload_refused",
     "test_failed",
     "real_not_answering",
+    "store_unreachable",
+    "fleet_differs",
 ];
 
 /// Codes of what any process of this host finds by looking; of the others, only `run` knows.
@@ -66,7 +68,7 @@ const SEEN_FROM_OUTSIDE: [&str; 13] = [
 ];
 
 /// All codes, with what they mean.
-pub const CODES: [(&str, &str); 25] = [
+pub const CODES: [(&str, &str); 28] = [
     ("chain_missing", "the program array is not pinned"),
     ("chain_unreadable", "the program array cannot be read"),
     ("root_missing", "no XDP program is on the interface, or there is no interface"),
@@ -91,6 +93,12 @@ pub const CODES: [(&str, &str); 25] = [
     (
         "real_not_answering",
         "a broker host does not answer a fleet's questions: its connections stall if they move here",
+    ),
+    ("store_unreachable", "a fleet's store does not answer"),
+    ("fleet_differs", "another balancer of the fleet is configured otherwise"),
+    (
+        "fleet_key_missing",
+        "another balancer of the fleet uses a handover key that this one has not",
     ),
     ("not_checked", "checks of reals cannot be made"),
     ("handover_stuck", "brokers do not take over connections that they were given"),

@@ -22,11 +22,11 @@ pub struct MapSizes {
     /// VIPs of the embedded balancer.
     pub vips: u32,
     /// Bytes of the ring buffer that a fleet's sidecar reads segments from; a power of two.
-    pub misses: u32,
+    pub fleet_reports: u32,
 }
 
 /// Without a fleet, nobody reads it: as small as it can be.
-const NO_MISSES: u32 = 4096;
+const NO_REPORTS: u32 = 4096;
 
 impl Default for MapSizes {
     fn default() -> Self {
@@ -41,7 +41,7 @@ impl Default for MapSizes {
             route_states: 500_000,
             groups: 1024,
             vips: 64,
-            misses: NO_MISSES,
+            fleet_reports: NO_REPORTS,
         }
     }
 }
@@ -56,7 +56,7 @@ impl MapSizes {
     /// The same, of a balancer in a fleet.
     #[must_use]
     pub fn with_fleet(self) -> Self {
-        Self { misses: 1 << 22, ..self }
+        Self { fleet_reports: 1 << 22, ..self }
     }
 }
 
@@ -73,8 +73,17 @@ pub struct Rates {
     pub connections_per_address: u32,
     /// PUBLISHes of one client; 0: as many as it likes.
     pub messages_per_client: u32,
-    /// Connections of other balancers that are asked for; `None`: there is no fleet.
-    pub misses: Option<u32>,
+    /// Of a fleet; `None`: there is none.
+    pub fleet: Option<FleetRates>,
+}
+
+/// What the datapath tells the sidecar of a fleet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FleetRates {
+    /// Connections of other balancers that are asked for, a second.
+    pub misses: u32,
+    /// Each CONNECT that is answered, for the store.
+    pub store: bool,
 }
 
 impl Default for Rates {
@@ -85,7 +94,7 @@ impl Default for Rates {
             new_topics: 5000,
             connections_per_address: 0,
             messages_per_client: 0,
-            misses: None,
+            fleet: None,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The thread that asks broker hosts for connections, and carries their answers out.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
@@ -12,11 +12,14 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing::{debug, warn};
 
-use super::asking::{Asking, Decided, Found, Key, Next};
+use super::asking::{Asking, Decided, Found, Next};
 use super::key;
+use super::store::{Store, StoreError};
 use crate::datapath::Datapath;
-use crate::datapath::misses::{self, Adopter, Answer, Places};
+use crate::datapath::misses::{self, Adopter, Answer, Key, Places, Report, Segment};
+use crate::domain::waiting::Waiting;
 use crate::handover::keys::{KeyFile, now};
+use crate::handover::silent::{self, Binder};
 use crate::kernel::ask::{self, Question};
 use crate::kernel::decap::AskKeys;
 use crate::kernel::{BpfError, boot_time, xdp};
@@ -27,6 +30,8 @@ const LOOK: Duration = Duration::from_secs(1);
 /// While nothing is held, and while something is: then what nobody answers has to be given up in time.
 const IDLE_MS: u16 = 500;
 const BUSY_MS: u16 = 20;
+/// What was taken from the store in vain is kept for so long.
+const LATE: Duration = Duration::from_secs(10);
 /// Bytes: so that a burst of answers is not lost.
 const RECEIVE_BUFFER: usize = 4 << 20;
 
@@ -35,6 +40,8 @@ const RECEIVE_BUFFER: usize = 4 << 20;
 pub enum AskError {
     #[error(transparent)]
     Bpf(#[from] BpfError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
     #[error("a UDP socket for questions: {0}")]
     Socket(io::Error),
     #[error("starting a thread: {0}")]
@@ -81,7 +88,11 @@ struct Worker {
     stop: Arc<AtomicBool>,
     datapath: Datapath,
     adopter: Adopter,
+    binder: Binder,
     asking: Asking,
+    store: Option<Store>,
+    /// What was taken from the store for a segment that was given up meanwhile: its client repeats it.
+    late: HashMap<Key, (Waiting, Instant)>,
     v4: UdpSocket,
     /// `None`: this host has no IPv6.
     v6: Option<UdpSocket>,
@@ -99,14 +110,22 @@ impl Worker {
     fn new(state: State, stop: Arc<AtomicBool>) -> Result<Self, AskError> {
         let config = state.config();
         let pins = config.pins();
-        let port = config.fleet.as_ref().map_or(0, |fleet| fleet.ask_port);
+        let fleet = config.fleet.as_ref();
+        let store = fleet.and_then(|fleet| fleet.store.as_ref());
+        let store = store.map(|store| Store::start(store, &state)).transpose()?;
+        if store.is_none() {
+            state.observed.fleet.note_store(None);
+        }
         Ok(Self {
             datapath: Datapath::open(&pins)?,
             adopter: Adopter::open(&pins, xdp::interface_index(&config.interface)?)?,
+            binder: Binder::open(&config)?,
             asking: Asking::default(),
+            store,
+            late: HashMap::new(),
             v4: socket(Ipv4Addr::UNSPECIFIED.into()).map_err(AskError::Socket)?,
             v6: socket(Ipv6Addr::UNSPECIFIED.into()).ok(),
-            port,
+            port: fleet.map_or(0, |fleet| fleet.ask_port),
             keys: AskKeys::default(),
             epoch: 0,
             services: BTreeMap::new(),
@@ -120,7 +139,7 @@ impl Worker {
     fn run(&mut self) -> Result<(), AskError> {
         let read = RefCell::new(VecDeque::new());
         let pins = self.state.config().pins();
-        let ring = misses::ring(&pins, |segment| read.borrow_mut().push_back(segment))?;
+        let ring = misses::ring(&pins, |report| read.borrow_mut().push_back(report))?;
         // SAFETY: libbpf's descriptor lives as long as `ring`.
         let ring_fd = unsafe { BorrowedFd::borrow_raw(ring.epoll_fd()) };
         while !self.stop.load(Ordering::Relaxed) {
@@ -131,8 +150,12 @@ impl Worker {
             let _ = ring.consume();
             let mut full = 0;
             let now = Instant::now();
-            for segment in read.borrow_mut().drain(..) {
-                full += u64::from(!self.asking.hold(segment, now));
+            for report in read.borrow_mut().drain(..) {
+                match report {
+                    Report::Missed(segment) => full += u64::from(!self.asking.hold(segment, now)),
+                    Report::Kept(key, kept) => self.keep(&key, &kept),
+                    Report::Given(key) => self.forget(&key),
+                }
             }
             self.fleet().not_held.add(full);
             for (service, keys) in self.asking.take_new() {
@@ -142,6 +165,7 @@ impl Worker {
                 }
             }
             self.read_answers();
+            self.read_taken();
             let expired = self.asking.expire(Instant::now());
             self.fleet().unanswered.add(expired as u64);
         }
@@ -160,6 +184,7 @@ impl Worker {
             PollFd::new(self.v4.as_fd(), PollFlags::POLLIN),
         ];
         fds.extend(self.v6.as_ref().map(|v6| PollFd::new(v6.as_fd(), PollFlags::POLLIN)));
+        fds.extend(self.store.as_ref().map(|s| PollFd::new(s.wake.as_fd(), PollFlags::POLLIN)));
         let _ = poll(&mut fds, timeout);
     }
 
@@ -192,6 +217,62 @@ impl Worker {
             let reals: Vec<IpAddr> = of_service.filter(|real| greeted.insert(*real)).collect();
             self.ask_reals(number, &[], &reals);
         }
+        self.late.retain(|_, (_, since)| since.elapsed() < LATE);
+        self.look_for_silent();
+    }
+
+    /// Clients that said nothing after their CONNECT was answered here.
+    fn look_for_silent(&mut self) {
+        match self.datapath.silent_handovers(silent::SILENT_S) {
+            Ok(all) => {
+                for silent in all {
+                    let connect = Segment::of_silent(&silent, silent::connect_again(&silent));
+                    self.asking.hold_silent(silent, connect, Instant::now());
+                }
+            }
+            Err(error) => debug!(%error, "silent clients are not looked for"),
+        }
+    }
+
+    fn keep(&self, key: &Key, kept: &misses::Kept) {
+        if let (Some(store), Some(places)) = (&self.store, self.services.get(&key.1))
+            && let Some(waiting) = places.waiting(kept)
+        {
+            store.keep(&places.name, key, &waiting);
+        }
+    }
+
+    fn forget(&self, key: &Key) {
+        if let (Some(store), Some(places)) = (&self.store, self.services.get(&key.1)) {
+            store.forget(&places.name, key);
+        }
+    }
+
+    /// No broker host has it.
+    fn ask_store(&mut self, key: Key) {
+        let now = Instant::now();
+        let decided = if let Some((waiting, _)) = self.late.remove(&key) {
+            self.asking.stored(key, Some(waiting), now)
+        } else {
+            let (store, places) = (self.store.as_ref(), self.services.get(&key.1));
+            let asked =
+                store.zip(places).is_some_and(|(store, places)| store.take(&places.name, key));
+            if asked { None } else { self.asking.without_store(key, now) }
+        };
+        if let Some(decided) = decided {
+            self.carry_out(decided);
+        }
+    }
+
+    fn read_taken(&mut self) {
+        let Some(store) = &mut self.store else { return };
+        for (key, waiting) in store.taken() {
+            if !self.asking.holds(&key) {
+                self.late.extend(waiting.map(|waiting| (key, (waiting, Instant::now()))));
+            } else if let Some(decided) = self.asking.stored(key, waiting, Instant::now()) {
+                self.carry_out(decided);
+            }
+        }
     }
 
     fn ask(&mut self, service: u16, keys: &[Key]) {
@@ -204,7 +285,8 @@ impl Worker {
         let Some(addr) = self.services.get(&service).map(|places| places.addr) else { return };
         let Ok(nonce) = getrandom::u64() else { return };
         let connections = self.asking.begin(nonce, keys, reals, Instant::now());
-        let question = Question { nonce, epoch: self.epoch, service: addr, connections: &connections };
+        let question =
+            Question { nonce, epoch: self.epoch, service: addr, connections: &connections };
         let bytes = question.encode(&self.keys);
         for real in reals {
             let socket = if real.is_ipv4() { Some(&self.v4) } else { self.v6.as_ref() };
@@ -220,7 +302,9 @@ impl Worker {
         for v6 in [false, true] {
             loop {
                 let socket = if v6 { self.v6.as_ref() } else { Some(&self.v4) };
-                let Some(Ok((length, from))) = socket.map(|s| s.recv_from(&mut bytes)) else { break };
+                let Some(Ok((length, from))) = socket.map(|s| s.recv_from(&mut bytes)) else {
+                    break;
+                };
                 let real = from.ip();
                 let Some((nonce, had)) = ask::read_answer(&self.keys, &bytes[..length]) else {
                     continue;
@@ -234,46 +318,52 @@ impl Worker {
                 let next = self.asking.answered(nonce, real, &had, &is_gone, Instant::now());
                 for next in next {
                     match next {
-                        Next::Decided(decided) => self.carry_out(&decided),
-                        Next::AskStore(key) => {
-                            if let Some(decided) = self.asking.stored(key, None, Instant::now()) {
-                                self.carry_out(&decided);
-                            }
-                        }
+                        Next::Decided(decided) => self.carry_out(decided),
+                        Next::AskStore(key) => self.ask_store(key),
                     }
                 }
             }
         }
     }
 
-    fn carry_out(&self, decided: &Decided) {
+    fn carry_out(&self, decided: Decided) {
         let fleet = self.fleet();
-        let answer = match &decided.found {
-            Found::At(real) => {
-                let binding =
-                    self.services.get(&decided.service).and_then(|s| s.reals.get(real)).copied();
+        let Decided { service, segments, silent, found, time } = decided;
+        let Some(places) = self.services.get(&service) else { return };
+        debug!(client = %segments[0].client, ?found, ?time, "asked for");
+        let answer = match (found, silent) {
+            (Found::At(real), _) => {
                 // It is configured no more: TCP repeats the segment.
-                let Some(binding) = binding else { return };
+                let Some(binding) = places.reals.get(&real) else { return };
                 fleet.found.add(1);
-                Answer::Real(binding)
+                Answer::Real(*binding)
             }
-            Found::Kept(kept) => {
+            // Nobody else has gone on with it.
+            (Found::Kept(_) | Found::Nowhere, Some(silent)) => {
+                if let Err(error) = self.binder.bind(&self.datapath, &silent) {
+                    fleet.failed.add(1);
+                    debug!(client = %silent.client, %error, "a silent client was not bound");
+                }
+                return;
+            }
+            (Found::Gone, Some(_)) => Answer::Elsewhere,
+            (Found::Kept(waiting), None) => {
+                let Some(kept) = places.kept(&waiting) else { return };
                 fleet.stored.add(1);
-                Answer::Waiting(*kept)
+                Answer::Waiting(kept)
             }
-            Found::Nowhere => {
+            (Found::Gone | Found::Nowhere, None) => {
                 fleet.nowhere.add(1);
                 Answer::Nobody
             }
         };
-        for segment in &decided.segments {
+        for segment in &segments {
             if let Err(error) = self.adopter.carry_out(segment, &answer) {
                 fleet.failed.add(1);
                 debug!(client = %segment.client, %error, "an answer could not be carried out");
             }
         }
-        fleet.note_time(boot_time().saturating_sub(decided.segments[0].when));
-        debug!(client = %decided.segments[0].client, found = ?decided.found, time = ?decided.time, "asked for");
+        fleet.note_time(boot_time().saturating_sub(segments[0].when));
     }
 }
 

@@ -6,12 +6,17 @@
 //!                                                                   │                     └─ none ─► RST
 //!                                                                   └─ not all answered ─► dropped: TCP repeats it
 //! ```
+//!
+//! A connection whose client is silent after its CONNECT was answered here goes the same way before a broker is given
+//! it: another balancer may have gone on with it.
 
 use std::collections::{HashMap, HashSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use crate::datapath::misses::{Kept, Segment};
+use crate::datapath::Silent;
+use crate::datapath::misses::{Key, Segment};
+use crate::domain::waiting::Waiting;
 use crate::kernel::ask::{Asked, Had};
 
 /// For so long segments are held; then TCP repeats them.
@@ -20,16 +25,16 @@ const PATIENCE: Duration = Duration::from_millis(100);
 const HELD_MAX: usize = 4096;
 const HELD_OF_ONE: usize = 32;
 
-/// A connection: its client and its service's number.
-pub type Key = (SocketAddr, u16);
-
 /// What was found out.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Found {
     /// At this broker host.
     At(IpAddr),
-    /// In the store.
-    Kept(Kept),
+    /// In the store, which has it no more.
+    Kept(Waiting),
+    /// Not in the store.
+    Gone,
+    /// The store cannot be asked, or there is none.
     Nowhere,
 }
 
@@ -38,6 +43,8 @@ pub enum Found {
 pub struct Decided {
     pub service: u16,
     pub segments: Vec<Segment>,
+    /// It was silent here.
+    pub silent: Option<Silent>,
     pub found: Found,
     /// Since its first segment.
     pub time: Duration,
@@ -54,6 +61,7 @@ pub enum Next {
 #[derive(Debug)]
 struct Pending {
     segments: Vec<Segment>,
+    silent: Option<Silent>,
     since: Instant,
     /// Who has not answered yet; `None`: nobody was asked yet.
     unanswered: Option<HashSet<IpAddr>>,
@@ -87,10 +95,21 @@ impl Asking {
         self.held += 1;
         let new = || {
             self.new.entry(key.1).or_default().push(key);
-            Pending { segments: Vec::new(), since: now, unanswered: None }
+            Pending { segments: Vec::new(), silent: None, since: now, unanswered: None }
         };
         self.pending.entry(key).or_insert_with(new).segments.push(segment);
         true
+    }
+
+    /// Holds a silent connection, with its CONNECT.
+    pub fn hold_silent(&mut self, silent: Silent, connect: Segment, now: Instant) {
+        let key = (connect.client, connect.service);
+        if !self.pending.contains_key(&key)
+            && self.hold(connect, now)
+            && let Some(pending) = self.pending.get_mut(&key)
+        {
+            pending.silent = Some(silent);
+        }
     }
 
     /// Connections that nobody was asked for yet.
@@ -155,13 +174,20 @@ impl Asking {
     }
 
     /// What the store has of it. One that is not of the segment's connection does not count.
-    pub fn stored(&mut self, key: Key, kept: Option<Kept>, now: Instant) -> Option<Decided> {
+    pub fn stored(&mut self, key: Key, kept: Option<Waiting>, now: Instant) -> Option<Decided> {
         let first = self.pending.get(&key)?.segments.first()?;
-        let found = match kept.filter(|kept| kept.is_before(first)) {
-            Some(kept) => Found::Kept(kept),
-            None => Found::Nowhere,
-        };
-        self.decide(key, found, now)
+        let of_it = kept.filter(|kept| kept.is_before(first.seq));
+        self.decide(key, of_it.map_or(Found::Gone, Found::Kept), now)
+    }
+
+    /// There is no store to ask.
+    pub fn without_store(&mut self, key: Key, now: Instant) -> Option<Decided> {
+        self.decide(key, Found::Nowhere, now)
+    }
+
+    /// Whether a connection is asked for.
+    pub fn holds(&self, key: &Key) -> bool {
+        self.pending.contains_key(key)
     }
 
     fn decide(&mut self, key: Key, found: Found, now: Instant) -> Option<Decided> {
@@ -170,6 +196,7 @@ impl Asking {
         Some(Decided {
             service: key.1,
             segments: pending.segments,
+            silent: pending.silent,
             found,
             time: now.duration_since(pending.since),
         })

@@ -4,5 +4,7 @@
 mod asker;
 mod asking;
 pub mod key;
+mod members;
+mod store;
 
 pub use asker::{AskError, Asker};

@@ -1,7 +1,7 @@
 //! Connections whose clients say nothing after CONNECT, and the keys in the datapath.
 
 use std::net::IpAddr;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 
 use etherparse::{PacketBuilder, TcpHeader, TcpOptionElement};
 use libbpf_rs::Program;
@@ -16,7 +16,7 @@ use crate::kernel::{test_run, xdp};
 
 /// A client that has said nothing for so long after its CONNECT was answered is given to a broker as
 /// it is: it may only listen to what its session or its will is for.
-const SILENT_S: u64 = 3;
+pub const SILENT_S: u64 = 3;
 
 /// Brings the keys into the datapath: once, and whenever the file or the time says otherwise.
 pub fn put_keys(config: &Config, datapath: &Datapath) -> Result<(), HandoverError> {
@@ -33,36 +33,56 @@ pub fn put_keys(config: &Config, datapath: &Datapath) -> Result<(), HandoverErro
 
 /// Binds connections whose clients are silent. Returns how many.
 pub fn bind(config: &Config, datapath: &Datapath) -> Result<usize, HandoverError> {
-    if !config.uses_delayed_binding() {
+    // In a fleet, another balancer may have gone on with it: that is asked first (`fleet`).
+    if !config.uses_delayed_binding() || config.fleet.is_some() {
         return Ok(0);
     }
     let silent = datapath.silent_handovers(SILENT_S)?;
     if silent.is_empty() {
         return Ok(0);
     }
-    let path = config.pins().program("mqtt_fwd");
-    let program = Program::fd_from_pinned_path(&path).map_err(|source| BpfError::Pin {
-        path: path.clone(),
-        action: "opening",
-        source,
-    })?;
-    let interface = xdp::interface_index(&config.interface)?;
+    let binder = Binder::open(config)?;
     let mut bound = 0;
     for connection in silent {
-        if !datapath.mark_silent(&connection)? {
-            continue;
-        }
-        debug!(client = %connection.client, "silent since CONNECT: bound without a message");
-        test_run::inject(program.as_fd(), interface, &connect_again(&connection))
-            .map_err(HandoverError::Inject)?;
-        bound += 1;
+        bound += usize::from(binder.bind(datapath, &connection)?);
     }
     Ok(bound)
 }
 
+/// What binds them.
+#[derive(Debug)]
+pub struct Binder {
+    program: OwnedFd,
+    interface: i32,
+}
+
+impl Binder {
+    /// By the pinned program.
+    pub fn open(config: &Config) -> Result<Self, BpfError> {
+        let path = config.pins().program("mqtt_fwd");
+        let program = Program::fd_from_pinned_path(&path).map_err(|source| BpfError::Pin {
+            path: path.clone(),
+            action: "opening",
+            source,
+        })?;
+        Ok(Self { program, interface: xdp::interface_index(&config.interface)? })
+    }
+
+    /// Whether it was still to be bound.
+    pub fn bind(&self, datapath: &Datapath, connection: &Silent) -> Result<bool, HandoverError> {
+        if !datapath.mark_silent(connection)? {
+            return Ok(false);
+        }
+        debug!(client = %connection.client, "silent since CONNECT: bound without a message");
+        test_run::inject(self.program.as_fd(), self.interface, &connect_again(connection))
+            .map_err(HandoverError::Inject)?;
+        Ok(true)
+    }
+}
+
 /// The client's CONNECT, once more. Nothing if client and service are of different families, as
 /// those of one table never are.
-fn connect_again(s: &Silent) -> Vec<u8> {
+pub fn connect_again(s: &Silent) -> Vec<u8> {
     const HOPS: u8 = 64;
     let ethernet = PacketBuilder::ethernet2([0; 6], [0; 6]);
     let ip = match (s.client.ip(), s.service.ip()) {

@@ -119,8 +119,7 @@ mod tests {
 
     #[test]
     fn only_an_authentic_answer_counts() {
-        let connections =
-            [Asked { client: "10.1.1.1:40000".parse().unwrap(), seq: 1, ack: 2 }; 3];
+        let connections = [Asked { client: "10.1.1.1:40000".parse().unwrap(), seq: 1, ack: 2 }; 3];
         let service = "10.1.50.200:1883".parse().unwrap();
         let question = Question { nonce: 7, epoch: 1, service, connections: &connections };
         let sent = question.encode(&KEYS);

@@ -109,7 +109,7 @@ pub const MAPS: [Map; 45] = [
     map(M, "map_uses",          Scratch,       None, None),
     map(M, "events",            Scratch,       None, None),
     map(M, "rescues",           Scratch,       None, None),
-    map(M, "misses",            Scratch,       Some(|s| s.misses), None),
+    map(M, "fleet_reports",     Scratch,       Some(|s| s.fleet_reports), None),
     map(M, "client_shares",     Scratch,       None, None),
     map(M, "client_rates",      Scratch,       None, None),
     map(M, "rescuer",           Scratch,       None, None),

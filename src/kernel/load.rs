@@ -13,7 +13,7 @@ use libbpf_rs::{MapCore as _, MapFlags, MapHandle, OpenMapMut, OpenObject, Progr
 use nix::fcntl::Flock;
 use tracing::info;
 
-use super::abi::{Pod as _, map_use};
+use super::abi::{Pod as _, fleet_mode, map_use};
 use super::catalog;
 use super::chain::{self, Chain};
 use super::layout;
@@ -27,7 +27,7 @@ use super::skeletons::xdp_root::XdpRootSkelBuilder;
 use super::upgrade::{Moved, Upgrade};
 use super::xdp::{self, ProgramInfo};
 use super::{BpfError, Result};
-use crate::domain::{MapSizes, Rates, XdpMode};
+use crate::domain::{FleetRates, MapSizes, Rates, XdpMode};
 
 /// What is to be loaded, and where.
 #[derive(Debug, Clone)]
@@ -98,8 +98,14 @@ pub fn load(spec: &LoadSpec) -> Result<Loaded> {
         rodata.handovers_per_window = Rates::per_window(rodata.handovers_per_second);
         rodata.clients_per_second = spec.maps.clients_per_second();
         rodata.clients_per_window = Rates::per_window(rodata.clients_per_second);
-        rodata.fleet = spec.rates.misses.is_some().into();
-        rodata.misses_per_window = spec.rates.misses.map_or(0, Rates::per_window);
+        let fleet = spec.rates.fleet;
+        rodata.fleet = match fleet {
+            None => fleet_mode::FLEET_NONE,
+            Some(FleetRates { store: false, .. }) => fleet_mode::FLEET_MEMBER,
+            Some(FleetRates { store: true, .. }) => fleet_mode::FLEET_WITH_STORE,
+        }
+        .0 as u8;
+        rodata.misses_per_window = fleet.map_or(0, |fleet| Rates::per_window(fleet.misses));
         rodata.connections_per_address = spec.rates.connections_per_address;
         rodata.messages_per_client = spec.rates.messages_per_client;
     }

@@ -241,7 +241,7 @@ impl<'a> Trials<'a> {
             route_states: TRIAL_ENTRIES.min(config.maps.route_states),
             groups: config.maps.groups,
             vips: config.maps.vips,
-            misses: config.maps.misses,
+            fleet_reports: config.maps.fleet_reports,
         };
         let replay = Replay::new(config, &sizes, None, storage)?;
         restore(config, &replay.datapath, vec![record.clone()])?;

@@ -34,6 +34,31 @@ impl Asked {
     }
 }
 
+/// Lines of a difference that are named.
+const NAMED: usize = 3;
+
+impl Member {
+    fn problems(&self, name: &str) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        if let Some(key) = &self.missing_key {
+            let text = format!(
+                "{name} uses the handover key {key}, which this balancer has not: connections that it opens are not \
+                 understood here; copy its key file here"
+            );
+            problems.push(Problem::new("fleet_key_missing", text));
+        }
+        if let Some(first) = self.differences.get(..self.differences.len().min(NAMED))
+            && !first.is_empty()
+        {
+            let more = self.differences.len() - first.len();
+            let more = if more > 0 { format!("; and {more} more") } else { String::new() };
+            let text = format!("{name} is configured otherwise: {}{more}", first.join("; "));
+            problems.push(Problem::new("fleet_differs", text));
+        }
+        problems
+    }
+}
+
 /// Counts since `run` was started.
 #[derive(Debug, Default)]
 pub struct Fleet {
@@ -50,6 +75,21 @@ pub struct Fleet {
     pub failed: Counter,
     times: Mutex<Times>,
     reals: Mutex<BTreeMap<IpAddr, Asked>>,
+    /// Why the store does not answer.
+    store: Mutex<Option<String>>,
+    /// The other members, by name.
+    members: Mutex<BTreeMap<String, Member>>,
+}
+
+/// Another balancer of the fleet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    /// Of its build.
+    pub version: String,
+    /// In what its configuration differs from this one's, a line each.
+    pub differences: Vec<String>,
+    /// Fingerprint of a key that it uses and this balancer has not.
+    pub missing_key: Option<String>,
 }
 
 #[derive(Debug, Default, Clone)]
@@ -107,6 +147,29 @@ impl Fleet {
         held(&self.reals).clone()
     }
 
+    /// What the store said, or why it does not.
+    pub fn note_store(&self, lost: Option<String>) {
+        if lost.is_some() {
+            held(&self.members).clear();
+        }
+        *held(&self.store) = lost;
+    }
+
+    /// Why the store does not answer; `None`: it does, or there is none.
+    pub fn store_lost(&self) -> Option<String> {
+        held(&self.store).clone()
+    }
+
+    /// Who else is in the fleet.
+    pub fn note_members(&self, members: BTreeMap<String, Member>) {
+        *held(&self.members) = members;
+    }
+
+    /// The other members that are known.
+    pub fn members(&self) -> BTreeMap<String, Member> {
+        held(&self.members).clone()
+    }
+
     /// Broker hosts whose connections stall when they come to this balancer.
     pub fn problems(&self) -> Vec<Problem> {
         let text = |(real, asked): (IpAddr, Asked)| {
@@ -119,6 +182,18 @@ impl Fleet {
             ))
         };
         let texts = self.reals().into_iter().filter_map(text);
-        texts.map(|text| Problem::new("real_not_answering", text)).collect()
+        let mut problems: Vec<_> =
+            texts.map(|text| Problem::new("real_not_answering", text)).collect();
+        if let Some(why) = self.store_lost() {
+            let text = format!(
+                "the fleet's store does not answer: established connections move as before; those whose CONNECT was just \
+                 answered are reset if they move ({why})"
+            );
+            problems.push(Problem::new("store_unreachable", text));
+        }
+        for (name, member) in self.members() {
+            problems.extend(member.problems(&name));
+        }
+        problems
     }
 }

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::connectivity::{Outcome, Tested};
 use super::Fleet;
+use crate::connectivity::{Outcome, Tested};
 use crate::counter::Counter;
 use crate::datapath::counts::Counters;
 use crate::domain::Problem;

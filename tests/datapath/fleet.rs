@@ -1,7 +1,7 @@
 //! A balancer in a fleet: what it does not know, it asks for, and what it is told, it does.
 
 use libbpf_rs::RingBufferBuilder;
-use mqtt_fwd::datapath::misses::{Answer, Segment};
+use mqtt_fwd::datapath::misses::{Answer, Report, Segment};
 use mqtt_fwd::kernel::test_run;
 use std::cell::RefCell;
 use std::os::fd::AsFd as _;
@@ -28,8 +28,10 @@ fn misses(f: &Fixture) -> Vec<Segment> {
     let all = RefCell::new(Vec::new());
     let mut builder = RingBufferBuilder::new();
     builder
-        .add(&f.skel.maps.misses, |bytes| {
-            all.borrow_mut().push(Segment::read(bytes).unwrap());
+        .add(&f.skel.maps.fleet_reports, |bytes| {
+            if let Some(Report::Missed(segment)) = Report::read(bytes) {
+                all.borrow_mut().push(segment);
+            }
             0
         })
         .unwrap();

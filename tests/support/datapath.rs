@@ -112,7 +112,7 @@ pub const SMALL: MapSizes = MapSizes {
     route_states: 4096,
     groups: 64,
     vips: 16,
-    misses: 1 << 20,
+    fleet_reports: 1 << 20,
 };
 
 /// `mqtt_fwd` with a configuration in force and a sentinel behind it.

@@ -6,6 +6,7 @@
  *   a broker host has it   a flow, bound to that host alone; the segment goes on
  *   the store has it       its CONNECT is kept here now; the segment is what it waits for
  *   nobody has it          RST, if the segment asks for an answer
+ *   another balancer does  what is kept here is forgotten
  */
 #ifndef MQTT_FWD_FLEET_ADOPT_H
 #define MQTT_FWD_FLEET_ADOPT_H
@@ -111,6 +112,9 @@ int mqtt_adopt(struct xdp_md *ctx)
 	case ADOPTED_FROM_STORE:
 		adopt_waiting(&c, t);
 		break;
+	case ADOPTED_ELSEWHERE:
+		adopt_forget(&c, t);
+		return XDP_DROP;
 	default:
 		adopt_forget(&c, t);
 		count(REASON_NOBODY_HAS_IT);

@@ -63,7 +63,7 @@ __noinline int miss_report(struct xdp_md *ctx, const struct conn *c)
 	barrier_var(length);
 	if (length >= SEGMENT_MAX)
 		return false;
-	w->miss = (struct miss){
+	w->report = (struct fleet_report){
 		.time_ns = bpf_ktime_get_boot_ns(),
 		.client_port = c->key.port,
 		.service = c->key.service,
@@ -71,13 +71,14 @@ __noinline int miss_report(struct xdp_md *ctx, const struct conn *c)
 		.ack = c->ack,
 		.length = length,
 		.v6 = c->v6,
+		.kind = FLEET_MISSED,
 	};
-	__builtin_memcpy(w->miss.client, c->key.addr, sizeof(w->miss.client));
+	__builtin_memcpy(w->report.client, c->key.addr, sizeof(w->report.client));
 	if (!frame_copy(ctx, 0, w->segment, length, SEGMENT_MAX))
 		return false;
 	barrier_var(length);
-	return !bpf_ringbuf_output(&misses, &w->miss,
-				   sizeof(w->miss) + (length & (SEGMENT_MAX - 1)), 0);
+	return !bpf_ringbuf_output(&fleet_reports, &w->report,
+				   sizeof(w->report) + (length & (SEGMENT_MAX - 1)), 0);
 }
 
 SEC("xdp")

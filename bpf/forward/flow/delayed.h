@@ -16,10 +16,8 @@
 
 #include "../../maps/programs.h"
 #include "../handshake/cookie_proof.h"
+#include "../handshake/handovers.h"
 #include "bind.h"
-
-/* This balancer is one of several: what it does not know, another may have had (fleet/miss.h). */
-const volatile __u8 fleet = 1;
 
 /* For the next stage. Global (see event.h): the caller has no stack to spare. */
 __noinline int save_tail_args(const struct conn *c, const struct service *svc, __u32 binding)

@@ -105,8 +105,11 @@ static __always_inline int bound(struct xdp_md *ctx, struct conn *c, struct scra
 	if (!g)
 		return pass_on(ctx, REASON_NO_GROUP_VIP);
 	if (flow_bound(c)) {
-		if (waiting)
+		if (waiting) {
 			waiting->state = HANDOVER_REPEAT;
+			if (fleet == FLEET_WITH_STORE)
+				report_waiting(c, FLEET_GIVEN);
+		}
 		bpf_tail_call(ctx, &stages, STAGE_FORWARD);
 	}
 	count(REASON_HANDOVER_FAILED);

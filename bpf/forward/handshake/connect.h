@@ -52,6 +52,8 @@ static __always_inline int handshake_keep(struct xdp_md *ctx, struct conn *c, st
 		return XDP_DROP;
 	}
 	handover_put(c, h);
+	if (fleet == FLEET_WITH_STORE && whole)
+		report_waiting(c, FLEET_KEPT);
 	count(whole ? REASON_CONNECT_ANSWERED : REASON_CONNECT_PIECE);
 	return XDP_TX;
 }

@@ -3,14 +3,14 @@
 use super::super::Service;
 use super::super::reader::{Reader, Source};
 use super::values::{absolute, name_text};
-use crate::domain::Affinity;
 use crate::domain::fleet::{Fleet, Store};
+use crate::domain::{Affinity, FleetRates};
 
 /// Connections that are asked for in a second, unless it is configured.
 const MISSES: u32 = 50_000;
 
 /// Its keys, and how many connections are asked for in a second.
-pub(super) fn fleet(r: Option<Reader<'_>>) -> (Option<Fleet>, Option<u32>) {
+pub(super) fn fleet(r: Option<Reader<'_>>) -> (Option<Fleet>, Option<FleetRates>) {
     let Some(r) = r else { return (None, None) };
     let name = r.required("name", "lb1", name_text);
     let ask_port = r.number("ask_port", 1..=65_535).unwrap_or(18_830);
@@ -28,7 +28,8 @@ pub(super) fn fleet(r: Option<Reader<'_>>) -> (Option<Fleet>, Option<u32>) {
     }
     r.finish();
     let store = url.map(|url| Store { url, ca });
-    (name.map(|name| Fleet { name, ask_port, store }), Some(misses))
+    let rates = FleetRates { misses, store: store.is_some() };
+    (name.map(|name| Fleet { name, ask_port, store }), Some(rates))
 }
 
 /// A connection is bound to the broker host that has it, so each has a VIP of its own.

@@ -104,9 +104,9 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
         r.duration("reconcile_interval", seconds(1)..=seconds(3600)).unwrap_or(seconds(1));
     let test_interval = r.duration("test_interval", seconds(10)..=seconds(86_400));
     let d = Rates::default();
-    let (fleet, misses) = fleet::fleet(r.table("fleet"));
+    let (fleet, fleet_rates) = fleet::fleet(r.table("fleet"));
     let rates = Rates {
-        misses,
+        fleet: fleet_rates,
         events: r.number("events_per_second", 0..=1_000_000).unwrap_or(d.events),
         new_flows: r.number("new_flows_per_second", 1..=100_000_000).unwrap_or(d.new_flows),
         new_topics: r.number("new_topics_per_second", 0..=100_000_000).unwrap_or(d.new_topics),
@@ -115,17 +115,17 @@ fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Opt
     let services: Vec<Service> = r
         .tables("service")
         .into_iter()
-        .filter_map(|s| service::service(s, misses.is_some()))
+        .filter_map(|s| service::service(s, fleet_rates.is_some()))
         .collect();
     let delayed = services.iter().any(|service| service.binding == Binding::Delayed);
     let maps = map_sizes(r.table("maps"), delayed);
-    let maps = if misses.is_some() { maps.with_fleet() } else { maps };
+    let maps = if fleet_rates.is_some() { maps.with_fleet() } else { maps };
     let relay = relay_limits(r.table("relay"));
     if !r.has("service") {
         r.problem("service", "there is none; describe one with [[service]]");
     }
     between::check(&services, &maps, balancer, source);
-    if misses.is_some() {
+    if fleet_rates.is_some() {
         fleet::check(&services, source);
     }
     r.finish();
@@ -228,7 +228,7 @@ fn map_sizes(r: Option<Reader<'_>>, delayed: bool) -> MapSizes {
         route_states: r.number("route_states", 16..=10_000_000).unwrap_or(d.route_states),
         groups: r.number("groups", 1..=limits::GROUP_VIPS.into()).unwrap_or(d.groups),
         vips: r.number("vips", 1..=512).unwrap_or(d.vips),
-        misses: d.misses,
+        fleet_reports: d.fleet_reports,
     };
     r.finish();
     sizes

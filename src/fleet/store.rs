@@ -1,0 +1,240 @@
+//! The store: what no broker has yet lies there for some seconds, so that any balancer can go on with it. It may be
+//! lost at any time: established connections do not need it.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+use redis::aio::{ConnectionManager, ConnectionManagerConfig};
+use redis::{Client, Cmd, Pipeline, RedisError, TlsCertificates, Value};
+use tokio::sync::mpsc;
+use tracing::{debug, info, warn};
+
+use crate::datapath::misses::Key;
+use crate::domain::fleet::Store as Config;
+use crate::domain::waiting::Waiting;
+use crate::state::State;
+
+/// Seconds that a connection without a broker is kept.
+const KEPT_S: u32 = 10;
+/// Wishes that wait for the store; beyond that, they are given up.
+const WAITING_MAX: usize = 65_536;
+/// Of those, in one pipeline.
+const PIPELINE_MAX: usize = 512;
+/// A store that takes longer is taken for lost.
+const PATIENCE: Duration = Duration::from_millis(500);
+/// From one look at the members to the next.
+pub(super) const BEAT: Duration = Duration::from_secs(1);
+
+/// Why there is no store.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error("store {address}: {source}")]
+    Client { address: String, source: RedisError },
+    #[error("{path}: {source}")]
+    Ca { path: String, source: io::Error },
+    #[error("a pair of sockets: {0}")]
+    Wake(io::Error),
+}
+
+/// What is wanted of it.
+#[derive(Debug)]
+enum Wish {
+    Keep { key: String, value: String },
+    Forget { key: String },
+    Take { of: Key, key: String },
+}
+
+/// What the asking thread has of it.
+#[derive(Debug)]
+pub struct Store {
+    wishes: mpsc::Sender<Wish>,
+    taken: Receiver<(Key, Option<Waiting>)>,
+    /// Readable when something was taken.
+    pub wake: UnixStream,
+    pub task: tokio::task::JoinHandle<()>,
+    state: State,
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+fn key_of(service: &str, of: &Key) -> String {
+    format!("mqtt-fwd:waiting:{service}:{}", of.0)
+}
+
+impl Store {
+    /// Connects to it, now or when it is there.
+    pub fn start(config: &Config, state: &State) -> Result<Self, StoreError> {
+        let client = client(config)?;
+        let (near, far) = UnixStream::pair().map_err(StoreError::Wake)?;
+        for end in [&near, &far] {
+            end.set_nonblocking(true).map_err(StoreError::Wake)?;
+        }
+        let (wishes, receiver) = mpsc::channel(WAITING_MAX);
+        let (sender, taken) = channel();
+        let task = Task {
+            client,
+            address: config.address(),
+            state: state.clone(),
+            taken: sender,
+            wake: far,
+        };
+        let task = tokio::spawn(task.run(receiver));
+        Ok(Self { wishes, taken, wake: near, task, state: state.clone() })
+    }
+
+    /// Keeps a connection that no broker has yet.
+    pub fn keep(&self, service: &str, of: &Key, waiting: &Waiting) {
+        if let Ok(value) = serde_json::to_string(waiting) {
+            let _ = self.wishes.try_send(Wish::Keep { key: key_of(service, of), value });
+        }
+    }
+
+    /// A broker is given it now.
+    pub fn forget(&self, service: &str, of: &Key) {
+        let _ = self.wishes.try_send(Wish::Forget { key: key_of(service, of) });
+    }
+
+    /// Takes it, for this balancer alone to go on with; false: the store is not there to ask.
+    pub fn take(&self, service: &str, of: Key) -> bool {
+        self.state.observed.fleet.store_lost().is_none()
+            && self.wishes.try_send(Wish::Take { of, key: key_of(service, &of) }).is_ok()
+    }
+
+    /// What was taken meanwhile.
+    pub fn taken(&mut self) -> Vec<(Key, Option<Waiting>)> {
+        let mut bytes = [0; 256];
+        while matches!(self.wake.read(&mut bytes), Ok(1..)) {}
+        self.taken.try_iter().collect()
+    }
+}
+
+fn client(config: &Config) -> Result<Client, StoreError> {
+    let failed = |source| StoreError::Client { address: config.address(), source };
+    let Some(ca) = &config.ca else { return Client::open(config.url.as_str()).map_err(failed) };
+    let pem =
+        fs::read(ca).map_err(|source| StoreError::Ca { path: ca.display().to_string(), source })?;
+    let tls = TlsCertificates { client_tls: None, root_cert: Some(pem) };
+    Client::build_with_tls(config.url.as_str(), tls).map_err(failed)
+}
+
+struct Task {
+    client: Client,
+    address: String,
+    state: State,
+    taken: Sender<(Key, Option<Waiting>)>,
+    wake: UnixStream,
+}
+
+impl Task {
+    async fn run(mut self, mut wishes: mpsc::Receiver<Wish>) {
+        let config = ConnectionManagerConfig::new()
+            .set_number_of_retries(1)
+            .set_connection_timeout(Some(PATIENCE))
+            .set_response_timeout(Some(PATIENCE));
+        let mut connection =
+            match ConnectionManager::new_lazy_with_config(self.client.clone(), config) {
+                Ok(connection) => connection,
+                Err(error) => {
+                    warn!(store = self.address, %error, "the fleet's store is not used");
+                    return;
+                }
+            };
+        let mut members = super::members::Members::new(&self.state);
+        let mut beat = tokio::time::interval(BEAT);
+        beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut batch = Vec::with_capacity(PIPELINE_MAX);
+        loop {
+            tokio::select! {
+                biased;
+                count = wishes.recv_many(&mut batch, PIPELINE_MAX) => {
+                    if count == 0 {
+                        return;
+                    }
+                    let result = self.carry_out(&mut connection, &batch).await;
+                    self.note(result);
+                    batch.clear();
+                }
+                _ = beat.tick() => {
+                    let result = tokio::time::timeout(PATIENCE * 2, members.beat(&mut connection)).await;
+                    let result = result.unwrap_or_else(|_| Err(timed_out()));
+                    self.note(result);
+                }
+            }
+        }
+    }
+
+    /// All wishes in one pipeline. What was to be taken and was not there, or cannot be asked for, is not there.
+    async fn carry_out(
+        &mut self,
+        connection: &mut ConnectionManager,
+        batch: &[Wish],
+    ) -> Result<(), RedisError> {
+        let mut pipeline = Pipeline::with_capacity(batch.len());
+        for wish in batch {
+            pipeline.add_command(match wish {
+                Wish::Keep { key, value } => {
+                    let mut cmd = Cmd::set(key, value);
+                    cmd.arg("EX").arg(KEPT_S);
+                    cmd
+                }
+                Wish::Forget { key } => Cmd::del(key),
+                Wish::Take { key, .. } => Cmd::get_del(key),
+            });
+        }
+        let answers =
+            tokio::time::timeout(PATIENCE, pipeline.query_async::<Vec<Value>>(connection)).await;
+        let answers = answers.unwrap_or_else(|_| Err(timed_out()));
+        let mut found: HashMap<usize, Waiting> = HashMap::new();
+        if let Ok(values) = &answers {
+            for (place, value) in values.iter().enumerate() {
+                let Value::BulkString(bytes) = value else { continue };
+                match serde_json::from_slice(bytes) {
+                    Ok(waiting) => drop(found.insert(place, waiting)),
+                    Err(error) => {
+                        debug!(%error, "the store has something else under a connection's name")
+                    }
+                }
+            }
+        }
+        let mut some = false;
+        for (place, wish) in batch.iter().enumerate() {
+            if let Wish::Take { of, .. } = wish {
+                some |= self.taken.send((*of, found.remove(&place))).is_ok();
+            }
+        }
+        if some {
+            let _ = self.wake.write(&[1]);
+        }
+        answers.map(drop)
+    }
+
+    fn note(&self, result: Result<(), RedisError>) {
+        let fleet = &self.state.observed.fleet;
+        let before = fleet.store_lost().is_some();
+        match result {
+            Ok(()) if before => {
+                info!(store = self.address, "the fleet's store is there");
+                fleet.note_store(None);
+            }
+            Ok(()) => {}
+            Err(error) => {
+                if !before {
+                    warn!(store = self.address, %error, "the fleet's store is not there");
+                }
+                fleet.note_store(Some(format!("{}: {error}", self.address)));
+            }
+        }
+    }
+}
+
+fn timed_out() -> RedisError {
+    io::Error::from(io::ErrorKind::TimedOut).into()
+}
