@@ -15,7 +15,7 @@ use super::{Datapath, Silent};
 use crate::config::Config;
 use crate::domain::waiting::Waiting;
 use crate::kernel::abi::{
-    Pod as _, addr_words, adoption, adoption_kind, binding_of, fleet_report, fleet_report_kind,
+    Pod as _, addr_words, adoption, adoption_kind, binding_of, fleet_report, fleet_report_kind, flow4,
     handover, handover_state, name_text, special_group, words_addr,
 };
 use crate::kernel::pins::{self, Pins};
@@ -273,6 +273,21 @@ impl Places {
 }
 
 impl Datapath {
+    /// Whether an IPv4 client has a flow, of whatever service.
+    pub fn has_flow(&self, client: SocketAddr) -> Result<bool> {
+        for service in self.service_numbers()?.into_values() {
+            let key = flow4 {
+                addr: addr_words(client.ip())[0],
+                port: client.port().to_be(),
+                service,
+            };
+            if self.flows.get(&key)?.is_some() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// All services' places, as far as the maps have the configuration's VIPs of reals.
     pub fn places(&self, config: &Config) -> Result<BTreeMap<u16, Places>> {
         let table = self.service_table()?;
