@@ -19,7 +19,7 @@ use mqtt_fwd::datapath::Datapath;
 use mqtt_fwd::kernel::test_run;
 use nix::sched::{CloneFlags, setns};
 use siphasher::sip::SipHasher24;
-use support::net::{Background, Net, sh, wait_for};
+use support::net::{Background, Net, sh};
 use support::{mqtt, packet};
 
 const REALS: u8 = 6;
@@ -28,7 +28,7 @@ const ENTRY: usize = 32;
 
 fn config(flows: u32) -> String {
     let reals: Vec<_> = (1..=REALS)
-        .map(|n| format!("{{ address = \"127.1.0.{n}\", vip = \"10.1.50.10{n}\" }}"))
+        .map(|n| format!("{{ address = \"10.9.0.{n}\", vip = \"10.1.50.10{n}\" }}"))
         .collect();
     format!(
         r#"
@@ -108,6 +108,9 @@ fn main() {
     let most: u32 = std::env::args().skip(1).find_map(|a| a.parse().ok()).unwrap_or(1_000_000);
     let net = Net::new();
     net.write_config(&config(2 * most.next_power_of_two()));
+    for n in 1..=REALS {
+        net.sh(&format!("ip addr add 10.9.0.{n}/32 dev lo"));
+    }
     net.ok(&["keys", "new", "--file", net.dir.join("key").to_str().unwrap()]);
     let file = mqtt_fwd::handover::keys::KeyFile::read(&net.dir.join("key")).unwrap();
     let keys = file.cookie_keys(mqtt_fwd::handover::keys::now());
@@ -120,14 +123,26 @@ fn main() {
             std::thread::spawn(move || {
                 let ns = std::fs::File::open(format!("/run/netns/{name}")).unwrap();
                 setns(ns.as_fd(), CloneFlags::CLONE_NEWNET).unwrap();
-                let socket = UdpSocket::bind((Ipv4Addr::new(127, 1, 0, number + 1), 18_830)).unwrap();
+                let socket =
+                    UdpSocket::bind((Ipv4Addr::new(10, 9, 0, number + 1), 18_830)).unwrap();
                 socket.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
                 answer(&socket, number, key, &stop);
             })
         })
         .collect();
     let run = net.spawn(&["run"]);
-    wait_for("run", || net.mqtt_fwd(&["status", "--check"]).status.success().then_some(()));
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !net.mqtt_fwd(&["status", "--check"]).status.success() {
+        let status = net.mqtt_fwd(&["status"]);
+        assert!(
+            Instant::now() < deadline,
+            "{}{}{}",
+            run.log(),
+            String::from_utf8_lossy(&status.stdout),
+            String::from_utf8_lossy(&status.stderr)
+        );
+        std::thread::sleep(Duration::from_millis(100));
+    }
     let config = Config::load(&net.config()).unwrap();
     let datapath = Datapath::open(&config.pins()).unwrap();
     let (program, _) = config.pins().pinned_program("mqtt_fwd").unwrap();
@@ -192,6 +207,12 @@ fn main() {
     for real in reals {
         real.join().unwrap();
     }
-    println!("{}", sh(&format!("ip netns exec {} curl -s 127.0.0.1:9469/metrics | grep -i fleet || true", net.name)));
+    println!(
+        "{}",
+        sh(&format!(
+            "ip netns exec {} curl -s 127.0.0.1:9469/metrics | grep -i fleet || true",
+            net.name
+        ))
+    );
     drop(run);
 }

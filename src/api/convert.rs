@@ -12,6 +12,7 @@ use crate::inspect::doctor::Finding;
 use crate::inspect::explain::{
     BeatenRoute, ClientExplanation, FlowExplanation, TopicExplanation, Trial,
 };
+use crate::inspect::fleet::{FleetMember, FleetReal, FleetStatus, FleetTime};
 use crate::inspect::overview::{GroupOverview, Overview, RealOverview};
 use crate::inspect::status::{GroupReal, GroupRow, LoadedProgram, ServiceStatus, Status};
 
@@ -47,8 +48,15 @@ same_fields! {
     ServiceStatus = ServiceStatus { name, address, in_force, max_packet }
     Status = GetStatusResponse {
         interface, mode, generation, balancer, balancer_ok, multi_group_clients,
-        relayed, counters, healthy, file_in_force; positions, services, maps, problems | attached
+        relayed, counters, healthy, file_in_force; positions, services, maps, problems | attached, fleet
     }
+    FleetStatus = FleetStatus {
+        name, store, store_error, asked, found, stored, nowhere, unanswered, not_held, failed, mean_s; members, reals,
+        times
+    }
+    FleetMember = FleetMember { name, version, differences, missing_key }
+    FleetReal = FleetReal { real, answers, questions, answered }
+    FleetTime = FleetTime { within_s, count }
     LoadedProgram = LoadedProgram { name, id }
     GroupReal = GroupReal { address, weight }
     Finding = Finding { about, severity, text, remedy }
@@ -70,7 +78,7 @@ same_fields! {
     TopicUse = TopicOverview { topic, group, flows, misrouted }
     MultiGroupClient = ClientOverview { client, topic, group, changes }
     Overview = Overview {
-        interface, problems, packets_s, publishes_s, misrouted_s, new_flows_s, flows, clients;
+        interface, problems, packets_s, publishes_s, misrouted_s, new_flows_s, flows, clients, fleet;
         groups, reals, topics, multi_group
     }
 }

@@ -43,7 +43,7 @@ pub fn load(config: Config) -> Result<Loaded> {
     };
     load::load(&config.load_spec())?;
     let balancer = listener.map(|listener| Embedded::load(&config, listener)).transpose()?;
-    match privileges::drop_others(config.balancer == BalancerKind::Katran) {
+    match privileges::drop_others(config.balancer == BalancerKind::Katran, config.fleet.is_some()) {
         Ok(kept) => debug!("capabilities kept: {}", kept.join(", ")),
         Err(error) => warn!(%error, "capabilities that are not needed could not be dropped"),
     }

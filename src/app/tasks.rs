@@ -88,12 +88,14 @@ impl Tasks {
         if self.asker.as_ref().is_some_and(Asker::has_ended) {
             self.asker = None;
         }
-        if self.asker.is_none() && self.state.config().fleet.is_some() {
-            self.asker = Asker::start(&self.state)
-                .inspect_err(
-                    |error| warn!(%error, "connections of other balancers are not asked for"),
-                )
-                .ok();
+        if self.state.config().fleet.is_none() {
+            self.asker = None;
+            self.state.observed.fleet.note_idle(None);
+        } else if self.asker.is_none() {
+            let started = Asker::start(&self.state);
+            let fleet = &self.state.observed.fleet;
+            fleet.note_idle(started.as_ref().err().map(ToString::to_string));
+            self.asker = started.ok();
         }
         if self.rescuer.is_none() && wanted {
             self.rescuer = Rescuer::start(&self.state)

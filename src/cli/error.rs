@@ -70,6 +70,10 @@ pub enum Error {
     Run(#[from] RunError),
     #[error("{what}: {source}")]
     Io { what: String, source: std::io::Error },
+    #[error("there is no [fleet] in the configuration: this balancer is alone")]
+    NoFleet,
+    #[error("`run` is not running here, and only it knows; start it with `mqtt-fwd run`")]
+    NoRun,
     #[error("{0}")]
     Usage(String),
     #[error("{0}")]
@@ -90,7 +94,7 @@ impl Error {
     /// What the process ends with.
     pub fn exit_code(&self) -> u8 {
         let is_usage = match self {
-            Self::Config(_) | Self::Edit(_) | Self::Key(_) | Self::Usage(_) => true,
+            Self::Config(_) | Self::Edit(_) | Self::Key(_) | Self::Usage(_) | Self::NoFleet => true,
             Self::Api(error) => {
                 matches!(error, ApiError::Refused(_) | ApiError::OtherFile { .. })
             }

@@ -10,6 +10,7 @@ mod error;
 mod events;
 mod explain;
 mod find;
+mod fleet;
 mod host;
 mod katran;
 mod keys;
@@ -99,6 +100,8 @@ enum Command {
     Routes(table::Output),
     /// Show groups with their reals and traffic
     Groups(table::Output),
+    /// Show the fleet: members, who answers, and what became of other balancers' connections
+    Fleet(table::Output),
     /// Show reals with their health
     Reals(table::Output),
     /// Show packet counters by reason
@@ -155,7 +158,7 @@ const GROUPS: [(&str, &[&str]); 5] = [
         "Inspect",
         &[
             "check", "status", "doctor", "test", "top", "diff", "explain", "replay", "events",
-            "counters", "flows", "clients", "routes", "groups", "reals",
+            "counters", "flows", "clients", "routes", "groups", "reals", "fleet",
         ],
     ),
     ("Change", &["apply", "change", "drain", "undrain", "load", "unload", "katran"]),
@@ -246,6 +249,7 @@ fn run(cli: Cli) -> Result<(), Error> {
         }
         Command::Groups(output) => tables::groups(&in_force()?, output),
         Command::Reals(output) => reals::reals(&in_force()?, output),
+        Command::Fleet(output) => fleet::fleet(&in_force()?, output),
         Command::Drain(args) => args.run(&in_force()?),
         Command::Undrain(args) => args.run(&in_force()?),
         Command::Counters(args) => args.run(&in_force()?),

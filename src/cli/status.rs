@@ -86,6 +86,9 @@ fn print(status: &Status) {
             _ => format!("service    {} at {}: NOT IN FORCE", service.name, service.address),
         });
     }
+    if let Some(fleet) = &status.fleet {
+        line(&format!("fleet      {}", fleet.summary()));
+    }
     line(&format!(
         "routes     generation {}",
         status.generation.map_or_else(|| "-".to_owned(), |n| n.to_string())

@@ -339,6 +339,36 @@ pub fn restore(
     datapath: &Datapath,
     records: Vec<ClientRecord>,
 ) -> Result<Restored> {
+    // The datapath's own entries are newer.
+    let there = There {
+        v4: datapath.clients.keys()?.iter().map(|k| (k.service, k.addr)).collect(),
+        v6: datapath.clients6.keys()?.iter().map(|k| (k.service, k.addr)).collect(),
+        ids: datapath.client_ids.keys()?.into_iter().collect(),
+    };
+    put_records(config, datapath, records, Some(there))
+}
+
+/// The same of what another balancer has learned: whoever learned last is right.
+pub fn merge(config: &Config, datapath: &Datapath, records: Vec<ClientRecord>) -> Result<Restored> {
+    put_records(config, datapath, records, None)
+}
+
+/// Whose records stay.
+struct There {
+    v4: HashSet<(u16, u32)>,
+    v6: HashSet<(u16, [u32; 4])>,
+    ids: HashSet<u64>,
+}
+
+/// Without `there`, those stay that were learned no earlier.
+fn put_records(
+    config: &Config,
+    datapath: &Datapath,
+    records: Vec<ClientRecord>,
+    mut there: Option<There>,
+) -> Result<Restored> {
+    let is_older =
+        |known: Option<client>, c: &client| known.is_none_or(|known| known.learned_s < c.learned_s);
     let table = datapath.service_table()?;
     let keys = keys_of(&table);
     let groups: BTreeMap<u16, group> = datapath.groups()?.into_iter().collect();
@@ -346,12 +376,6 @@ pub fn restore(
     let mut new = NewEntries::default();
     let mut routed: HashMap<(String, String), Option<String>> = HashMap::new();
     let now = boot_time().as_secs();
-    // The datapath's own entries, by key: they are newer.
-    let mut there4: HashSet<_> =
-        datapath.clients.keys()?.iter().map(|k| (k.service, k.addr)).collect();
-    let mut there6: HashSet<_> =
-        datapath.clients6.keys()?.iter().map(|k| (k.service, k.addr)).collect();
-    let mut there_ids: HashSet<u64> = datapath.client_ids.keys()?.into_iter().collect();
     for record in records {
         let Some((service, id)) = service_of(config, &table, &record.service) else {
             restored.without_group += 1;
@@ -377,13 +401,19 @@ pub fn restore(
         let is_new = match (record.by, record.client.parse::<IpAddr>()) {
             (IdentifiedBy::Address, Ok(addr @ IpAddr::V4(_))) => {
                 let key = key4(id, addr);
-                let is_new = there4.insert((id, key.addr));
+                let is_new = match &mut there {
+                    Some(there) => there.v4.insert((id, key.addr)),
+                    None => is_older(datapath.clients.get(&key)?, &c),
+                };
                 new.v4.extend(is_new.then_some((key, c)));
                 is_new
             }
             (IdentifiedBy::Address, Ok(addr @ IpAddr::V6(_))) => {
                 let key = key6(id, addr);
-                let is_new = there6.insert((id, key.addr));
+                let is_new = match &mut there {
+                    Some(there) => there.v6.insert((id, key.addr)),
+                    None => is_older(datapath.clients6.get(&key)?, &c),
+                };
                 new.v6.extend(is_new.then_some((key, c)));
                 is_new
             }
@@ -393,7 +423,10 @@ pub fn restore(
             }
             (IdentifiedBy::ClientId, _) => {
                 let hash = client_hash(&keys, id, record.client.as_bytes());
-                let is_new = there_ids.insert(hash);
+                let is_new = match &mut there {
+                    Some(there) => there.ids.insert(hash),
+                    None => is_older(datapath.client_ids.get(&hash)?.map(|known| known.client), &c),
+                };
                 if is_new && let Some(entry) = id_entry(id, &record.client, c) {
                     new.ids.push((hash, entry));
                 }
@@ -410,6 +443,9 @@ pub fn restore(
     datapath.clients.put_all(&new.v4)?;
     datapath.clients6.put_all(&new.v6)?;
     datapath.client_ids.put_all(&new.ids)?;
+    if there.is_none() {
+        return Ok(restored);
+    }
     restored.did_not_fit = gone(&datapath.clients, new.v4.iter().map(|(key, _)| key))?
         + gone(&datapath.clients6, new.v6.iter().map(|(key, _)| key))?
         + gone(&datapath.client_ids, new.ids.iter().map(|(key, _)| key))?;

@@ -68,7 +68,7 @@ const SEEN_FROM_OUTSIDE: [&str; 13] = [
 ];
 
 /// All codes, with what they mean.
-pub const CODES: [(&str, &str); 28] = [
+pub const CODES: [(&str, &str); 29] = [
     ("chain_missing", "the program array is not pinned"),
     ("chain_unreadable", "the program array cannot be read"),
     ("root_missing", "no XDP program is on the interface, or there is no interface"),
@@ -93,6 +93,10 @@ pub const CODES: [(&str, &str); 28] = [
     (
         "real_not_answering",
         "a broker host does not answer a fleet's questions: its connections stall if they move here",
+    ),
+    (
+        "fleet_not_asking",
+        "connections that move here from other balancers are not asked for, and stall",
     ),
     ("store_unreachable", "a fleet's store does not answer"),
     ("fleet_differs", "another balancer of the fleet is configured otherwise"),

@@ -4,6 +4,7 @@
 mod asker;
 mod asking;
 pub mod key;
+mod learned;
 mod members;
 mod store;
 

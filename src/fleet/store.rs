@@ -150,6 +150,9 @@ impl Task {
         let mut members = super::members::Members::new(&self.state);
         let mut beat = tokio::time::interval(BEAT);
         beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // On its own: what it reads and writes may be much, and connections do not wait for it.
+        let learned = tokio::spawn(learned(self.state.clone(), connection.clone()));
+        let _end = AbortOnDrop(learned);
         let mut batch = Vec::with_capacity(PIPELINE_MAX);
         loop {
             tokio::select! {
@@ -232,6 +235,25 @@ impl Task {
                 fleet.note_store(Some(format!("{}: {error}", self.address)));
             }
         }
+    }
+}
+
+/// What the fleet learns of clients, as long as it is not ended.
+async fn learned(state: State, mut connection: ConnectionManager) {
+    let mut learned = super::learned::Learned::new(&state);
+    loop {
+        if let Err(error) = learned.exchange(&mut connection).await {
+            debug!(%error, "learned clients are not exchanged");
+        }
+        tokio::time::sleep(BEAT).await;
+    }
+}
+
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 

@@ -11,7 +11,7 @@ use rtnetlink::packet_route::address::AddressAttribute;
 use serde::Serialize;
 use tokio::net::TcpStream;
 
-use super::Context;
+use super::{Context, fleet};
 use crate::balancer::client::Client;
 use crate::chain::health;
 use crate::config::{BalancerKind, Config, XdpMode};
@@ -149,6 +149,7 @@ pub async fn examine(context: &Context) -> Vec<Finding> {
     tracking(&mut found, config, balancer).await;
     brokers(&mut found, config).await;
     checks(&mut found, context);
+    of_fleet(&mut found, context);
     delayed(&mut found, config);
     if let Some(datapath) = &datapath {
         traffic(&mut found, context, datapath);
@@ -382,6 +383,21 @@ async fn tracking(found: &mut Findings, config: &Config, balancer: Option<Client
             ),
             "start it with -forwarding_cores and -numa_nodes, a number for each processor: docs/katran.md",
         );
+    }
+}
+
+/// What keeps connections from moving between balancers.
+fn of_fleet(found: &mut Findings, context: &Context) {
+    const CODES: [&str; 4] =
+        ["real_not_answering", "store_unreachable", "fleet_differs", "fleet_key_missing"];
+    let (Some(fleet), Some(seen)) = (fleet::status(context), context.seen()) else { return };
+    let mut some = false;
+    for problem in seen.problems.iter().filter(|problem| CODES.contains(&&*problem.code)) {
+        found.warning("fleet", problem.text.clone(), "`mqtt-fwd fleet` shows all of it");
+        some = true;
+    }
+    if !some {
+        found.ok("fleet", fleet.summary());
     }
 }
 

@@ -13,6 +13,7 @@ use crate::datapath::clients::multi_group_count;
 use crate::domain::problem::CODES;
 use crate::domain::{Health, Problem};
 use crate::handover::keys::{KeyFile, now};
+use crate::inspect::fleet;
 use crate::inspect::overview::group_traffic;
 use crate::kernel::pins::{PROGRAMS, Pins};
 use crate::kernel::{chain, driver};
@@ -30,6 +31,7 @@ impl Source for Metrics {
         all.extend(self.sidecar());
         all.extend(self.own(&config));
         all.extend(self.checks(&config));
+        all.extend(self.fleet());
         all.extend(balancer(&config).await);
         let observed = Arc::clone(&self.0.observed);
         let datapath =
@@ -107,6 +109,53 @@ impl Metrics {
             messages.push(&[("outcome", label)], number(count as u64));
         }
         all.push(messages);
+        all
+    }
+
+    /// What was asked for in a fleet; nothing without one.
+    fn fleet(&self) -> Vec<Family> {
+        let Some(fleet) = fleet::of_run(&self.0) else { return Vec::new() };
+        let mut connections = Family::counter(
+            "fleet_connections",
+            "Connections of other balancers that were asked for, by where they were",
+        );
+        for (place, count) in [
+            ("real", fleet.found),
+            ("store", fleet.stored),
+            ("nowhere", fleet.nowhere),
+            ("unanswered", fleet.unanswered),
+        ] {
+            connections.push(&[("place", place)], number(count));
+        }
+        let mut within = Family::counter(
+            "fleet_found_within",
+            "Those that were found out within so many seconds of their segment",
+        );
+        for time in &fleet.times {
+            let seconds = time.within_s.to_string().replace("inf", "+Inf");
+            within.push(&[("seconds", &seconds)], number(time.count));
+        }
+        let mut answers =
+            Family::gauge("fleet_real_answers", "1: the broker host answers questions");
+        for real in &fleet.reals {
+            answers.push(&[("real", &real.real)], u32::from(real.answers));
+        }
+        let lost = "Segments that were not held, as there were too many, or not sent on";
+        let mut all = vec![
+            connections,
+            within,
+            answers,
+            Family::gauge("fleet_members", "Other balancers that are known")
+                .with(&[], number(fleet.members.len() as u64)),
+            Family::counter("fleet_segments_dropped", lost)
+                .with(&[], number(fleet.not_held + fleet.failed)),
+        ];
+        if fleet.store.is_some() {
+            all.push(
+                Family::gauge("fleet_store_up", "1: the fleet's store answers")
+                    .with(&[], u32::from(fleet.store_error.is_none())),
+            );
+        }
         all
     }
 

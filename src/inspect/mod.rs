@@ -4,6 +4,7 @@
 pub mod diff;
 pub mod doctor;
 pub mod explain;
+pub mod fleet;
 pub mod metrics;
 pub mod misrouting;
 pub mod overview;

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::{Context, Result};
+use super::{Context, Result, fleet};
 use crate::balancer::client::{BalancerError, Client};
 use crate::chain::health;
 use crate::config::Config;
@@ -37,6 +37,8 @@ pub struct Overview {
     pub new_flows_s: f64,
     pub flows: u64,
     pub clients: u64,
+    /// The fleet, in words.
+    pub fleet: Option<String>,
     pub groups: Vec<GroupOverview>,
     pub reals: Vec<RealOverview>,
     /// Those that most connections publish, first.
@@ -193,6 +195,13 @@ fn read(context: &Context, datapath: &Datapath, before: &Sample, now: &Sample) -
         new_flows_s: grown(&begins_flow),
         flows: flows.all,
         clients,
+        fleet: fleet::status(context).map(|fleet| {
+            format!(
+                "{}, {:.0} connections/s from others",
+                fleet.who(),
+                grown(&|reason| reason.name == "missed")
+            )
+        }),
         groups,
         reals: reals(context, &|real: IpAddr| {
             let (before, now) = (before.reals.get(&real)?, now.reals.get(&real)?);

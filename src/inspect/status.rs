@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::fleet::{self, FleetStatus};
 use super::overview::group_traffic;
 use super::{Context, Result};
 use crate::balancer::client::{BalancerError, Client};
@@ -36,6 +37,8 @@ pub struct Status {
     /// Of the routes in force.
     pub generation: Option<u32>,
     pub services: Vec<ServiceStatus>,
+    /// None: there is no fleet, or no `run` to ask.
+    pub fleet: Option<FleetStatus>,
     /// In words.
     pub balancer: String,
     pub balancer_ok: bool,
@@ -153,6 +156,7 @@ pub async fn read(context: &Context) -> Result<Status> {
         positions,
         generation: datapath.as_ref().map(Datapath::generation).transpose()?,
         services,
+        fleet: fleet::status(context),
         balancer,
         balancer_ok,
         maps: datapath.as_ref().map(Datapath::map_uses).transpose()?.unwrap_or_default(),

@@ -26,6 +26,7 @@ pub mod tcx;
 pub mod test_run;
 pub mod unload;
 pub mod upgrade;
+pub mod wire;
 pub mod wrap;
 pub mod xdp;
 

@@ -75,6 +75,8 @@ pub struct Fleet {
     pub failed: Counter,
     times: Mutex<Times>,
     reals: Mutex<BTreeMap<IpAddr, Asked>>,
+    /// Why nothing is asked for.
+    idle: Mutex<Option<String>>,
     /// Why the store does not answer.
     store: Mutex<Option<String>>,
     /// The other members, by name.
@@ -147,6 +149,11 @@ impl Fleet {
         held(&self.reals).clone()
     }
 
+    /// Connections are asked for, or why not.
+    pub fn note_idle(&self, why: Option<String>) {
+        *held(&self.idle) = why;
+    }
+
     /// What the store said, or why it does not.
     pub fn note_store(&self, lost: Option<String>) {
         if lost.is_some() {
@@ -184,6 +191,12 @@ impl Fleet {
         let texts = self.reals().into_iter().filter_map(text);
         let mut problems: Vec<_> =
             texts.map(|text| Problem::new("real_not_answering", text)).collect();
+        if let Some(why) = held(&self.idle).clone() {
+            let text = format!(
+                "connections that move here from other balancers are not asked for, and stall: {why}"
+            );
+            problems.push(Problem::new("fleet_not_asking", text));
+        }
         if let Some(why) = self.store_lost() {
             let text = format!(
                 "the fleet's store does not answer: established connections move as before; those whose CONNECT was just \

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 
-pub use fleet::{Fleet, Member, TIMES};
+pub use fleet::{Asked, Fleet, Member, TIMES};
 pub use observed::{LastTest, Observed};
 pub use requests::{Answer, Edits, RefusedEdits, Request, Unmade};
 

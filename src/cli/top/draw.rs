@@ -137,7 +137,15 @@ fn head(frame: &mut Frame<'_>, area: Rect, o: &Overview) {
         )),
         match o.problems.first() {
             Some(problem) => Line::styled(problem.clone(), Style::new().fg(Color::Red)),
-            None => Line::from(format!("{} flows   {} clients", o.flows, o.clients)),
+            None => {
+                let fleet = o.fleet.as_ref().map(|fleet| format!("   fleet: {fleet}"));
+                Line::from(format!(
+                    "{} flows   {} clients{}",
+                    o.flows,
+                    o.clients,
+                    fleet.unwrap_or_default()
+                ))
+            }
         },
     ];
     frame.render_widget(Paragraph::new(lines), area);
@@ -293,6 +301,7 @@ mod tests {
             new_flows_s: 12.0,
             flows: 1234,
             clients: 5678,
+            fleet: None,
             groups: vec![
                 group("temperature", Some(45_000.0), 1200),
                 group("humidity", Some(9.3), 30),
