@@ -71,7 +71,7 @@ impl std::fmt::Debug for Kept {
 }
 
 /// A connection: its client and its service's number.
-pub type Key = (SocketAddr, u16);
+pub type Connection = (SocketAddr, u16);
 
 /// What the datapath tells.
 #[derive(Debug)]
@@ -79,9 +79,9 @@ pub enum Report {
     /// A segment of a connection that it does not know.
     Missed(Segment),
     /// It has answered a CONNECT, and keeps it.
-    Kept(Key, Kept),
+    Kept(Connection, Kept),
     /// A broker is given that now.
-    Given(Key),
+    Given(Connection),
 }
 
 impl Report {
@@ -112,6 +112,23 @@ impl Segment {
             ack: silent.server,
             when: boot_time(),
             payload_length: silent.connect.len() as u16,
+            fin: false,
+            rst: false,
+            frame,
+        }
+    }
+
+    /// One without a frame, for tests.
+    #[cfg(test)]
+    pub(crate) fn of_numbers(client: SocketAddr, service: u16, seq: u32) -> Self {
+        let (when, frame) = (Duration::ZERO, Vec::new());
+        Self {
+            client,
+            service,
+            seq,
+            ack: 1,
+            when,
+            payload_length: 1,
             fin: false,
             rst: false,
             frame,

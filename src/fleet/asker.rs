@@ -12,11 +12,11 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing::{debug, warn};
 
-use super::asking::{Asking, Decided, Found, Next};
+use super::asking::{Asking, Decided, Found, Key, Next};
 use super::key;
 use super::store::{Store, StoreError};
 use crate::datapath::Datapath;
-use crate::datapath::misses::{self, Adopter, Answer, Key, Places, Report, Segment};
+use crate::datapath::misses::{self, Adopter, Answer, Places, Report, Segment};
 use crate::domain::waiting::Waiting;
 use crate::handover::keys::{KeyFile, now};
 use crate::handover::silent::{self, Binder};
@@ -153,8 +153,8 @@ impl Worker {
             for report in read.borrow_mut().drain(..) {
                 match report {
                     Report::Missed(segment) => full += u64::from(!self.asking.hold(segment, now)),
-                    Report::Kept(key, kept) => self.keep(&key, &kept),
-                    Report::Given(key) => self.forget(&key),
+                    Report::Kept(key, kept) => self.keep(key, &kept),
+                    Report::Given(key) => self.forget(key),
                 }
             }
             self.fleet().not_held.add(full);
@@ -234,17 +234,17 @@ impl Worker {
         }
     }
 
-    fn keep(&self, key: &Key, kept: &misses::Kept) {
-        if let (Some(store), Some(places)) = (&self.store, self.services.get(&key.1))
+    fn keep(&self, (client, service): misses::Connection, kept: &misses::Kept) {
+        if let (Some(store), Some(places)) = (&self.store, self.services.get(&service))
             && let Some(waiting) = places.waiting(kept)
         {
-            store.keep(&places.name, key, &waiting);
+            store.keep(&places.name, client, &waiting);
         }
     }
 
-    fn forget(&self, key: &Key) {
-        if let (Some(store), Some(places)) = (&self.store, self.services.get(&key.1)) {
-            store.forget(&places.name, key);
+    fn forget(&self, (client, service): misses::Connection) {
+        if let (Some(store), Some(places)) = (&self.store, self.services.get(&service)) {
+            store.forget(&places.name, client);
         }
     }
 
@@ -254,7 +254,7 @@ impl Worker {
         let decided = if let Some((waiting, _)) = self.late.remove(&key) {
             self.asking.stored(key, Some(waiting), now)
         } else {
-            let (store, places) = (self.store.as_ref(), self.services.get(&key.1));
+            let (store, places) = (self.store.as_ref(), self.services.get(&key.service));
             let asked =
                 store.zip(places).is_some_and(|(store, places)| store.take(&places.name, key));
             if asked { None } else { self.asking.without_store(key, now) }

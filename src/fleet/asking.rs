@@ -11,11 +11,11 @@
 //! it: another balancer may have gone on with it.
 
 use std::collections::{HashMap, HashSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use crate::datapath::Silent;
-use crate::datapath::misses::{Key, Segment};
+use crate::datapath::misses::Segment;
 use crate::domain::waiting::Waiting;
 use crate::kernel::ask::{Asked, Had};
 
@@ -24,6 +24,24 @@ const PATIENCE: Duration = Duration::from_millis(100);
 /// Segments that are held, of all connections and of one.
 const HELD_MAX: usize = 4096;
 const HELD_OF_ONE: usize = 32;
+
+/// What is asked for: a client's connection to a service, by about where its segments are. Of one that is over, a late
+/// segment may still come, while the next one on its addresses has begun: those are two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Key {
+    pub client: SocketAddr,
+    /// The service's number.
+    pub service: u16,
+    /// The upper byte of sequence numbers.
+    part: u8,
+}
+
+impl Key {
+    fn of(segment: &Segment) -> Self {
+        let part = (segment.seq >> 24) as u8;
+        Self { client: segment.client, service: segment.service, part }
+    }
+}
 
 /// What was found out.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,14 +105,14 @@ pub struct Asking {
 impl Asking {
     /// Holds a segment; false: there are too many.
     pub fn hold(&mut self, segment: Segment, now: Instant) -> bool {
-        let key = (segment.client, segment.service);
+        let key = Key::of(&segment);
         let of_one = self.pending.get(&key).map_or(0, |pending| pending.segments.len());
         if self.held >= HELD_MAX || of_one >= HELD_OF_ONE {
             return false;
         }
         self.held += 1;
         let new = || {
-            self.new.entry(key.1).or_default().push(key);
+            self.new.entry(key.service).or_default().push(key);
             Pending { segments: Vec::new(), silent: None, since: now, unanswered: None }
         };
         self.pending.entry(key).or_insert_with(new).segments.push(segment);
@@ -103,7 +121,7 @@ impl Asking {
 
     /// Holds a silent connection, with its CONNECT.
     pub fn hold_silent(&mut self, silent: Silent, connect: Segment, now: Instant) {
-        let key = (connect.client, connect.service);
+        let key = Key::of(&connect);
         if !self.pending.contains_key(&key)
             && self.hold(connect, now)
             && let Some(pending) = self.pending.get_mut(&key)
@@ -133,7 +151,7 @@ impl Asking {
             let Some(first) = pending.segments.first() else { continue };
             pending.unanswered = Some(asked.clone());
             kept.push(*key);
-            connections.push(Asked { client: key.0, seq: first.seq, ack: first.ack });
+            connections.push(Asked { client: key.client, seq: first.seq, ack: first.ack });
         }
         self.rounds.insert(nonce, Round { keys: kept, asked, since: now });
         connections
@@ -165,7 +183,7 @@ impl Asking {
             }
             if *had == Had::This {
                 next.extend(self.decide(key, Found::At(real), now).map(Next::Decided));
-            } else if unanswered.iter().all(|real| is_gone(key.1, *real)) {
+            } else if unanswered.iter().all(|real| is_gone(key.service, *real)) {
                 pending.unanswered = None;
                 next.push(Next::AskStore(key));
             }
@@ -194,7 +212,7 @@ impl Asking {
         let pending = self.pending.remove(&key)?;
         self.held -= pending.segments.len();
         Some(Decided {
-            service: key.1,
+            service: key.service,
             segments: pending.segments,
             silent: pending.silent,
             found,
@@ -220,5 +238,119 @@ impl Asking {
     /// Whether anything is held.
     pub fn is_idle(&self) -> bool {
         self.pending.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const R1: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 1, 3, 201));
+    const R2: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 1, 3, 202));
+
+    fn segment(client: &str, seq: u32) -> Segment {
+        Segment::of_numbers(client.parse().unwrap(), 0, seq)
+    }
+
+    /// Asks both for all that is new; the nonce is 1, 2, …
+    fn ask(asking: &mut Asking, nonce: u64, now: Instant) -> usize {
+        let new = asking.take_new();
+        let keys: Vec<Key> = new.into_values().flatten().collect();
+        asking.begin(nonce, &keys, &[R1, R2], now).len()
+    }
+
+    const NOBODY_GONE: &dyn Fn(u16, IpAddr) -> bool = &|_, _| false;
+
+    fn decided(next: Vec<Next>) -> Decided {
+        match next.into_iter().next() {
+            Some(Next::Decided(decided)) => decided,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_first_host_that_has_it_decides_for_all_that_is_held() {
+        let (mut asking, now) = (Asking::default(), Instant::now());
+        for seq in [10, 20, 30] {
+            assert!(asking.hold(segment("10.1.1.1:1", seq), now));
+        }
+        assert_eq!(ask(&mut asking, 1, now), 1, "once for all three");
+        assert!(asking.answered(1, R2, &[Had::Nothing], NOBODY_GONE, now).is_empty());
+        let found = decided(asking.answered(1, R1, &[Had::This], NOBODY_GONE, now));
+        assert_eq!((found.found, found.segments.len()), (Found::At(R1), 3));
+        assert!(asking.is_idle() && asking.held == 0);
+        // Late, doubled, or of nobody.
+        assert!(asking.answered(1, R2, &[Had::This], NOBODY_GONE, now).is_empty());
+        assert!(asking.answered(9, R1, &[Had::This], NOBODY_GONE, now).is_empty());
+    }
+
+    #[test]
+    fn nobody_is_told_that_nobody_has_it_before_all_have_said_so() {
+        let (mut asking, now) = (Asking::default(), Instant::now());
+        asking.hold(segment("10.1.1.1:1", 10), now);
+        ask(&mut asking, 1, now);
+        assert!(asking.answered(1, R1, &[Had::Nothing], NOBODY_GONE, now).is_empty());
+        assert!(asking.answered(1, R1, &[Had::Nothing], NOBODY_GONE, now).is_empty(), "twice");
+        // One that does not answer delays its own only: this one is given up, and TCP repeats it.
+        assert_eq!(asking.expire(now + PATIENCE), 1);
+        assert!(asking.answered(1, R2, &[Had::This], NOBODY_GONE, now).is_empty());
+
+        // One that is down, and whose connections are reset for that, need not answer.
+        asking.hold(segment("10.1.1.1:1", 10), now);
+        ask(&mut asking, 2, now);
+        let next = asking.answered(2, R1, &[Had::Other], &|_, real| real == R2, now);
+        let Some(Next::AskStore(key)) = next.into_iter().next() else {
+            panic!("the store is asked")
+        };
+        let found = asking.without_store(key, now).unwrap();
+        assert_eq!(found.found, Found::Nowhere);
+    }
+
+    #[test]
+    fn a_late_segment_of_the_last_connection_does_not_decide_for_the_next_one() {
+        let (mut asking, now) = (Asking::default(), Instant::now());
+        asking.hold(segment("10.1.1.1:1", 3_750_940_276), now);
+        asking.hold(segment("10.1.1.1:1", 3_840_900_471), now);
+        assert_eq!(ask(&mut asking, 1, now), 2, "each by its own numbers");
+        asking.answered(1, R2, &[Had::Nothing, Had::Nothing], NOBODY_GONE, now);
+        let next = asking.answered(1, R1, &[Had::Nothing, Had::This], NOBODY_GONE, now);
+        assert!(matches!(next[0], Next::AskStore(_)));
+        assert!(matches!(&next[1], Next::Decided(d) if d.found == Found::At(R1)));
+    }
+
+    #[test]
+    fn what_the_store_has_of_another_connection_does_not_count() {
+        let (mut asking, now) = (Asking::default(), Instant::now());
+        let kept = Waiting {
+            start: 100,
+            server: 7,
+            timestamps: None,
+            client_id: (0, 0),
+            will_group: None,
+            connect: vec![0; 14],
+            connect_sum: 0,
+        };
+        for (seq, is_of_it) in [(114, true), (100, true), (113, true), (115, false), (99, false)] {
+            asking.hold(segment("10.1.1.1:1", seq), now);
+            let key = asking.take_new().into_values().flatten().next().unwrap();
+            let found = asking.stored(key, Some(kept.clone()), now).unwrap().found;
+            assert_eq!(
+                found,
+                if is_of_it { Found::Kept(kept.clone()) } else { Found::Gone },
+                "{seq}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_held_is_bounded() {
+        let (mut asking, now) = (Asking::default(), Instant::now());
+        let held = (0..100).filter(|_| asking.hold(segment("10.1.1.1:1", 5), now)).count();
+        assert_eq!(held, HELD_OF_ONE);
+        let held =
+            (1..10_000).filter(|port| asking.hold(segment(&format!("10.1.1.2:{port}"), 5), now));
+        assert_eq!(held.count(), HELD_MAX - HELD_OF_ONE);
+        asking.expire(now + PATIENCE);
+        assert!(asking.is_idle() && asking.held == 0 && asking.hold(segment("10.1.1.1:1", 5), now));
     }
 }

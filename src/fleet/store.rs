@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io::{self, Read as _, Write as _};
+use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
@@ -13,7 +14,7 @@ use redis::{Client, Cmd, Pipeline, RedisError, TlsCertificates, Value};
 use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
-use crate::datapath::misses::Key;
+use super::asking::Key;
 use crate::domain::fleet::Store as Config;
 use crate::domain::waiting::Waiting;
 use crate::state::State;
@@ -65,8 +66,8 @@ impl Drop for Store {
     }
 }
 
-fn key_of(service: &str, of: &Key) -> String {
-    format!("mqtt-fwd:waiting:{service}:{}", of.0)
+fn key_of(service: &str, client: SocketAddr) -> String {
+    format!("mqtt-fwd:waiting:{service}:{client}")
 }
 
 impl Store {
@@ -91,21 +92,21 @@ impl Store {
     }
 
     /// Keeps a connection that no broker has yet.
-    pub fn keep(&self, service: &str, of: &Key, waiting: &Waiting) {
+    pub fn keep(&self, service: &str, client: SocketAddr, waiting: &Waiting) {
         if let Ok(value) = serde_json::to_string(waiting) {
-            let _ = self.wishes.try_send(Wish::Keep { key: key_of(service, of), value });
+            let _ = self.wishes.try_send(Wish::Keep { key: key_of(service, client), value });
         }
     }
 
     /// A broker is given it now.
-    pub fn forget(&self, service: &str, of: &Key) {
-        let _ = self.wishes.try_send(Wish::Forget { key: key_of(service, of) });
+    pub fn forget(&self, service: &str, client: SocketAddr) {
+        let _ = self.wishes.try_send(Wish::Forget { key: key_of(service, client) });
     }
 
     /// Takes it, for this balancer alone to go on with; false: the store is not there to ask.
     pub fn take(&self, service: &str, of: Key) -> bool {
         self.state.observed.fleet.store_lost().is_none()
-            && self.wishes.try_send(Wish::Take { of, key: key_of(service, &of) }).is_ok()
+            && self.wishes.try_send(Wish::Take { of, key: key_of(service, of.client) }).is_ok()
     }
 
     /// What was taken meanwhile.

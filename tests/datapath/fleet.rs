@@ -13,7 +13,7 @@ use crate::support::{mqtt, packet};
 /// In a fleet; bound by prediction.
 fn fleet(text: &str) -> Fixture {
     Fixture::loaded(text, &SMALL, |rodata| {
-        rodata.fleet = 1;
+        rodata.fleet = 2;
         rodata.flows_per_window = u32::MAX;
         rodata.topics_per_window = u32::MAX;
     })
@@ -23,20 +23,24 @@ fn delayed() -> String {
     CONFIG.replace("max_packet", "binding = \"delayed\"\nmax_packet")
 }
 
-/// What was asked for since the last time.
-fn misses(f: &Fixture) -> Vec<Segment> {
+/// What was told since the last time.
+fn reports(f: &Fixture) -> Vec<Report> {
     let all = RefCell::new(Vec::new());
     let mut builder = RingBufferBuilder::new();
     builder
         .add(&f.skel.maps.fleet_reports, |bytes| {
-            if let Some(Report::Missed(segment)) = Report::read(bytes) {
-                all.borrow_mut().push(segment);
-            }
+            all.borrow_mut().push(Report::read(bytes).unwrap());
             0
         })
         .unwrap();
     builder.build().unwrap().consume().unwrap();
     all.into_inner()
+}
+
+/// Of that, what was asked for.
+fn misses(f: &Fixture) -> Vec<Segment> {
+    let segment = |report| if let Report::Missed(segment) = report { Some(segment) } else { None };
+    reports(f).into_iter().filter_map(segment).collect()
 }
 
 /// Tells the datapath what was found out; the verdict, and the packet.
@@ -188,4 +192,74 @@ fn misses_are_bounded() {
     assert!((10..=100).contains(&asked), "{asked}");
     assert_eq!(f.counters()["miss_dropped"], 999 - asked as u64);
     assert!(f.flow("10.1.1.1:5".parse().unwrap()).is_none(), "a stranger's segment leaves no flow");
+}
+
+#[test]
+fn a_late_segment_of_the_last_connection_does_not_cost_the_next_one_its_flow() {
+    let f = fleet(CONFIG);
+    let mut conn = Conn::open(&f, "10.1.1.1:40000");
+    assert_eq!(conn.data(&mqtt::connect(4)).group, "default");
+    let old =
+        packet::tcp(conn.client, conn.service, conn.isn.wrapping_sub(90_000_000), 9, |_| {}, b"x");
+    f.send(&old);
+    let asked = misses(&f).remove(0);
+    adopt(&f, &asked, &Answer::Nobody);
+    assert_eq!(conn.data(&mqtt::publish(b"sensor/x", 0, b"1")).group, "default");
+    assert!(misses(&f).is_empty());
+}
+
+#[test]
+fn a_connect_that_another_balancer_answered_goes_on_here() {
+    let text = delayed();
+    let (there, here) = (fleet(&text), fleet(&text));
+    let keys = mqtt_fwd::kernel::abi::handover_keys { key: [[1, 2], [3, 4]], epoch: 1, pad: 0 };
+    for f in [&there, &here] {
+        f.datapath.handover_keys.put(&0, &keys).unwrap();
+    }
+    for client in ["10.1.1.1:40000", "[fd01:1::1]:40000"] {
+        let mut conn = Conn::new(&there, client);
+        let syn = packet::tcp(conn.client, conn.service, conn.isn, 0, |h| h.syn = true, &[]);
+        let syn_ack = there.send(&syn);
+        assert_eq!(syn_ack.verdict, XDP_TX);
+        let headers = etherparse::PacketHeaders::from_ethernet_slice(&syn_ack.packet).unwrap();
+        conn.ack = headers.transport.unwrap().tcp().unwrap().sequence_number.wrapping_add(1);
+        let connect = mqtt::connect(4);
+        assert_eq!(there.send(&conn.segment(&connect)).verdict, XDP_TX, "CONNACK");
+        conn.sent += connect.len() as u32;
+        conn.ack = conn.ack.wrapping_add(4);
+        let kept = reports(&there).into_iter().find_map(|report| match report {
+            Report::Kept((of, service), kept) => {
+                assert_eq!(of, conn.client);
+                Some(
+                    there.datapath.places(&there.config).unwrap()[&service].waiting(&kept).unwrap(),
+                )
+            }
+            _ => None,
+        });
+        let waiting = kept.expect("it is told of for the store");
+        assert_eq!(waiting.connect, connect);
+
+        // The message comes here: nobody has it, but the store.
+        let message = conn.segment(&mqtt::publish(b"sensor/b", 0, b"1"));
+        assert_eq!(here.send(&message).verdict, XDP_DROP);
+        let asked = misses(&here).remove(0);
+        assert!(waiting.is_before(asked.seq));
+        let kept =
+            here.datapath.places(&here.config).unwrap()[&asked.service].kept(&waiting).unwrap();
+        let (verdict, sent) = adopt(&here, &asked, &Answer::Waiting(kept));
+        assert_eq!(verdict, JUMPED);
+        let vip = if conn.client.is_ipv4() { "10.1.50.2" } else { "fd01:50::2" };
+        assert_eq!(packet::dst(&sent).to_string(), vip);
+        let payload = etherparse::PacketHeaders::from_ethernet_slice(&sent).unwrap();
+        assert!(payload.payload.slice().starts_with(&connect), "with CONNECT in front");
+        assert!(matches!(reports(&here).last(), Some(Report::Given(_))));
+        assert_eq!(here.flow(conn.client).unwrap().bound_by, "message_answered");
+
+        // There, the same connection is silent, and the store has it no more: it is forgotten, and nobody is told.
+        let silent = there.datapath.silent_handovers(0).unwrap().remove(0);
+        let connect = mqtt_fwd::handover::silent::connect_again(&silent);
+        let again = Segment::of_silent(&silent, connect);
+        assert_eq!(adopt(&there, &again, &Answer::Elsewhere).0, XDP_DROP);
+        assert!(there.datapath.silent_handovers(0).unwrap().is_empty());
+    }
 }

@@ -16,10 +16,21 @@
 #include "../flow/delayed.h"
 #include "../services.h"
 
-/* What was known of these addresses is of another connection. Global (see event.h). */
-__noinline int adopt_forget(const struct conn *c, const struct service_table *t)
+/*
+ * Forgets what is known of these addresses; if it `may_stay`, not what is far from the segment: that may be a late one,
+ * of a connection that is over, and the next one on its addresses has begun. Global (see event.h).
+ */
+__noinline int adopt_forget(const struct conn *c, const struct service_table *t, __u32 may_stay)
 {
+	const struct flow *f;
+	const struct handover *h;
+
 	if (!c || !t)
+		return 0;
+	f = flow_find(c);
+	h = handover_find(c);
+	if (may_stay &&
+	    ((f && is_far(f, c)) || (h && c->seq - h->start + FLOW_WINDOW > 2 * FLOW_WINDOW)))
 		return 0;
 	flow_remove(c, false);
 	flow_remove(c, true);
@@ -40,7 +51,7 @@ __noinline int adopt_flow(const struct conn *c, const struct service_table *t, _
 	if (known && known->bound_by == BOUND_BY_REAL && flow_binding(known, c) == binding &&
 	    !is_far(known, c))
 		return 0;
-	adopt_forget(c, t);
+	adopt_forget(c, t, false);
 	f.bound = tagged(c, binding);
 	f.next = tagged(c, c->seq);
 	f.end = c->seq;
@@ -63,7 +74,7 @@ __noinline int adopt_waiting(const struct conn *c, const struct service_table *t
 
 	if (!c || !t || !w)
 		return 0;
-	adopt_forget(c, t);
+	adopt_forget(c, t, false);
 	w->handover.born_s = now_s();
 	handover_put(c, &w->handover);
 	count(REASON_ADOPTED_FROM_STORE);
@@ -113,10 +124,10 @@ int mqtt_adopt(struct xdp_md *ctx)
 		adopt_waiting(&c, t);
 		break;
 	case ADOPTED_ELSEWHERE:
-		adopt_forget(&c, t);
+		adopt_forget(&c, t, true);
 		return XDP_DROP;
 	default:
-		adopt_forget(&c, t);
+		adopt_forget(&c, t, true);
 		count(REASON_NOBODY_HAS_IT);
 		if (!answers || !answer_reset(ctx, &c, fin))
 			return XDP_DROP;
