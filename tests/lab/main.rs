@@ -2,6 +2,7 @@
 
 mod connectivity;
 mod delayed;
+mod fleet;
 mod health;
 mod replay;
 #[path = "../support/mod.rs"]
