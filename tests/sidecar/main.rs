@@ -4,6 +4,7 @@ mod broker_host;
 mod chain;
 mod change;
 mod cli;
+mod fleet_host;
 mod neighbours;
 mod operation;
 mod sockets;
