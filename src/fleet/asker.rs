@@ -30,6 +30,8 @@ const LOOK: Duration = Duration::from_secs(1);
 /// While nothing is held, and while something is: then what nobody answers has to be given up in time.
 const IDLE_MS: u16 = 500;
 const BUSY_MS: u16 = 20;
+/// While something is to be asked for once more.
+const AGAIN_MS: u16 = 2;
 /// What was taken from the store in vain is kept for so long.
 const LATE: Duration = Duration::from_secs(10);
 /// Bytes: so that a burst of answers is not lost.
@@ -164,6 +166,11 @@ impl Worker {
                     self.ask(service, keys);
                 }
             }
+            for (service, keys) in self.asking.take_due(Instant::now()) {
+                for keys in keys.chunks(ask::CONNECTIONS_MAX) {
+                    self.ask(service, keys);
+                }
+            }
             self.read_answers();
             self.read_taken();
             let expired = self.asking.expire(Instant::now());
@@ -178,7 +185,14 @@ impl Worker {
 
     /// Waits for segments, answers, or until it is time to look again.
     fn wait(&self, ring: BorrowedFd<'_>) {
-        let timeout = PollTimeout::from(if self.asking.is_idle() { IDLE_MS } else { BUSY_MS });
+        let timeout = if self.asking.asks_again() {
+            AGAIN_MS
+        } else if self.asking.is_idle() {
+            IDLE_MS
+        } else {
+            BUSY_MS
+        };
+        let timeout = PollTimeout::from(timeout);
         let mut fds = vec![
             PollFd::new(ring, PollFlags::POLLIN),
             PollFd::new(self.v4.as_fd(), PollFlags::POLLIN),
@@ -320,6 +334,11 @@ impl Worker {
                     match next {
                         Next::Decided(decided) => self.carry_out(decided),
                         Next::AskStore(key) => self.ask_store(key),
+                        Next::Nowhere(key) => {
+                            if let Some(decided) = self.asking.without_store(key, Instant::now()) {
+                                self.carry_out(decided);
+                            }
+                        }
                     }
                 }
             }

@@ -3,14 +3,14 @@
 //! ```text
 //! segment ─► held, by connection ─► a question to all broker hosts ─┬─ one has it ─► its flow is bound there
 //!                                                                   ├─ none ─► the store ─┬─ kept ─► it goes on here
-//!                                                                   │                     └─ none ─► RST
+//!                                                                   │                     └─ none ─► all once more ─► RST
 //!                                                                   └─ not all answered ─► dropped: TCP repeats it
 //! ```
 //!
 //! A connection whose client is silent after its CONNECT was answered here goes the same way before a broker is given
 //! it: another balancer may have gone on with it.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -19,6 +19,8 @@ use crate::datapath::misses::Segment;
 use crate::domain::waiting::Waiting;
 use crate::kernel::ask::{Asked, Had};
 
+/// What another balancer has just given a broker may be on its way still: who has it is asked once more after this.
+const AGAIN: Duration = Duration::from_millis(25);
 /// For so long segments are held; then TCP repeats them.
 const PATIENCE: Duration = Duration::from_millis(100);
 /// Segments that are held, of all connections and of one.
@@ -72,8 +74,10 @@ pub struct Decided {
 #[derive(Debug)]
 pub enum Next {
     Decided(Decided),
-    /// No broker host has it: the store is to be asked, for the connection of this segment.
+    /// No broker host has it: the store is to be asked.
     AskStore(Key),
+    /// Nor has one when asked once more.
+    Nowhere(Key),
 }
 
 #[derive(Debug)]
@@ -81,8 +85,11 @@ struct Pending {
     segments: Vec<Segment>,
     silent: Option<Silent>,
     since: Instant,
-    /// Who has not answered yet; `None`: nobody was asked yet.
+    /// Who has not answered yet; `None`: nobody is asked now.
     unanswered: Option<HashSet<IpAddr>>,
+    /// All are asked once more, soon; they were.
+    again: bool,
+    twice: bool,
 }
 
 #[derive(Debug)]
@@ -98,6 +105,8 @@ pub struct Asking {
     pending: HashMap<Key, Pending>,
     rounds: HashMap<u64, Round>,
     held: usize,
+    /// Connections that are to be asked for once more, the next one first. Some are decided meanwhile.
+    again: VecDeque<(Instant, Key)>,
     /// Connections that nobody was asked for yet, by service.
     new: HashMap<u16, Vec<Key>>,
 }
@@ -113,7 +122,14 @@ impl Asking {
         self.held += 1;
         let new = || {
             self.new.entry(key.service).or_default().push(key);
-            Pending { segments: Vec::new(), silent: None, since: now, unanswered: None }
+            Pending {
+                segments: Vec::new(),
+                silent: None,
+                since: now,
+                unanswered: None,
+                again: false,
+                twice: false,
+            }
         };
         self.pending.entry(key).or_insert_with(new).segments.push(segment);
         true
@@ -133,6 +149,24 @@ impl Asking {
     /// Connections that nobody was asked for yet.
     pub fn take_new(&mut self) -> HashMap<u16, Vec<Key>> {
         std::mem::take(&mut self.new)
+    }
+
+    /// Connections that are to be asked for once more.
+    pub fn take_due(&mut self, now: Instant) -> HashMap<u16, Vec<Key>> {
+        let mut due: HashMap<u16, Vec<Key>> = HashMap::new();
+        while self.again.front().is_some_and(|(at, _)| *at <= now) {
+            let Some((_, key)) = self.again.pop_front() else { break };
+            if let Some(pending) = self.pending.get_mut(&key).filter(|pending| pending.again) {
+                (pending.again, pending.twice) = (false, true);
+                due.entry(key.service).or_default().push(key);
+            }
+        }
+        due
+    }
+
+    /// Whether something is to be asked for once more, soon.
+    pub fn asks_again(&self) -> bool {
+        !self.again.is_empty()
     }
 
     /// Those of a question as that has them. One that has gone meanwhile is left out.
@@ -185,7 +219,7 @@ impl Asking {
                 next.extend(self.decide(key, Found::At(real), now).map(Next::Decided));
             } else if unanswered.iter().all(|real| is_gone(key.service, *real)) {
                 pending.unanswered = None;
-                next.push(Next::AskStore(key));
+                next.push(if pending.twice { Next::Nowhere(key) } else { Next::AskStore(key) });
             }
         }
         next
@@ -194,13 +228,28 @@ impl Asking {
     /// What the store has of it. One that is not of the segment's connection does not count.
     pub fn stored(&mut self, key: Key, kept: Option<Waiting>, now: Instant) -> Option<Decided> {
         let first = self.pending.get(&key)?.segments.first()?;
-        let of_it = kept.filter(|kept| kept.is_before(first.seq));
-        self.decide(key, of_it.map_or(Found::Gone, Found::Kept), now)
+        match kept.filter(|kept| kept.is_before(first.seq)) {
+            Some(kept) => self.decide(key, Found::Kept(kept), now),
+            None => self.nowhere(key, Found::Gone, now),
+        }
     }
 
     /// There is no store to ask.
     pub fn without_store(&mut self, key: Key, now: Instant) -> Option<Decided> {
-        self.decide(key, Found::Nowhere, now)
+        self.nowhere(key, Found::Nowhere, now)
+    }
+
+    /// Neither at a broker host nor in the store: asked for once more, or so it is.
+    fn nowhere(&mut self, key: Key, found: Found, now: Instant) -> Option<Decided> {
+        let pending = self.pending.get_mut(&key)?;
+        if pending.twice || pending.silent.is_some() {
+            return self.decide(key, found, now);
+        }
+        if !pending.again {
+            pending.again = true;
+            self.again.push_back((now + AGAIN, key));
+        }
+        None
     }
 
     /// Whether a connection is asked for.
@@ -302,8 +351,15 @@ mod tests {
         let Some(Next::AskStore(key)) = next.into_iter().next() else {
             panic!("the store is asked")
         };
-        let found = asking.without_store(key, now).unwrap();
-        assert_eq!(found.found, Found::Nowhere);
+        // What another balancer has just given to one may be on its way.
+        assert!(asking.without_store(key, now).is_none() && asking.take_due(now).is_empty());
+        let now = now + AGAIN;
+        let due: Vec<Key> = asking.take_due(now).into_values().flatten().collect();
+        asking.begin(3, &due, &[R1, R2], now);
+        let next = asking.answered(3, R1, &[Had::Nothing], &|_, real| real == R2, now);
+        let Some(Next::Nowhere(key)) = next.into_iter().next() else { panic!("that is all") };
+        assert_eq!(asking.without_store(key, now).unwrap().found, Found::Nowhere);
+        assert!(asking.is_idle() && !asking.asks_again());
     }
 
     #[test]
@@ -333,12 +389,9 @@ mod tests {
         for (seq, is_of_it) in [(114, true), (100, true), (113, true), (115, false), (99, false)] {
             asking.hold(segment("10.1.1.1:1", seq), now);
             let key = asking.take_new().into_values().flatten().next().unwrap();
-            let found = asking.stored(key, Some(kept.clone()), now).unwrap().found;
-            assert_eq!(
-                found,
-                if is_of_it { Found::Kept(kept.clone()) } else { Found::Gone },
-                "{seq}"
-            );
+            let found = asking.stored(key, Some(kept.clone()), now).map(|decided| decided.found);
+            assert_eq!(found, is_of_it.then(|| Found::Kept(kept.clone())), "{seq}");
+            asking.expire(now + PATIENCE);
         }
     }
 
