@@ -50,7 +50,7 @@ install_missing() {
 		"${missing[@]}" >/dev/null
 	# These packages start services of their own, which nothing here uses.
 	local service
-	for service in mosquitto redis-server prometheus prometheus-node-exporter; do
+	for service in mosquitto redis-server keepalived frr prometheus prometheus-node-exporter; do
 		if [[ " ${missing[*]} " == *" $service "* ]] && command -v systemctl >/dev/null; then
 			systemctl disable --now "$service" >/dev/null 2>&1 || true
 		fi

@@ -11,15 +11,20 @@
 
 const volatile __u32 messages_per_client = 1000; /* PUBLISHes a second; 0: as many as it likes */
 
-/* By client id where that is known, else by address; of IPv6, all of a network of 64 bits are one. */
+/*
+ * By client id where that is known, else by address; of IPv6, all of a network of 64 bits are one. Whether the id is
+ * its own, only its broker knows: until that has accepted it, by connection, so that nobody can use up what another one
+ * may.
+ */
 static __always_inline __u64 rate_key(const struct conn *c, const struct flow *f)
 {
-	__u64 id = flow_client(f);
+	__u64 id = flow_client(f), key;
 
-	if (id)
+	if (id && f->connect & FLOW_ACCEPTED)
 		return id;
-	return (c->v6 ? c->key.addr[0] | (__u64)c->key.addr[1] << 32 : c->key.addr[0]) ^
-	       (__u64)c->key.service << 48;
+	key = (c->v6 ? c->key.addr[0] | (__u64)c->key.addr[1] << 32 : c->key.addr[0]) ^
+	      (__u64)c->key.service << 48;
+	return id ? key ^ (__u64)c->key.port << 32 : key;
 }
 
 /* Whether a segment with data may pass. Global (see event.h). */

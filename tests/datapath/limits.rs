@@ -100,6 +100,28 @@ fn clients_behind_one_address_have_a_limit_each_by_their_ids() {
 }
 
 #[test]
+fn a_stranger_under_a_clients_id_does_not_use_up_what_it_may() {
+    let f = delayed_where(&SMALL, |rodata| rodata.messages_per_client = MOST);
+    let publish = mqtt::publish(b"sensor/a", 0, b"x");
+    let open = |from: &str| {
+        let client = Client::open(&f, from, 7);
+        let first = [mqtt::connect_as(4, 2, b"device", &[]), publish.clone()].concat();
+        assert_eq!(f.send(&client.segment(0, &first, |_| {})).verdict, JUMPED);
+        (client, first.len() as u32)
+    };
+    let (device, device_at) = open("10.1.1.1:5001");
+    // No broker has accepted him, or will.
+    let (stranger, mut at) = open("10.1.1.66:5001");
+    let mut limited = false;
+    for _ in 0..3 * MOST {
+        limited |= f.send(&stranger.segment(at, &publish, |_| {})).verdict == XDP_DROP;
+        at += publish.len() as u32;
+    }
+    assert!(limited);
+    assert_eq!(f.send(&device.segment(device_at, &publish, |_| {})).verdict, JUMPED);
+}
+
+#[test]
 fn an_address_opens_so_many_connections_a_second() {
     let f = limited(|rodata| rodata.connections_per_address = 5);
     let syn = |client: &str| {

@@ -223,3 +223,172 @@ print(n)";
     );
     println!("{sent} segments: {} asked for, {} nowhere", count("missed"), count("nobody_has_it"));
 }
+
+/// A block of the guide, by what it begins with.
+fn guide(begins: &str) -> String {
+    let text =
+        std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/fleet.md")).unwrap();
+    let blocks = text.split("```").skip(1).step_by(2);
+    let found = blocks.map(|block| block.trim_start_matches('\n')).find(|b| b.starts_with(begins));
+    found.unwrap_or_else(|| panic!("no block {begins:?}")).to_owned()
+}
+
+#[test]
+fn the_guides_keepalived_moves_the_address_and_no_connection_is_lost() {
+    let text =
+        config(ONE_REAL_EACH, &[("a/#", "a"), ("b/#", "b")]).replace("vips = 16", "vips = 32");
+    let text = format!("metrics = \"127.0.0.1:9469\"\n{text}");
+    let lab = Lab::up(&text, &["--balancers", "2", "--delayed", "--store", "--one-net"]);
+    let keepalived = guide("global_defs");
+    let dir = format!("/run/mqtt-fwd-lab/{}", lab.name);
+    let mut daemons = Vec::new();
+    for (balancer, priority) in [("lb", "100"), ("lb2", "90")] {
+        let file = format!("{dir}/{balancer}.keepalived.conf");
+        std::fs::write(&file, keepalived.replace("priority 100", &format!("priority {priority}")))
+            .unwrap();
+        let pid = |what: &str| format!("{dir}/{balancer}.{what}.pid");
+        let mut daemon = lab.script("exec");
+        daemon.args([balancer, "keepalived", "-n", "-l", "-P", "-f", &file]);
+        daemon.args(["-p", &pid("keepalived"), "-r", &pid("vrrp")]);
+        daemons.push(
+            daemon
+                .stdout(std::process::Stdio::null())
+                .stderr(std::process::Stdio::null())
+                .spawn()
+                .unwrap(),
+        );
+    }
+    let has = |balancer: &str| {
+        lab.ok(balancer, &["ip", "addr", "show", "dev", "eth0"]).contains("10.1.2.100/24")
+    };
+    wait_for("one of them has the address", || (has("lb") || has("lb2")).then_some(()));
+    lab.ok("gw", &["ip", "route", "replace", "10.1.50.0/24", "via", "10.1.2.100"]);
+    let mut publisher = lab.script("publish");
+    publisher.args(["c1", "--topic", "a/1", "--count", "300", "--interval", "0.05", "--qos", "1"]);
+    let client = publisher.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let at = || lab.received().get(&1).map_or(0, Vec::len);
+    wait_for("messages", || (at() > 10).then_some(()));
+
+    let (first, second) = if has("lb") { ("lb", "lb2") } else { ("lb2", "lb") };
+    let sidecar = |action: &str, name: &str| {
+        assert!(lab.script("sidecar").args([action, name]).output().unwrap().status.success());
+    };
+    sidecar("kill", first);
+    wait_for("the other has the address", || (has(second) && !has(first)).then_some(()));
+    let before = at();
+    wait_for("messages go on", || (at() > before + 20).then_some(()));
+    // It comes back, and takes nothing away; then the other host dies.
+    sidecar("start", first);
+    no_problem(&lab, first);
+    assert!(has(second));
+    lab.ok(second, &["ip", "link", "set", "eth0", "down"]);
+    wait_for("the first has the address again", || has(first).then_some(()));
+
+    let output = client.wait_with_output().unwrap();
+    let summary: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(summary["connections"].as_array().unwrap().len(), 1, "one connection all the time");
+    assert_eq!(lab.received()[&1].len(), 300);
+    assert!(
+        counter(&lab, first, "adopted_from_real") + counter(&lab, second, "adopted_from_real") >= 1
+    );
+    for mut daemon in daemons {
+        let _ = daemon.kill();
+        let _ = daemon.wait();
+    }
+}
+
+/// FRR with a configuration of the guide's, in a host of the lab; what it leaves on this one is removed with the value.
+struct Frr {
+    name: String,
+}
+
+impl Frr {
+    fn start(lab: &Lab, host: &str, config: &str) -> Self {
+        let frr = Self { name: format!("{}-{host}", lab.name) };
+        for dir in frr.dirs() {
+            std::fs::create_dir_all(&dir).unwrap();
+        }
+        let [etc, run] = frr.dirs();
+        std::fs::write(format!("{etc}/bgpd.conf"), config).unwrap();
+        let owned = Command::new("chown").args(["-R", "frr:frr", &etc, &run]).status().unwrap();
+        assert!(owned.success(), "FRR is installed");
+        for daemon in ["zebra", "bfdd", "bgpd"] {
+            let program = format!("/usr/lib/frr/{daemon}");
+            lab.ok(host, &[&program, "-d", "-N", &frr.name, "-f", &format!("{etc}/{daemon}.conf")]);
+        }
+        frr
+    }
+
+    fn dirs(&self) -> [String; 2] {
+        ["/etc/frr", "/var/run/frr"].map(|dir| format!("{dir}/{}", self.name))
+    }
+
+    /// A command line of the guide's.
+    fn vtysh(&self, line: &str) {
+        let line = line.replace("vtysh", &format!("vtysh -N {}", self.name));
+        assert!(Command::new("sh").args(["-c", &line]).status().unwrap().success(), "{line}");
+    }
+}
+
+impl Drop for Frr {
+    fn drop(&mut self) {
+        for dir in self.dirs() {
+            let _ = std::fs::remove_dir_all(dir);
+        }
+    }
+}
+
+#[test]
+fn the_guides_bgp_spreads_flows_and_no_connection_is_lost() {
+    let text =
+        config(ONE_REAL_EACH, &[("a/#", "a"), ("b/#", "b")]).replace("vips = 16", "vips = 32");
+    let lab = Lab::up(&text, &["--balancers", "2", "--delayed", "--store", "--one-net"]);
+    lab.ok("gw", &["ip", "route", "del", "10.1.50.0/24"]);
+    let (balancer, router) = (guide("router bgp 65010"), guide("router bgp 65000"));
+    let _router = Frr::start(&lab, "gw", &router);
+    let first = Frr::start(&lab, "lb", &balancer);
+    let _second = Frr::start(&lab, "lb2", &balancer.replace("10.1.2.102", "10.1.2.103"));
+    let hops = || lab.ok("gw", &["ip", "route", "show", "10.1.50.200"]).matches("via").count();
+    wait_for("a route by both", || (hops() == 2).then_some(()));
+
+    let clients: Vec<_> = [("c1", "a/1"), ("c2", "a/1"), ("c3", "b/1"), ("c4", "b/1")]
+        .map(|(host, topic)| {
+            let mut publisher = lab.script("publish");
+            publisher.args([
+                host,
+                "--topic",
+                topic,
+                "--count",
+                "400",
+                "--interval",
+                "0.05",
+                "--qos",
+                "1",
+            ]);
+            publisher.stdout(std::process::Stdio::piped()).spawn().unwrap()
+        })
+        .into();
+    let at = || lab.received().values().map(Vec::len).sum::<usize>();
+    wait_for("messages", || (at() > 40).then_some(()));
+    first.vtysh(&guide("sh\nvtysh").replace("sh\nvtysh", "vtysh"));
+    wait_for("one withdraws", || (hops() == 1).then_some(()));
+    let before = at();
+    wait_for("messages go on", || (at() > before + 80).then_some(()));
+    first.vtysh(&guide("sh\nvtysh").replace("sh\nvtysh", "vtysh").replace("no network", "network"));
+    wait_for("it is back", || (hops() == 2).then_some(()));
+    // The other host dies: BFD tells.
+    lab.ok("lb2", &["ip", "link", "set", "eth0", "down"]);
+    wait_for("its route is gone", || (hops() == 1).then_some(()));
+
+    for client in clients {
+        let output = client.wait_with_output().unwrap();
+        let summary: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(
+            summary["connections"].as_array().unwrap().len(),
+            1,
+            "one connection all the time"
+        );
+    }
+    assert_eq!(at(), 1600);
+    assert!(counter(&lab, "lb", "adopted_from_real") >= 1);
+}
