@@ -5,6 +5,7 @@ mod chain;
 mod change;
 mod cli;
 mod fleet_host;
+mod fleet_store;
 mod neighbours;
 mod operation;
 mod sockets;
