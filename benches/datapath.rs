@@ -158,7 +158,13 @@ fn main() -> ExitCode {
     let mut baseline = Baseline::open();
     // Twice what is used, as docs/configuration.md advises.
     let sizes = MapSizes { clients: 2 * MILLION, flows: 2 * MILLION, ..MapSizes::default() };
-    let fixture = Fixture::sized(CONFIG, &sizes);
+    // FLEET: as a balancer in a fleet, to compare by turns.
+    let fleet = if std::env::var_os("FLEET").is_some() { 2 } else { 0 };
+    let fixture = Fixture::loaded(CONFIG, &sizes, |rodata| {
+        rodata.flows_per_window = u32::MAX;
+        rodata.topics_per_window = u32::MAX;
+        rodata.fleet = fleet;
+    });
     let mut bench = Bench { fixture, end: sentinel(XDP_TX) };
     bench.put(chain::BALANCER, bench.end.as_fd());
 

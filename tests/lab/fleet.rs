@@ -61,18 +61,18 @@ fn all_arrives(name: &str, options: &[&str]) {
 
 #[test]
 fn connections_move_whatever_becomes_of_balancers_and_store() {
-    let events = ["move", "swap", "die", "sidecars", "stop", "upgrade", "restart", "store"];
-    all_arrives("d", &[&["--seconds", "45"][..], &events].concat());
+    let events = ["move", "swap", "die", "sidecars", "stop", "upgrade", "restart"];
+    all_arrives("d", &[&["--seconds", "36"][..], &events].concat());
 }
 
 #[test]
 fn connections_that_are_bound_at_the_syn_move_too() {
-    all_arrives("p", &["--seconds", "22", "--predicted", "move", "swap", "die", "sidecars"]);
+    all_arrives("p", &["--seconds", "18", "--predicted", "move", "swap", "die", "sidecars"]);
 }
 
 #[test]
 fn by_ipv6_it_is_the_same() {
-    all_arrives("v", &["--seconds", "16", "--v6", "move", "swap", "die"]);
+    all_arrives("v", &["--seconds", "14", "--v6", "move", "swap", "die"]);
 }
 
 #[test]
@@ -391,4 +391,56 @@ fn the_guides_bgp_spreads_flows_and_no_connection_is_lost() {
     }
     assert_eq!(at(), 1600);
     assert!(counter(&lab, "lb", "adopted_from_real") >= 1);
+}
+
+#[test]
+fn a_subscriber_at_the_relay_moves_as_any_other_client() {
+    let text =
+        config(ONE_REAL_EACH, &[("a/#", "a"), ("b/#", "b")]).replace("vips = 16", "vips = 32");
+    // The relay is a group like any other.
+    let mut text = text.replace("default_group", "relay = \"relay\"\ndefault_group");
+    for (at, vip, real) in
+        [("[[service]]\nname = \"mqtt6\"", "10.1.50.", "10.1.3."), ("", "fd01:50::", "fd01:3::")]
+    {
+        let group = format!(
+            "[[service.group]]\nname = \"relay\"\nvip = \"{vip}251\"\n[[service.group.reals]]\naddress = \"{real}207\"\n"
+        );
+        let place = if at.is_empty() { text.len() } else { text.find(at).unwrap() };
+        text.insert_str(place, &group);
+    }
+    let lab = Lab::up(&text, &["--balancers", "2", "--delayed", "--store", "--relay"]);
+    sent_through(&lab, &["lb"]);
+    let mut subscriber = lab.script("exec");
+    subscriber.args([
+        "c1",
+        "timeout",
+        "60",
+        "mosquitto_sub",
+        "-h",
+        "10.1.50.200",
+        "-t",
+        "#",
+        "-C",
+        "60",
+        "-q",
+        "1",
+    ]);
+    let subscriber = subscriber.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    wait_for("the subscription at all brokers", || {
+        lab.publish_once("c2", "a/0", "hello");
+        let flows = lab.ok("lb", &["mqtt-fwd", "flows"]);
+        flows.contains("relay").then_some(())
+    });
+    let mut publisher = lab.script("publish");
+    publisher.args(["c3", "--topic", "a/1", "--count", "100", "--interval", "0.05", "--qos", "1"]);
+    let mut client = publisher.stdout(std::process::Stdio::null()).spawn().unwrap();
+    for balancer in ["lb2", "lb", "lb2"] {
+        std::thread::sleep(Duration::from_secs(1));
+        sent_through(&lab, &[balancer]);
+    }
+    assert!(client.wait().unwrap().success());
+    let output = subscriber.wait_with_output().unwrap();
+    assert!(output.status.success(), "all 60 messages, over one connection");
+    assert_eq!(counter(&lab, "lb2", "nobody_has_it"), 0);
+    assert!(counter(&lab, "lb2", "adopted_from_real") >= 2);
 }
