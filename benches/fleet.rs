@@ -5,7 +5,7 @@
 //!     cargo bench --bench fleet -- 100000    with so many at once
 
 #[path = "../tests/support/mod.rs"]
-#[allow(dead_code)]
+#[allow(unused)]
 mod support;
 
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};

@@ -12,6 +12,7 @@ use crate::kernel::{decap, takeover, xdp};
 
 /// For tables and JSON.
 #[derive(Debug, Serialize)]
+#[allow(clippy::struct_excessive_bools)] // each by itself
 pub struct Status {
     /// The services' addresses that packets are unwrapped for.
     pub vips: Vec<IpAddr>,

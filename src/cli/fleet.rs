@@ -41,9 +41,9 @@ fn print(fleet: &FleetStatus) {
     );
     line("");
     table::print(
-        &["real", "answers", ">questions", ">answers"],
+        &["real", "state", ">questions", ">answers"],
         fleet.reals.iter().map(|real| {
-            let answers = if real.answers { "yes" } else { "NO" };
+            let answers = if real.answers { "answers" } else { "DOES NOT ANSWER" };
             let numbers = [real.questions, real.answered].map(|n| n.to_string());
             [&[real.real.clone(), answers.to_owned()][..], &numbers].concat()
         }),

@@ -127,7 +127,7 @@ fn print(interface: &str, status: &broker_host::status::Status) {
     match (status.answers_fleet, status.asked_s) {
         (false, _) => {}
         (true, Some(s)) => {
-            line(&format!("answers a fleet's questions; the last one came {s} s ago"))
+            line(&format!("answers a fleet's questions; the last one came {s} s ago"));
         }
         (true, None) => line("answers a fleet's questions; none has come yet"),
     }

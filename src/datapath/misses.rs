@@ -53,7 +53,7 @@ pub enum Answer {
     /// A broker host has it: the binding of the group of that host alone.
     Real(u32),
     /// No broker has it yet: another balancer kept its CONNECT.
-    Waiting(Kept),
+    Waiting(Box<Kept>),
     /// Nobody has it.
     Nobody,
     /// Another balancer has gone on with it.

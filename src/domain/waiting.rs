@@ -34,7 +34,10 @@ mod hex {
     use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
 
     pub fn serialize<S: Serializer>(bytes: &[u8], s: S) -> Result<S::Ok, S::Error> {
-        let text: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        let digit = |nibble: u8| char::from(DIGITS[usize::from(nibble)]);
+        let text: String =
+            bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect();
         s.serialize_str(&text)
     }
 

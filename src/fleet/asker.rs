@@ -332,7 +332,7 @@ impl Worker {
                 let next = self.asking.answered(nonce, real, &had, &is_gone, Instant::now());
                 for next in next {
                     match next {
-                        Next::Decided(decided) => self.carry_out(decided),
+                        Next::Decided(decided) => self.carry_out(*decided),
                         Next::AskStore(key) => self.ask_store(key),
                         Next::Nowhere(key) => {
                             if let Some(decided) = self.asking.without_store(key, Instant::now()) {
@@ -369,7 +369,7 @@ impl Worker {
             (Found::Kept(waiting), None) => {
                 let Some(kept) = places.kept(&waiting) else { return };
                 fleet.stored.add(1);
-                Answer::Waiting(kept)
+                Answer::Waiting(Box::new(kept))
             }
             (Found::Gone | Found::Nowhere, None) => {
                 fleet.nowhere.add(1);

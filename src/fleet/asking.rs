@@ -73,7 +73,7 @@ pub struct Decided {
 /// What follows from an answer.
 #[derive(Debug)]
 pub enum Next {
-    Decided(Decided),
+    Decided(Box<Decided>),
     /// No broker host has it: the store is to be asked.
     AskStore(Key),
     /// Nor has one when asked once more.
@@ -216,7 +216,10 @@ impl Asking {
                 continue;
             }
             if *had == Had::This {
-                next.extend(self.decide(key, Found::At(real), now).map(Next::Decided));
+                next.extend(
+                    self.decide(key, Found::At(real), now)
+                        .map(|decided| Next::Decided(Box::new(decided))),
+                );
             } else if unanswered.iter().all(|real| is_gone(key.service, *real)) {
                 pending.unanswered = None;
                 next.push(if pending.twice { Next::Nowhere(key) } else { Next::AskStore(key) });
@@ -312,7 +315,7 @@ mod tests {
 
     fn decided(next: Vec<Next>) -> Decided {
         match next.into_iter().next() {
-            Some(Next::Decided(decided)) => decided,
+            Some(Next::Decided(decided)) => *decided,
             other => panic!("{other:?}"),
         }
     }

@@ -167,7 +167,7 @@ impl Learned {
         match merged.await {
             Ok(Ok(restored)) => debug!(?restored, "clients that other balancers have learned"),
             Ok(Err(error)) => {
-                debug!(%error, "clients that other balancers have learned are not taken")
+                debug!(%error, "clients that other balancers have learned are not taken");
             }
             Err(_) => {}
         }

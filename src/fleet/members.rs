@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use siphasher::sip128::{Hasher128 as _, SipHasher24};
 
 use crate::config::Config;
-use crate::handover::keys::{KeyFile, now};
+use crate::handover::keys::{Key, KeyFile, now};
 use crate::state::{Member, State};
 
 /// What balancers of different builds have to understand of each other: questions, and what lies in the store.
@@ -171,7 +171,7 @@ fn own_entry(config: &Config, tables: &Tables) -> Entry {
         fleet_version: FLEET_VERSION,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         tables: tables.iter().map(|(name, lines)| (name.clone(), hash(lines))).collect(),
-        keys: file.iter().flat_map(|file| file.keys()).map(|key| key.fingerprint()).collect(),
+        keys: file.iter().flat_map(KeyFile::keys).map(Key::fingerprint).collect(),
         key_in_use: file.as_ref().map(|file| file.in_use(now()).fingerprint()),
     }
 }

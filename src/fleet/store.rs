@@ -203,7 +203,7 @@ impl Task {
                 match serde_json::from_slice(bytes) {
                     Ok(waiting) => drop(found.insert(place, waiting)),
                     Err(error) => {
-                        debug!(%error, "the store has something else under a connection's name")
+                        debug!(%error, "the store has something else under a connection's name");
                     }
                 }
             }

@@ -246,7 +246,7 @@ fn a_connect_that_another_balancer_answered_goes_on_here() {
         assert!(waiting.is_before(asked.seq));
         let kept =
             here.datapath.places(&here.config).unwrap()[&asked.service].kept(&waiting).unwrap();
-        let (verdict, sent) = adopt(&here, &asked, &Answer::Waiting(kept));
+        let (verdict, sent) = adopt(&here, &asked, &Answer::Waiting(Box::new(kept)));
         assert_eq!(verdict, JUMPED);
         let vip = if conn.client.is_ipv4() { "10.1.50.2" } else { "fd01:50::2" };
         assert_eq!(packet::dst(&sent).to_string(), vip);

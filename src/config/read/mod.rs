@@ -45,6 +45,7 @@ pub fn asked(text: &str) -> BTreeMap<String, Asked> {
 }
 
 /// What is valid of the file; `None` if that is not enough to go on with.
+#[allow(clippy::too_many_lines)] // one key after the other
 fn whole<'a>(path: &Path, table: &'a DeTable<'a>, source: &'a Source<'a>) -> Option<Config> {
     let r = Reader::new(table, source);
 
