@@ -44,7 +44,8 @@ _Static_assert(REASON_UNJUDGED == REASON_PUBLISH + PUBLISH_REASONS - 1 &&
 		       REASON_PUBLISH_LOST < REASON_UNJUDGED,
 	       "see scratch.tally");
 
-_Static_assert(sizeof(struct rescue) == sizeof(struct fleet_report), "both end where the segment begins");
+_Static_assert(sizeof(struct rescue) == sizeof(struct fleet_report),
+	       "both end where the segment begins");
 
 #define SEGMENT_MAX 4096 /* bytes; frames are linear, and no larger than a page */
 

@@ -8,7 +8,15 @@ use std::os::fd::AsFd as _;
 
 use crate::support::conn::{Conn, seen};
 use crate::support::datapath::{CONFIG, Fixture, JUMPED, SMALL, XDP_DROP, XDP_TX};
+use crate::support::net::{numbers, wait_for};
 use crate::support::{mqtt, packet};
+use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
+use mqtt_fwd::kernel::abi::ask_keys;
+use mqtt_fwd::kernel::ask::{Asked, Had, Question, read_answer};
+use mqtt_fwd::kernel::maps::Table;
+use mqtt_fwd::kernel::skeletons::decap::DecapSkelBuilder;
+use std::mem::MaybeUninit;
+use std::net::{TcpListener, TcpStream};
 
 /// In a fleet; bound by prediction.
 fn fleet(text: &str) -> Fixture {
@@ -261,5 +269,41 @@ fn a_connect_that_another_balancer_answered_goes_on_here() {
         let again = Segment::of_silent(&silent, connect);
         assert_eq!(adopt(&there, &again, &Answer::Elsewhere).0, XDP_DROP);
         assert!(there.datapath.silent_handovers(0).unwrap().is_empty());
+    }
+}
+
+#[test]
+fn a_broker_host_says_which_connections_this_kernel_has() {
+    let mut storage = MaybeUninit::uninit();
+    let skel = DecapSkelBuilder::default().open(&mut storage).unwrap().load().unwrap();
+    let keys = [[1, 2], [3, 4]];
+    Table::of(&skel.maps.ask_keys).unwrap().put(&0u32, &ask_keys { key: keys }).unwrap();
+    let ask = |service, asked: Asked| {
+        let question =
+            Question { nonce: 7, epoch: 1, service, connections: &[asked] }.encode(&keys);
+        let mut frame = Vec::new();
+        let eth = etherparse::PacketBuilder::ethernet2(packet::LB_MAC, packet::CLIENT_MAC);
+        let ip = eth.ipv4([10, 1, 2, 102], [10, 1, 3, 201], 64);
+        ip.udp(40_000, 18_830).write(&mut frame, &question).unwrap();
+        let run = test_run::run(skel.progs.decap.as_fd(), &frame, 1).unwrap();
+        assert_eq!(run.verdict, XDP_TX);
+        read_answer(&keys, &run.frame[frame.len() - question.len()..]).unwrap().1[0]
+    };
+    for address in ["127.0.0.1:0", "[::1]:0"] {
+        let Ok(listener) = TcpListener::bind(address) else { continue };
+        let service = listener.local_addr().unwrap();
+        let client = TcpStream::connect(service).unwrap();
+        let (accepted, _) = listener.accept().unwrap();
+        let (seq, ack) = numbers(&client);
+        let asked = Asked { client: client.local_addr().unwrap(), seq, ack };
+        assert_eq!(ask(service, asked), Had::This);
+        assert_eq!(ask(service, Asked { seq: seq.wrapping_add(1 << 25), ..asked }), Had::Other);
+        // The service ends it: what is left of it there (TIME_WAIT) is it still.
+        drop(accepted);
+        drop(client);
+        wait_for("TIME_WAIT", || (ask(service, asked) == Had::This).then_some(()));
+        assert_eq!(ask(service, Asked { seq: seq.wrapping_add(1 << 25), ..asked }), Had::Other);
+        let stranger = std::net::SocketAddr::new(service.ip(), 9);
+        assert_eq!(ask(service, Asked { client: stranger, ..asked }), Had::Nothing);
     }
 }

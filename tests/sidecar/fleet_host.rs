@@ -1,7 +1,7 @@
 //! A broker host in a fleet: it says which connections it has, to whom it may, and sends back what is of none.
 
 use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 
 use etherparse::{PacketBuilder, PacketHeaders};
 use mqtt_fwd::fleet::key::ask_keys;
@@ -11,7 +11,7 @@ use mqtt_fwd::kernel::decap::AskKeys;
 use mqtt_fwd::kernel::pins::Pins;
 use mqtt_fwd::kernel::test_run;
 
-use crate::support::net::Net;
+use crate::support::net::{Net, numbers};
 use crate::support::packet;
 
 const XDP_DROP: u32 = 1;
@@ -81,43 +81,6 @@ fn wrapped(question: &[u8], v6: bool) -> Vec<u8> {
         ip.udp(40_000, 18_830).write(&mut frame, question).unwrap();
     }
     frame
-}
-
-/// What a client's next segment has as sequence and acknowledgement number.
-fn numbers(client: &TcpStream) -> (u32, u32) {
-    let set = |option, value: i32| {
-        // SAFETY: the value lives through the call, and has the size given.
-        let failed = unsafe {
-            libc::setsockopt(
-                client.as_raw_fd(),
-                libc::IPPROTO_TCP,
-                option,
-                (&raw const value).cast(),
-                size_of_val(&value) as u32,
-            )
-        };
-        assert_eq!(failed, 0);
-    };
-    let of_queue = |queue| {
-        set(libc::TCP_REPAIR_QUEUE, queue);
-        let (mut seq, mut size) = (0u32, 4u32);
-        // SAFETY: seq has the size given.
-        let failed = unsafe {
-            libc::getsockopt(
-                client.as_raw_fd(),
-                libc::IPPROTO_TCP,
-                libc::TCP_QUEUE_SEQ,
-                (&raw mut seq).cast(),
-                &raw mut size,
-            )
-        };
-        assert_eq!(failed, 0);
-        seq
-    };
-    set(libc::TCP_REPAIR, 1);
-    let both = (of_queue(2), of_queue(1));
-    set(libc::TCP_REPAIR, 0);
-    both
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! A network namespace with a veth pair and a bpffs of its own, and our command line in it.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -217,4 +218,41 @@ pub fn wait_for<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
         assert!(Instant::now() < deadline, "gave up waiting for {what}");
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// What a client's next segment has as sequence and acknowledgement number.
+pub fn numbers(client: &TcpStream) -> (u32, u32) {
+    let set = |option, value: i32| {
+        // SAFETY: the value lives through the call, and has the size given.
+        let failed = unsafe {
+            libc::setsockopt(
+                client.as_raw_fd(),
+                libc::IPPROTO_TCP,
+                option,
+                (&raw const value).cast(),
+                size_of_val(&value) as u32,
+            )
+        };
+        assert_eq!(failed, 0);
+    };
+    let of_queue = |queue| {
+        set(libc::TCP_REPAIR_QUEUE, queue);
+        let (mut seq, mut size) = (0u32, 4u32);
+        // SAFETY: seq has the size given.
+        let failed = unsafe {
+            libc::getsockopt(
+                client.as_raw_fd(),
+                libc::IPPROTO_TCP,
+                libc::TCP_QUEUE_SEQ,
+                (&raw mut seq).cast(),
+                &raw mut size,
+            )
+        };
+        assert_eq!(failed, 0);
+        seq
+    };
+    set(libc::TCP_REPAIR, 1);
+    let both = (of_queue(2), of_queue(1));
+    set(libc::TCP_REPAIR, 0);
+    both
 }

@@ -23,7 +23,8 @@ static __always_inline bool is_near(__u32 a, __u32 b)
 
 static __always_inline struct bpf_sock *socket_of(struct xdp_md *ctx, struct probe *p)
 {
-	return bpf_skc_lookup_tcp(ctx, &p->tuple, p->v6 ? sizeof(p->tuple.ipv6) : sizeof(p->tuple.ipv4),
+	return bpf_skc_lookup_tcp(ctx, &p->tuple,
+				  p->v6 ? sizeof(p->tuple.ipv6) : sizeof(p->tuple.ipv4),
 				  BPF_F_CURRENT_NETNS, 0);
 }
 

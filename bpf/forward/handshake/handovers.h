@@ -19,7 +19,7 @@ __noinline int report_waiting(const struct conn *c, __u32 kind)
 	struct {
 		struct fleet_report report;
 		struct handover handover;
-	} * r;
+	} *r;
 
 	if (!c || !w)
 		return 0;
