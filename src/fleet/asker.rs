@@ -5,8 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -53,15 +52,16 @@ pub enum AskError {
 /// Asks until it is dropped.
 #[derive(Debug)]
 pub struct Asker {
-    stop: Arc<AtomicBool>,
-    thread: std::thread::JoinHandle<()>,
+    /// Closed, it ends the thread.
+    end: Option<UnixStream>,
+    thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Asker {
     /// Starts it.
     pub fn start(state: &State) -> Result<Self, AskError> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let mut worker = Worker::new(state.clone(), Arc::clone(&stop))?;
+        let (end, ended) = UnixStream::pair().map_err(AskError::Socket)?;
+        let mut worker = Worker::new(state.clone(), ended)?;
         let thread = std::thread::Builder::new()
             .name("fleet".to_owned())
             .spawn(move || {
@@ -70,24 +70,29 @@ impl Asker {
                 }
             })
             .map_err(AskError::Thread)?;
-        Ok(Self { stop, thread })
+        Ok(Self { end: Some(end), thread: Some(thread) })
     }
 
     /// Whether it asks no more, though it was not told so.
     pub fn has_ended(&self) -> bool {
-        self.thread.is_finished()
+        self.thread.as_ref().is_none_or(std::thread::JoinHandle::is_finished)
     }
 }
 
 impl Drop for Asker {
+    /// Waits for the thread: a ring buffer has one reader.
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
+        self.end = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }
 
 struct Worker {
     state: State,
-    stop: Arc<AtomicBool>,
+    /// Readable once it is to end.
+    ended: UnixStream,
     datapath: Datapath,
     adopter: Adopter,
     binder: Binder,
@@ -109,7 +114,7 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(state: State, stop: Arc<AtomicBool>) -> Result<Self, AskError> {
+    fn new(state: State, ended: UnixStream) -> Result<Self, AskError> {
         let config = state.config();
         let pins = config.pins();
         let fleet = config.fleet.as_ref();
@@ -134,7 +139,7 @@ impl Worker {
             gone: BTreeSet::new(),
             looked: None,
             state,
-            stop,
+            ended,
         })
     }
 
@@ -144,11 +149,13 @@ impl Worker {
         let ring = misses::ring(&pins, |report| read.borrow_mut().push_back(report))?;
         // SAFETY: libbpf's descriptor lives as long as `ring`.
         let ring_fd = unsafe { BorrowedFd::borrow_raw(ring.epoll_fd()) };
-        while !self.stop.load(Ordering::Relaxed) {
+        loop {
             if self.looked.is_none_or(|last| last.elapsed() >= LOOK) {
                 self.look();
             }
-            self.wait(ring_fd);
+            if self.wait(ring_fd) {
+                return Ok(());
+            }
             let _ = ring.consume();
             let mut full = 0;
             let now = Instant::now();
@@ -176,15 +183,14 @@ impl Worker {
             let expired = self.asking.expire(Instant::now());
             self.fleet().unanswered.add(expired as u64);
         }
-        Ok(())
     }
 
     fn fleet(&self) -> &Fleet {
         &self.state.observed.fleet
     }
 
-    /// Waits for segments, answers, or until it is time to look again.
-    fn wait(&self, ring: BorrowedFd<'_>) {
+    /// Waits for segments, answers, or until it is time to look again; whether it is to end.
+    fn wait(&self, ring: BorrowedFd<'_>) -> bool {
         let timeout = if self.asking.asks_again() {
             AGAIN_MS
         } else if self.asking.is_idle() {
@@ -195,11 +201,13 @@ impl Worker {
         let timeout = PollTimeout::from(timeout);
         let mut fds = vec![
             PollFd::new(ring, PollFlags::POLLIN),
+            PollFd::new(self.ended.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.v4.as_fd(), PollFlags::POLLIN),
         ];
         fds.extend(self.v6.as_ref().map(|v6| PollFd::new(v6.as_fd(), PollFlags::POLLIN)));
         fds.extend(self.store.as_ref().map(|s| PollFd::new(s.wake.as_fd(), PollFlags::POLLIN)));
         let _ = poll(&mut fds, timeout);
+        fds[1].any().unwrap_or(false)
     }
 
     /// Takes up the configuration in force, keys, and who is down; asks everybody for nothing, so that who does not
