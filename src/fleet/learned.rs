@@ -96,8 +96,23 @@ impl Learned {
         Ok(())
     }
 
-    /// Reads all there is.
+    /// Whether all there was has been read.
+    pub fn has_joined(&self) -> bool {
+        self.position.is_some()
+    }
+
+    /// Reads all there is, once services are in force: before, records have no group.
     async fn join(&mut self, connection: &mut ConnectionManager) -> Result<(), RedisError> {
+        let config = self.state.config();
+        let in_force = tokio::task::spawn_blocking(move || {
+            let datapath = Datapath::open(&config.pins());
+            datapath
+                .and_then(|datapath| datapath.service_table())
+                .is_ok_and(|table| table.count > 0)
+        });
+        if !in_force.await.unwrap_or(false) {
+            return Ok(());
+        }
         // From here on; what is said meanwhile is read twice.
         let last: Vec<(String, HashMap<String, String>)> = redis::cmd("XREVRANGE")
             .arg(STREAM)

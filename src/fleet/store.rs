@@ -27,6 +27,8 @@ const WAITING_MAX: usize = 65_536;
 const PIPELINE_MAX: usize = 512;
 /// A store that takes longer is taken for lost.
 const PATIENCE: Duration = Duration::from_millis(500);
+/// From one try to read what the fleet has learned to the next.
+const JOIN_PAUSE: Duration = Duration::from_millis(50);
 /// From one look at the members to the next.
 pub(super) const BEAT: Duration = Duration::from_secs(1);
 
@@ -246,7 +248,8 @@ async fn learned(state: State, mut connection: ConnectionManager) {
         if let Err(error) = learned.exchange(&mut connection).await {
             debug!(%error, "learned clients are not exchanged");
         }
-        tokio::time::sleep(BEAT).await;
+        // Who was restarted has forgotten all of them.
+        tokio::time::sleep(if learned.has_joined() { BEAT } else { JOIN_PAUSE }).await;
     }
 }
 
