@@ -16,6 +16,14 @@
 #include "../flow/delayed.h"
 #include "../services.h"
 
+/* For global functions: before Linux 6.6, what they are passed by pointer can be no map's key. */
+static __always_inline struct flow *adopt_find(const struct conn *c)
+{
+	struct conn copy = *c;
+
+	return flow_find(&copy);
+}
+
 /*
  * Forgets what is known of these addresses; if it `may_stay`, not what is far from the segment: that may be a late one,
  * of a connection that is over, and the next one on its addresses has begun. Global (see event.h).
@@ -27,7 +35,7 @@ __noinline int adopt_forget(const struct conn *c, const struct service_table *t,
 
 	if (!c || !t)
 		return 0;
-	f = flow_find(c);
+	f = adopt_find(c);
 	h = handover_find(c);
 	if (may_stay &&
 	    ((f && is_far(f, c)) || (h && c->seq - h->start + FLOW_WINDOW > 2 * FLOW_WINDOW)))
@@ -46,7 +54,7 @@ __noinline int adopt_flow(const struct conn *c, const struct service_table *t, _
 
 	if (!c || !t)
 		return 0;
-	known = flow_find(c);
+	known = adopt_find(c);
 	/* Several of its segments were held. */
 	if (known && known->bound_by == BOUND_BY_REAL && flow_binding(known, c) == binding &&
 	    !is_far(known, c))
