@@ -18,10 +18,15 @@
 /* log2 of the places in `untracked`. */
 const volatile __u32 untracked_bits = 12;
 
-/* Milliseconds | tag << 32. */
+/* Milliseconds | tag << 32. Tags of neighbouring addresses are alike, and must not share places. */
 static __always_inline __u64 *untracked_place(const struct conn *c, const struct service_table *t)
 {
-	__u32 key = ((c->tag ^ (__u32)t->topic_key[0]) * 0x9e3779b1U) >> (32 - untracked_bits);
+	__u32 key = c->tag ^ (__u32)t->topic_key[0];
+
+	/* The finalizer of MurmurHash3 (public domain, A. Appleby). */
+	key = (key ^ key >> 16) * 0x85ebca6bU;
+	key = (key ^ key >> 13) * 0xc2b2ae35U;
+	key = (key ^ key >> 16) >> (32 - untracked_bits);
 
 	return bpf_map_lookup_elem(&untracked, &key);
 }
