@@ -62,7 +62,7 @@ fn all_arrives(name: &str, options: &[&str]) {
 #[test]
 fn connections_move_whatever_becomes_of_balancers_and_store() {
     let events = ["move", "swap", "die", "sidecars", "stop", "upgrade", "restart"];
-    all_arrives("d", &[&["--seconds", "36"][..], &events].concat());
+    all_arrives("d", &[&["--seconds", "32"][..], &events].concat());
 }
 
 #[test]
@@ -264,7 +264,7 @@ fn the_guides_keepalived_moves_the_address_and_no_connection_is_lost() {
     wait_for("one of them has the address", || (has("lb") || has("lb2")).then_some(()));
     lab.ok("gw", &["ip", "route", "replace", "10.1.50.0/24", "via", "10.1.2.100"]);
     let mut publisher = lab.script("publish");
-    publisher.args(["c1", "--topic", "a/1", "--count", "300", "--interval", "0.05", "--qos", "1"]);
+    publisher.args(["c1", "--topic", "a/1", "--count", "240", "--interval", "0.05", "--qos", "1"]);
     let client = publisher.stdout(std::process::Stdio::piped()).spawn().unwrap();
     let at = || lab.received().get(&1).map_or(0, Vec::len);
     wait_for("messages", || (at() > 10).then_some(()));
@@ -287,7 +287,7 @@ fn the_guides_keepalived_moves_the_address_and_no_connection_is_lost() {
     let output = client.wait_with_output().unwrap();
     let summary: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(summary["connections"].as_array().unwrap().len(), 1, "one connection all the time");
-    assert_eq!(lab.received()[&1].len(), 300);
+    assert_eq!(lab.received()[&1].len(), 240);
     assert!(
         counter(&lab, first, "adopted_from_real") + counter(&lab, second, "adopted_from_real") >= 1
     );
@@ -389,7 +389,7 @@ fn the_guides_bgp_spreads_flows_and_no_connection_is_lost() {
             "one connection all the time"
         );
     }
-    assert_eq!(at(), 1600);
+    assert_eq!(at(), 1280);
     assert!(counter(&lab, "lb", "adopted_from_real") >= 1);
 }
 
