@@ -22,6 +22,8 @@ const PAUSE: Duration = Duration::from_secs(2);
 const PART: u32 = 10;
 /// Records a second that a balancer says, on average.
 const RATE: usize = 10_000;
+/// Records that are looked at each time: those learned last.
+const LOOKED_AT: usize = 200_000;
 /// How long a record is kept, seconds.
 const KEPT_S: u32 = 7 * 86_400;
 /// What was said last, for those who listen; and how much of that is read at once.
@@ -195,7 +197,7 @@ impl Learned {
         let by = config.fleet.as_ref().map(|fleet| fleet.name.clone()).unwrap_or_default();
         let read = tokio::task::spawn_blocking(move || {
             Datapath::open(&config.pins())
-                .and_then(|datapath| snapshot(&config, &datapath, usize::MAX))
+                .and_then(|datapath| snapshot(&config, &datapath, LOOKED_AT))
         });
         let Ok(Ok(records)) = read.await else { return Ok(()) };
         let pause = PAUSE.max(begun.elapsed() * PART);
