@@ -29,9 +29,11 @@ const LOOK: Duration = Duration::from_secs(1);
 /// While nothing is held, and while something is: then what nobody answers has to be given up in time.
 const IDLE_MS: u16 = 500;
 const BUSY_MS: u16 = 20;
+/// Datagrams that are read at a time.
+const ANSWERS_MAX: usize = 4096;
 /// While something is to be asked for once more.
 const AGAIN_MS: u16 = 2;
-/// What was taken from the store in vain is kept for so long.
+/// How long an entry that came from the store too late is kept for its client's next try.
 const LATE: Duration = Duration::from_secs(10);
 /// Bytes: so that a burst of answers is not lost.
 const RECEIVE_BUFFER: usize = 4 << 20;
@@ -67,6 +69,7 @@ impl Asker {
             .spawn(move || {
                 if let Err(error) = worker.run() {
                     warn!(%error, "connections of other balancers are not asked for");
+                    worker.fleet().note_idle(Some(error.to_string()));
                 }
             })
             .map_err(AskError::Thread)?;
@@ -322,7 +325,8 @@ impl Worker {
     fn read_answers(&mut self) {
         let mut bytes = [0; ask::LENGTH_MAX + 1];
         for v6 in [false, true] {
-            loop {
+            // Bounded: a stranger who floods the port must not keep the thread here.
+            for _ in 0..ANSWERS_MAX {
                 let socket = if v6 { self.v6.as_ref() } else { Some(&self.v4) };
                 let Some(Ok((length, from))) = socket.map(|s| s.recv_from(&mut bytes)) else {
                     break;

@@ -85,7 +85,7 @@ struct Pending {
     segments: Vec<Segment>,
     silent: Option<Silent>,
     since: Instant,
-    /// Who has not answered yet; `None`: nobody is asked now.
+    /// Who has not answered yet; `None`: no question is open.
     unanswered: Option<HashSet<IpAddr>>,
     /// All are asked once more, soon; they were.
     again: bool,

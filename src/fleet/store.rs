@@ -160,6 +160,12 @@ impl Task {
         loop {
             tokio::select! {
                 biased;
+                // First, or a burst of connections would make this member seem gone.
+                _ = beat.tick() => {
+                    let result = tokio::time::timeout(PATIENCE * 2, members.beat(&mut connection)).await;
+                    let result = result.unwrap_or_else(|_| Err(timed_out()));
+                    self.note(result);
+                }
                 count = wishes.recv_many(&mut batch, PIPELINE_MAX) => {
                     if count == 0 {
                         return;
@@ -167,11 +173,6 @@ impl Task {
                     let result = self.carry_out(&mut connection, &batch).await;
                     self.note(result);
                     batch.clear();
-                }
-                _ = beat.tick() => {
-                    let result = tokio::time::timeout(PATIENCE * 2, members.beat(&mut connection)).await;
-                    let result = result.unwrap_or_else(|_| Err(timed_out()));
-                    self.note(result);
                 }
             }
         }

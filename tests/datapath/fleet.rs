@@ -263,7 +263,7 @@ fn a_connect_that_another_balancer_answered_goes_on_here() {
         assert!(matches!(reports(&here).last(), Some(Report::Given(_))));
         assert_eq!(here.flow(conn.client).unwrap().bound_by, "message_answered");
 
-        // There, the same connection is silent, and the store has it no more: it is forgotten, and nobody is told.
+        // There, the same connection is silent, and the store no longer has it: it is forgotten, without an RST.
         let silent = there.datapath.silent_handovers(0).unwrap().remove(0);
         let connect = mqtt_fwd::handover::silent::connect_again(&silent);
         let again = Segment::of_silent(&silent, connect);

@@ -158,7 +158,7 @@ fn a_host_that_does_not_answer_delays_only_its_own_connections() {
     assert_eq!(
         counter(&lab, "lb2", "nobody_has_it"),
         0,
-        "nobody is reset while one has not answered"
+        "no connection is reset while a host has not answered"
     );
     // It answers again: its own go on, too.
     let key = format!("/run/mqtt-fwd-lab/{}/handover.key", lab.name);
