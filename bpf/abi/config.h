@@ -19,7 +19,8 @@ enum limits {
 	CACHE_WAYS = 8, /* slots of a cache_set */
 	CLIENT_ID_TEXT_MAX = 64, /* bytes of a client id's text that are kept for people */
 	CLIENT_ID_MAX = 256, /* bytes; clients with longer ids are identified by address */
-	CLIENT_ROUTE_TEXT_MAX = 128, /* bytes of a client id or user name that routes look at */
+	CLIENT_ROUTE_TEXT_MAX =
+		128, /* bytes of a client id, user name or server name that routes look at */
 	MEMBER_SLOTS = 1021, /* of a group whose reals are chosen here */
 	CLIENT_GROUPS = 3, /* groups that a client's record weighs against each other */
 };
@@ -71,6 +72,13 @@ enum binding_mode {
 	BINDING_DELAYED = 1,
 };
 
+/* What a service's clients speak. */
+enum service_protocol {
+	PROTOCOL_MQTT = 0,
+	PROTOCOL_TLS =
+		1, /* with their brokers: of their connections, only ClientHello can be read */
+};
+
 /* One cache line. */
 struct service {
 	__be32 addr[4]; /* IPv4 in addr[0] */
@@ -88,9 +96,10 @@ struct service {
 	__u8 binding; /* enum binding_mode */
 	__u8 client_routes; /* 1 << enum client_route_kind of the routes that there are */
 	__u8 has_members; /* some of its groups choose their reals here: see struct member_slot */
-	__u8 pad;
+	__u8 protocol; /* enum service_protocol */
 	__u16 relay; /* group for clients that cannot be bound to another; NO_GROUP: none */
-	__u8 pad2[20];
+	__u8 refuses_unknown; /* PROTOCOL_TLS: who names no server that has a route */
+	__u8 pad[19];
 };
 SIZE_IS(struct service, 64);
 
@@ -124,17 +133,22 @@ struct group {
 };
 SIZE_IS(struct group, 64);
 
-/* Routes by CONNECT (delayed binding), the ones that are asked first first. */
+/*
+ * Routes by what a client says first (delayed binding): CONNECT, or, of a service that speaks TLS, ClientHello. Of each,
+ * the ones that are asked first first.
+ */
 enum client_route_kind {
 	CLIENT_ROUTE_ID,
 	CLIENT_ROUTE_USER,
+	CLIENT_ROUTE_SNI,
+	CLIENT_ROUTE_ALPN,
 	CLIENT_ROUTE_KINDS,
 };
 
 /*
- * Key of a route by client id or user name, in a trie that finds the longest prefix. An exact text
- * ends with the byte 0, which no MQTT text has (MQTT 3.1.1 §1.5.3), so it is longer than any of
- * its prefixes.
+ * Key of such a route, in a trie that finds the longest prefix. An exact text ends with the byte 0, which no MQTT text
+ * has (MQTT 3.1.1 §1.5.3) and no host name, so it is longer than any of its prefixes. Server names are in lower case,
+ * and backwards: what routes have in common is their end.
  */
 struct client_route {
 	__u32 prefix; /* bits of what follows */

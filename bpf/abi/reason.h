@@ -27,7 +27,8 @@
 	VERDICT(FLOW_ADOPTED, "first seen in its middle: bound by prediction") \
 	VERDICT(UNTRACKED, "without a flow, and opens none: follows the prediction, leaves no state") \
 	VERDICT(SYN_ANSWERED, "SYN: answered here, no state kept") \
-	VERDICT(CONNECT_PIECE, "piece of a CONNECT: kept and acknowledged here until it is whole") \
+	VERDICT(CONNECT_PIECE, "piece of a CONNECT or ClientHello: kept and acknowledged here until it is whole") \
+	VERDICT(NAME_REFUSED, "ClientHello for a server name that no route has: refused with an alert (unrecognized_name)") \
 	VERDICT(HANDSHAKE, "acknowledges the SYN-ACK from here, without data: dropped") \
 	VERDICT(CONNECT_ANSWERED, "CONNECT: answered here; the next message decides its group") \
 	VERDICT(WAIT_ANSWERED, "keepalive probe, connection not yet bound: answered") \
@@ -80,6 +81,8 @@
 	NOTE(BOUND_CLIENT_ID, "connection bound by what its client id published before") \
 	NOTE(BOUND_ANSWERED, "connection bound by the message that came after CONNECT was answered") \
 	NOTE(BOUND_ROUTE, "connection bound by a route that names its client") \
+	NOTE(BOUND_SERVER_NAME, "connection bound by the server name of its ClientHello (TLS)") \
+	NOTE(BOUND_ALPN, "connection bound by a protocol that its ClientHello offers (TLS)") \
 	NOTE(BOUND_UNANSWERED, "connection bound by its client's address: nothing better was possible") \
 	NOTE(FALLBACK_NOT_CONNECT, "fallback: did not begin with a CONNECT that all brokers accept") \
 	NOTE(FALLBACK_CUT, "fallback: CONNECT did not lie whole in its first segment") \
@@ -89,6 +92,10 @@
 	NOTE(FALLBACK_CREDENTIALS, "fallback: credentials, which only the broker can check") \
 	NOTE(FALLBACK_SILENT, "fallback: nothing came after CONNECT") \
 	NOTE(FALLBACK_NO_TOPIC, "fallback: what came after CONNECT has no topic that decides") \
+	NOTE(FALLBACK_NO_SERVER_NAME, "fallback: ClientHello without a server name or protocol that has a route") \
+	NOTE(FALLBACK_NO_HELLO, "fallback: did not begin with a ClientHello, though its service speaks TLS") \
+	NOTE(FALLBACK_HELLO_CUT, "fallback: ClientHello's server name did not come in time") \
+	NOTE(TLS_ON_PLAIN, "ClientHello at a service that does not speak TLS") \
 	NOTE(ADOPTED_FROM_REAL, "connection found at a broker host (fleet): bound to that") \
 	NOTE(ADOPTED_FROM_STORE, "connection without a broker yet, found in the fleet's store: goes on here") \
 	NOTE(NOBODY_HAS_IT, "connection that no broker host has (fleet): its client is told so by RST") \

@@ -134,6 +134,8 @@ enum bound_by {
 	BOUND_BY_CLIENT_ID, /* CONNECT alone: by what its client id published before */
 	BOUND_BY_ANSWERED, /* CONNECT was answered here: by the message that followed */
 	BOUND_BY_ROUTE, /* by a route that names its client id or user name */
+	BOUND_BY_SERVER_NAME, /* TLS: by the server name of its ClientHello (SNI, RFC 6066 §3) */
+	BOUND_BY_ALPN, /* TLS: by a protocol that its ClientHello offers (RFC 7301) */
 	BOUND_BY_UNANSWERED, /* nothing told, and no answer was possible: by the client's address */
 	BOUND_BY_REAL, /* seen from its middle (fleet): by the broker host that has it */
 	BOUND_BYS,
@@ -150,6 +152,9 @@ enum fallback_reason {
 	FALLBACK_CREDENTIALS, /* or whether the credentials are right */
 	FALLBACK_SILENT, /* nothing came after CONNECT */
 	FALLBACK_NO_TOPIC, /* what came after CONNECT has no topic that decides */
+	FALLBACK_NO_SERVER_NAME, /* TLS: ClientHello has neither a server name nor a protocol with a route */
+	FALLBACK_NO_HELLO, /* TLS: the connection does not begin with a ClientHello, or with a malformed one */
+	FALLBACK_HELLO_CUT, /* TLS: what would decide did not come in time */
 	FALLBACKS,
 };
 
@@ -200,7 +205,7 @@ struct flow {
 		 * sequence number | its binding << 32; 0: none.
 		 */
 		__u64 challenger;
-		/* Any other bound_by: key in `client_ids`; 0: none. */
+		/* Any other bound_by: key in `client_ids`, or, TLS, in `server_names`; 0: none. */
 		__u64 client_id;
 	};
 	union {
@@ -235,6 +240,14 @@ struct topic {
 	__u8 text[TOPIC_TEXT_MAX];
 };
 SIZE_IS(struct topic, 24 + 8 + TOPIC_TEXT_MAX);
+
+/* TLS: a server name that clients asked for, for people; the key is its hash. */
+struct server_name {
+	__u16 service;
+	__u16 length; /* of the whole name; text holds the last CLIENT_ROUTE_TEXT_MAX bytes */
+	__u8 text[CLIENT_ROUTE_TEXT_MAX];
+};
+SIZE_IS(struct server_name, 4 + CLIENT_ROUTE_TEXT_MAX);
 
 /* A set of the cache of bindings: one cache line. */
 struct cache_set {

@@ -15,6 +15,7 @@
 #include "fleet/miss.h"
 #include "handshake/handshake.h"
 #include "handshake/handover.h"
+#include "handshake/hello.h"
 #include "emit.h"
 #include "mqtt/framing.h"
 #include "mqtt/will.h"
@@ -53,6 +54,7 @@ struct exported_types {
 	enum rescue_limits rescue_limits;
 	struct rescuer rescuer;
 	enum route_state_flags route_state_flags;
+	enum service_protocol service_protocol;
 	enum tracked_map tracked_map;
 	enum bound_by bound_by;
 	enum fallback_reason fallback_reason;

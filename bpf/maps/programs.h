@@ -20,10 +20,19 @@ struct {
  * The programs of this object, which tail-call each other: what one needs to know of the other's
  * findings is in scratch.tail_args. Each has a stack, and the verifier's budget, of its own.
  */
-enum stage { STAGE_FORWARD, STAGE_HANDSHAKE, STAGE_HANDOVER, STAGE_RESCUE, STAGE_MISS, STAGES };
+enum stage {
+	STAGE_FORWARD,
+	STAGE_HANDSHAKE,
+	STAGE_HELLO,
+	STAGE_HANDOVER,
+	STAGE_RESCUE,
+	STAGE_MISS,
+	STAGES,
+};
 
 int mqtt_fwd(struct xdp_md *ctx);
 int mqtt_handshake(struct xdp_md *ctx);
+int mqtt_hello(struct xdp_md *ctx);
 int mqtt_handover(struct xdp_md *ctx);
 int mqtt_rescue(struct xdp_md *ctx);
 int mqtt_miss(struct xdp_md *ctx);
@@ -38,6 +47,7 @@ struct {
 		{
 			[STAGE_FORWARD] = (void *)&mqtt_fwd,
 			[STAGE_HANDSHAKE] = (void *)&mqtt_handshake,
+			[STAGE_HELLO] = (void *)&mqtt_hello,
 			[STAGE_HANDOVER] = (void *)&mqtt_handover,
 			[STAGE_RESCUE] = (void *)&mqtt_rescue,
 			[STAGE_MISS] = (void *)&mqtt_miss,

@@ -76,6 +76,7 @@ struct answer {
 	__u8 flags; /* the lower byte of the TCP header's flags (RFC 9293 §3.1) */
 	__u8 options; /* words */
 	__u32 words; /* of options and payload together */
+	__u32 cut; /* bytes of the last word that are not sent */
 	__be32 word[ANSWER_WORDS]; /* zero behind those */
 };
 
@@ -95,6 +96,31 @@ struct tail_args {
 	struct conn conn;
 	__u32 slot; /* of the service */
 	binding_t binding;
+	__u32 joined; /* STAGE_HELLO: what was kept is in front of the segment */
+};
+
+/* How far a ClientHello was read (tls/client_hello.h). */
+enum hello_outcome {
+	HELLO_READ, /* as far as it matters */
+	HELLO_MORE, /* what matters lies behind the segment */
+	HELLO_NONE, /* it is none, or malformed */
+};
+
+struct hello {
+	__u32 outcome; /* enum hello_outcome */
+	__u32 offset; /* of the next byte, from the start of the frame */
+	__u32 end; /* of the payload, likewise */
+	__u32 records; /* TLS records that were begun */
+	__u32 record; /* bytes of the last of them that are still to be read */
+	__u32 message; /* bytes of the handshake message, likewise */
+	__u32 extensions; /* bytes of its extensions, likewise */
+	__u32 wanted; /* 1 << enum client_route_kind: of the routes that there are, and not looked up yet */
+	__u32 list; /* bytes of ALPN's list, likewise */
+	binding_t by_name;
+	binding_t by_alpn;
+	__u32 name_length; /* 0: it has none */
+	__u32 text_length;
+	__u8 text[CLIENT_ROUTE_TEXT_MAX]; /* zero behind its length */
 };
 
 /*
@@ -141,6 +167,9 @@ struct scratch {
 	struct tail_args tail_args;
 	struct connect connect;
 	struct bind_decision decision;
+	struct server_name server_name;
+	struct hello hello;
+	__u8 hello_verifier_slack[CLIENT_ROUTE_TEXT_MAX]; /* as text_verifier_slack */
 	struct client_route client_route;
 	__u8 client_route_verifier_slack[CLIENT_ROUTE_TEXT_MAX]; /* as text_verifier_slack */
 	struct handover handover; /* with room behind it: see CONNECT_BOUND */

@@ -2,7 +2,7 @@
 /*
  * State: written by the datapath, one file for each map: flow/flow.h the flows, flow/cache.h the
  * cache, learn/record.h clients, client_ids and topics, mqtt/framing.h topic_streams, handshake/
- * handovers, share.h client_shares. IPv4 and IPv6 have maps of their own, so that IPv4 does not hash IPv6's key size.
+ * handovers and server_names, share.h client_shares. IPv4 and IPv6 have maps of their own, so that IPv4 does not hash IPv6's key size.
  */
 #ifndef MQTT_FWD_MAPS_STATE_H
 #define MQTT_FWD_MAPS_STATE_H
@@ -19,6 +19,8 @@ MAP(clients, BPF_MAP_TYPE_LRU_HASH, struct client4, struct client, 1 << 20);
 MAP(clients6, BPF_MAP_TYPE_LRU_HASH, struct client6, struct client, 1 << 20);
 MAP(client_ids, BPF_MAP_TYPE_LRU_HASH, __u64, struct client_id, 1 << 20);
 MAP(topics, BPF_MAP_TYPE_LRU_HASH, __u64, struct topic, 1 << 16);
+/* Of services that speak TLS, for people. */
+MAP(server_names, BPF_MAP_TYPE_LRU_HASH, __u64, struct server_name, 1 << 14);
 
 MAP(flows, BPF_MAP_TYPE_LRU_HASH, struct flow4, struct flow, 1 << 20);
 MAP(flows6, BPF_MAP_TYPE_LRU_HASH, struct flow6, struct flow, 1 << 20);

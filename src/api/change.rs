@@ -46,6 +46,8 @@ impl From<RouteKey> for proto::Route {
         let by = match route.by {
             "client_id" => By::ClientId(route.pattern),
             "username" => By::Username(route.pattern),
+            "sni" => By::Sni(route.pattern),
+            "alpn" => By::Alpn(route.pattern),
             _ => By::Topic(route.pattern),
         };
         Self { by: Some(by) }
@@ -86,6 +88,8 @@ fn route(message: Option<proto::Route>) -> Result<RouteKey, Status> {
         By::Topic(pattern) => ("topic", pattern),
         By::ClientId(pattern) => ("client_id", pattern),
         By::Username(pattern) => ("username", pattern),
+        By::Sni(pattern) => ("sni", pattern),
+        By::Alpn(pattern) => ("alpn", pattern),
     };
     Ok(RouteKey { by, pattern })
 }

@@ -64,7 +64,7 @@ same_fields! {
     GroupRow = Group { service, group, vip, packets, bytes; reals }
     Difference = GetDifferenceResponse { changes, steps, changed }
     Flow = Flow {
-        service, client, group, vip, topic, state, bound_by, fallback_reason, client_id, predicted,
+        service, client, group, vip, topic, state, bound_by, fallback_reason, client_id, server_name, predicted,
         misrouted
     }
     Client = Client {

@@ -28,7 +28,7 @@ pub fn desired_vips(config: &Config) -> BTreeMap<Vip, DesiredVip> {
     let mut desired = BTreeMap::new();
     for service in &config.services {
         let relay = service.relay.as_ref().and_then(|name| service.group(name));
-        for listener in &service.listeners {
+        for listener in service.listeners.iter().filter(|l| l.port != service.port) {
             // mqtt_fwd does not look into these: the balancer spreads clients over the relays.
             let vip = Vip::tcp(service.addr, listener.port);
             let reals = relay.map(shares).unwrap_or_default();

@@ -32,6 +32,8 @@ enum By {
     #[value(name = "client_id")]
     ClientId,
     Username,
+    Sni,
+    Alpn,
 }
 
 impl By {
@@ -40,13 +42,16 @@ impl By {
             Self::Topic => "topic",
             Self::ClientId => "client_id",
             Self::Username => "username",
+            Self::Sni => "sni",
+            Self::Alpn => "alpn",
         }
     }
 }
 
 #[derive(Debug, Args)]
 struct Route {
-    /// A topic filter; of --by client_id or username, a text or a prefix that ends in "*"
+    /// A topic filter; of --by client_id or username, a text or a prefix that ends in "*"; of --by sni, a host name or
+    /// "*." and its end; of --by alpn, a protocol
     pattern: String,
     /// What the route goes by
     #[arg(long, value_enum, default_value = "topic")]

@@ -151,6 +151,9 @@ fn show_flow(f: &FlowExplanation) {
     if !row.client_id.is_empty() {
         item("client id", &row.client_id);
     }
+    if !row.server_name.is_empty() {
+        item("server name", &row.server_name);
+    }
     let by = bound_by_words(&row.bound_by, row.fallback_reason.as_deref());
     item("bound to", &format!("{}, by {by}", row.group));
     match &f.real {

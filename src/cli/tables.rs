@@ -32,7 +32,7 @@ pub fn flows(config: &Config, output: Output) -> Result<(), Error> {
         &[
             "service",
             "client",
-            "client id",
+            "client id, server name",
             "group",
             "bound by",
             "state",
@@ -43,7 +43,7 @@ pub fn flows(config: &Config, output: Output) -> Result<(), Error> {
             vec![
                 r.service,
                 r.client,
-                r.client_id,
+                r.client_id + &r.server_name,
                 r.group,
                 names::bound_by_words(&r.bound_by, r.fallback_reason.as_deref()),
                 names::words(&r.state).into_owned(),

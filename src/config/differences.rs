@@ -52,7 +52,9 @@ fn of_service(old: &Service, new: &Service, lines: &mut Vec<String>) {
             ));
         }
     }
-    let keys: [(&str, bool); 5] = [
+    let keys: [(&str, bool); 7] = [
+        ("protocol", old.protocol != new.protocol),
+        ("unknown_server_name", old.refuses_unknown != new.refuses_unknown),
         ("binding", old.binding != new.binding),
         ("on_misprediction", old.on_misprediction != new.on_misprediction),
         ("max_packet", old.max_packet != new.max_packet),

@@ -20,7 +20,7 @@ pub enum Change {
     SetWeight { group: String, real: IpAddr, weight: u32 },
 }
 
-/// What a route goes by, as the configuration names it: `topic`, `client_id` or `username`.
+/// What a route goes by, as the configuration names it: `topic`, `client_id`, `username`, `sni` or `alpn`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RouteKey {
     pub by: &'static str,

@@ -28,7 +28,7 @@ group = [
     { name = "g", vip = "10.0.0.2", tls = { certificate = "" }, reals = [{}] },
     { name = "r", vip = "10.0.0.3", reals = [{}] },
 ]
-route = [{ topic = "t" }, { client_id = "c" }, { username = "u" }]
+route = [{ topic = "t" }, { client_id = "c" }, { username = "u" }, { sni = "n" }, { alpn = "a" }]
 listener = [{ tls = { certificate = "/c", key = "/k", additional = [{}] } }]
 "#;
 
@@ -71,7 +71,7 @@ fn object(path: &str, asked: &BTreeMap<String, Asked>) -> Value {
             Kind::Table => object(key, asked),
             Kind::Tables => json!({ "type": "array", "items": object(key, asked) }),
         };
-        // Of a route, one of three.
+        // Of a route, one of five.
         if what.required && !(path == "service.route" && name != "group") {
             required.push(name.clone());
         }

@@ -225,7 +225,7 @@ impl<'a> Test<'a> {
         }
         let is_its = |route: &&ClientRoute| {
             route.kind == ClientRouteKind::ClientId
-                && route.prefix
+                && route.is_open
                 && route.group == self.group.name
         };
         self.service.client_routes.iter().find(is_its).map(|route| route.text.as_str())

@@ -7,7 +7,8 @@ use serde::Serialize;
 
 use super::Datapath;
 use super::names::{
-    EVICTED, Names, Topics, address_of, binding_codes, boot_time, services_of, text_of,
+    EVICTED, Names, Topics, address_of, binding_codes, boot_time, server_name_of, services_of,
+    text_of,
 };
 use super::real_of_flow::RealOfFlow;
 use crate::config::Config;
@@ -29,13 +30,15 @@ pub struct Flow {
     pub vip: Option<String>,
     /// Its last PUBLISH's.
     pub topic: String,
-    /// `opening`, `connected`, `unframed`, `not_mqtt`, `ended` or `closing`.
+    /// `opening`, `connected`, `encrypted`, `unframed`, `not_mqtt`, `ended` or `closing`.
     pub state: String,
     /// What it was bound by, and why not by its first message: codes, as in `mqtt_fwd.proto`.
     pub bound_by: String,
     pub fallback_reason: Option<String>,
     /// Empty where clients are identified by address.
     pub client_id: String,
+    /// TLS: that its ClientHello asked for; empty: none.
+    pub server_name: String,
     pub predicted: bool,
     pub misrouted: bool,
 }
@@ -81,11 +84,13 @@ fn is_over(f: &flow) -> bool {
     has(f, flow_flags::FLOW_CLOSING) || has(f, flow_flags::FLOW_ENDED)
 }
 
-fn state_of(f: &flow) -> &'static str {
+fn state_of(f: &flow, is_tls: bool) -> &'static str {
     if has(f, flow_flags::FLOW_CLOSING) {
         "closing"
     } else if has(f, flow_flags::FLOW_ENDED) {
         "ended"
+    } else if is_tls {
+        "encrypted"
     } else if has(f, flow_flags::FLOW_OPAQUE) {
         "not_mqtt"
     } else if has(f, flow_flags::FLOW_UNSYNCED) {
@@ -149,19 +154,27 @@ impl<'a> Rows<'a> {
         Ok(record.map_or_else(|| EVICTED.to_owned(), |id| text_of(&id.text, id.length)))
     }
 
+    fn server_name(&self, f: &flow) -> Result<String> {
+        let Some(name) = flow_client(f) else { return Ok(String::new()) };
+        let found = self.datapath.server_names.get(&name)?;
+        Ok(found.map_or_else(|| EVICTED.to_owned(), |name| server_name_of(&name)))
+    }
+
     fn row(&mut self, key: Key, f: &flow) -> Result<Flow> {
         let predicted = has(f, flow_flags::FLOW_PREDICTED);
         let (bound_by, reason) = binding_codes(f.bound_by, f.fallback_reason, predicted);
+        let is_tls = self.names.is_tls(key.service());
         Ok(Flow {
             service: self.names.service(key.service()),
             client: key.client().to_string(),
             group: self.names.bound(flow_binding(f)),
             vip: self.names.vip(flow_binding(f)).map(|vip| vip.to_string()),
             topic: self.topics.text(f.topic)?,
-            state: state_of(f).to_owned(),
+            state: state_of(f, is_tls).to_owned(),
             bound_by: bound_by.to_owned(),
             fallback_reason: reason.map(str::to_owned),
-            client_id: self.client_id(f)?,
+            client_id: if is_tls { String::new() } else { self.client_id(f)? },
+            server_name: if is_tls { self.server_name(f)? } else { String::new() },
             predicted,
             misrouted: has(f, flow_flags::FLOW_MISROUTED),
         })

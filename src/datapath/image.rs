@@ -7,11 +7,11 @@ use super::ids::Identities;
 use crate::config::{Binding, Config, OnMisprediction, Service, Target};
 use crate::domain::filter::{Level, TopicFilter};
 use crate::domain::rendezvous;
-use crate::domain::{Affinity, ClientRouteKind, Route};
+use crate::domain::{Affinity, ClientRoute, ClientRouteKind, Protocol, Route};
 use crate::kernel::abi::{
     Pod as _, addr_words, affinity, binding_mode, client_route, client_route_kind, limits, member,
     member_slot, misprediction_policy, route_edge, route_state, route_state_flags, service,
-    service_table, special_group,
+    service_protocol, service_table, special_group,
 };
 use crate::routes::compile::{Automaton, DEAD, TooManyStates};
 use crate::routes::hash::Keys;
@@ -167,13 +167,17 @@ impl Image {
                 client_routes: kinds,
                 has_members: has_members.into(),
                 slot: slot as u16,
-                pad: 0,
+                protocol: match svc.protocol {
+                    Protocol::Mqtt => service_protocol::PROTOCOL_MQTT.0 as u8,
+                    Protocol::Tls => service_protocol::PROTOCOL_TLS.0 as u8,
+                },
+                refuses_unknown: svc.refuses_unknown.into(),
                 relay: svc
                     .relay
                     .as_ref()
                     .and_then(|name| group_id(name))
                     .unwrap_or(special_group::NO_GROUP.0 as u16),
-                pad2: [0; 20],
+                pad: [0; 19],
             };
         }
         Ok(image)
@@ -209,7 +213,7 @@ impl Image {
         some
     }
 
-    /// Adds a service's routes by CONNECT; returns which kinds there are.
+    /// Adds a service's routes by what clients say first; returns which kinds there are.
     fn add_client_routes(
         &mut self,
         svc: &Service,
@@ -222,6 +226,8 @@ impl Image {
             let kind = match route.kind {
                 ClientRouteKind::ClientId => client_route_kind::CLIENT_ROUTE_ID,
                 ClientRouteKind::Username => client_route_kind::CLIENT_ROUTE_USER,
+                ClientRouteKind::Sni => client_route_kind::CLIENT_ROUTE_SNI,
+                ClientRouteKind::Alpn => client_route_kind::CLIENT_ROUTE_ALPN,
             };
             let mut key = client_route {
                 service: id,
@@ -229,9 +235,9 @@ impl Image {
                 generation: (self.table.generation & 1) as u8,
                 ..client_route::zeroed()
             };
-            let text = route.text.as_bytes();
-            key.text[..text.len()].copy_from_slice(text);
-            let length = text.len() + usize::from(!route.prefix);
+            let text = text_in_map(route);
+            key.text[..text.len()].copy_from_slice(&text);
+            let length = text.len() + usize::from(!route.is_open);
             const IN_FRONT: u32 = 32; // service, kind and generation
             key.prefix = IN_FRONT + 8 * length as u32;
             self.client_routes.push((key, group.into()));
@@ -316,6 +322,14 @@ impl Image {
             Some(s) if s.group != special_group::NO_GROUP.0 as u16 => s.group,
             _ => service.default_group,
         }
+    }
+}
+
+/// As the datapath looks it up (`bpf/abi/config.h`): server names backwards, since it finds the longest prefix.
+fn text_in_map(route: &ClientRoute) -> Vec<u8> {
+    match route.kind {
+        ClientRouteKind::Sni => route.text.bytes().rev().collect(),
+        _ => route.text.clone().into_bytes(),
     }
 }
 

@@ -1,14 +1,16 @@
 //! Names for the numbers in maps.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use super::Datapath;
 use super::ids::Entry;
 use crate::config::Config;
 use crate::kernel::Result;
-use crate::kernel::abi::{self, binding_parts, service, service_table, topic, words_addr};
+use crate::kernel::abi::{
+    self, binding_parts, server_name, service, service_protocol, service_table, topic, words_addr,
+};
 pub use crate::kernel::boot_time;
 
 /// In place of a topic or client id whose record has been evicted.
@@ -28,6 +30,8 @@ pub(super) fn address_of(entry: &service) -> SocketAddr {
 #[derive(Debug)]
 pub struct Names {
     services: BTreeMap<u16, String>,
+    /// The services that speak TLS.
+    tls: BTreeSet<u16>,
     groups: BTreeMap<u16, Entry>,
 }
 
@@ -37,12 +41,16 @@ impl Names {
         let table = datapath.service_table()?;
         let mut services = BTreeMap::new();
         let mut v6 = BTreeMap::new();
+        let mut tls = BTreeSet::new();
         for entry in services_of(&table) {
             let addr = address_of(entry);
             let configured =
                 config.services.iter().find(|s| SocketAddr::new(s.addr, s.port) == addr);
             let name = configured.map_or_else(|| addr.to_string(), |s| s.name.clone());
             services.insert(entry.id, name);
+            if u32::from(entry.protocol) == service_protocol::PROTOCOL_TLS.0 {
+                tls.insert(entry.id);
+            }
             v6.insert(entry.id, entry.v6 != 0);
         }
         let groups = datapath
@@ -50,12 +58,17 @@ impl Names {
             .into_iter()
             .map(|(id, g)| (id, Entry::of(&g, v6.get(&g.service).copied().unwrap_or(false))))
             .collect();
-        Ok(Self { services, groups })
+        Ok(Self { services, tls, groups })
     }
 
     /// A service's name.
     pub fn service(&self, id: u16) -> String {
         self.services.get(&id).cloned().unwrap_or_else(|| format!("(removed {id})"))
+    }
+
+    /// Whether its clients speak TLS.
+    pub(super) fn is_tls(&self, service: u16) -> bool {
+        self.tls.contains(&service)
     }
 
     /// The group of a binding, unless its number is another group's now.
@@ -93,6 +106,8 @@ pub(super) fn binding_codes(
         By::BOUND_BY_CLIENT_ID => "client_id",
         By::BOUND_BY_ANSWERED if fallback == 0 => "message_answered",
         By::BOUND_BY_ROUTE => "route",
+        By::BOUND_BY_SERVER_NAME => "server_name",
+        By::BOUND_BY_ALPN => "alpn",
         By::BOUND_BY_REAL => "real",
         _ if predicted => "prediction",
         _ => "no_prediction",
@@ -106,6 +121,9 @@ pub(super) fn binding_codes(
         Why::FALLBACK_CREDENTIALS => Some("credentials"),
         Why::FALLBACK_SILENT => Some("silent"),
         Why::FALLBACK_NO_TOPIC => Some("no_topic"),
+        Why::FALLBACK_NO_SERVER_NAME => Some("no_server_name"),
+        Why::FALLBACK_NO_HELLO => Some("no_client_hello"),
+        Why::FALLBACK_HELLO_CUT => Some("client_hello_cut"),
         _ => None,
     };
     (by, why)
@@ -120,6 +138,10 @@ pub fn words(code: &str) -> Cow<'_, str> {
         "connect_too_long" => "CONNECT too long",
         "mqtt5" => "MQTT 5",
         "no_topic" => "no topic decides",
+        "alpn" => "ALPN",
+        "no_server_name" => "no server name with a route",
+        "no_client_hello" => "no ClientHello",
+        "client_hello_cut" => "ClientHello's name came late",
         "real" => "the real that has it",
         "not_mqtt" => "not MQTT",
         _ => return Cow::Owned(code.replace('_', " ")),
@@ -140,6 +162,13 @@ pub(super) fn text_of(text: &[u8], length: u16) -> String {
         all.push('…');
     }
     all
+}
+
+/// A server name, with a mark if only its end is kept.
+pub(super) fn server_name_of(name: &server_name) -> String {
+    let length = usize::from(name.length);
+    let kept = String::from_utf8_lossy(&name.text[..length.min(name.text.len())]).into_owned();
+    if length > name.text.len() { format!("…{kept}") } else { kept }
 }
 
 /// Topics' texts, each read once.

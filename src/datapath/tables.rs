@@ -3,8 +3,8 @@
 use crate::kernel;
 use crate::kernel::abi::{
     client, client_id, client_route, client4, client6, flow, flow4, flow6, group, handover,
-    handover_keys, map_use, member, member_slot, rescuer, route_edge, route_state, service_table,
-    topic, vip_definition,
+    handover_keys, map_use, member, member_slot, rescuer, route_edge, route_state, server_name,
+    service_table, topic, vip_definition,
 };
 use crate::kernel::maps::Table;
 use crate::kernel::pins::Pins;
@@ -26,6 +26,7 @@ pub struct Datapath {
     pub clients: Table<client4, client>,
     pub clients6: Table<client6, client>,
     pub client_ids: Table<u64, client_id>,
+    pub server_names: Table<u64, server_name>,
     pub handovers: Table<flow6, handover>,
     pub handover_keys: Table<u32, handover_keys>,
     /// The sidecar, as the datapath knows it.
@@ -54,6 +55,7 @@ impl Datapath {
             clients: Table::open(&pins.map("clients"))?,
             clients6: Table::open(&pins.map("clients6"))?,
             client_ids: Table::open(&pins.map("client_ids"))?,
+            server_names: Table::open(&pins.map("server_names"))?,
             handovers: Table::open(&pins.map("handovers"))?,
             handover_keys: Table::open(&pins.map("handover_keys"))?,
             rescuer: Table::open(&pins.map("rescuer"))?,
@@ -81,6 +83,7 @@ impl Datapath {
             clients: Table::of(&maps.clients)?,
             clients6: Table::of(&maps.clients6)?,
             client_ids: Table::of(&maps.client_ids)?,
+            server_names: Table::of(&maps.server_names)?,
             handovers: Table::of(&maps.handovers)?,
             handover_keys: Table::of(&maps.handover_keys)?,
             rescuer: Table::of(&maps.rescuer)?,

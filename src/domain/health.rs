@@ -39,6 +39,8 @@ pub enum CheckPath {
 pub enum CheckKind {
     /// The port accepts connections.
     Tcp,
+    /// It shows a certificate that its group trusts, for the name that is asked for.
+    Tls,
     /// It accepts this client: CONNACK with code 0.
     Mqtt {
         /// Protocol level: MQTT 5 in place of 3.1.1.

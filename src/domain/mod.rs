@@ -86,6 +86,15 @@ pub enum Binding {
     Delayed,
 }
 
+/// What a service's clients speak.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    /// MQTT.
+    Mqtt,
+    /// TLS, with their brokers: of their connections, only ClientHello can be read.
+    Tls,
+}
+
 /// An address that clients use.
 #[derive(Debug, Clone)]
 pub struct Service {
@@ -95,6 +104,10 @@ pub struct Service {
     pub addr: IpAddr,
     /// TCP port.
     pub port: u16,
+    /// What is spoken there.
+    pub protocol: Protocol,
+    /// Of TLS: whether who names no server that has a route is refused.
+    pub refuses_unknown: bool,
     /// Name of the group for all topics without a route.
     pub default_group: String,
     /// Name of the group of relays, for clients that cannot be bound to one broker.
@@ -115,7 +128,7 @@ pub struct Service {
     pub routes: Arc<[Route]>,
     /// Those that `mqtt-fwd test` publishes by: a topic of its own for each group.
     pub test_routes: Vec<Route>,
-    /// Its routes by CONNECT, which come before those.
+    /// Its routes by what a client says first, CONNECT or ClientHello, which come before those.
     pub client_routes: Vec<ClientRoute>,
 }
 
@@ -128,17 +141,24 @@ impl Service {
         self.on_misprediction == OnMisprediction::Rescue
     }
 
-    /// The group of a client, if a route names it: by client id before user name, the longest
-    /// match of each.
+    /// The group of a client, if a route names it: by client id before user name.
     pub fn group_of_client(&self, client_id: &str, username: &str) -> Option<&ClientRoute> {
-        [(ClientRouteKind::ClientId, client_id), (ClientRouteKind::Username, username)]
-            .into_iter()
-            .filter(|(_, text)| !text.is_empty())
-            .find_map(|(kind, text)| {
-                let matching =
-                    self.client_routes.iter().filter(|r| r.kind == kind && r.matches(text));
-                matching.max_by_key(|r| (r.text.len(), !r.prefix))
-            })
+        self.client_route(ClientRouteKind::ClientId, client_id)
+            .or_else(|| self.client_route(ClientRouteKind::Username, username))
+    }
+
+    /// The group of a TLS client, if a route names the server that it asks for, or a protocol that it offers: by server
+    /// name before protocol, of which the first that has a route counts.
+    pub fn group_of_hello(&self, server_name: &str, protocols: &[&str]) -> Option<&ClientRoute> {
+        self.client_route(ClientRouteKind::Sni, server_name).or_else(|| {
+            protocols.iter().find_map(|text| self.client_route(ClientRouteKind::Alpn, text))
+        })
+    }
+
+    /// The longest match.
+    fn client_route(&self, kind: ClientRouteKind, text: &str) -> Option<&ClientRoute> {
+        let matches = |r: &&ClientRoute| !text.is_empty() && r.kind == kind && r.matches(text);
+        self.client_routes.iter().filter(matches).max_by_key(|r| (r.text.len(), !r.is_open))
     }
 }
 
@@ -199,15 +219,15 @@ pub struct Route {
     pub target: Target,
 }
 
-/// A route by what CONNECT says of the client.
+/// A route by what a client says first.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ClientRoute {
     /// By what.
     pub kind: ClientRouteKind,
-    /// The text; if `prefix`, only what it begins with.
+    /// The text; if it `is_open`, only its beginning, or, of a server name, its end.
     pub text: String,
-    /// Whether all that begins so is meant.
-    pub prefix: bool,
+    /// Whether all that begins so is meant, or ends so.
+    pub is_open: bool,
     /// The group's name.
     pub group: String,
 }
@@ -219,6 +239,10 @@ pub enum ClientRouteKind {
     ClientId,
     /// The user name.
     Username,
+    /// TLS: the server name (RFC 6066 §3), in lower case.
+    Sni,
+    /// TLS: an application protocol (RFC 7301).
+    Alpn,
 }
 
 impl ClientRouteKind {
@@ -227,6 +251,16 @@ impl ClientRouteKind {
         match self {
             Self::ClientId => "client_id",
             Self::Username => "username",
+            Self::Sni => "sni",
+            Self::Alpn => "alpn",
+        }
+    }
+
+    /// What says it.
+    pub fn protocol(self) -> Protocol {
+        match self {
+            Self::ClientId | Self::Username => Protocol::Mqtt,
+            Self::Sni | Self::Alpn => Protocol::Tls,
         }
     }
 }
@@ -234,12 +268,21 @@ impl ClientRouteKind {
 impl ClientRoute {
     /// As it is configured.
     pub fn pattern(&self) -> String {
-        format!("{}{}", self.text, if self.prefix { "*" } else { "" })
+        match (self.is_open, self.kind) {
+            (false, _) => self.text.clone(),
+            (true, ClientRouteKind::Sni) => format!("*{}", self.text),
+            (true, _) => format!("{}*", self.text),
+        }
     }
 
     /// Whether it names a client.
     pub fn matches(&self, text: &str) -> bool {
-        if self.prefix { text.starts_with(&self.text) } else { text == self.text }
+        match (self.is_open, self.kind) {
+            (true, ClientRouteKind::Sni) => text.to_ascii_lowercase().ends_with(&self.text),
+            (false, ClientRouteKind::Sni) => text.eq_ignore_ascii_case(&self.text),
+            (true, _) => text.starts_with(&self.text),
+            (false, _) => text == self.text,
+        }
     }
 }
 

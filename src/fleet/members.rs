@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use siphasher::sip128::{Hasher128 as _, SipHasher24};
 
 use crate::config::Config;
+use crate::domain::Protocol;
 use crate::handover::keys::{Key, KeyFile, now};
 use crate::state::{Member, State};
 
@@ -194,6 +195,10 @@ fn tables_of(config: &Config) -> Tables {
         let of = &service.name;
         add("services", format!("{of}: {}:{}", service.addr, service.port));
         add("services", format!("{of}: binding {:?}", service.binding));
+        if service.protocol == Protocol::Tls {
+            let refuses = service.refuses_unknown;
+            add("services", format!("{of}: protocol tls, refuses unknown names: {refuses}"));
+        }
         add("services", format!("{of}: default_group {}", service.default_group));
         add("services", format!("{of}: on_misprediction {:?}", service.on_misprediction));
         add("services", format!("{of}: relay {}", service.relay.as_deref().unwrap_or("none")));

@@ -15,8 +15,8 @@ pub use super::skeletons::mqtt_fwd::types::{
     fallback_reason, fleet_mode, fleet_report, fleet_report_kind, flow, flow_flags, flow4, flow6,
     group, handover, handover_keys, handover_limits, handover_state, limits, map_use, member,
     member_slot, misprediction_policy, parser, reason, rescue, rescue_flags, rescue_limits,
-    rescuer, route_edge, route_state, route_state_flags, service, service_table, special_group,
-    topic, topic_verdict, tracked_map, vip_definition, vip_flags,
+    rescuer, route_edge, route_state, route_state_flags, server_name, service, service_protocol,
+    service_table, special_group, topic, topic_verdict, tracked_map, vip_definition, vip_flags,
 };
 pub use super::skeletons::takeover::types::takeover_counter;
 pub use super::skeletons::wrap::types::check_path;
@@ -53,7 +53,7 @@ macro_rules! pod {
 pod! {
     address, adoption, ask, ask_keys, asked, fleet_report, check_path, client, client_id, client_route, client4, client6, event, flow, flow4, flow6, gateway, group,
     handover, handover_keys, lb_stats, map_use, member, member_slot, real_definition, rescue, rescuer, route_edge,
-    route_state, service, service_table, source, topic, topic_verdict, vip_definition, vip_meta, vip_real,
+    route_state, server_name, service, service_table, source, topic, topic_verdict, vip_definition, vip_meta, vip_real,
 }
 
 impl From<&crate::domain::CookieKeys> for handover_keys {

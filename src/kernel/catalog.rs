@@ -80,7 +80,7 @@ use Role::{Configuration, Flows, Internal, Knowledge, Scratch, Shared};
 
 /// All of them.
 #[rustfmt::skip] // a table
-pub const MAPS: [Map; 45] = [
+pub const MAPS: [Map; 46] = [
     map(M, "root_array",        Shared,        None, None),
     map(M, "mqtt_service_vips", Shared,        None, None),
     map(M, "generation",        Configuration, None, None),
@@ -96,6 +96,7 @@ pub const MAPS: [Map; 45] = [
     map(M, "clients6",          Knowledge,     Some(|s| s.clients), Some(Tracked::Clients6)),
     map(M, "client_ids",        Knowledge,     Some(|s| s.client_ids), Some(Tracked::ClientIds)),
     map(M, "topics",            Knowledge,     Some(|s| s.topics), Some(Tracked::Topics)),
+    map(M, "server_names",      Knowledge,     None, None),
     map(M, "flows",             Flows,         Some(|s| s.flows), Some(Tracked::Flows)),
     map(M, "flows6",            Flows,         Some(|s| s.flows), Some(Tracked::Flows6)),
     map(M, "flows_probation",   Flows,         Some(|s| s.probation_flows), Some(Tracked::FlowsProbation)),

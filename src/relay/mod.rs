@@ -33,7 +33,7 @@ use tracing::{info, warn};
 use crate::brokers::router::{Router, RouterError};
 use crate::brokers::tls::TlsError;
 use crate::config::Config;
-use crate::domain::RelayListener;
+use crate::domain::{Protocol, RelayListener};
 use crate::mqtt::connect::{Connack, Connect};
 use crate::{metrics, systemd};
 use tls::Tls;
@@ -120,7 +120,9 @@ fn ports(config: &Config) -> Result<Vec<Port>, RelayError> {
             l.tls.as_ref().is_some_and(|tls| tls.username_from_certificate.is_some())
         };
         let trusts_names = s.listeners.iter().any(names_users);
-        for listener in [plain].into_iter().chain(s.listeners.iter().cloned()) {
+        // Where TLS is spoken, a listener has the service's own port.
+        let plain = (s.protocol == Protocol::Mqtt).then_some(plain);
+        for listener in plain.into_iter().chain(s.listeners.iter().cloned()) {
             let load = |tls| Tls::load(tls, listener.websocket);
             let tls = listener.tls.as_ref().map(load).transpose()?.map(Arc::new);
             let addr = SocketAddr::new(s.addr, listener.port);

@@ -7,6 +7,7 @@ mod flows;
 mod framing;
 mod fuzz;
 mod handshake;
+mod hello;
 mod learning;
 mod limits;
 mod load;

@@ -14,4 +14,5 @@ pub mod other_stack;
 pub mod packet;
 pub mod server;
 pub mod session;
+pub mod tls;
 pub mod wire;

@@ -46,6 +46,8 @@ __noinline int answer(struct xdp_md *ctx, const struct conn *c)
 	offset = tcp_offset_of(c->v6);
 	if (bpf_xdp_adjust_tail(ctx, (int)(offset + length) - (int)frame_length(ctx)))
 		return false;
+	/* What is cut off is zero, and so to the checksum as if it were not there. */
+	length -= a->cut & 3;
 
 	struct cursor cur = cursor_of(ctx);
 	struct ethhdr *eth = parse_eth(&cur);
@@ -110,7 +112,7 @@ __noinline int answer(struct xdp_md *ctx, const struct conn *c)
 			break;
 		to[i] = t.word[i];
 	}
-	return true;
+	return !(a->cut & 3) || !bpf_xdp_adjust_tail(ctx, -(int)(a->cut & 3));
 }
 
 /* A timestamp that carries a byte of its own (lib/cookie.h), and is no earlier than `after`. */
@@ -234,6 +236,31 @@ __noinline int answer_connect(struct xdp_md *ctx, const struct conn *c, const st
 	a->options = a->words;
 	if (connack)
 		answer_word(a, bpf_htonl(MQTT_CONNACK_ACCEPTED));
+	return answer(ctx, c);
+}
+
+/* TLS' fatal alert unrecognized_name (RFC 6066 §3, RFC 8446 §6.2), and the end. */
+__noinline int answer_alert(struct xdp_md *ctx, const struct conn *c)
+{
+	struct scratch *w = scratch();
+	struct answer *a;
+
+	if (!c || !w)
+		return false;
+	a = answer_begin(w, TCP_ACK | TCP_PSH | TCP_FIN);
+	a->seq = c->ack;
+	a->ack = c->seq + c->payload_length;
+	a->window = 0xffff;
+	if (w->options.o.has_timestamps) {
+		answer_word(a, option(TCP_OPTION_NOP, TCP_OPTION_NOP, TCP_OPTION_TIMESTAMPS, 10));
+		answer_word(a, bpf_htonl(timestamp(w->options.o.tsecr, w->options.o.tsecr)));
+		answer_word(a, bpf_htonl(w->options.o.tsval));
+	}
+	a->options = a->words;
+	/* Record: alert, TLS 1.2 as in all records since, two bytes. */
+	answer_word(a, bpf_htonl(0x15030300));
+	answer_word(a, bpf_htonl(0x02027000));
+	a->cut = 1;
 	return answer(ctx, c);
 }
 

@@ -34,12 +34,14 @@ __noinline int flow_bound(const struct conn *c)
 	f.end = v->next;
 	f.ack = c->ack;
 	f.first_ack = v->first_ack;
-	f.flags = v->flags | FLOW_TRUSTED | FLOW_UNCONFIRMED;
+	f.flags = v->flags | FLOW_UNCONFIRMED | (v->flags & FLOW_OPAQUE ? 0 : FLOW_TRUSTED);
 	f.client_id = w->id;
 	f.bound_by = v->bound_by;
 	f.fallback_reason = v->fallback_reason;
 	/* Else the framing of its CONNECT will tell; who was answered here has no credentials. */
-	f.connect = v->flags & FLOW_CONNECTED ? FLOW_CONNECT_READ | FLOW_ANONYMOUS : 0;
+	f.connect = v->flags & FLOW_CONNECTED ? FLOW_CONNECT_READ | FLOW_ANONYMOUS
+		    : v->flags & FLOW_OPAQUE  ? FLOW_CONNECT_READ
+					      : 0;
 	if (!flow_add(c, &f))
 		return false;
 	count(REASON_BOUND_MESSAGE + v->bound_by - BOUND_BY_MESSAGE);
@@ -55,8 +57,8 @@ __noinline int flow_bound(const struct conn *c)
 _Static_assert(REASON_BOUND_UNANSWERED - REASON_BOUND_MESSAGE ==
 		       BOUND_BY_UNANSWERED - BOUND_BY_MESSAGE,
 	       "a counter for each way, in the same order");
-_Static_assert(REASON_FALLBACK_NO_TOPIC - REASON_FALLBACK_NOT_CONNECT ==
-		       FALLBACK_NO_TOPIC - FALLBACK_NOT_CONNECT,
+_Static_assert(REASON_FALLBACK_HELLO_CUT - REASON_FALLBACK_NOT_CONNECT ==
+		       FALLBACK_HELLO_CUT - FALLBACK_NOT_CONNECT,
 	       "a counter for each reason, in the same order");
 
 /* The place of the topic that chooses among a group's reals: the connection's own, or its client's last. */

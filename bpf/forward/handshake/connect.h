@@ -11,6 +11,7 @@
 #include "client.h"
 #include "first_message.h"
 #include "../mqtt/will.h"
+#include "../../lib/tls.h"
 
 /*
  * Keeps CONNECT, which lies whole in the segment and is short, and answers it (HANDOVER_WAIT); or keeps a piece
@@ -58,6 +59,14 @@ static __always_inline int handshake_keep(struct xdp_md *ctx, struct conn *c, st
 	return XDP_TX;
 }
 
+/* Whether the payload begins as TLS does (RFC 8446 §5.1). */
+static __always_inline bool is_tls_handshake(struct xdp_md *ctx, const struct conn *c)
+{
+	const __u8 *p = frame_at(ctx, c->payload, 2);
+
+	return p && c->payload_length > 1 && p[0] == TLS_HANDSHAKE && p[1] == TLS_MAJOR;
+}
+
 /* Whether the segment's payload may become a CONNECT that is short enough to be kept. */
 static __always_inline bool is_piece(struct xdp_md *ctx, const struct conn *c,
 				     const struct connect *k)
@@ -70,6 +79,24 @@ static __always_inline bool is_piece(struct xdp_md *ctx, const struct conn *c,
 	if (!k->length)
 		return c->payload_length < 5;
 	return k->length > c->payload_length && k->length <= HANDOVER_CONNECT_MAX;
+}
+
+/*
+ * The place of a connection that is bound by its first segments: what they carry needs no more, and of those that were
+ * `joined`, what is kept is in scratch.handover.
+ */
+static __always_inline void place_handover(const struct conn *c, struct scratch *w, bool joined)
+{
+	struct handover *h = &w->handover;
+
+	if (!joined) {
+		__builtin_memset(h, 0, sizeof(*h));
+		h->start = c->seq;
+		h->server = c->ack;
+	}
+	h->born_s = now_s();
+	h->state = joined ? HANDOVER_PREPEND : HANDOVER_PASS;
+	handover_put(c, h);
 }
 
 /* The first data of a connection, with a cookie; `joined`: with what came before in front. */
@@ -92,6 +119,8 @@ static __always_inline int handshake_connect(struct xdp_md *ctx, struct conn *c,
 	identify(ctx, w, t, svc);
 	will = will_group(ctx, t, svc);
 	fallback = connect_unanswerable(k, c);
+	if (fallback == FALLBACK_NOT_CONNECT && is_tls_handshake(ctx, c))
+		count(REASON_TLS_ON_PLAIN);
 	more = k->length && k->length < c->payload_length;
 
 	v->binding = route_of_client(ctx, w, t, svc);
@@ -123,16 +152,7 @@ static __always_inline int handshake_connect(struct xdp_md *ctx, struct conn *c,
 		v->binding = with_will(v->binding, will, svc);
 	client_id_keep(c, w);
 
-	/* If its first segment carries CONNECT, nothing of it has to be kept but its place. */
-	struct handover *h = &w->handover;
-	if (!joined) {
-		__builtin_memset(h, 0, sizeof(*h));
-		h->start = c->seq;
-		h->server = c->ack;
-	}
-	h->born_s = now_s();
-	h->state = joined ? HANDOVER_PREPEND : HANDOVER_PASS;
-	handover_put(c, h);
+	place_handover(c, w, joined);
 	return bound(ctx, c, w, t, svc, NULL);
 }
 

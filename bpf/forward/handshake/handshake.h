@@ -5,6 +5,7 @@
  *   no state    SYN                   SYN-ACK                                    syn.h
  *               without data          dropped, or RST if it ends
  *               CONNECT, with cookie  bound, or WAIT and CONNACK                 connect.h
+ *               ClientHello, likewise bound, or refused with an alert            hello.h
  *               without a cookie      a flow that was lost, or nobody's          untracked.h
  *   PIECES      any                   put together                               pieces.h
  *   WAIT        any                   CONNACK again, bound, or dropped           waiting.h
@@ -70,8 +71,12 @@ static __always_inline int handshake(struct xdp_md *ctx, struct scratch *w)
 	}
 	if (!ack || rst || !(joined || has_cookie(ctx, c)))
 		return handshake_untracked(ctx, c, t, svc, rst);
-	if (c->payload_length)
+	if (c->payload_length && svc->protocol == PROTOCOL_TLS) {
+		w->tail_args.joined = joined;
+		bpf_tail_call(ctx, &stages, STAGE_HELLO);
+	} else if (c->payload_length) {
 		return handshake_connect(ctx, c, w, t, svc, joined);
+	}
 	if (!fin) {
 		count(REASON_HANDSHAKE);
 		return XDP_DROP;

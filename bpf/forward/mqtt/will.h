@@ -78,7 +78,15 @@ __noinline int connect_seen(struct xdp_md *ctx, const struct conn *c, struct flo
 	const struct scratch *w = scratch();
 	__s32 skip;
 
-	if (!w || !c || !f || f->flags & (FLOW_OPAQUE | FLOW_UNSYNCED))
+	if (!w || !c || !f || !svc)
+		return 0;
+	/* Bound at its SYN, or found in its middle. */
+	if (svc->protocol == PROTOCOL_TLS) {
+		f->flags = (f->flags | FLOW_OPAQUE) & ~FLOW_TRUSTED;
+		f->connect |= FLOW_CONNECT_READ;
+		return 0;
+	}
+	if (f->flags & (FLOW_OPAQUE | FLOW_UNSYNCED))
 		return 0;
 	skip = (__u32)READ_ONCE(f->next) - c->seq;
 	if (skip < 0 || skip >= (__s32)c->payload_length)
@@ -92,8 +100,7 @@ __noinline int connect_seen(struct xdp_md *ctx, const struct conn *c, struct flo
 	f->connect |= (is_anonymous(ctx, c, &w->connect) ? FLOW_ANONYMOUS : 0) |
 		      (w->connect.level == 5 ? FLOW_MQTT5 : 0) |
 		      (is_lasting(&w->connect) ? FLOW_LASTING : 0);
-	if (w->connect.will_length && f->bound_by == BOUND_BY_PREDICTION && svc &&
-	    svc->relay != NO_GROUP)
+	if (w->connect.will_length && f->bound_by == BOUND_BY_PREDICTION && svc->relay != NO_GROUP)
 		will_seen(ctx, c, f, t, svc);
 	return 0;
 }

@@ -52,7 +52,9 @@ pub(super) fn check(
             }
         };
         claim(format!("service[{i}].address"), service.addr, service.port);
-        for (j, listener) in service.listeners.iter().enumerate() {
+        // Of a service that speaks TLS, the relay may have its own port.
+        let others = service.listeners.iter().enumerate().filter(|(_, l)| l.port != service.port);
+        for (j, listener) in others {
             claim(format!("service[{i}].listener[{j}].port"), service.addr, listener.port);
         }
         for (j, group) in service.groups.iter().enumerate() {

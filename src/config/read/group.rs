@@ -8,14 +8,19 @@ use super::super::reader::Reader;
 use super::super::{Binding, Group, Real};
 use super::fleet::reals_have_vips;
 use super::values::{absolute, address, certificate, name_text};
-use crate::domain::{ANY, Affinity, BrokerTls};
+use crate::domain::{ANY, Affinity, BrokerTls, Protocol};
 
-pub(super) fn group(
-    r: Reader<'_>,
-    service: Option<IpAddr>,
-    binding: Binding,
-    fleet: bool,
-) -> Option<Group> {
+/// What a group has to know of its service.
+pub(super) struct OfService {
+    pub addr: Option<IpAddr>,
+    pub port: u16,
+    pub binding: Binding,
+    pub protocol: Protocol,
+    pub fleet: bool,
+}
+
+pub(super) fn group(r: Reader<'_>, service: &OfService) -> Option<Group> {
+    let OfService { addr: service_addr, port, protocol, fleet, .. } = *service;
     let name = r.required("name", "temperature", |text| {
         if text == ANY {
             return Err("means \"whatever group the flow is bound to\" in routes; choose another"
@@ -24,7 +29,7 @@ pub(super) fn group(
         name_text(text)
     });
     let vip = r.required("vip", "10.1.50.1", address);
-    if let (Some(vip), Some(service)) = (vip, service)
+    if let (Some(vip), Some(service)) = (vip, service_addr)
         && vip.is_ipv4() != service.is_ipv4()
     {
         r.problem(
@@ -35,31 +40,10 @@ pub(super) fn group(
     }
 
     let readers = r.tables("reals");
-    let affinity = r
-        .choice(
-            "affinity",
-            &[
-                ("none", Affinity::None),
-                ("client_ip", Affinity::ClientIp),
-                ("client_id", Affinity::ClientId),
-                ("topic", Affinity::Topic),
-            ],
-        )
-        // Where it can be, a client finds its session again.
-        .unwrap_or(if binding == Binding::Delayed && readers.iter().any(|real| real.has("vip")) {
-            Affinity::ClientId
-        } else {
-            Affinity::None
-        });
-    if affinity.chooses_real() && binding == Binding::Predicted {
-        r.problem(
-            "affinity",
-            "needs binding = \"delayed\": with \"predicted\", neither client id nor topic are known \
-             when the real is chosen; \"client_ip\" works with both",
-        );
-    }
+    let affinity = affinity(&r, &readers, service);
     let proxy_protocol = r.flag("proxy_protocol").unwrap_or(false);
-    let tls = r.table("tls").and_then(broker_tls);
+    let tls_port = if protocol == Protocol::Tls { port } else { 8883 };
+    let tls = r.table("tls").and_then(|tls| broker_tls(tls, tls_port));
     let mut reals: Vec<Real> = Vec::new();
     let mut complete = true;
     if readers.is_empty() {
@@ -110,9 +94,50 @@ pub(super) fn group(
     Some(Group { name: name?, vip: vip?, affinity, proxy_protocol, tls, reals })
 }
 
+/// How its clients are spread over its reals.
+fn affinity(r: &Reader<'_>, reals: &[Reader<'_>], service: &OfService) -> Affinity {
+    let OfService { binding, protocol, .. } = *service;
+    let affinity = r
+        .choice(
+            "affinity",
+            &[
+                ("none", Affinity::None),
+                ("client_ip", Affinity::ClientIp),
+                ("client_id", Affinity::ClientId),
+                ("topic", Affinity::Topic),
+            ],
+        )
+        // Where it can be, a client finds its session again.
+        .unwrap_or(
+            if binding == Binding::Delayed
+                && protocol == Protocol::Mqtt
+                && reals.iter().any(|real| real.has("vip"))
+            {
+                Affinity::ClientId
+            } else {
+                Affinity::None
+            },
+        );
+    if affinity.chooses_real() && binding == Binding::Predicted {
+        r.problem(
+            "affinity",
+            "needs binding = \"delayed\": with \"predicted\", neither client id nor topic are known \
+             when the real is chosen; \"client_ip\" works with both",
+        );
+    }
+    if affinity.chooses_real() && protocol == Protocol::Tls {
+        r.problem(
+            "affinity",
+            "is of what cannot be read within TLS; \"client_ip\" brings a client back to the broker that knows its \
+             session ticket",
+        );
+    }
+    affinity
+}
+
 /// TLS from relay and sidecar to a group's brokers.
-fn broker_tls(r: Reader<'_>) -> Option<BrokerTls> {
-    let port = r.number("port", 1..=65_535).unwrap_or(8883);
+fn broker_tls(r: Reader<'_>, port: u16) -> Option<BrokerTls> {
+    let port = r.number("port", 1..=65_535).unwrap_or(port);
     let ca = r.required("ca", "/etc/mqtt-fwd/brokers-ca.crt", absolute);
     let server_name = r.parsed("server_name", |text| {
         ServerName::try_from(text.to_owned())

@@ -2,6 +2,7 @@
 //! their own; so has what must hold between them.
 
 mod between;
+mod client_route;
 mod fleet;
 mod group;
 mod service;

@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use super::super::reader::Reader;
 use super::super::{Binding, Group, OnMisprediction, Route, Service, Target};
-use super::group::group;
+use super::client_route::{client_route, kind_of};
+use super::group::{OfService, group};
 use super::values::{absolute, address, certificate, name_text, network};
 use crate::domain::filter::TopicFilter;
 use crate::domain::health::{CheckKind, CheckPath, HealthCheck};
 use crate::domain::{
-    ANY, CertificateName, ClientRoute, ClientRouteKind, RelayListener, RelayTls, TEST_TOPICS,
-    limits,
+    ANY, CertificateName, ClientRoute, Protocol, RelayListener, RelayTls, TEST_TOPICS, limits,
 };
 
 #[allow(clippy::too_many_lines)] // one key after the other
@@ -23,7 +23,18 @@ pub(super) fn service(r: Reader<'_>, fleet: bool) -> Option<Service> {
     let binding = r
         .choice("binding", &[("predicted", Binding::Predicted), ("delayed", Binding::Delayed)])
         .unwrap_or(Binding::Predicted);
-    let health_check = r.table("health_check").and_then(health_check);
+    let protocol = r
+        .choice("protocol", &[("mqtt", Protocol::Mqtt), ("tls", Protocol::Tls)])
+        .unwrap_or(Protocol::Mqtt);
+    let refuses_unknown =
+        r.choice("unknown_server_name", &[("forward", false), ("refuse", true)]).unwrap_or(false);
+    if protocol == Protocol::Mqtt && r.has("unknown_server_name") {
+        r.problem("unknown_server_name", "is of TLS; write protocol = \"tls\"");
+    }
+    if refuses_unknown && binding == Binding::Predicted {
+        r.problem("unknown_server_name", "needs binding = \"delayed\" to know the name at all");
+    }
+    let health_check = r.table("health_check").and_then(|check| health_check(check, protocol));
     let on_misprediction = r.choice(
         "on_misprediction",
         &[
@@ -38,8 +49,9 @@ pub(super) fn service(r: Reader<'_>, fleet: bool) -> Option<Service> {
         r.problem("group", "there is none; describe one with [[service.group]]");
     }
     let complete = group_readers.len();
+    let of_service = OfService { addr, port, binding, protocol, fleet };
     let groups: Vec<Group> =
-        group_readers.into_iter().filter_map(|g| group(g, addr, binding, fleet)).collect();
+        group_readers.into_iter().filter_map(|g| group(g, &of_service)).collect();
     // Names of groups that are wrong in themselves would only make routes look wrong, too.
     let complete = complete == groups.len();
     for (i, g) in groups.iter().enumerate() {
@@ -60,8 +72,12 @@ pub(super) fn service(r: Reader<'_>, fleet: bool) -> Option<Service> {
     if relay.is_some() && relay == default_group {
         r.problem("relay", "is the default group, too; topics without a route need brokers");
     }
-    let on_misprediction = on_misprediction.unwrap_or(match (&relay, binding) {
-        (Some(_), Binding::Delayed) => OnMisprediction::Rescue,
+    if protocol == Protocol::Tls && r.has("on_misprediction") {
+        r.problem("on_misprediction", "is of topics, which cannot be read within TLS; remove it");
+    }
+    let on_misprediction = on_misprediction.unwrap_or(match (&relay, binding, protocol) {
+        (_, _, Protocol::Tls) => OnMisprediction::Keep,
+        (Some(_), Binding::Delayed, _) => OnMisprediction::Rescue,
         _ => OnMisprediction::Reset,
     });
     if on_misprediction == OnMisprediction::Rescue {
@@ -80,7 +96,10 @@ pub(super) fn service(r: Reader<'_>, fleet: bool) -> Option<Service> {
         }
     }
     let listeners: Vec<RelayListener> =
-        r.tables("listener").into_iter().filter_map(|l| listener(l, port)).collect();
+        r.tables("listener").into_iter().filter_map(|l| listener(l, port, protocol)).collect();
+    if relay.is_some() && protocol == Protocol::Tls {
+        tls_relay(&r, port, relay.as_deref(), &listeners, &groups);
+    }
     if relay.is_none() && !listeners.is_empty() && !r.has("relay") {
         r.problem("listener", "is the relay's, and there is none; write relay = \"NAME\"");
     }
@@ -92,8 +111,8 @@ pub(super) fn service(r: Reader<'_>, fleet: bool) -> Option<Service> {
     let mut routes = Vec::new();
     let mut client_routes = Vec::new();
     for route in r.tables("route") {
-        if route.has("client_id") || route.has("username") {
-            client_routes.extend(client_route(&route, binding, &known));
+        if let Some(kind) = kind_of(&route) {
+            client_routes.extend(client_route(&route, kind, (binding, protocol), &known));
             route.finish();
             continue;
         }
@@ -131,12 +150,29 @@ pub(super) fn service(r: Reader<'_>, fleet: bool) -> Option<Service> {
     for twice in duplicates(&routes) {
         r.problem("route", format!("topic {twice:?} is routed twice; remove one of the two"));
     }
+    if health_check.as_ref().is_some_and(|check| check.kind != CheckKind::Tcp)
+        && protocol == Protocol::Tls
+        && let Some(group) = groups.iter().find(|group| group.tls.is_none())
+    {
+        r.problem(
+            "health_check",
+            format!(
+                "of TLS needs to know whom to trust: write tls = {{ ca = \"/…\", server_name = \"…\" }} in group {:?}",
+                group.name
+            ),
+        );
+    }
     r.finish();
-    let test_routes = test_routes(&groups, default_group.as_deref(), &routes);
+    let test_routes = match protocol {
+        Protocol::Mqtt => test_routes(&groups, default_group.as_deref(), &routes),
+        Protocol::Tls => Vec::new(),
+    };
     Some(Service {
         name: name?,
         addr: addr?,
         port,
+        protocol,
+        refuses_unknown,
         default_group: default_group?,
         relay,
         listeners,
@@ -149,6 +185,35 @@ pub(super) fn service(r: Reader<'_>, fleet: bool) -> Option<Service> {
         test_routes,
         client_routes,
     })
+}
+
+/// What a relay needs that ends TLS: certificates for clients, and whom to trust of the brokers.
+fn tls_relay(
+    r: &Reader<'_>,
+    port: u16,
+    relay: Option<&str>,
+    listeners: &[RelayListener],
+    groups: &[Group],
+) {
+    if listeners.iter().all(|l| l.port != port || l.tls.is_none()) {
+        r.problem(
+            "relay",
+            format!(
+                "ends TLS for those clients: write [[service.listener]] with port = {port} and tls = {{ certificate = \
+                 \"/…\", key = \"/…\" }}"
+            ),
+        );
+    }
+    let plain = groups.iter().find(|g| Some(&*g.name) != relay && g.tls.is_none());
+    if let Some(group) = plain {
+        r.problem(
+            "relay",
+            format!(
+                "speaks TLS with the brokers: write tls = {{ ca = \"/…\" }} in group {:?}",
+                group.name
+            ),
+        );
+    }
 }
 
 /// A topic that no client has, for each group that topics lead to: one that is for certain clients only must not be had
@@ -166,13 +231,16 @@ fn test_routes(groups: &[Group], default: Option<&str>, routes: &[Route]) -> Vec
 }
 
 /// A port of the relay's beside its service's own.
-fn listener(r: Reader<'_>, service_port: u16) -> Option<RelayListener> {
+fn listener(r: Reader<'_>, service_port: u16, protocol: Protocol) -> Option<RelayListener> {
     let port = r.number("port", 1..=65_535);
     if !r.has("port") {
         r.problem("port", "is missing; write port = 8883");
     }
-    if port == Some(service_port) {
+    if port == Some(service_port) && protocol == Protocol::Mqtt {
         r.problem("port", "is the service's own, where plain MQTT is spoken; choose another");
+    }
+    if port == Some(service_port) && protocol == Protocol::Tls && !r.has("tls") {
+        r.problem("port", "is the service's own, where TLS is spoken; write tls = { … }");
     }
     let websocket = r.flag("websocket").unwrap_or(false);
     let tls = r.table("tls").and_then(|t| {
@@ -213,57 +281,14 @@ fn listener(r: Reader<'_>, service_port: u16) -> Option<RelayListener> {
     Some(RelayListener { port: port?, tls, websocket, accept_proxy })
 }
 
-/// A route by what CONNECT says.
-fn client_route(
-    r: &Reader<'_>,
-    binding: Binding,
-    known: &dyn Fn(&str) -> Result<String, String>,
-) -> Option<ClientRoute> {
-    let kind =
-        if r.has("client_id") { ClientRouteKind::ClientId } else { ClientRouteKind::Username };
-    for other in ["topic", "username"] {
-        if r.has(other) && other != kind.key() {
-            r.problem(
-                other,
-                format!("a route looks at one thing, and this one has {} already", kind.key()),
-            );
-        }
-    }
-    if binding == Binding::Predicted {
-        r.problem(
-            kind.key(),
-            "needs binding = \"delayed\": with \"predicted\", the group is chosen before CONNECT",
-        );
-    }
-    let text = r.required(kind.key(), "plant7-*", |text| {
-        let (text, prefix) = match text.strip_suffix('*') {
-            Some(text) => (text, true),
-            None => (text, false),
-        };
-        // An exact text has a byte more in the datapath.
-        let most = limits::CLIENT_ROUTE_TEXT;
-        if text.len() > most || (text.is_empty() && !prefix) {
-            return Err(format!("must be 1 to {most} bytes long"));
-        }
-        if text.contains(['*', '\0']) {
-            return Err("a * stands for the rest, so only at the end".to_owned());
-        }
-        Ok((text.to_owned(), prefix))
-    });
-    let group = r.required("group", "default", |name| {
-        if name == ANY {
-            return Err("a client has to belong somewhere; name a group".to_owned());
-        }
-        known(name)
-    });
-    let ((text, prefix), group) = (text?, group?);
-    Some(ClientRoute { kind, text, prefix, group })
-}
-
-fn health_check(r: Reader<'_>) -> Option<HealthCheck> {
+fn health_check(r: Reader<'_>, protocol: Protocol) -> Option<HealthCheck> {
     let d = HealthCheck::tcp();
     r.required_text("type", "mqtt");
-    let mqtt = r.choice("type", &[("tcp", false), ("mqtt", true)]);
+    let kind = r.choice("type", &[("tcp", 0), ("mqtt", 1), ("tls", 2)]);
+    let mqtt = kind.map(|kind| kind == 1);
+    if kind == Some(2) && protocol == Protocol::Mqtt {
+        r.problem("type", "\"tls\" is for services with protocol = \"tls\"");
+    }
     let v5 = r.choice("protocol", &[("3.1.1", false), ("5", true)]);
     let texts = ["client_id", "username", "password"].map(|key| r.text(key));
     if mqtt == Some(false) {
@@ -293,6 +318,8 @@ fn health_check(r: Reader<'_>) -> Option<HealthCheck> {
         let [client_id, username, password] = texts.map(|text| text.map(str::to_owned));
         let client_id = client_id.unwrap_or_else(|| "mqtt-fwd-check".to_owned());
         CheckKind::Mqtt { v5: v5.unwrap_or(false), client_id, username, password }
+    } else if kind == Some(2) {
+        CheckKind::Tls
     } else {
         CheckKind::Tcp
     };
