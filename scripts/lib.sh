@@ -60,7 +60,7 @@ install_missing() {
 # Packages for building, and for the lab.
 install_packages() {
 	install_missing clang llvm make gcc pkg-config libelf-dev zlib1g-dev linux-libc-dev libc6-dev \
-		redis-server \
+		redis-server openssl \
 		iproute2 ethtool mosquitto mosquitto-clients python3 python3-paho-mqtt tcpdump procps \
 		util-linux ca-certificates curl
 }

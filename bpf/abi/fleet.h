@@ -4,29 +4,7 @@
 #define MQTT_FWD_ABI_FLEET_H
 
 #include "handover.h"
-
-enum fleet_report_kind {
-	/* A segment of a connection that is not known here. Its frame follows, as it came in. */
-	FLEET_MISSED,
-	/* A CONNECT was answered, and is kept for the message after it. Its struct handover follows. */
-	FLEET_KEPT,
-	/* A broker is given it now. */
-	FLEET_GIVEN,
-};
-
-/* What the datapath tells the sidecar. */
-struct fleet_report {
-	__u64 time_ns; /* CLOCK_BOOTTIME */
-	__be32 client[4]; /* IPv4 in client[0] */
-	__be16 client_port;
-	__u16 service;
-	__u32 seq; /* FLEET_MISSED */
-	__u32 ack;
-	__u16 length; /* of what follows */
-	__u8 v6;
-	__u8 kind; /* enum fleet_report_kind */
-};
-SIZE_IS(struct fleet_report, 40);
+#include "report.h"
 
 /* Values of the constant `fleet`. */
 enum fleet_mode {

@@ -36,6 +36,9 @@ enum handover_state {
 	HANDOVER_PASS, /* bound; the client's own segments carry CONNECT */
 	HANDOVER_PIECES, /* CONNECT has not come whole: what came is kept, and acknowledged */
 	HANDOVER_PREPEND, /* bound when it was whole; what came before its last piece is put in front of that */
+	HANDOVER_HELLO, /* the sidecar has what came of a ClientHello; so many bytes of it are acknowledged */
+	HANDOVER_DECIDED, /* and has found out where it belongs: see handover.decided */
+	HANDOVER_HELLO_REPEAT, /* bound; what is acknowledged, the sidecar puts in front of what follows */
 };
 
 /* A connection on its way to a broker, from CONNECT to the client's first acknowledgement of something
@@ -48,7 +51,10 @@ struct handover {
 	__u32 born_s; /* CLOCK_BOOTTIME seconds */
 	__u16 connect_length;
 	__u16 connect_sum; /* of the bytes below, in ones' complement */
-	__u64 id; /* key in `client_ids`; 0: none */
+	union {
+		__u64 id; /* key in `client_ids`; 0: none */
+		__u64 decided; /* HANDOVER_DECIDED: binding, 0: none | enum bound_by << 32 */
+	};
 	__u8 state; /* enum handover_state */
 	__u8 timestamps;
 	__u8 id_offset; /* of the client id in CONNECT */

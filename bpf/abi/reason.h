@@ -28,6 +28,7 @@
 	VERDICT(UNTRACKED, "without a flow, and opens none: follows the prediction, leaves no state") \
 	VERDICT(SYN_ANSWERED, "SYN: answered here, no state kept") \
 	VERDICT(CONNECT_PIECE, "piece of a CONNECT or ClientHello: kept and acknowledged here until it is whole") \
+	VERDICT(HELLO_HELD, "segment of a ClientHello whose server name is still to come: left to the sidecar") \
 	VERDICT(NAME_REFUSED, "ClientHello for a server name that no route has: refused with an alert (unrecognized_name)") \
 	VERDICT(HANDSHAKE, "acknowledges the SYN-ACK from here, without data: dropped") \
 	VERDICT(CONNECT_ANSWERED, "CONNECT: answered here; the next message decides its group") \

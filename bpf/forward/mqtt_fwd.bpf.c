@@ -40,8 +40,8 @@ struct exported_types {
 	enum client_route_kind client_route_kind;
 	enum event_kind event_kind;
 	enum fleet_mode fleet_mode;
-	struct fleet_report fleet_report;
-	enum fleet_report_kind fleet_report_kind;
+	struct segment_report segment_report;
+	enum report_kind report_kind;
 	enum flow_connect flow_connect;
 	enum flow_flags flow_flags;
 	enum handover_limits handover_limits;

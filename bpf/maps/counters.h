@@ -47,11 +47,17 @@ struct {
 	__uint(max_entries, 1 << 22);
 } events SEC(".maps");
 
-/* What a fleet's sidecar is to ask for, and to keep for others (abi/fleet.h). */
+/* What a fleet's sidecar is to ask for, and to keep for others (abi/report.h). */
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1 << 22);
 } fleet_reports SEC(".maps");
+
+/* ClientHellos that come in several segments, for the sidecar (abi/report.h). */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 20);
+} hellos SEC(".maps");
 
 /* What misrouted clients sent, for the sidecar (abi/rescue.h). */
 struct {

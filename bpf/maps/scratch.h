@@ -44,7 +44,7 @@ _Static_assert(REASON_UNJUDGED == REASON_PUBLISH + PUBLISH_REASONS - 1 &&
 		       REASON_PUBLISH_LOST < REASON_UNJUDGED,
 	       "see scratch.tally");
 
-_Static_assert(sizeof(struct rescue) == sizeof(struct fleet_report),
+_Static_assert(sizeof(struct rescue) == sizeof(struct segment_report),
 	       "both end where the segment begins");
 
 #define SEGMENT_MAX 4096 /* bytes; frames are linear, and no larger than a page */
@@ -178,7 +178,7 @@ struct scratch {
 	/* With its bytes behind it. */
 	union {
 		struct rescue rescue;
-		struct fleet_report report;
+		struct segment_report report;
 	};
 	__u8 segment[SEGMENT_MAX];
 };

@@ -13,6 +13,7 @@ use crate::config::Service;
 use crate::connectivity::ConnectivityError;
 use crate::datapath::Datapath;
 use crate::fleet::Asker;
+use crate::handover::hellos::{self, Hellos};
 use crate::inspect::metrics::Metrics;
 use crate::rescue::Rescuer;
 use crate::state::State;
@@ -51,6 +52,7 @@ pub struct Tasks {
     tests: Option<Task>,
     rescuer: Option<Rescuer>,
     asker: Option<Asker>,
+    hellos: Option<Hellos>,
     /// From when on the file's clients have been loaded.
     saving: Option<Task>,
 }
@@ -74,6 +76,7 @@ impl Tasks {
             tests: tests(state),
             rescuer: None,
             asker: None,
+            hellos: None,
             saving: None,
             state: state.clone(),
         })
@@ -97,6 +100,16 @@ impl Tasks {
             fleet.note_idle(started.as_ref().err().map(ToString::to_string));
             self.asker = started.ok();
         }
+        if self.hellos.as_ref().is_some_and(Hellos::has_ended)
+            || !hellos::are_wanted(&self.state.config())
+        {
+            self.hellos = None;
+        }
+        if self.hellos.is_none() && hellos::are_wanted(&self.state.config()) {
+            self.hellos = Hellos::start(&self.state)
+                .inspect_err(|error| warn!(%error, "ClientHellos in several segments are not read"))
+                .ok();
+        }
         if self.rescuer.is_none() && wanted {
             self.rescuer = Rescuer::start(&self.state)
                 .inspect_err(|error| warn!(%error, "misrouted messages are not rescued"))
@@ -108,6 +121,7 @@ impl Tasks {
     pub fn maps_changed(&mut self) {
         self.rescuer = None;
         self.asker = None;
+        self.hellos = None;
     }
 
     /// The file was read again.

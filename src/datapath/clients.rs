@@ -274,6 +274,11 @@ impl Datapath {
         }
     }
 
+    /// The binding to a group of a service, by its name.
+    pub fn binding_of(&self, service: u16, group: &str) -> Result<Option<u32>> {
+        Ok(binding_to(&self.groups()?.into_iter().collect(), service, group))
+    }
+
     /// Removes what is known of an address or a client id, of all services.
     pub fn forget_client(&self, client: &str) -> Result<()> {
         for service in self.service_numbers()?.into_values() {

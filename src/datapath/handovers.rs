@@ -6,9 +6,12 @@ use std::ops::RangeInclusive;
 use super::Datapath;
 use super::flows::flows_from;
 use super::names::{Names, address_of, boot_time, services_of};
-use crate::domain::CookieKeys;
+use crate::domain::{ClientRoute, ClientRouteKind, CookieKeys};
 use crate::kernel::Result;
-use crate::kernel::abi::{Pod as _, flow6, handover, handover_keys, handover_state, words_addr};
+use crate::kernel::abi::{
+    Pod as _, addr_words, bound_by, flow6, handover, handover_keys, handover_state, set_decided,
+    words_addr,
+};
 use crate::kernel::maps::Table;
 use crate::kernel::pins::Pins;
 
@@ -41,6 +44,19 @@ impl Silent {
     }
 }
 
+/// A connection whose ClientHello the sidecar has, as the datapath knows it.
+#[derive(Debug, Clone, Copy)]
+pub struct Hello {
+    /// Sequence numbers of the client's first byte and the server's.
+    pub start: u32,
+    pub server: u32,
+    /// Bytes that are acknowledged.
+    pub acknowledged: u32,
+    /// It has its group; its broker may not have what is acknowledged.
+    pub is_bound: bool,
+    key: flow6,
+}
+
 /// A connection that its broker does not take over.
 #[derive(Debug)]
 pub struct Stuck {
@@ -68,6 +84,7 @@ impl Datapath {
             handover_state::HANDOVER_REPEAT,
             handover_state::HANDOVER_PASS,
             handover_state::HANDOVER_PREPEND,
+            handover_state::HANDOVER_HELLO_REPEAT,
         ];
         let mut entries = self.handovers.entries()?;
         entries.retain(|(_, h)| {
@@ -128,6 +145,51 @@ impl Datapath {
         }
         h.state = handover_state::HANDOVER_SILENT.0 as u8;
         self.handovers.put(&silent.key, &h)?;
+        Ok(true)
+    }
+
+    /// A connection whose ClientHello the sidecar has, or the beginning of it.
+    pub fn hello(&self, client: SocketAddr, service: u16) -> Result<Option<Hello>> {
+        let key = flow6 { addr: addr_words(client.ip()), port: client.port().to_be(), service };
+        Ok(self.handovers.get(&key)?.and_then(|h| {
+            let is_bound = match handover_state(h.state.into()) {
+                handover_state::HANDOVER_HELLO => false,
+                handover_state::HANDOVER_HELLO_REPEAT => true,
+                _ => return None,
+            };
+            let acknowledged = u32::from(h.connect_length);
+            Some(Hello { start: h.start, server: h.server, acknowledged, is_bound, key })
+        }))
+    }
+
+    /// Has it acknowledged up to there; false: it is not what it was.
+    pub fn acknowledge_hello(&self, hello: &Hello, length: u16) -> Result<bool> {
+        self.change_hello(hello, |h| h.connect_length = length)
+    }
+
+    /// Says where it belongs: to a group, by its server name or a protocol (ALPN), or where all belong that name nobody;
+    /// false: it is not what it was.
+    pub fn decide_hello(&self, hello: &Hello, route: Option<&ClientRoute>) -> Result<bool> {
+        let (mut binding, mut by) = (0, bound_by::BOUND_BY_SERVER_NAME);
+        if let Some(route) = route {
+            binding = self.binding_of(hello.key.service, &route.group)?.unwrap_or_default();
+            if route.kind == ClientRouteKind::Alpn {
+                by = bound_by::BOUND_BY_ALPN;
+            }
+        }
+        self.change_hello(hello, |h| set_decided(h, binding, by))
+    }
+
+    fn change_hello(&self, hello: &Hello, change: impl FnOnce(&mut handover)) -> Result<bool> {
+        let Some(mut h) = self.handovers.get(&hello.key)? else { return Ok(false) };
+        let state = handover_state(h.state.into());
+        if (h.start, h.server) != (hello.start, hello.server)
+            || state != handover_state::HANDOVER_HELLO
+        {
+            return Ok(false);
+        }
+        change(&mut h);
+        self.handovers.put(&hello.key, &h)?;
         Ok(true)
     }
 

@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::Duration;
 
+use etherparse::{SlicedPacket, TcpOptionElement, TransportSlice};
 use libbpf_rs::{MapHandle, RingBuffer, RingBufferBuilder};
 
 use super::clients::client_hash;
@@ -15,8 +16,9 @@ use super::{Datapath, Silent};
 use crate::config::Config;
 use crate::domain::waiting::Waiting;
 use crate::kernel::abi::{
-    Pod as _, addr_words, adoption, adoption_kind, binding_of, fleet_report, fleet_report_kind,
-    flow4, handover, handover_state, name_text, special_group, words_addr,
+    Pod as _, addr_words, adoption, adoption_kind, binding_of, flow4, handover, handover_id,
+    handover_state, name_text, report_kind, segment_report, set_handover_id, special_group,
+    words_addr,
 };
 use crate::kernel::pins::{self, Pins};
 use crate::kernel::wire::Wire;
@@ -82,18 +84,21 @@ pub enum Report {
     Kept(Connection, Kept),
     /// A broker is given that now.
     Given(Connection),
+    /// A segment of a ClientHello whose server name is still to come.
+    Hello(Segment),
 }
 
 impl Report {
     /// A record of the ring buffer; `None`: it is cut short.
     pub fn read(record: &[u8]) -> Option<Self> {
-        let (head, rest) = record.split_at_checked(size_of::<fleet_report>())?;
-        let head = fleet_report::from_bytes(head);
+        let (head, rest) = record.split_at_checked(size_of::<segment_report>())?;
+        let head = segment_report::from_bytes(head);
         let client =
             SocketAddr::new(words_addr(head.client, head.v6 != 0), u16::from_be(head.client_port));
-        match fleet_report_kind(head.kind.into()) {
-            fleet_report_kind::FLEET_MISSED => Segment::read(&head, client, rest).map(Self::Missed),
-            fleet_report_kind::FLEET_KEPT => {
+        match report_kind(head.kind.into()) {
+            report_kind::REPORT_MISSED => Segment::read(&head, client, rest).map(Self::Missed),
+            report_kind::REPORT_HELLO => Segment::read(&head, client, rest).map(Self::Hello),
+            report_kind::REPORT_KEPT => {
                 let kept = rest.get(..size_of::<handover>()).map(handover::from_bytes)?;
                 Some(Self::Kept((client, head.service), Kept(kept)))
             }
@@ -135,7 +140,7 @@ impl Segment {
         }
     }
 
-    fn read(head: &fleet_report, client: SocketAddr, frame: &[u8]) -> Option<Self> {
+    fn read(head: &segment_report, client: SocketAddr, frame: &[u8]) -> Option<Self> {
         let frame = frame.get(..usize::from(head.length))?;
         let word = |at: usize| Some(u16::from_be_bytes([*frame.get(at)?, *frame.get(at + 1)?]));
         let (tcp, behind_ip) = if head.v6 != 0 {
@@ -161,6 +166,20 @@ impl Segment {
     /// As it came in.
     pub fn frame(&self) -> &[u8] {
         &self.frame
+    }
+
+    /// Its payload, and its timestamps (RFC 7323 §3).
+    pub fn payload(&self) -> (&[u8], Option<(u32, u32)>) {
+        let sliced = SlicedPacket::from_ethernet(&self.frame).ok();
+        let Some(TransportSlice::Tcp(tcp)) = sliced.and_then(|sliced| sliced.transport) else {
+            return (&[], None);
+        };
+        let timestamps = tcp.options_iterator().flatten().find_map(|option| match option {
+            TcpOptionElement::Timestamp(value, echo) => Some((value, echo)),
+            _ => None,
+        });
+        let payload = tcp.payload();
+        (&payload[..payload.len().min(self.payload_length.into())], timestamps)
     }
 
     /// What the program that carries an answer out gets.
@@ -225,9 +244,13 @@ impl Adopter {
     }
 }
 
-/// Opens the pinned ring buffer; `take` gets each report.
-pub fn ring<'a>(pins: &Pins, mut take: impl FnMut(Report) + 'a) -> Result<RingBuffer<'a>> {
-    let path = pins.map("fleet_reports");
+/// Opens a pinned ring buffer; `take` gets each report.
+pub fn ring<'a>(
+    pins: &Pins,
+    name: &str,
+    mut take: impl FnMut(Report) + 'a,
+) -> Result<RingBuffer<'a>> {
+    let path = pins.map(name);
     let failed = |action| {
         let path = path.clone();
         move |source| BpfError::Pin { path, action, source }
@@ -266,7 +289,7 @@ impl Places {
             start: h.start,
             server: h.server,
             timestamps: (h.timestamps != 0).then_some((h.tsval, h.client_tsval)),
-            client_id: (h.id_offset, if h.id == 0 { 0 } else { h.id_length }),
+            client_id: (h.id_offset, if handover_id(h) == 0 { 0 } else { h.id_length }),
             will_group: self.groups.get(&h.will_group).cloned(),
             connect,
             connect_sum: h.connect_sum,
@@ -290,7 +313,7 @@ impl Places {
         h.connect_length = waiting.connect.len() as u16;
         h.connect_sum = waiting.connect_sum;
         h.state = handover_state::HANDOVER_WAIT.0 as u8;
-        h.id = id.map_or(0, |id| client_hash(&self.keys, self.number, id));
+        set_handover_id(&mut h, id.map_or(0, |id| client_hash(&self.keys, self.number, id)));
         (h.id_offset, h.id_length) = (offset, length);
         h.will_group =
             waiting.will_group.as_ref().and_then(group).unwrap_or(special_group::NO_GROUP.0 as u16);

@@ -86,6 +86,13 @@ pub enum Binding {
     Delayed,
 }
 
+impl Binding {
+    /// Whether what a client says first can decide.
+    pub fn is_delayed(self) -> bool {
+        self == Self::Delayed
+    }
+}
+
 /// What a service's clients speak.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Protocol {

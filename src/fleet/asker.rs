@@ -149,7 +149,8 @@ impl Worker {
     fn run(&mut self) -> Result<(), AskError> {
         let read = RefCell::new(VecDeque::new());
         let pins = self.state.config().pins();
-        let ring = misses::ring(&pins, |report| read.borrow_mut().push_back(report))?;
+        let ring =
+            misses::ring(&pins, "fleet_reports", |report| read.borrow_mut().push_back(report))?;
         // SAFETY: libbpf's descriptor lives as long as `ring`.
         let ring_fd = unsafe { BorrowedFd::borrow_raw(ring.epoll_fd()) };
         loop {
@@ -167,6 +168,8 @@ impl Worker {
                     Report::Missed(segment) => full += u64::from(!self.asking.hold(segment, now)),
                     Report::Kept(key, kept) => self.keep(key, &kept),
                     Report::Given(key) => self.forget(key),
+                    // Of another ring (`handover::hellos`).
+                    Report::Hello(_) => {}
                 }
             }
             self.fleet().not_held.add(full);

@@ -1,8 +1,11 @@
-//! What delayed binding needs of user space: the secret that balancers make cookies with and broker hosts check, and
-//! an end to waiting for clients that are silent after CONNECT.
+//! What delayed binding needs of user space: the secret that balancers make cookies with and broker hosts check, an end
+//! to waiting for clients that are silent after CONNECT, and ClientHellos that come in several segments.
 
 pub mod cookie;
+mod hello;
+pub mod hellos;
 pub mod keys;
+mod segment;
 pub mod silent;
 pub mod stuck;
 

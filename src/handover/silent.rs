@@ -1,14 +1,13 @@
 //! Connections whose clients say nothing after CONNECT, and the keys in the datapath.
 
-use std::net::IpAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
 
-use etherparse::{PacketBuilder, TcpHeader, TcpOptionElement};
 use libbpf_rs::Program;
 use tracing::{debug, info};
 
 use super::HandoverError;
 use super::keys::{KeyFile, now};
+use super::segment::Made;
 use crate::config::Config;
 use crate::datapath::{Datapath, Silent};
 use crate::kernel::BpfError;
@@ -80,32 +79,17 @@ impl Binder {
     }
 }
 
-/// The client's CONNECT, once more. Nothing if client and service are of different families, as
-/// those of one table never are.
+/// The client's CONNECT, once more.
 pub fn connect_again(s: &Silent) -> Vec<u8> {
-    const HOPS: u8 = 64;
-    let ethernet = PacketBuilder::ethernet2([0; 6], [0; 6]);
-    let ip = match (s.client.ip(), s.service.ip()) {
-        (IpAddr::V4(from), IpAddr::V4(to)) => ethernet.ipv4(from.octets(), to.octets(), HOPS),
-        (IpAddr::V6(from), IpAddr::V6(to)) => ethernet.ipv6(from.octets(), to.octets(), HOPS),
-        _ => return Vec::new(),
-    };
-    // The window is the client's next segment's to say.
-    let mut tcp = TcpHeader::new(s.client.port(), s.service.port(), s.start, 1024);
-    tcp.acknowledgment_number = s.server;
-    (tcp.ack, tcp.psh) = (true, true);
-    if let Some((tsval, tsecr)) = s.timestamps {
-        let timestamps = [
-            TcpOptionElement::Noop,
-            TcpOptionElement::Noop,
-            TcpOptionElement::Timestamp(tsval, tsecr),
-        ];
-        tcp.set_options(&timestamps).expect("12 bytes of options fit");
+    Made {
+        client: s.client,
+        service: s.service,
+        seq: s.start,
+        ack: s.server,
+        timestamps: s.timestamps,
+        payload: &s.connect,
     }
-    let segment = ip.tcp_header(tcp);
-    let mut frame = Vec::with_capacity(segment.size(s.connect.len()));
-    segment.write(&mut frame, &s.connect).expect("CONNECT, of bounded length, fits into a packet");
-    frame
+    .frame()
 }
 
 #[cfg(test)]

@@ -12,10 +12,10 @@ use super::skeletons::mqtt_fwd::types::__anon_flow_7;
 pub use super::skeletons::mqtt_fwd::types::{
     adoption, adoption_kind, affinity, binding_mode, bound_by, chain_position, client,
     client_flags, client_id, client_route, client_route_kind, client4, client6, event, event_kind,
-    fallback_reason, fleet_mode, fleet_report, fleet_report_kind, flow, flow_flags, flow4, flow6,
-    group, handover, handover_keys, handover_limits, handover_state, limits, map_use, member,
-    member_slot, misprediction_policy, parser, reason, rescue, rescue_flags, rescue_limits,
-    rescuer, route_edge, route_state, route_state_flags, server_name, service, service_protocol,
+    fallback_reason, fleet_mode, flow, flow_flags, flow4, flow6, group, handover, handover_keys,
+    handover_limits, handover_state, limits, map_use, member, member_slot, misprediction_policy,
+    parser, reason, report_kind, rescue, rescue_flags, rescue_limits, rescuer, route_edge,
+    route_state, route_state_flags, segment_report, server_name, service, service_protocol,
     service_table, special_group, topic, topic_verdict, tracked_map, vip_definition, vip_flags,
 };
 pub use super::skeletons::takeover::types::takeover_counter;
@@ -51,7 +51,7 @@ macro_rules! pod {
 }
 
 pod! {
-    address, adoption, ask, ask_keys, asked, fleet_report, check_path, client, client_id, client_route, client4, client6, event, flow, flow4, flow6, gateway, group,
+    address, adoption, ask, ask_keys, asked, segment_report, check_path, client, client_id, client_route, client4, client6, event, flow, flow4, flow6, gateway, group,
     handover, handover_keys, lb_stats, map_use, member, member_slot, real_definition, rescue, rescuer, route_edge,
     route_state, server_name, service, service_table, source, topic, topic_verdict, vip_definition, vip_meta, vip_real,
 }
@@ -84,6 +84,23 @@ pub fn flow_client(flow: &flow) -> Option<u64> {
     // SAFETY: both members are numbers of the same size; `bound_by` says which of them it is.
     let id = unsafe { flow.__anon_flow_4.client_id };
     (!by_prediction && id != 0).then_some(id)
+}
+
+/// The key in `client_ids` of a connection on its way to a broker; 0: none.
+pub fn handover_id(handover: &handover) -> u64 {
+    // SAFETY: both members are numbers of the same size; who asks knows that it is not decided.
+    unsafe { handover.__anon_handover_1.id }
+}
+
+/// Sets it.
+pub fn set_handover_id(handover: &mut handover, id: u64) {
+    handover.__anon_handover_1.id = id;
+}
+
+/// Where it belongs, which the sidecar has found out: a binding (0: none), and by what.
+pub fn set_decided(handover: &mut handover, binding: u32, by: bound_by) {
+    handover.state = handover_state::HANDOVER_DECIDED.0 as u8;
+    handover.__anon_handover_1.decided = u64::from(binding) | u64::from(by.0) << 32;
 }
 
 /// Begins a flow's rescue by a sidecar's instance (0: none), at a time in ms of CLOCK_BOOTTIME.

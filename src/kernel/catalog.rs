@@ -80,7 +80,7 @@ use Role::{Configuration, Flows, Internal, Knowledge, Scratch, Shared};
 
 /// All of them.
 #[rustfmt::skip] // a table
-pub const MAPS: [Map; 46] = [
+pub const MAPS: [Map; 47] = [
     map(M, "root_array",        Shared,        None, None),
     map(M, "mqtt_service_vips", Shared,        None, None),
     map(M, "generation",        Configuration, None, None),
@@ -110,6 +110,7 @@ pub const MAPS: [Map; 46] = [
     map(M, "map_uses",          Scratch,       None, None),
     map(M, "events",            Scratch,       None, None),
     map(M, "rescues",           Scratch,       None, None),
+    map(M, "hellos",            Scratch,       None, None),
     map(M, "fleet_reports",     Scratch,       Some(|s| s.fleet_reports), None),
     map(M, "client_shares",     Scratch,       None, None),
     map(M, "client_rates",      Scratch,       None, None),

@@ -141,6 +141,51 @@ fn routes_by_client_hello_follow_one_rule() {
     }
 }
 
+/// What each of tests/hellos/ comes to, sent in segments of so many bytes.
+fn captured(most: usize) {
+    let f = tls("");
+    let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/hellos");
+    let name = b"tenant-a.example.net";
+    let mut port = 1000;
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        let file = path.file_name().unwrap().to_str().unwrap().to_owned();
+        if !file.ends_with(".bin") {
+            continue;
+        }
+        let bytes = std::fs::read(&path).unwrap();
+        let first = &bytes[..bytes.len().min(most)];
+        let has_name = first.windows(name.len()).any(|part| part == name);
+        for addr in ["10.1.1.7", "[fd01:1::7]"] {
+            port += 1;
+            let client = Client::open(&f, &format!("{addr}:{port}"), 7);
+            let (outcome, rose) = f.send_counting(&client.segment(0, first, |_| {}));
+            let straddles = file.contains("straddle");
+            if has_name || straddles {
+                assert_eq!(outcome.verdict, JUMPED, "{file}: {rose:?}");
+                assert_eq!(group_of(&outcome), "a", "{file}: {rose:?}");
+                let flow = f.flow(client.addr).unwrap();
+                assert_eq!(flow.server_name, "tenant-a.example.net", "{file}");
+            } else if file.contains("noname") {
+                assert_eq!(outcome.verdict, JUMPED, "{file}: {rose:?}");
+                assert_eq!(group_of(&outcome), "default");
+            } else {
+                // Left to the sidecar; see the lab.
+                assert_eq!(outcome.verdict, XDP_DROP, "{file}: {rose:?}");
+                assert_eq!(rose.get("hello_held"), Some(&1), "{file}: {rose:?}");
+            }
+        }
+    }
+    assert!(port > 1060);
+}
+
+#[test]
+fn what_real_stacks_send_leads_to_its_group() {
+    captured(1388);
+    // A path of 1,280 B, as IPv6 must have.
+    captured(1220);
+}
+
 #[test]
 fn who_names_no_server_that_is_here_is_refused_if_that_is_configured() {
     let f = tls("unknown_server_name = \"refuse\"\n");

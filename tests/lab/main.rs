@@ -7,4 +7,5 @@ mod health;
 mod replay;
 #[path = "../support/mod.rs"]
 mod support;
+mod tls;
 mod whole;

@@ -15,6 +15,7 @@
 
 #include "../flow/delayed.h"
 #include "../handshake/untracked.h"
+#include "../report.h"
 #include "../services.h"
 
 /* Without data, a connection is asked for once in this time. */
@@ -51,36 +52,6 @@ static __always_inline bool miss_again(const struct conn *c, const struct servic
 	return true;
 }
 
-/* Hands the frame to the sidecar; false: there is no room. Global (see event.h). */
-__noinline int miss_report(struct xdp_md *ctx, const struct conn *c)
-{
-	struct scratch *w = scratch();
-	__u32 length;
-
-	if (!c || !w)
-		return false;
-	length = frame_length(ctx);
-	barrier_var(length);
-	if (length >= SEGMENT_MAX)
-		return false;
-	w->report = (struct fleet_report){
-		.time_ns = bpf_ktime_get_boot_ns(),
-		.client_port = c->key.port,
-		.service = c->key.service,
-		.seq = c->seq,
-		.ack = c->ack,
-		.length = length,
-		.v6 = c->v6,
-		.kind = FLEET_MISSED,
-	};
-	__builtin_memcpy(w->report.client, c->key.addr, sizeof(w->report.client));
-	if (!frame_copy(ctx, 0, w->segment, length, SEGMENT_MAX))
-		return false;
-	barrier_var(length);
-	return !bpf_ringbuf_output(&fleet_reports, &w->report,
-				   sizeof(w->report) + (length & (SEGMENT_MAX - 1)), 0);
-}
-
 SEC("xdp")
 int mqtt_miss(struct xdp_md *ctx)
 {
@@ -94,7 +65,8 @@ int mqtt_miss(struct xdp_md *ctx)
 	if (c->touches & RETURNED)
 		count(REASON_RETURNED);
 	if (((c->payload_length || c->flags & bpf_htons(TCP_FIN)) || miss_again(c, t)) &&
-	    budget_take(&budgets, BUDGET_MISSES, misses_per_window) && miss_report(ctx, c))
+	    budget_take(&budgets, BUDGET_MISSES, misses_per_window) &&
+	    report_segment(ctx, c, REPORT_MISSED))
 		count(REASON_MISSED);
 	else
 		count(REASON_MISS_DROPPED);

@@ -217,7 +217,7 @@ __noinline int answer_connect(struct xdp_md *ctx, const struct conn *c, const st
 	if (!c || !svc || !h || !w)
 		return false;
 	a = answer_begin(w, connack ? TCP_ACK | TCP_PSH : TCP_ACK);
-	a->seq = h->server + (connack || h->state == HANDOVER_PIECES ? 0 : HANDOVER_CONNACK);
+	a->seq = h->server + (connack || h->state > HANDOVER_REPEAT ? 0 : HANDOVER_CONNACK);
 	a->ack = h->start + h->connect_length;
 	window = answer_window(svc, c->v6);
 	if (((h->server - 1) & COOKIE_WSCALE_MASK) != COOKIE_NO_WSCALE)

@@ -110,7 +110,7 @@ static __always_inline int bound(struct xdp_md *ctx, struct conn *c, struct scra
 		if (waiting) {
 			waiting->state = HANDOVER_REPEAT;
 			if (fleet == FLEET_WITH_STORE)
-				report_waiting(c, FLEET_GIVEN);
+				report_waiting(c, REPORT_GIVEN);
 		}
 		bpf_tail_call(ctx, &stages, STAGE_FORWARD);
 	}

@@ -54,7 +54,7 @@ static __always_inline int handshake_keep(struct xdp_md *ctx, struct conn *c, st
 	}
 	handover_put(c, h);
 	if (fleet == FLEET_WITH_STORE && whole)
-		report_waiting(c, FLEET_KEPT);
+		report_waiting(c, REPORT_KEPT);
 	count(whole ? REASON_CONNECT_ANSWERED : REASON_CONNECT_PIECE);
 	return XDP_TX;
 }
@@ -83,9 +83,10 @@ static __always_inline bool is_piece(struct xdp_md *ctx, const struct conn *c,
 
 /*
  * The place of a connection that is bound by its first segments: what they carry needs no more, and of those that were
- * `joined`, what is kept is in scratch.handover.
+ * `joined`, what is kept is in scratch.handover. `kept`: bytes that the sidecar has (late_name.h).
  */
-static __always_inline void place_handover(const struct conn *c, struct scratch *w, bool joined)
+static __always_inline void place_handover(const struct conn *c, struct scratch *w, bool joined,
+					   __u32 kept)
 {
 	struct handover *h = &w->handover;
 
@@ -95,7 +96,9 @@ static __always_inline void place_handover(const struct conn *c, struct scratch 
 		h->server = c->ack;
 	}
 	h->born_s = now_s();
-	h->state = joined ? HANDOVER_PREPEND : HANDOVER_PASS;
+	if (kept)
+		h->connect_length = kept;
+	h->state = joined ? HANDOVER_PREPEND : kept ? HANDOVER_HELLO_REPEAT : HANDOVER_PASS;
 	handover_put(c, h);
 }
 
@@ -152,7 +155,7 @@ static __always_inline int handshake_connect(struct xdp_md *ctx, struct conn *c,
 		v->binding = with_will(v->binding, will, svc);
 	client_id_keep(c, w);
 
-	place_handover(c, w, joined);
+	place_handover(c, w, joined, 0);
 	return bound(ctx, c, w, t, svc, NULL);
 }
 

@@ -10,6 +10,7 @@
 
 #include "../end/truncate.h"
 #include "../emit.h"
+#include "../report.h"
 #include "../services.h"
 #include "handovers.h"
 
@@ -203,6 +204,12 @@ static __always_inline int handover(struct xdp_md *ctx, struct scratch *w)
 		}
 		count(REASON_HANDOVER);
 		return to_group(ctx, g, svc, c.v6, reason);
+	}
+	if (h->state == HANDOVER_HELLO_REPEAT && c.seq == h->start + h->connect_length &&
+	    (c.payload_length || fin)) {
+		count(report_segment(ctx, &c, REPORT_HELLO) ? REASON_HELLO_HELD
+							    : REASON_HANDOVER_FAILED);
+		return XDP_DROP;
 	}
 	__u32 acked = c.ack - h->server;
 	set_mark(ctx, c.v6, MARK | (acked <= MARK_ACK_MASK ? acked : 0));

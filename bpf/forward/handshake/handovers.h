@@ -17,7 +17,7 @@ __noinline int report_waiting(const struct conn *c, __u32 kind)
 {
 	struct scratch *w = scratch();
 	struct {
-		struct fleet_report report;
+		struct segment_report report;
 		struct handover handover;
 	} *r;
 
@@ -26,11 +26,11 @@ __noinline int report_waiting(const struct conn *c, __u32 kind)
 	r = bpf_ringbuf_reserve(&fleet_reports, sizeof(*r), 0);
 	if (!r)
 		return 0;
-	r->report = (struct fleet_report){
+	r->report = (struct segment_report){
 		.time_ns = bpf_ktime_get_boot_ns(),
 		.client_port = c->key.port,
 		.service = c->key.service,
-		.length = kind == FLEET_KEPT ? sizeof(r->handover) : 0,
+		.length = kind == REPORT_KEPT ? sizeof(r->handover) : 0,
 		.v6 = c->v6,
 		.kind = kind,
 	};

@@ -8,6 +8,7 @@
  *               ClientHello, likewise bound, or refused with an alert            hello.h
  *               without a cookie      a flow that was lost, or nobody's          untracked.h
  *   PIECES      any                   put together                               pieces.h
+ *   HELLO       any                   left to the sidecar                        late_name.h
  *   WAIT        any                   CONNACK again, bound, or dropped           waiting.h
  *
  * A connection that is bound gets a flow and goes back to mqtt_fwd (bound.h).
@@ -17,6 +18,7 @@
 
 #include "../services.h"
 #include "connect.h"
+#include "late_name.h"
 #include "pieces.h"
 #include "syn.h"
 #include "untracked.h"
@@ -69,6 +71,10 @@ static __always_inline int handshake(struct xdp_md *ctx, struct scratch *w)
 			return verdict;
 		joined = true;
 	}
+	if (h && !rst && c->ack == h->server && c->seq - h->start < HELLO_MAX &&
+	    ((h->state == HANDOVER_HELLO && (h->connect_length || c->seq != h->start)) ||
+	     (h->state == HANDOVER_DECIDED && c->seq != h->start)))
+		return handshake_hello(ctx, c, svc, h);
 	if (!ack || rst || !(joined || has_cookie(ctx, c)))
 		return handshake_untracked(ctx, c, t, svc, rst);
 	if (c->payload_length && svc->protocol == PROTOCOL_TLS) {

@@ -7,7 +7,7 @@
  *   protocol (ALPN) with a route its group
  *   neither                      what was learned of the client's address (imported), else the relay or the default
  *                                group, or the alert unrecognized_name
- *   a piece, too short to tell   kept and acknowledged, as of a CONNECT (connect.h)
+ *   a piece, too short to tell   kept and acknowledged, as of a CONNECT (connect.h); a long one: late_name.h
  */
 #ifndef MQTT_FWD_HANDSHAKE_HELLO_H
 #define MQTT_FWD_HANDSHAKE_HELLO_H
@@ -46,6 +46,18 @@ __noinline __u64 server_name_keep(const struct service_table *t, const struct se
 	return key;
 }
 
+/* What the sidecar has read. */
+static __always_inline void hello_decided(struct hello *k, __u64 decided)
+{
+	__builtin_memset(k, 0, sizeof(*k));
+	if (decided >> 32 == BOUND_BY_ALPN)
+		k->by_alpn = decided;
+	else
+		k->by_name = decided;
+	/* Whatever it was, it was a ClientHello. */
+	k->outcome = HELLO_READ;
+}
+
 static __always_inline int hello_refused(struct xdp_md *ctx, const struct conn *c, bool is_tls)
 {
 	if (!(is_tls ? answer_alert(ctx, c) : answer_reset(ctx, c, false))) {
@@ -63,18 +75,30 @@ static __always_inline int hello(struct xdp_md *ctx, struct scratch *w)
 	struct bind_decision *v;
 	struct conn *c = &w->tail_args.conn;
 	bool joined = w->tail_args.joined;
-	const struct hello *k = &w->hello;
+	struct hello *k = &w->hello;
+	__u32 kept = 0;
 	__u64 name;
 
 	if (!svc)
 		return pass_on(ctx, REASON_NO_GROUP_VIP);
-	if (!joined && !handover_admitted(c)) {
-		count(REASON_CONNECT_DELAYED);
-		return XDP_DROP;
+	const struct handover *h = handover_find(c);
+
+	if (h && h->state == HANDOVER_DECIDED && h->start == c->seq && h->server == c->ack) {
+		kept = h->connect_length;
+		hello_decided(k, h->decided);
+	} else {
+		if (!joined && !handover_admitted(c)) {
+			count(REASON_CONNECT_DELAYED);
+			return XDP_DROP;
+		}
+		read_client_hello(ctx, c, t, svc);
+		if (k->outcome == HELLO_MORE && c->payload_length <= HANDOVER_CONNECT_MAX)
+			return handshake_keep(ctx, c, w, svc, HANDOVER_PIECES, NO_GROUP);
+		if (k->outcome == HELLO_MORE && !joined && hello_held(ctx, c, w)) {
+			count(REASON_HELLO_HELD);
+			return XDP_DROP;
+		}
 	}
-	read_client_hello(ctx, c, t, svc);
-	if (k->outcome == HELLO_MORE && c->payload_length <= HANDOVER_CONNECT_MAX)
-		return handshake_keep(ctx, c, w, svc, HANDOVER_PIECES, NO_GROUP);
 
 	name = server_name_keep(t, svc);
 	v = decision_begin(w, c->seq, FLOW_OPAQUE);
@@ -89,14 +113,14 @@ static __always_inline int hello(struct xdp_md *ctx, struct scratch *w)
 	} else {
 		w->id = 0;
 		decide_by_prediction(c, w, t, svc,
-				     k->outcome == HELLO_MORE ? FALLBACK_HELLO_CUT
+				     k->outcome == HELLO_MORE	? FALLBACK_HELLO_CUT
 				     : k->outcome == HELLO_NONE ? FALLBACK_NO_HELLO
 								: FALLBACK_NO_SERVER_NAME);
 		if (svc->refuses_unknown && !(v->flags & FLOW_PREDICTED))
 			return hello_refused(ctx, c, k->outcome != HELLO_NONE);
 	}
 	w->id = name;
-	place_handover(c, w, joined);
+	place_handover(c, w, joined, kept);
 	return bound(ctx, c, w, t, svc, NULL);
 }
 

@@ -14,12 +14,11 @@
 #include "../../lib/tls.h"
 #include "../../maps/config.h"
 #include "../../maps/scratch.h"
+#include "../handshake/late_name.h"
 
 #define HELLO_RECORDS 16
 #define HELLO_EXTENSIONS 48
 #define HELLO_PROTOCOLS 8
-/* A message of more is no ClientHello that anybody sends. */
-#define HELLO_MAX (1 << 14)
 
 /* Of which nothing more can be read: it is malformed, or too finely divided. */
 static __always_inline long hello_refuse(struct hello *h)
@@ -43,7 +42,7 @@ static __always_inline long record_begin(struct xdp_md *ctx, struct hello *h)
 		/* Its first bytes may show already that it is none. */
 		p = frame_at(ctx, h->offset, 1);
 		return p && h->offset < h->end && *p != TLS_HANDSHAKE ? hello_refuse(h)
-								       : hello_cut(h);
+								      : hello_cut(h);
 	}
 	if (p[0] != TLS_HANDSHAKE || p[1] != TLS_MAJOR || h->records++ >= HELLO_RECORDS)
 		return hello_refuse(h);
@@ -212,7 +211,8 @@ __noinline __u32 hello_route(const struct service_table *t, const struct service
 }
 
 /* The first name of a list of `length` bytes. Of a long one, the end: no route is longer. */
-static __always_inline long read_server_name(const struct hello_scan *s, struct hello *h, __u32 length)
+static __always_inline long read_server_name(const struct hello_scan *s, struct hello *h,
+					     __u32 length)
 {
 	long list = hello_number(s->ctx, 2), kind = hello_number(s->ctx, 1);
 	long bytes = hello_number(s->ctx, 2);

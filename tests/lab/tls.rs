@@ -1,0 +1,225 @@
+//! TLS from clients to their brokers: bound by server name.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio_rustls::rustls::pki_types::ServerName;
+use tokio_rustls::rustls::pki_types::pem::PemObject as _;
+use tokio_rustls::rustls::{
+    self, ClientConfig, ClientConnection, RootCertStore, StreamOwned, pki_types::CertificateDer,
+};
+
+use crate::support::lab::Lab;
+use crate::support::mqtt;
+use crate::support::net::wait_for;
+use crate::support::session::enter;
+use crate::support::wire::{Fate, Wire};
+use mqtt_fwd::kernel::takeover;
+
+/// Two tenants, and all else, with the brokers of the lab that have their certificates.
+const TENANTS: [(&str, &[u32]); 3] = [
+    ("tenant-a.lab.example", &[1, 2]),
+    ("tenant-b.lab.example", &[3, 4]),
+    ("other.default.lab.example", &[5, 6]),
+];
+const SERVICES: [&str; 2] = ["10.1.50.200:8883", "[fd01:50::200]:8883"];
+
+fn tls() -> Option<Lab> {
+    if !takeover::supported() {
+        eprintln!("skipped: this kernel has no bpf_sk_assign_tcp_reqsk (Linux 6.9)");
+        return None;
+    }
+    let text = include_str!("../../scripts/lab.toml");
+    Some(Lab::up(text, &["--tls"]))
+}
+
+/// A client's connection.
+struct Session {
+    name: &'static str,
+    reals: &'static [u32],
+    service: SocketAddr,
+    messages: Vec<String>,
+    qos: u8,
+    /// Protocols of ALPN, which make a ClientHello longer than a segment.
+    padding: usize,
+    /// TCP_NODELAY.
+    hurries: bool,
+}
+
+fn sessions(tag: &str, count: usize, padding: usize) -> Vec<Session> {
+    (0..count)
+        .map(|i| {
+            let (name, reals) = TENANTS[i % 3];
+            Session {
+                name,
+                reals,
+                service: SERVICES[i / 3 % 2].parse().unwrap(),
+                messages: (0..3).map(|m| format!("{tag}-{i}-{m}")).collect(),
+                qos: (i / 6 % 2) as u8,
+                padding,
+                hurries: i / 12 % 2 == 0,
+            }
+        })
+        .collect()
+}
+
+fn client_config(lab: &Lab, padding: usize) -> Arc<ClientConfig> {
+    let ca = PathBuf::from(format!("/run/mqtt-fwd-lab/{}/tls/ca.crt", lab.name));
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_file(ca).unwrap()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    // No resumption: each is a whole ClientHello.
+    config.resumption = rustls::client::Resumption::disabled();
+    config.alpn_protocols = (0..padding).map(|i| format!("{i:050}").into_bytes()).collect();
+    Arc::new(config)
+}
+
+impl Session {
+    fn run(&self, lab: &Lab, host: &str, config: &Arc<ClientConfig>) -> std::io::Result<()> {
+        enter(lab, host);
+        // Six losses of one segment in a row take 13 s.
+        let limit = Duration::from_secs(60);
+        let tcp = TcpStream::connect_timeout(&self.service, limit)?;
+        tcp.set_read_timeout(Some(limit))?;
+        tcp.set_nodelay(self.hurries)?;
+        let port = tcp.local_addr()?.port();
+        let name = ServerName::try_from(self.name).unwrap();
+        let connection = ClientConnection::new(Arc::clone(config), name).unwrap();
+        let mut stream = StreamOwned::new(connection, tcp);
+        self.talk(&mut stream)
+            .map_err(|e| std::io::Error::other(format!("{} from port {port}: {e}", self.name)))
+    }
+
+    fn talk(&self, stream: &mut StreamOwned<ClientConnection, TcpStream>) -> std::io::Result<()> {
+        let connect = mqtt::connect_as(4, 2, self.messages[0].as_bytes(), &[]);
+        stream.write_all(&connect)?;
+        let mut connack = [0; 4];
+        stream.read_exact(&mut connack)?;
+        assert_eq!(connack, [0x20, 2, 0, 0]);
+        for message in &self.messages {
+            stream.write_all(&mqtt::publish(b"tls/topic", self.qos, message.as_bytes()))?;
+            if self.qos == 1 {
+                let mut puback = [0; 4];
+                stream.read_exact(&mut puback)?;
+                assert_eq!(puback, [0x40, 2, 0, 7]);
+            }
+        }
+        // Its broker closes: then it has read all of it.
+        stream.write_all(&mqtt::disconnect())?;
+        let mut rest = Vec::new();
+        match stream.read_to_end(&mut rest) {
+            Err(e) if e.kind() != std::io::ErrorKind::UnexpectedEof => Err(e),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn run_all(lab: &Lab, host: &str, sessions: &[Session], at_once: usize) {
+    let next = AtomicUsize::new(0);
+    let failed = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..at_once {
+            scope.spawn(|| {
+                while let Some(session) = sessions.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let config = client_config(lab, session.padding);
+                    if let Err(error) = session.run(lab, host, &config) {
+                        failed.lock().unwrap().push(error.to_string());
+                    }
+                }
+            });
+        }
+    });
+    let failed = failed.into_inner().unwrap();
+    assert!(failed.is_empty(), "{} of {}: {failed:#?}", failed.len(), sessions.len());
+}
+
+/// Each message is at its tenant's brokers: once, or with QoS 1 at least once.
+fn all_right(lab: &Lab, sessions: &[Session]) {
+    let wanted: usize = sessions.iter().map(|s| s.messages.len()).sum();
+    let all = wait_for(&format!("{wanted} messages at the brokers"), || {
+        let all = lab.arrivals();
+        let there = sessions.iter().flat_map(|s| &s.messages).filter(|m| all.contains_key(*m));
+        (there.count() == wanted).then_some(all)
+    });
+    for session in sessions {
+        for message in &session.messages {
+            let at = &all[message];
+            assert!(at.iter().all(|r| session.reals.contains(r)), "{message}: {at:?}");
+            assert!(session.qos == 1 || at.len() == 1, "{message} {} times", at.len());
+        }
+    }
+}
+
+#[test]
+fn each_client_is_served_by_the_brokers_of_the_name_that_it_asks_for() {
+    let Some(lab) = tls() else { return };
+    let sessions = sessions("plain", 240, 0);
+    run_all(&lab, "c1", &sessions, 8);
+    all_right(&lab, &sessions);
+    assert_eq!(lab.counter("bound_server_name"), 160);
+    assert_eq!(lab.counter("fallback_no_server_name"), 80);
+    let flows = lab.mqtt_fwd(&["flows"]);
+    assert!(flows.contains("tenant-a.lab.example"), "{flows}");
+
+    // Another stack, and a name that only a wildcard has.
+    let hosts = format!("/run/mqtt-fwd-lab/{}/hosts", lab.name);
+    std::fs::write(&hosts, "10.1.50.200 x.tenant-a.lab.example\n").unwrap();
+    let ca = format!("/run/mqtt-fwd-lab/{}/tls/ca.crt", lab.name);
+    let publish = format!(
+        "mount --bind {hosts} /etc/hosts && mosquitto_pub -h x.tenant-a.lab.example -p 8883 --cafile {ca} -t \
+         tls/topic -m from-mosquitto -q 1"
+    );
+    lab.ok("c2", &["unshare", "-m", "sh", "-c", &publish]);
+    assert!([1, 2].contains(&lab.wait_received("tls/topic from-mosquitto")));
+}
+
+#[test]
+fn a_name_in_a_later_segment_is_waited_for() {
+    let Some(lab) = tls() else { return };
+    // One segment of the name's may be in front of it, or two.
+    for padding in [30, 60] {
+        let sessions = sessions(&format!("long-{padding}"), 120, padding);
+        run_all(&lab, "c1", &sessions, 8);
+        all_right(&lab, &sessions);
+    }
+    assert!(lab.counter("hello_held") > 50, "{}", lab.mqtt_fwd(&["counters"]));
+    assert_eq!(lab.counter("fallback_hello_cut"), 0);
+}
+
+#[test]
+fn loss_delays_and_misplaces_nothing() {
+    let Some(lab) = tls() else { return };
+    let percent = Arc::new(Mutex::new(0u64));
+    let rule = |mut state: u64| {
+        let percent = Arc::clone(&percent);
+        Box::new(move |_: Option<_>| {
+            // xorshift (Marsaglia): the same losses each time.
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            if state % 100 < *percent.lock().unwrap() { Fate::Lost } else { Fate::Pass }
+        })
+    };
+    let _client = Wire::of_client(&lab, "c1", rule(1883));
+    let _balancer = Wire::of_balancer(&lab, rule(8883));
+    for (share, count) in [(1, 240), (5, 120), (10, 120)] {
+        for padding in [0, 30] {
+            *percent.lock().unwrap() = share;
+            let sessions = sessions(&format!("loss-{share}-{padding}"), count, padding);
+            run_all(&lab, "c1", &sessions, 24);
+            *percent.lock().unwrap() = 0;
+            all_right(&lab, &sessions);
+        }
+    }
+    println!("{}", lab.mqtt_fwd(&["counters"]));
+    assert_eq!(lab.counter("fallback_hello_cut"), 0, "{}", lab.mqtt_fwd(&["counters"]));
+}
