@@ -1,5 +1,7 @@
 //! The rooms' types, to and from their messages.
 
+use std::time::UNIX_EPOCH;
+
 use super::{ApiError, proto};
 use crate::datapath::clients::{Client, MultiGroupClient};
 use crate::datapath::counts::{Counter, MapUse};
@@ -10,7 +12,7 @@ use crate::domain::{Health, Problem, RealState};
 use crate::inspect::diff::Difference;
 use crate::inspect::doctor::Finding;
 use crate::inspect::explain::{
-    BeatenRoute, ClientExplanation, FlowExplanation, TopicExplanation, Trial,
+    BeatenRoute, ClientExplanation, FlowExplanation, ServerNameExplanation, TopicExplanation, Trial,
 };
 use crate::inspect::fleet::{FleetMember, FleetReal, FleetStatus, FleetTime};
 use crate::inspect::overview::{GroupOverview, Overview, RealOverview};
@@ -71,6 +73,7 @@ same_fields! {
         service, client, by, topic, group, age_s, hits, misses, group_changes, multi_group, misjudged
     }
     TopicExplanation = TopicExplanation { service, topic, route, belongs_to, reals; beaten }
+    ServerNameExplanation = ServerNameExplanation { service, server_name, route, belongs_to, beaten, reals }
     BeatenRoute = BeatenRoute { route, belongs_to, at_level }
     Trial = Trial { opening, group, bound_by, fallback_reason }
     GroupOverview = GroupOverview { service, group, packets_s, bytes_s, flows }
@@ -111,6 +114,9 @@ impl From<RealState> for proto::Real {
             weight: real.weight,
             effective_weight: real.effective_weight,
             since_s: real.since.as_secs(),
+            certificate_expires: real
+                .certificate_expires
+                .and_then(|at| Some(at.duration_since(UNIX_EPOCH).ok()?.as_secs())),
             service: real.service,
             group: real.group,
         }

@@ -14,7 +14,9 @@ use crate::datapath::flows::Flow;
 use crate::domain::client_record::{ClientRecord, Restored};
 use crate::inspect::diff::Difference;
 use crate::inspect::doctor::Finding;
-use crate::inspect::explain::{ClientExplanation, FlowExplanation, TopicExplanation};
+use crate::inspect::explain::{
+    ClientExplanation, FlowExplanation, ServerNameExplanation, TopicExplanation,
+};
 use crate::inspect::overview::Overview;
 use crate::inspect::status::{GroupRow, Status as OverallStatus};
 
@@ -115,6 +117,20 @@ impl Run {
         let request = proto::ExplainTopicRequest { topic: topic.to_owned() };
         let reply = self.rpc.explain_topic(request).await;
         Ok(each(reply.map_err(self.failed())?.into_inner().topics))
+    }
+
+    /// The route that a ClientHello takes.
+    pub async fn explain_server_name(
+        &mut self,
+        name: &str,
+        protocols: &[String],
+    ) -> Result<Vec<ServerNameExplanation>> {
+        let request = proto::ExplainServerNameRequest {
+            server_name: name.to_owned(),
+            protocols: protocols.to_vec(),
+        };
+        let reply = self.rpc.explain_server_name(request).await;
+        Ok(each(reply.map_err(self.failed())?.into_inner().services))
     }
 
     /// A client's record, and the outcome of its next connections.

@@ -288,6 +288,16 @@ impl Sidecar for Service {
         Ok(Response::new(proto::ExplainTopicResponse { topics }))
     }
 
+    async fn explain_server_name(
+        &self,
+        request: Request<proto::ExplainServerNameRequest>,
+    ) -> Reply<proto::ExplainServerNameResponse> {
+        let proto::ExplainServerNameRequest { server_name, protocols } = request.into_inner();
+        let found = explain::server_name(&self.config(), &server_name, &protocols);
+        let services = found.into_iter().map(Into::into).collect();
+        Ok(Response::new(proto::ExplainServerNameResponse { services }))
+    }
+
     async fn explain_client(
         &self,
         request: Request<proto::ExplainClientRequest>,

@@ -105,10 +105,12 @@ impl Tasks {
         {
             self.hellos = None;
         }
-        if self.hellos.is_none() && hellos::are_wanted(&self.state.config()) {
-            self.hellos = Hellos::start(&self.state)
-                .inspect_err(|error| warn!(%error, "ClientHellos in several segments are not read"))
-                .ok();
+        if !hellos::are_wanted(&self.state.config()) {
+            self.state.observed.note_hellos(None);
+        } else if self.hellos.is_none() {
+            let started = Hellos::start(&self.state);
+            self.state.observed.note_hellos(started.as_ref().err().map(ToString::to_string));
+            self.hellos = started.ok();
         }
         if self.rescuer.is_none() && wanted {
             self.rescuer = Rescuer::start(&self.state)

@@ -52,5 +52,13 @@ async fn connect(addr: SocketAddr) -> io::Result<TcpStream> {
     socket.connect(addr).await
 }
 
+/// The TCP connection of one.
+pub fn tcp_of(stream: &BrokerStream) -> &TcpStream {
+    match stream {
+        Either::Left(tcp) => tcp,
+        Either::Right(tls) => tls.get_ref().0,
+    }
+}
+
 /// A connection to a broker: TCP, or TLS.
 pub type BrokerStream = Either<TcpStream, Box<TlsStream<TcpStream>>>;

@@ -4,6 +4,7 @@ use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::net::TcpStream;
 use tokio_rustls::rustls::client::ClientConfig;
@@ -11,6 +12,7 @@ use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tokio_rustls::rustls::{self, RootCertStore};
 use tokio_rustls::{TlsConnector, client};
+use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use crate::domain::BrokerTls;
 
@@ -63,6 +65,16 @@ pub fn authorities(path: &Path) -> Result<RootCertStore, TlsError> {
         roots.add(certificate).map_err(|e| file(path, e))?;
     }
     Ok(roots)
+}
+
+/// When the first of a chain's certificates expires.
+pub fn expires(chain: &[CertificateDer<'_>]) -> Option<SystemTime> {
+    let of = |certificate: &CertificateDer<'_>| {
+        let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
+        let seconds = u64::try_from(parsed.validity().not_after.timestamp()).ok()?;
+        Some(UNIX_EPOCH + Duration::from_secs(seconds))
+    };
+    chain.iter().filter_map(of).min()
 }
 
 /// TLS towards the brokers of a group.

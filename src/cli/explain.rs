@@ -12,7 +12,8 @@ use crate::config::Config;
 use crate::datapath::names::{bound_by_words, words};
 use crate::inspect::Context;
 use crate::inspect::explain::{
-    self, BeatenRoute, ClientExplanation, FlowExplanation, TopicExplanation, Trial,
+    self, BeatenRoute, ClientExplanation, FlowExplanation, ServerNameExplanation, TopicExplanation,
+    Trial,
 };
 
 #[derive(Debug, Args)]
@@ -28,6 +29,14 @@ pub struct Explain {
 enum What {
     /// The route that a topic takes, and those that it beats
     Topic { topic: String },
+    /// The route that a TLS client takes by its ClientHello, and those that it beats
+    ServerName {
+        /// As the client asks for it (SNI); "" for none
+        name: String,
+        /// A protocol that it offers (ALPN); repeat for several, the preferred first
+        #[arg(long, value_name = "PROTOCOL")]
+        alpn: Vec<String>,
+    },
     /// A client's record, and the outcome of its next connections
     Client {
         /// Its address, or its client id where clients are identified by that
@@ -51,6 +60,17 @@ impl Explain {
                     async || Ok(explain::topic(config, topic)?),
                 )?;
                 self.print(&found, show_topic);
+            }
+            What::ServerName { name, alpn } => {
+                let found = from_run_or(
+                    config,
+                    async |mut run| run.explain_server_name(name, alpn).await,
+                    async || Ok(explain::server_name(config, name, alpn)),
+                )?;
+                if found.is_empty() {
+                    return Err(Error::Failed("no service has protocol = \"tls\"".to_owned()));
+                }
+                self.print(&found, show_server_name);
             }
             What::Client { client } => {
                 let found = from_run_or(
@@ -100,6 +120,19 @@ fn show_route(t: &TopicExplanation) {
         item("belongs to", &format!("{}: follows its connection", t.belongs_to));
     } else {
         item("belongs to", &format!("{}: {}", t.belongs_to, t.reals.join(", ")));
+    }
+}
+
+fn show_server_name(s: &ServerNameExplanation) {
+    line(&format!("server name {:?}, service {}", s.server_name, s.service));
+    item("route", s.route.as_deref().unwrap_or("none matches"));
+    for beaten in &s.beaten {
+        item("", &format!("before {beaten}"));
+    }
+    match &s.belongs_to {
+        Some(group) if s.reals.is_empty() => item("belongs to", group),
+        Some(group) => item("belongs to", &format!("{group}: {}", s.reals.join(", "))),
+        None => item("belongs to", "nowhere: refused with the alert unrecognized_name"),
     }
 }
 

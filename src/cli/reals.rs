@@ -20,6 +20,8 @@ struct Row {
     state: String,
     since_s: u64,
     error: String,
+    /// Seconds since 1970, where it shows one (TLS).
+    certificate_expires: Option<u64>,
 }
 
 pub fn reals(config: &Config, output: Output) -> Result<(), Error> {
@@ -34,6 +36,7 @@ pub fn reals(config: &Config, output: Output) -> Result<(), Error> {
             weight: real.weight,
             since_s: real.since_s,
             error: real.error,
+            certificate_expires: real.certificate_expires,
         })
         .collect();
     if output.json {

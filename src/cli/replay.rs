@@ -64,6 +64,10 @@ impl Replay {
     }
 
     fn show(&self, report: &Report) {
+        show_tls(report);
+        if report.messages.is_empty() && !report.tls.is_empty() {
+            return;
+        }
         line("");
         if self.messages {
             table::print(
@@ -147,6 +151,25 @@ impl Replay {
     }
 }
 
+/// Connections whose messages cannot be read, by the names that they ask for.
+fn show_tls(report: &Report) {
+    if report.tls.is_empty() {
+        return;
+    }
+    let mut rows: BTreeMap<(String, String, String), usize> = BTreeMap::new();
+    for tls in &report.tls {
+        let name = tls.server_name.clone().unwrap_or_else(|| "-".to_owned());
+        let group = tls.went_to.clone().unwrap_or_else(|| "-".to_owned());
+        let by = bound_by_words(tls.bound_by, tls.fallback_reason);
+        *rows.entry((name, group, by)).or_default() += 1;
+    }
+    line("");
+    table::print(
+        &["server name", "went to", "bound by", ">connections"],
+        rows.into_iter().map(|((name, group, by), n)| vec![name, group, by, n.to_string()]),
+    );
+}
+
 #[derive(Serialize)]
 struct Pair<'a> {
     here: &'a Message,
@@ -171,6 +194,9 @@ fn summary(config: &Config, report: &Report) -> String {
         if outcomes.is_empty() { "" } else { ": " },
         outcomes.join(", ")
     );
+    if !report.tls.is_empty() {
+        summary.push_str(&format!("; {} TLS", counted(report.tls.len(), "connection")));
+    }
     if report.ended_connections > 0 {
         summary.push_str(&format!(
             "; {} would be ended, and lose what comes until their clients connect again",

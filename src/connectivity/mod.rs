@@ -20,11 +20,16 @@ use serde::Serialize;
 
 use self::opening::{From as Source, Here, Opened};
 use self::session::{PATIENCE, Session};
+use tokio::net::TcpStream;
+use tokio_rustls::rustls::pki_types::ServerName;
+
 use crate::balancer::client::BalancerError;
+use crate::brokers::connection::BrokerStream;
+use crate::brokers::tls::Connector;
 use crate::config::{Binding, Config, Group, Real, Service};
 use crate::datapath::names::bound_by_words;
 use crate::domain::health::CheckKind;
-use crate::domain::{ClientRoute, ClientRouteKind, TEST_TOPICS};
+use crate::domain::{BrokerTls, ClientRoute, ClientRouteKind, Protocol, TEST_TOPICS};
 use crate::kernel::BpfError;
 use crate::mqtt::client::{self, ConnectOptions};
 use crate::run_files;
@@ -165,10 +170,16 @@ struct Connected {
 
 impl<'a> Test<'a> {
     async fn run(self) -> Result<Vec<Tested>> {
-        if !self.is_by_topic() && self.id_prefix().is_none() {
-            let reason = "only certain clients are of this group, and a test is none of them";
+        let reason = match self.service.protocol {
+            Protocol::Tls => self.server_name().err(),
+            Protocol::Mqtt if self.is_by_topic() || self.id_prefix().is_some() => None,
+            Protocol::Mqtt => Some(
+                "only certain clients are of this group, and a test is none of them".to_owned(),
+            ),
+        };
+        if let Some(reason) = reason {
             let row = |real: &Real| {
-                self.row(Some(real.addr), "none", Err((Outcome::NotSent, reason.to_owned())))
+                self.row(Some(real.addr), "none", Err((Outcome::NotSent, reason.clone())))
             };
             return Ok(self.group.reals.iter().filter(|real| real.weight > 0).map(row).collect());
         }
@@ -218,6 +229,56 @@ impl<'a> Test<'a> {
         tested.collect::<Vec<_>>().await.into_iter().flatten().collect()
     }
 
+    /// The server name that leads to the group, and whose certificates are trusted for it.
+    fn server_name(self) -> Result<(ServerName<'static>, &'a BrokerTls), String> {
+        let Some(tls) = &self.group.tls else {
+            return Err(format!(
+                "it is not known whose certificates to trust: write tls = {{ ca = \"/…\" }} in group {}",
+                self.group.name
+            ));
+        };
+        let service = self.service;
+        let last_resort = service.relay.as_ref().unwrap_or(&service.default_group);
+        let leads_here = |name: &str| match service.group_of_hello(name, &[]) {
+            Some(route) => route.group == self.group.name,
+            None => !service.refuses_unknown && *last_resort == self.group.name,
+        };
+        let exact = service
+            .client_routes
+            .iter()
+            .filter(|route| route.kind == ClientRouteKind::Sni && !route.is_open)
+            .filter_map(|route| ServerName::try_from(route.text.clone()).ok());
+        let own = tls.server_name.clone().into_iter();
+        own.chain(exact).find(|name| leads_here(&name.to_str())).map(|name| (name, tls)).ok_or_else(
+            || {
+                format!(
+                    "no name leads to it that could be asked for: write server_name in tls = {{ … }} of group {}",
+                    self.group.name
+                )
+            },
+        )
+    }
+
+    /// TLS' handshake with the broker, where clients have one.
+    async fn with_tls(self, stream: TcpStream) -> Result<BrokerStream, String> {
+        if self.service.protocol == Protocol::Mqtt {
+            return Ok(BrokerStream::Left(stream));
+        }
+        let (name, settings) = self.server_name()?;
+        let settings = BrokerTls { server_name: Some(name.clone()), ..settings.clone() };
+        let connector = Connector::load(&settings).map_err(|e| e.to_string())?;
+        let handshake =
+            tokio::time::timeout(PATIENCE, connector.connect(self.service.addr, stream));
+        match handshake.await {
+            Ok(Ok(stream)) => Ok(BrokerStream::Right(Box::new(stream))),
+            Ok(Err(error)) => Err(format!("TLS, asking for {}: {error}", name.to_str())),
+            Err(_) => Err(self.not_taken_over(&format!(
+                "no ServerHello in {} s, and it did not arrive",
+                PATIENCE.as_secs()
+            ))),
+        }
+    }
+
     /// What client ids of the group begin with, where those lead to it, and no topic does.
     fn id_prefix(self) -> Option<&'a str> {
         if self.is_by_topic() {
@@ -234,6 +295,7 @@ impl<'a> Test<'a> {
     /// Topics lead to it, or clients' subscriptions.
     fn is_by_topic(self) -> bool {
         let name = self.group.name.as_str();
+        // What a relay behind TLS does with topics is seen by its way to each group.
         self.is_relay()
             || name == self.service.default_group
             || self.service.test_routes.iter().any(|route| route.target.name() == name)
@@ -293,9 +355,10 @@ impl<'a> Test<'a> {
         let lost = |reason| (Outcome::Lost, reason);
         let vip = SocketAddr::new(self.group.vip, self.service.port);
         let opened = self.source.open(self.service, real.map(|real| (vip, real))).await;
-        let Opened { mut stream, client } = opened.map_err(|(is_unreachable, reason)| {
+        let Opened { stream, client } = opened.map_err(|(is_unreachable, reason)| {
             if is_unreachable { (Outcome::NotSent, reason) } else { lost(self.no_answer(&reason)) }
         })?;
+        let mut stream = self.with_tls(stream).await.map_err(lost)?;
         let nonce = getrandom::u32().map_err(|e| lost(e.to_string()))?;
         let id = format!("{}mqtt-fwd-test-{nonce:08x}", self.id_prefix().unwrap_or_default());
         let mut options = ConnectOptions {

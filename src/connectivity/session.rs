@@ -4,9 +4,9 @@ use std::io;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
 use tokio::time::Instant;
 
+use crate::brokers::connection::{BrokerStream, tcp_of};
 use crate::kernel::tcp;
 use crate::mqtt::client::{DISCONNECT, PINGREQ};
 use crate::mqtt::wire::{self, kind, put_varint};
@@ -16,7 +16,7 @@ pub const PATIENCE: Duration = Duration::from_secs(3);
 
 /// A connection whose CONNECT was accepted.
 pub struct Session {
-    pub stream: TcpStream,
+    stream: BrokerStream,
     v5: bool,
     buffer: Vec<u8>,
     id: u16,
@@ -34,7 +34,7 @@ struct Packet {
 
 impl Session {
     /// Of a stream on which CONNACK was the last that came.
-    pub fn new(stream: TcpStream, v5: bool) -> Self {
+    pub fn new(stream: BrokerStream, v5: bool) -> Self {
         Self { stream, v5, buffer: Vec::new(), id: 0, topics: Vec::new() }
     }
 
@@ -82,7 +82,7 @@ impl Session {
 
     /// Payload bytes of a message that fills one segment.
     pub fn largest_payload(&self, topic: &str) -> io::Result<usize> {
-        let mss = tcp::mss(&self.stream)?;
+        let mss = tcp::mss(tcp_of(&self.stream))?;
         let around = publish(self.v5, topic, 1, 1, &[0; 256]).len() - 256;
         Ok(mss.saturating_sub(around).max(256))
     }
@@ -94,7 +94,7 @@ impl Session {
         // Until the broker's FIN is there, so that no RST takes the way of the test.
         let _ = tokio::time::timeout(Duration::from_millis(200), self.stream.read(&mut [0])).await;
         // What was not acknowledged is not repeated when nobody takes it any more.
-        let _ = self.stream.set_zero_linger();
+        let _ = tcp_of(&self.stream).set_zero_linger();
     }
 
     fn next_id(&mut self) -> u16 {
@@ -128,7 +128,8 @@ impl Session {
             let read = tokio::time::timeout_at(end, self.stream.read(&mut chunk)).await;
             match read {
                 Err(_) => {
-                    let acknowledged = tcp::unacknowledged(&self.stream).is_ok_and(|n| n == 0);
+                    let acknowledged =
+                        tcp::unacknowledged(tcp_of(&self.stream)).is_ok_and(|n| n == 0);
                     let seconds = PATIENCE.as_secs();
                     return Err(if acknowledged {
                         format!("no {what} in {seconds} s, though it arrived")

@@ -37,8 +37,9 @@ impl fmt::Display for Problem {
 }
 
 /// Codes of faults that this host forwards regardless of.
-pub const ELSEWHERE: [&str; 10] = [
+pub const ELSEWHERE: [&str; 11] = [
     "real_down",
+    "certificate_expires",
     "not_checked",
     "misrouted",
     "handover_stuck",
@@ -68,7 +69,7 @@ const SEEN_FROM_OUTSIDE: [&str; 13] = [
 ];
 
 /// All codes, with what they mean.
-pub const CODES: [(&str, &str); 29] = [
+pub const CODES: [(&str, &str); 31] = [
     ("chain_missing", "the program array is not pinned"),
     ("chain_unreadable", "the program array cannot be read"),
     ("root_missing", "no XDP program is on the interface, or there is no interface"),
@@ -90,6 +91,7 @@ pub const CODES: [(&str, &str); 29] = [
     ("run_not_answering", "`run` is there and does not answer"),
     ("apply_failed", "the configuration could not be applied"),
     ("real_down", "a real's checks fail"),
+    ("certificate_expires", "a real shows a certificate that expires within 14 days"),
     (
         "real_not_answering",
         "a broker host does not answer a fleet's questions: its connections stall if they move here",
@@ -97,6 +99,10 @@ pub const CODES: [(&str, &str); 29] = [
     (
         "fleet_not_asking",
         "connections that move here from other balancers are not asked for, and stall",
+    ),
+    (
+        "hellos_not_read",
+        "TLS clients whose server name comes in a second segment are bound without it",
     ),
     ("store_unreachable", "a fleet's store does not answer"),
     ("fleet_differs", "another balancer of the fleet is configured otherwise"),

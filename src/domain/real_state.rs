@@ -1,7 +1,7 @@
 //! A real as its health checks and its operator have it.
 
 use std::net::IpAddr;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 /// A real's health.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,6 +27,8 @@ pub struct RealState {
     pub effective_weight: u32,
     /// Since its health changed.
     pub since: Duration,
+    /// When the first of the certificates does that it shows (TLS).
+    pub certificate_expires: Option<SystemTime>,
 }
 
 impl RealState {

@@ -67,6 +67,7 @@ impl Hellos {
             .spawn(move || {
                 if let Err(error) = worker.run() {
                     warn!(%error, "ClientHellos in several segments are not read");
+                    worker.state.observed.note_hellos(Some(error.to_string()));
                 }
             })
             .map_err(HellosError::Thread)?;

@@ -2,7 +2,7 @@
 //! to waiting for clients that are silent after CONNECT, and ClientHellos that come in several segments.
 
 pub mod cookie;
-mod hello;
+pub(crate) mod hello;
 pub mod hellos;
 pub mod keys;
 mod segment;

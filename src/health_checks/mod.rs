@@ -9,18 +9,18 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 use self::path::{Path, PathError};
-use self::probe::Target;
+use self::probe::{Expires, Target};
 
 use crate::config::{Binding, Config, Group, Real, Service};
 use crate::domain::health::{CheckKind, CheckPath, HealthCheck};
-use crate::domain::{Health, Problem, RealState};
+use crate::domain::{BrokerTls, Health, Problem, Protocol, RealState};
 use crate::run_files;
 
 /// A broker of a service: the same host may be one of several.
@@ -42,6 +42,9 @@ pub enum DrainError {
 /// From one attempt to attach what wraps checks to the next.
 const ATTACH_AGAIN: Duration = Duration::from_secs(2);
 
+/// How long before a broker's certificate expires that is a problem.
+const EXPIRES_SOON_DAYS: u32 = 14;
+
 /// Weights are so many times as large while a real of their group starts slowly, which gives room for its steps.
 const STEPS: u32 = 10;
 
@@ -53,6 +56,8 @@ struct Checked {
     is_back: bool,
     /// Results in a row that say otherwise.
     against: u32,
+    /// When the first of its certificates does (TLS).
+    expires: Expires,
 }
 
 #[derive(Debug, Default)]
@@ -144,6 +149,7 @@ impl Reals {
                     health: checked.map_or(Health::Unchecked, |c| c.health.clone()),
                     effective_weight: weight,
                     since: checked.map_or(Duration::ZERO, |c| c.since.elapsed()),
+                    certificate_expires: checked.and_then(|c| c.expires),
                 }
             };
             group.reals.iter().zip(weights).map(state).collect::<Vec<_>>()
@@ -208,7 +214,24 @@ impl Reals {
             )),
             _ => None,
         });
-        not_made.into_iter().chain(down).collect()
+        let expiring = self.list(config).into_iter().filter_map(|real| {
+            let at = real.certificate_expires?;
+            let left = at.duration_since(SystemTime::now()).unwrap_or_default();
+            const DAY: Duration = Duration::from_secs(24 * 3600);
+            let days = left.as_secs() / DAY.as_secs();
+            (left < EXPIRES_SOON_DAYS * DAY).then(|| {
+                let text = format!(
+                    "real {} of group {} ({}) shows a certificate that expires in {}, at {}: renew it",
+                    real.addr,
+                    real.group,
+                    real.service,
+                    if days == 1 { "1 day".to_owned() } else { format!("{days} days") },
+                    humantime::format_rfc3339_seconds(at)
+                );
+                Problem::new("certificate_expires", text)
+            })
+        });
+        not_made.into_iter().chain(down).chain(expiring).collect()
     }
 
     /// That checks cannot be made, and why; `None`: they can.
@@ -269,19 +292,23 @@ impl Reals {
     }
 
     /// One check's result.
-    fn seen(&self, key: &Key, check: &HealthCheck, result: Result<(), String>) {
+    fn seen(&self, key: &Key, check: &HealthCheck, result: Result<Expires, String>) {
         let mut inner = self.inner();
         let checked = inner.checked.entry(key.clone()).or_insert_with(|| Checked {
             health: Health::Unchecked,
             since: Instant::now(),
             is_back: false,
             against: 0,
+            expires: None,
         });
+        if let Ok(expires) = result {
+            checked.expires = expires;
+        }
         let (agrees, needed) = match (&checked.health, &result) {
-            (Health::Unchecked, Ok(())) => (false, 1),
+            (Health::Unchecked, Ok(_)) => (false, 1),
             (Health::Unchecked | Health::Up, Err(_)) => (false, check.fall),
-            (Health::Down(_), Ok(())) => (false, check.rise),
-            (Health::Up, Ok(())) | (Health::Down(_), Err(_)) => (true, 0),
+            (Health::Down(_), Ok(_)) => (false, check.rise),
+            (Health::Up, Ok(_)) | (Health::Down(_), Err(_)) => (true, 0),
         };
         if agrees {
             checked.against = 0;
@@ -294,7 +321,7 @@ impl Reals {
         let first = checked.health == Health::Unchecked;
         checked.is_back = !first;
         checked.health = match result {
-            Ok(()) => Health::Up,
+            Ok(_) => Health::Up,
             Err(error) => Health::Down(error),
         };
         checked.against = 0;
@@ -369,6 +396,8 @@ pub struct Wanted {
     proxy: bool,
     /// Clients' connections are answered at the balancer.
     delayed: bool,
+    /// TLS is spoken, as its group has it.
+    tls: Option<BrokerTls>,
     check: HealthCheck,
 }
 
@@ -393,13 +422,18 @@ pub fn wanted(config: &Config) -> Vec<Wanted> {
                 let key = (service.name.clone(), real.addr);
                 if all.iter().all(|other| other.key != key) {
                     let addr = if direct { real.addr } else { service.addr };
-                    let to = SocketAddr::new(addr, check.port.unwrap_or(service.port));
+                    let tls = group.tls.clone().filter(|_| {
+                        service.protocol == Protocol::Tls && check.kind != CheckKind::Tcp
+                    });
+                    let of_tls = tls.as_ref().filter(|_| direct).map(|tls| tls.port);
+                    let port = check.port.or(of_tls).unwrap_or(service.port);
+                    let to = SocketAddr::new(addr, port);
                     let proxy = group.proxy_protocol;
                     // What takes a connection over is its first message; clients' have the service's port.
                     let delayed = service.binding == Binding::Delayed
                         && check.kind != CheckKind::Tcp
                         && to == SocketAddr::new(service.addr, service.port);
-                    all.push(Wanted { key, to, proxy, delayed, check: check.clone() });
+                    all.push(Wanted { key, to, proxy, delayed, tls, check: check.clone() });
                 }
             }
         }
@@ -443,8 +477,9 @@ async fn attached(config: &Arc<Config>, reals: &Reals) -> Path {
 }
 
 async fn repeat(wanted: &Wanted, path: Option<&Path>, reals: &Reals) {
-    let Wanted { key, to, proxy, delayed, check } = wanted;
-    let target = Target { real: key.1, to: *to, proxy: *proxy, path, delayed: *delayed };
+    let Wanted { key, to, proxy, delayed, tls, check } = wanted;
+    let target =
+        Target { real: key.1, to: *to, proxy: *proxy, path, delayed: *delayed, tls: tls.as_ref() };
     // Not all at the same moment.
     let spread = getrandom::u32().map_or(0.0, f64::from) / f64::from(u32::MAX);
     tokio::time::sleep(check.interval.mul_f64(spread)).await;
@@ -492,11 +527,11 @@ mod tests {
         let key = ("s".to_owned(), addrs[0]);
         reals.inner().initial = addrs.map(|addr| ("s".to_owned(), addr)).into();
         let weights = || reals.inner().weights("s", Some(&check), &group);
-        reals.seen(&key, &check, Ok(()));
+        reals.seen(&key, &check, Ok(None));
         assert_eq!(weights(), [3, 3], "at its first check it does not come back");
         reals.seen(&key, &check, Err("refused".to_owned()));
         assert_eq!(weights(), [0, 3]);
-        reals.seen(&key, &check, Ok(()));
+        reals.seen(&key, &check, Ok(None));
         assert_eq!(weights(), [3, 30]);
         let age = |seconds| {
             let earlier = Instant::now().checked_sub(Duration::from_secs(seconds)).unwrap();
@@ -521,7 +556,7 @@ mod tests {
         assert_eq!(weights(None), [1, 1], "nobody would find out");
         reals.seen(&key(1), &check, Err("refused".to_owned()));
         assert_eq!(weights(Some(&check)), [1, 0]);
-        reals.seen(&key(1), &check, Ok(()));
+        reals.seen(&key(1), &check, Ok(None));
         assert_eq!(weights(Some(&check)), [1, 1]);
         // Better one that nobody knows than none.
         for _ in 0..3 {
@@ -537,17 +572,17 @@ mod tests {
         let check = check(2, 3);
         let health = || reals.inner().checked[&key].health.clone();
         let bad = || Err("refused".to_owned());
-        reals.seen(&key, &check, Ok(()));
+        reals.seen(&key, &check, Ok(None));
         assert_eq!(health(), Health::Up);
-        for result in [bad(), bad(), Ok(()), bad(), bad()] {
+        for result in [bad(), bad(), Ok(None), bad(), bad()] {
             reals.seen(&key, &check, result);
             assert_eq!(health(), Health::Up);
         }
         reals.seen(&key, &check, bad());
         assert_eq!(health(), Health::Down("refused".to_owned()));
-        reals.seen(&key, &check, Ok(()));
+        reals.seen(&key, &check, Ok(None));
         assert!(matches!(health(), Health::Down(_)));
-        reals.seen(&key, &check, Ok(()));
+        reals.seen(&key, &check, Ok(None));
         assert_eq!(health(), Health::Up);
     }
 }

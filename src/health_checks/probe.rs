@@ -2,13 +2,16 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 use super::path::{Opening, Path, PathError, TIMESTAMPS};
+use crate::brokers::connection::{BrokerStream, tcp_of};
+use crate::brokers::tls::{self, Connector};
+use crate::domain::BrokerTls;
 use crate::domain::health::{CheckKind, HealthCheck};
 use crate::kernel::tcp;
 use crate::mqtt::client::{self, ConnectOptions};
@@ -30,7 +33,12 @@ pub struct Target<'a> {
     pub path: Option<&'a Path>,
     /// Clients' connections are answered at the balancer.
     pub delayed: bool,
+    /// Its service speaks TLS.
+    pub tls: Option<&'a BrokerTls>,
 }
+
+/// When the first of its certificates expires, if it shows any.
+pub type Expires = Option<SystemTime>;
 
 /// What did not succeed.
 enum Failure {
@@ -51,7 +59,7 @@ impl Failure {
 pub async fn probe(
     target: Target<'_>,
     check: &HealthCheck,
-) -> Result<Result<(), String>, PathError> {
+) -> Result<Result<Expires, String>, PathError> {
     let Some(path) = target.path else {
         let connecting = TcpStream::connect(target.to);
         return Ok(within(check, target, connecting, None).await.map_err(Failure::text));
@@ -78,7 +86,7 @@ async fn wrapped(
     path: &Path,
     opening: Opening,
     largest: bool,
-) -> Result<Result<(), Failure>, PathError> {
+) -> Result<Result<Expires, Failure>, PathError> {
     let mut socket = path.socket(target.to, target.real, opening).await?;
     let mss = largest.then_some(socket.mss);
     Ok(within(check, target, socket.connect(target.to), mss).await)
@@ -90,28 +98,42 @@ async fn within(
     target: Target<'_>,
     connecting: impl Future<Output = io::Result<TcpStream>>,
     mss: Option<usize>,
-) -> Result<(), Failure> {
+) -> Result<Expires, Failure> {
     let end = Instant::now() + check.timeout;
     let late = || format!("no answer from {} in {} ms", target.to, check.timeout.as_millis());
     let connecting = exchange(target, connecting, check);
     let connected = tokio::time::timeout_at(end, connecting).await.unwrap_or_else(|_| Err(late()));
-    let mut stream = connected.map_err(Failure::Connection)?;
-    let CheckKind::Mqtt { v5, .. } = check.kind else { return Ok(()) };
+    let (mut stream, expires) = connected.map_err(Failure::Connection)?;
+    let CheckKind::Mqtt { v5, .. } = check.kind else {
+        // With close_notify (RFC 8446 §6.1).
+        let _ = stream.shutdown().await;
+        return Ok(expires);
+    };
     if let Some(mss) = mss {
         let arrives = send_largest(&mut stream, v5, mss, end).await;
         arrives.map_err(|error| Failure::Largest(format!("{}: {error}", target.to)))?;
     }
     let _ = stream.write_all(&client::DISCONNECT).await;
-    Ok(())
+    Ok(expires)
 }
 
 async fn exchange(
     target: Target<'_>,
     connecting: impl Future<Output = io::Result<TcpStream>>,
     check: &HealthCheck,
-) -> Result<TcpStream, String> {
+) -> Result<(BrokerStream, Expires), String> {
     let header = target.proxy.then(proxy_header::local);
-    let mut stream = client::open(target.to, connecting, header.as_deref()).await?;
+    let tcp = client::open(target.to, connecting, header.as_deref()).await?;
+    let (mut stream, expires) = match target.tls {
+        None => (BrokerStream::Left(tcp), None),
+        Some(settings) => {
+            let connector = Connector::load(settings).map_err(|e| e.to_string())?;
+            let connected = connector.connect(target.real, tcp).await;
+            let stream = connected.map_err(|e| format!("TLS with {}: {e}", target.to))?;
+            let expires = tls::expires(stream.get_ref().1.peer_certificates().unwrap_or_default());
+            (BrokerStream::Right(Box::new(stream)), expires)
+        }
+    };
     if let CheckKind::Mqtt { v5, client_id, username, password } = &check.kind {
         let options = ConnectOptions {
             v5: *v5,
@@ -122,21 +144,21 @@ async fn exchange(
         };
         client::connect(&mut stream, target.to, &options).await?;
     }
-    Ok(stream)
+    Ok((stream, expires))
 }
 
 /// A segment as large as clients', in an UNSUBSCRIBE that changes nothing, and TCP's word that it is there.
 async fn send_largest(
-    stream: &mut TcpStream,
+    stream: &mut BrokerStream,
     v5: bool,
     mss: usize,
     end: Instant,
 ) -> Result<(), String> {
     let failed = |e: io::Error| format!("sending a large packet: {e}");
     // No more than the broker's kernel takes, where that is less.
-    let mss = mss.min(tcp::mss(stream).map_err(failed)? + TIMESTAMPS);
+    let mss = mss.min(tcp::mss(tcp_of(stream)).map_err(failed)? + TIMESTAMPS);
     stream.write_all(&client::unsubscribe(v5, mss)).await.map_err(failed)?;
-    while tcp::unacknowledged(stream).is_ok_and(|segments| segments > 0) {
+    while tcp::unacknowledged(tcp_of(stream)).is_ok_and(|segments| segments > 0) {
         if Instant::now() >= end {
             return Err(format!(
                 "small packets arrive, and segments of {mss} bytes do not: a link on the way has a smaller MTU; raise \
@@ -176,13 +198,14 @@ mod tests {
         };
         let check = HealthCheck { kind, timeout: Duration::from_millis(500), ..HealthCheck::tcp() };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let target = Target { real: to.ip(), to, proxy: false, path: None, delayed: false };
+        let target =
+            Target { real: to.ip(), to, proxy: false, path: None, delayed: false, tls: None };
         let result = runtime.block_on(probe(target, &check)).unwrap();
         let sent = broker.join().unwrap();
         assert_eq!(sent[8], if v5 { 5 } else { 4 });
         assert_eq!(sent[9], 0xc2, "clean, with user name and password");
         assert!(sent.ends_with(b"\0\x05check\0\x04user\0\x06secret"), "{sent:?}");
-        result
+        result.map(drop)
     }
 
     #[test]

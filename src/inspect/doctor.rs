@@ -477,7 +477,7 @@ fn delayed(found: &mut Findings, config: &Config) {
 }
 
 /// What the counters tell, each with what usually makes them grow.
-const TOLD: [(&str, &str, &str); 13] = [
+const TOLD: [(&str, &str, &str); 15] = [
     (
         "no_balancer",
         "packets found no balancer, and went to this host's stack",
@@ -513,6 +513,16 @@ const TOLD: [(&str, &str, &str); 13] = [
         "not_mqtt",
         "flows did not begin with CONNECT: TLS on this port?",
         "a relay speaks TLS and WebSocket: docs/relay.md",
+    ),
+    (
+        "tls_on_plain",
+        "clients spoke TLS to a service that does not",
+        "protocol = \"tls\" in a service of its own, or a relay's listener: docs/tls.md",
+    ),
+    (
+        "fallback_hello_cut",
+        "TLS clients were bound without the server name that they asked for: it did not come in time",
+        "`run` reads names that come in a second segment: is it up, and has it time?",
     ),
     (
         "malformed",

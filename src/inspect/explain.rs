@@ -6,13 +6,14 @@ use std::net::{IpAddr, SocketAddr};
 use serde::Serialize;
 
 use super::{Context, Result};
-use crate::config::{Binding, Config, Service};
+use crate::config::{Binding, Config, Group, Service};
 use crate::datapath::clients::records_of;
 use crate::datapath::flows::{Flow, flows_from, flows_of_client};
 use crate::datapath::names::{EVICTED, Names};
 use crate::datapath::real_of_flow::RealOfFlow;
 use crate::domain::client_record::{ClientRecord, IdentifiedBy};
 use crate::domain::filter::{Level, TopicFilter};
+use crate::domain::{ClientRoute, ClientRouteKind, Protocol};
 use crate::mqtt::wire::put_varint;
 use crate::replay::Trials;
 
@@ -49,6 +50,21 @@ pub struct BeatenRoute {
     pub belongs_to: String,
     /// The first level, counted from 1, where the other one is more specific.
     pub at_level: u32,
+}
+
+/// The route that a ClientHello takes, and those that it does not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ServerNameExplanation {
+    pub service: String,
+    pub server_name: String,
+    /// None: no route matches.
+    pub route: Option<String>,
+    /// None: refused with the alert unrecognized_name.
+    pub belongs_to: Option<String>,
+    /// Routes that match, too, with their groups.
+    pub beaten: Vec<String>,
+    /// Addresses of the group's reals that get connections.
+    pub reals: Vec<String>,
 }
 
 /// A client's record, and the outcome of its next connections.
@@ -90,6 +106,46 @@ pub fn topic(config: &Config, topic: &str) -> Result<Vec<TopicExplanation>, Unkn
     Ok(config.services.iter().map(|service| topic_of(service, topic)).collect())
 }
 
+/// Of each service that speaks TLS. Of a client without a route, what was imported of its address may decide.
+pub fn server_name(
+    config: &Config,
+    name: &str,
+    protocols: &[String],
+) -> Vec<ServerNameExplanation> {
+    let protocols: Vec<&str> = protocols.iter().map(String::as_str).collect();
+    let tls = config.services.iter().filter(|service| service.protocol == Protocol::Tls);
+    tls.map(|service| server_name_of(service, name, &protocols)).collect()
+}
+
+fn server_name_of(service: &Service, name: &str, protocols: &[&str]) -> ServerNameExplanation {
+    let text = |route: &ClientRoute| format!("{} {}", route.kind.key(), route.pattern());
+    let route = service.group_of_hello(name, protocols);
+    let last_resort = service.relay.as_ref().unwrap_or(&service.default_group);
+    let belongs_to = match route {
+        Some(route) => Some(&route.group),
+        None => Some(last_resort).filter(|_| !service.refuses_unknown),
+    };
+    let matches = |other: &&ClientRoute| match other.kind {
+        ClientRouteKind::Sni => !name.is_empty() && other.matches(name),
+        _ => protocols.iter().any(|protocol| other.matches(protocol)),
+    };
+    let beaten = service.client_routes.iter().filter(|other| Some(*other) != route);
+    let reals = belongs_to.and_then(|name| service.group(name));
+    ServerNameExplanation {
+        service: service.name.clone(),
+        server_name: name.to_owned(),
+        route: route.map(text),
+        belongs_to: belongs_to.cloned(),
+        beaten: beaten.filter(matches).map(|r| format!("{} (to {})", text(r), r.group)).collect(),
+        reals: reals.map_or_else(Vec::new, addresses),
+    }
+}
+
+/// Of the reals that get connections.
+fn addresses(group: &Group) -> Vec<String> {
+    group.reals.iter().filter(|real| real.weight > 0).map(|real| real.addr.to_string()).collect()
+}
+
 fn topic_of(service: &Service, topic: &str) -> TopicExplanation {
     let mut matching: Vec<_> =
         service.all_routes().filter(|route| route.filter.matches(topic)).collect();
@@ -107,10 +163,7 @@ fn topic_of(service: &Service, topic: &str) -> TopicExplanation {
         route: matching.first().map(|route| route.filter.to_string()),
         belongs_to: belongs_to.to_owned(),
         beaten: beaten.collect(),
-        reals: group
-            .into_iter()
-            .flat_map(|g| g.reals.iter().filter(|r| r.weight > 0).map(|r| r.addr.to_string()))
-            .collect(),
+        reals: group.map_or_else(Vec::new, addresses),
     }
 }
 

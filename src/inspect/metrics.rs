@@ -162,6 +162,10 @@ impl Metrics {
     fn checks(&self, config: &Config) -> Vec<Family> {
         let mut up = Family::gauge("real_up", "1: the real's checks succeed; 0: they fail");
         let mut used = Family::gauge("real_in_use", "1: the real gets new connections");
+        let mut expires = Family::gauge(
+            "real_certificate_expiry_seconds",
+            "When the first of the certificates expires that the real shows, in Unix time",
+        );
         for real in self.0.reals.list(config) {
             let addr = real.addr.to_string();
             let labels =
@@ -172,8 +176,11 @@ impl Metrics {
                 Health::Down(_) => up.push(&labels, 0),
             }
             used.push(&labels, u32::from(real.effective_weight > 0));
+            if let Some(at) = real.certificate_expires {
+                expires.push(&labels, seconds(at));
+            }
         }
-        vec![up, used]
+        vec![up, used, expires]
     }
 }
 

@@ -8,6 +8,7 @@ use etherparse::{PacketBuilder, SlicedPacket, TcpHeader, TransportSlice};
 use super::capture::Segment;
 use super::stream::{Publish, Stream};
 use crate::datapath::flows::Followed;
+use crate::handover::hello::{self, Asked};
 use crate::kernel::Result;
 use crate::kernel::sandbox::{Sandbox, Verdict};
 
@@ -52,6 +53,9 @@ pub struct Connection {
     start: u32,
     /// It began in the capture.
     pub is_whole: bool,
+    pub began: Duration,
+    /// What it says first, if that is TLS.
+    hello: hello::Stream,
     /// Acknowledgement number of the first segment after the SYN: the captured server's first byte.
     server: Option<u32>,
     answer: Option<SynAck>,
@@ -71,6 +75,8 @@ impl Connection {
             service,
             start: segment.tcp.sequence_number.wrapping_add(u32::from(is_whole)),
             is_whole,
+            began: segment.time,
+            hello: hello::Stream::default(),
             server: None,
             answer: None,
             stream: Stream::default(),
@@ -115,6 +121,27 @@ impl Connection {
             self.publishes.extend(found.into_iter().map(|publish| (segment.time, publish)));
         }
         Ok(())
+    }
+
+    /// Its ClientHello.
+    pub fn asked(&self) -> Asked {
+        hello::read(&self.hello.bytes())
+    }
+
+    /// Gives the ClientHello to the datapath once more, from its first byte on.
+    pub fn say_hello_again(&mut self, sandbox: &Sandbox<'_>, last: &Segment) -> Result<()> {
+        let mut again = last.clone();
+        again.tcp.sequence_number = self.start;
+        again.payload = self.hello.bytes();
+        self.take(sandbox, &again)
+    }
+
+    /// Keeps what may be a ClientHello.
+    pub fn keep_hello(&mut self, segment: &Segment) {
+        let at = self.offset(segment.tcp.sequence_number) as usize;
+        if at < hello::LENGTH_MAX {
+            self.hello.put(at, &segment.payload);
+        }
     }
 
     /// Streams are shorter than 4 GiB here.

@@ -22,7 +22,8 @@ use crate::datapath::clients::restore;
 use crate::datapath::flows::{Followed, follow};
 use crate::datapath::plan::{MapPlan, PlanError};
 use crate::domain::client_record::ClientRecord;
-use crate::domain::{ANY, CookieKeys, MapSizes};
+use crate::domain::{ANY, CookieKeys, MapSizes, Protocol};
+use crate::handover::hello::Asked;
 use crate::handover::keys::KeyError;
 use crate::kernel::sandbox::{Sandbox, Storage};
 use crate::kernel::{self, BpfError};
@@ -83,11 +84,28 @@ pub struct Message {
     pub fallback_reason: Option<&'static str>,
 }
 
+/// A connection to a service that speaks TLS, whose messages nobody can read.
+#[derive(Debug, Clone, Serialize)]
+pub struct TlsConnection {
+    /// Seconds since 1970-01-01T00:00:00Z.
+    pub time: f64,
+    pub service: String,
+    pub client: SocketAddr,
+    /// That its ClientHello asked for.
+    pub server_name: Option<String>,
+    /// None: it was refused, or not bound in the capture's time.
+    pub went_to: Option<String>,
+    pub bound_by: &'static str,
+    pub fallback_reason: Option<&'static str>,
+}
+
 /// All that a capture shows.
 #[derive(Debug, Default, Serialize)]
 pub struct Report {
     /// In the order of their times.
     pub messages: Vec<Message>,
+    /// In the order of their times.
+    pub tls: Vec<TlsConnection>,
     /// Those that began in the capture.
     pub connections: usize,
     /// Of these, those that were bound to another group than a message's, and ended for that. Their clients
@@ -177,6 +195,18 @@ impl<'a> Replay<'a> {
         let connection =
             self.connections.entry(key).or_insert_with(|| Connection::new(segment, address));
         connection.take(&self.sandbox, segment)?;
+        if service.protocol == Protocol::Tls {
+            connection.keep_hello(segment);
+            // What the sidecar does (`handover::hellos`).
+            if let Some(hello) = self.datapath.hello(segment.from, number)?
+                && let Asked::For { name, protocols } = connection.asked()
+            {
+                let protocols: Vec<&str> = protocols.iter().map(String::as_str).collect();
+                let route = service.group_of_hello(name.as_deref().unwrap_or(""), &protocols);
+                self.datapath.decide_hello(&hello, route)?;
+                connection.say_hello_again(&self.sandbox, segment)?;
+            }
+        }
         if !segment.payload.is_empty()
             && let Some(flow) = follow(&self.datapath, segment.from, number)?
         {
@@ -194,6 +224,10 @@ impl<'a> Replay<'a> {
             return;
         }
         self.report.connections += 1;
+        if service.protocol == Protocol::Tls {
+            self.report.tls.push(tls_connection(service, &connection));
+            return;
+        }
         self.report.unread_connections += usize::from(!connection.stream.is_read());
         self.report.ended_connections += usize::from(connection.flow.ended.is_some());
         let fates = connection.fates();
@@ -209,6 +243,9 @@ impl<'a> Replay<'a> {
         }
         self.report
             .messages
+            .sort_by(|a, b| a.time.total_cmp(&b.time).then_with(|| a.client.cmp(&b.client)));
+        self.report
+            .tls
             .sort_by(|a, b| a.time.total_cmp(&b.time).then_with(|| a.client.cmp(&b.client)));
         self.report
     }
@@ -288,6 +325,22 @@ fn targets<'a>(
         }
     }
     Ok(targets)
+}
+
+fn tls_connection(service: &Service, connection: &Connection) -> TlsConnection {
+    let group = connection.vip().and_then(|vip| service.group_at(vip));
+    TlsConnection {
+        time: Duration::as_secs_f64(&connection.began),
+        service: service.name.clone(),
+        client: connection.client,
+        server_name: match connection.asked() {
+            Asked::For { name, .. } => name,
+            Asked::More | Asked::Nothing => None,
+        },
+        went_to: group.map(|group| group.name.clone()),
+        bound_by: connection.flow.bound_by,
+        fallback_reason: connection.flow.fallback_reason,
+    }
 }
 
 fn judge(service: &Service, connection: &Connection, fate: Fate) -> Message {

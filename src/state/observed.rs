@@ -38,6 +38,8 @@ pub struct Observed {
     evictions: Mutex<BTreeMap<String, u64>>,
     reloaded: Mutex<Option<Reloaded>>,
     tested: Mutex<Option<LastTest>>,
+    /// Why ClientHellos in several segments are not read.
+    hellos: Mutex<Option<String>>,
     /// The datapath's counters of the last minutes, the oldest first.
     recent: Mutex<VecDeque<(Instant, Counters)>>,
     /// Reconciliations without a problem of this host.
@@ -71,6 +73,11 @@ impl Observed {
     /// The last reload, if there was one.
     pub fn reloaded(&self) -> Option<Reloaded> {
         held(&self.reloaded).clone()
+    }
+
+    /// Whether ClientHellos in several segments are read, and why not.
+    pub fn note_hellos(&self, why: Option<String>) {
+        *held(&self.hellos) = why;
     }
 
     /// What has just been tested.
@@ -117,6 +124,12 @@ impl Observed {
             let text =
                 format!("the changed configuration file was refused, and is not in force: {why}");
             problems.push(Problem::new("reload_refused", text));
+        }
+        if let Some(why) = held(&self.hellos).clone() {
+            let text = format!(
+                "TLS clients whose server name comes in a second segment are bound without it: {why}"
+            );
+            problems.push(Problem::new("hellos_not_read", text));
         }
         match self.tested().map(|test| test.result) {
             Some(Err(why)) => {

@@ -223,3 +223,109 @@ fn loss_delays_and_misplaces_nothing() {
     println!("{}", lab.mqtt_fwd(&["counters"]));
     assert_eq!(lab.counter("fallback_hello_cut"), 0, "{}", lab.mqtt_fwd(&["counters"]));
 }
+
+/// The lab's configuration, with checks of its TLS services by this.
+fn checked(check: &str) -> String {
+    include_str!("../../scripts/lab.toml").replace(
+        "#tls# protocol = \"tls\"\n",
+        &format!("#tls# protocol = \"tls\"\n#tls# health_check = {{ {check}, interval = \"300ms\", timeout = \"250ms\" }}\n"),
+    )
+}
+
+#[test]
+fn checks_see_names_chains_and_expiry_and_a_test_reaches_every_broker() {
+    if !takeover::supported() {
+        return;
+    }
+    for check in ["type = \"tls\"", "type = \"mqtt\"", "type = \"mqtt\", path = \"encapsulated\""] {
+        let lab = Lab::up(&checked(check), &["--tls"]);
+        let reals = || lab.mqtt_fwd(&["reals", "--json"]);
+        wait_for(&format!("all reals up by {check}: {}", reals()), || {
+            let rows: serde_json::Value = serde_json::from_str(&reals()).unwrap();
+            let rows = rows["reals"].as_array().unwrap().clone();
+            let tls = rows.iter().filter(|r| r["service"].as_str().unwrap().starts_with("mqtts"));
+            let up = tls.filter(|r| r["state"] == "up" && r["certificate_expires"].is_u64());
+            (up.count() == 12).then_some(())
+        });
+        if check != "type = \"tls\"" {
+            continue;
+        }
+        for service in ["mqtts", "mqtts6"] {
+            let tested = lab.mqtt_fwd(&["test", "--service", service, "--json"]);
+            let tested: serde_json::Value = serde_json::from_str(&tested).unwrap();
+            let rows = tested["messages"].as_array().unwrap();
+            // QoS 0, QoS 1, and one that fills a segment, to each of six brokers.
+            assert_eq!(rows.iter().filter(|r| r["outcome"] == "arrived").count(), 18, "{tested:#}");
+        }
+        let explained = lab.mqtt_fwd(&["explain", "server-name", "X.Tenant-A.lab.example"]);
+        assert!(explained.contains("sni *.tenant-a.lab.example"), "{explained}");
+        assert!(explained.contains("tenant-a: 10.1.3.201, 10.1.3.202"), "{explained}");
+
+        // One that expires soon is said, and one of another name is down.
+        let run = format!("/run/mqtt-fwd-lab/{}", lab.name);
+        let again = format!(
+            "openssl x509 -req -in {run}/tls/tenant-a.csr -CA {run}/tls/ca.crt -CAkey {run}/tls/ca.key -days 5 \
+             -copy_extensions copy -out {run}/tls/tenant-a.crt"
+        );
+        lab.ok("lb", &["sh", "-c", &again]);
+        for kind in ["crt", "key"] {
+            std::fs::copy(
+                format!("{run}/tls/default.{kind}"),
+                format!("{run}/tls/tenant-b.{kind}"),
+            )
+            .unwrap();
+        }
+        for real in ["r1", "r3"] {
+            let pattern = format!("mosquitto -c {run}/{real}.conf");
+            std::process::Command::new("pkill").args(["-HUP", "-f", &pattern]).status().unwrap();
+        }
+        wait_for(&format!("r3 to be down: {}", reals()), || {
+            let text = lab.mqtt_fwd(&["reals"]);
+            let is_it = |l: &str| l.contains("10.1.3.203") && l.contains("not valid for name");
+            text.lines().any(|l| is_it(l) && l.contains("down")).then_some(())
+        });
+        wait_for("the certificate of r1 to be said to expire", || {
+            let status = lab.exec("lb", &["mqtt-fwd", "status"]);
+            let status = String::from_utf8_lossy(&status.stdout).into_owned();
+            let said = "real 10.1.3.201 of group tenant-a (mqtts) shows a certificate that expires in 4 days";
+            status.contains(said).then_some(())
+        });
+    }
+}
+
+#[test]
+fn a_capture_is_replayed_by_its_server_names() {
+    let Some(lab) = tls() else { return };
+    let file = std::env::temp_dir().join(format!("{}.pcap", lab.name));
+    let mut capture = lab
+        .script("exec")
+        .args(["gw", "tcpdump", "-U", "--immediate-mode", "-i", "any", "-s", "2048", "-w"])
+        .args([file.to_str().unwrap(), "tcp dst port 8883"])
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let size = || std::fs::metadata(&file).map_or(0, |m| m.len());
+    wait_for("the capture", || (size() >= 24).then_some(()));
+    let mut all = sessions("replayed", 30, 0);
+    all.extend(sessions("replayed-long", 30, 30));
+    all.retain(|session| session.service.is_ipv4());
+    run_all(&lab, "c1", &all, 4);
+    all_right(&lab, &all);
+    std::thread::sleep(Duration::from_millis(500));
+    let pattern = format!("tcpdump.*{}", file.to_str().unwrap());
+    std::process::Command::new("pkill").args(["-INT", "-f", &pattern]).status().unwrap();
+    capture.wait().unwrap();
+    let report = lab.mqtt_fwd(&["replay", file.to_str().unwrap(), "--json"]);
+    std::fs::remove_file(&file).unwrap();
+    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+    let rows = report["tls"].as_array().unwrap();
+    assert_eq!(rows.len(), all.len(), "{report:#}");
+    for row in rows {
+        let group = match row["server_name"].as_str().unwrap() {
+            "tenant-a.lab.example" => "tenant-a",
+            "tenant-b.lab.example" => "tenant-b",
+            _ => "default",
+        };
+        assert_eq!(row["went_to"], group, "{row}");
+    }
+}

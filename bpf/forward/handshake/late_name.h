@@ -27,7 +27,8 @@ static __always_inline int handshake_hello(struct xdp_md *ctx, struct conn *c,
 {
 	if (c->seq - h->start < h->connect_length)
 		return handshake_answer(ctx, c, svc, h, false, REASON_CONNECT_PIECE);
-	if (h->state == HANDOVER_HELLO && c->payload_length && handover_admitted(c) && report_segment(ctx, c, REPORT_HELLO))
+	if (h->state == HANDOVER_HELLO && c->payload_length && handover_admitted(c) &&
+	    report_segment(ctx, c, REPORT_HELLO))
 		count(REASON_HELLO_HELD);
 	else
 		count(REASON_WAIT_DROPPED);
