@@ -108,13 +108,12 @@ impl Status {
 
 fn print(interface: &str, status: &broker_host::status::Status) {
     let vips: Vec<_> = status.vips.iter().map(ToString::to_string).collect();
-    let unwraps = if status.unwraps {
-        "decapsulates packets for"
+    if status.unwraps {
+        line(&format!("{interface}: decapsulates packets for {}", vips.join(", ")));
+        line(&format!("balancers send from {}", status.sources.join(", ")));
     } else {
-        "does not decapsulate packets for"
-    };
-    line(&format!("{interface}: {unwraps} {}", vips.join(", ")));
-    line(&format!("balancers send from {}", status.sources.join(", ")));
+        line(&format!("{interface}: does not decapsulate packets"));
+    }
     match (status.takes_over, status.key_epoch) {
         (true, Some(epoch)) => {
             line(&format!("takes connections over, key of epoch {epoch} in use"));

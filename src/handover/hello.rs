@@ -104,7 +104,7 @@ mod tests {
         for entry in std::fs::read_dir(dir).unwrap() {
             let path = entry.unwrap().path();
             let file = path.file_name().unwrap().to_str().unwrap().to_owned();
-            if !file.ends_with(".bin") {
+            if path.extension().is_none_or(|extension| extension != "bin") {
                 continue;
             }
             read_some += 1;

@@ -150,7 +150,7 @@ fn captured(most: usize) {
     for entry in std::fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
         let file = path.file_name().unwrap().to_str().unwrap().to_owned();
-        if !file.ends_with(".bin") {
+        if path.extension().is_none_or(|extension| extension != "bin") {
             continue;
         }
         let bytes = std::fs::read(&path).unwrap();
@@ -357,6 +357,100 @@ fn what_lies_about_its_lengths_is_bound_like_what_names_nobody() {
 }
 
 #[test]
+fn hellos_without_a_handshake_leave_nothing() {
+    let f = tls("");
+    let real = Client::open(&f, "10.1.1.7:4000", 7);
+    let hello = Hello::named("tenant-a.example.net").bytes();
+    let recorded = real.segment(0, &hello, |_| {});
+    let before = kept(&f);
+    for port in 5000..5200 {
+        // Guessed, and recorded of another connection.
+        let guessed = Client { ack: port, ..Client::new(&format!("10.1.1.8:{port}"), 7) };
+        let replayed = Client { addr: guessed.addr, ..real.clone() };
+        for client in [guessed, replayed] {
+            let outcome = f.send(&client.segment(0, &hello, |_| {}));
+            assert_eq!(outcome.verdict, XDP_DROP);
+        }
+    }
+    assert_eq!(kept(&f), before);
+    assert_eq!(f.datapath.server_names.keys().unwrap().len(), 0);
+    assert_eq!(group_of(&f.send(&recorded)), "a", "its own connection's");
+}
+
+#[test]
+fn a_hello_that_is_never_whole_is_bound_in_the_end() {
+    let f = tls("");
+    let hello = Hello { before: 1600, ..Hello::named("tenant-a.example.net") }.bytes();
+    let client = Client::open(&f, "10.1.1.7:4000", 7);
+    let first = client.segment(0, &hello[..1388], |_| {});
+    // Nobody reads here: it is left to the sidecar as often as TCP repeats it in three seconds.
+    for _ in 0..4 {
+        let (outcome, rose) = f.send_counting(&first);
+        assert_eq!((outcome.verdict, rose.get("hello_held")), (XDP_DROP, Some(&1)), "{rose:?}");
+        // What comes behind it, too, and nothing far off.
+        let next = client.segment(1388, &hello[1388..], |_| {});
+        assert_eq!(f.send_counting(&next).1.get("hello_held"), Some(&1));
+        let far = client.segment(20_000, b"x", |_| {});
+        assert_eq!(f.send(&far).verdict, XDP_DROP);
+    }
+    let (outcome, rose) = f.send_counting(&first);
+    assert_eq!(group_of(&outcome), "default", "{rose:?}");
+    assert_eq!(rose.get("fallback_hello_cut"), Some(&1));
+    let next = client.segment(1388, &hello[1388..], |_| {});
+    assert_eq!(group_of(&f.send(&next)), "default");
+}
+
+#[test]
+fn what_the_sidecar_has_read_decides_and_what_it_acknowledged_is_its_own_to_repeat() {
+    for acknowledged in [false, true] {
+        for addr in ["10.1.1.7:4000", "[fd01:1::7]:4000"] {
+            let f = tls("");
+            let hello = Hello { before: 1600, ..Hello::named("tenant-a.example.net") }.bytes();
+            let client = Client::open(&f, addr, 7);
+            let first = client.segment(0, &hello[..1200], |_| {});
+            let next = client.segment(1200, &hello[1200..], |_| {});
+            assert_eq!(f.send(&first).verdict, XDP_DROP);
+            let names = f.datapath.service_numbers().unwrap();
+            let held = f.datapath.hello(client.addr, names[&client.service]).unwrap().unwrap();
+            assert_eq!((held.start, held.acknowledged, held.is_bound), (8, 0, false));
+            if acknowledged {
+                assert!(f.datapath.acknowledge_hello(&held, 1200).unwrap());
+                let answer = reply(&f.send(&first));
+                assert_eq!(answer.tcp.acknowledgment_number, 8 + 1200);
+                assert_eq!(
+                    (answer.tcp.sequence_number, &answer.payload[..]),
+                    (client.ack, &b""[..])
+                );
+            }
+            let service = f.config.services.iter().find(|s| s.addr == client.service.ip()).unwrap();
+            let route = service.group_of_hello("tenant-a.example.net", &[]);
+            assert!(f.datapath.decide_hello(&held, route).unwrap());
+            // Not before its first byte: its broker would not know it.
+            assert_eq!(f.send(&next).verdict, XDP_DROP);
+            assert_eq!(group_of(&f.send(&first)), "a");
+            assert_eq!(f.flow(client.addr).unwrap().bound_by, "server_name");
+            let (outcome, rose) = f.send_counting(&next);
+            if acknowledged {
+                // The sidecar puts in front of it what the client does not repeat.
+                assert_eq!((outcome.verdict, rose.get("hello_held")), (XDP_DROP, Some(&1)));
+                let again = f.datapath.hello(client.addr, names[&client.service]).unwrap().unwrap();
+                assert!(again.is_bound);
+                let overlapping = client.segment(1199, &hello[1199..], |_| {});
+                assert_eq!(group_of(&f.send(&overlapping)), "a");
+            } else {
+                assert_eq!(group_of(&outcome), "a");
+            }
+            // The broker has answered: no more of that.
+            let mut answered = client.clone();
+            answered.ack = client.ack.wrapping_add(100);
+            let later = answered.segment(1200, &hello[1200..], |_| {});
+            assert_eq!(group_of(&f.send(&later)), "a");
+            assert_eq!(group_of(&f.send(&next)), "a");
+        }
+    }
+}
+
+#[test]
 fn a_hello_where_plain_mqtt_is_spoken_is_counted() {
     let f = delayed();
     let client = Client::open(&f, "10.1.1.7:4000", 7);
@@ -439,6 +533,7 @@ proptest! {
     fn any_bytes_go_somewhere(all in proptest::collection::vec(
         (proptest::collection::vec(any::<u8>(), 1..600), any::<bool>(), 1..1400usize), 100)) {
         let f = tls("");
+        let mut held = 0;
         for (port, (mut bytes, is_hello, cut)) in (2000..).zip(all) {
             if is_hello {
                 let mut hello = Hello { behind: 500, ..Hello::named("tenant-a.example.net") }.bytes();
@@ -451,7 +546,9 @@ proptest! {
             bytes.truncate(cut);
             let client = Client::open(&f, &format!("10.1.1.7:{port}"), 7);
             let outcome = f.send(&client.segment(0, &bytes, |_| {}));
-            prop_assert!([JUMPED, XDP_TX].contains(&outcome.verdict));
+            prop_assert!([JUMPED, XDP_TX, XDP_DROP].contains(&outcome.verdict));
+            held += u64::from(outcome.verdict == XDP_DROP);
         }
+        prop_assert_eq!(f.counters().get("hello_held").copied().unwrap_or(0), held);
     }
 }

@@ -211,7 +211,7 @@ fn loss_delays_and_misplaces_nothing() {
     };
     let _client = Wire::of_client(&lab, "c1", rule(1883));
     let _balancer = Wire::of_balancer(&lab, rule(8883));
-    for (share, count) in [(1, 240), (5, 120), (10, 120)] {
+    for (share, count) in [(1, 120), (5, 60), (10, 60)] {
         for padding in [0, 30] {
             *percent.lock().unwrap() = share;
             let sessions = sessions(&format!("loss-{share}-{padding}"), count, padding);
