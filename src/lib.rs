@@ -25,6 +25,7 @@ pub mod instance;
 pub mod kernel;
 pub mod metrics;
 pub mod mqtt;
+mod reader;
 pub mod reconcile;
 pub mod relay;
 pub mod replay;

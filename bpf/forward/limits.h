@@ -9,8 +9,6 @@
 #include "flow/flow.h"
 #include "share.h"
 
-const volatile __u32 messages_per_client = 1000; /* PUBLISHes a second; 0: as many as it likes */
-
 /*
  * By client id where that is known, else by address; of IPv6, all of a network of 64 bits are one. Whether the id is
  * its own, only its broker knows: until that has accepted it, by connection, so that nobody can use up what another one

@@ -39,6 +39,9 @@ const volatile __u32 clients_per_second = 1600;
 /* New connections of an address, a second; 0: as many as it likes. */
 const volatile __u32 connections_per_address = 1000;
 
+/* PUBLISHes of a client, a second; 0: as many as it likes. */
+const volatile __u32 messages_per_client = 1000;
+
 MAP(counters, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, __u64, REASONS);
 MAP(map_uses, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct map_use, TRACKED_MAPS);
 

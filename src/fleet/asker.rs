@@ -22,6 +22,7 @@ use crate::handover::silent::{self, Binder};
 use crate::kernel::ask::{self, Question};
 use crate::kernel::decap::AskKeys;
 use crate::kernel::{BpfError, boot_time, xdp};
+use crate::reader::Reader;
 use crate::state::{Fleet, State};
 
 /// From one time that reals, groups and keys are looked at to the next; each host is asked as often, if for nothing.
@@ -53,49 +54,29 @@ pub enum AskError {
 
 /// Asks until it is dropped.
 #[derive(Debug)]
-pub struct Asker {
-    /// Closed, it ends the thread.
-    end: Option<UnixStream>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
+pub struct Asker(Reader);
 
 impl Asker {
     /// Starts it.
     pub fn start(state: &State) -> Result<Self, AskError> {
-        let (end, ended) = UnixStream::pair().map_err(AskError::Socket)?;
-        let mut worker = Worker::new(state.clone(), ended)?;
-        let thread = std::thread::Builder::new()
-            .name("fleet".to_owned())
-            .spawn(move || {
-                if let Err(error) = worker.run() {
-                    warn!(%error, "connections of other balancers are not asked for");
-                    worker.fleet().note_idle(Some(error.to_string()));
-                }
-            })
-            .map_err(AskError::Thread)?;
-        Ok(Self { end: Some(end), thread: Some(thread) })
+        let mut worker = Worker::new(state.clone())?;
+        let reader = Reader::start("fleet", move |ended| {
+            if let Err(error) = worker.run(&ended) {
+                warn!(%error, "connections of other balancers are not asked for");
+                worker.fleet().note_idle(Some(error.to_string()));
+            }
+        });
+        reader.map(Self).map_err(AskError::Thread)
     }
 
     /// Whether it asks no more, though it was not told so.
     pub fn has_ended(&self) -> bool {
-        self.thread.as_ref().is_none_or(std::thread::JoinHandle::is_finished)
-    }
-}
-
-impl Drop for Asker {
-    /// Waits for the thread: a ring buffer has one reader.
-    fn drop(&mut self) {
-        self.end = None;
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        self.0.has_ended()
     }
 }
 
 struct Worker {
     state: State,
-    /// Readable once it is to end.
-    ended: UnixStream,
     datapath: Datapath,
     adopter: Adopter,
     binder: Binder,
@@ -117,7 +98,7 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(state: State, ended: UnixStream) -> Result<Self, AskError> {
+    fn new(state: State) -> Result<Self, AskError> {
         let config = state.config();
         let pins = config.pins();
         let fleet = config.fleet.as_ref();
@@ -142,11 +123,10 @@ impl Worker {
             gone: BTreeSet::new(),
             looked: None,
             state,
-            ended,
         })
     }
 
-    fn run(&mut self) -> Result<(), AskError> {
+    fn run(&mut self, ended: &UnixStream) -> Result<(), AskError> {
         let read = RefCell::new(VecDeque::new());
         let pins = self.state.config().pins();
         let ring =
@@ -157,7 +137,7 @@ impl Worker {
             if self.looked.is_none_or(|last| last.elapsed() >= LOOK) {
                 self.look();
             }
-            if self.wait(ring_fd) {
+            if self.wait(ring_fd, ended) {
                 return Ok(());
             }
             let _ = ring.consume();
@@ -196,7 +176,7 @@ impl Worker {
     }
 
     /// Waits for segments, answers, or until it is time to look again; whether it is to end.
-    fn wait(&self, ring: BorrowedFd<'_>) -> bool {
+    fn wait(&self, ring: BorrowedFd<'_>, ended: &UnixStream) -> bool {
         let timeout = if self.asking.asks_again() {
             AGAIN_MS
         } else if self.asking.is_idle() {
@@ -207,7 +187,7 @@ impl Worker {
         let timeout = PollTimeout::from(timeout);
         let mut fds = vec![
             PollFd::new(ring, PollFlags::POLLIN),
-            PollFd::new(self.ended.as_fd(), PollFlags::POLLIN),
+            PollFd::new(ended.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.v4.as_fd(), PollFlags::POLLIN),
         ];
         fds.extend(self.v6.as_ref().map(|v6| PollFd::new(v6.as_fd(), PollFlags::POLLIN)));

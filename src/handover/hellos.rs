@@ -21,6 +21,7 @@ use crate::datapath::handovers::Hello;
 use crate::datapath::misses::{self, Report, Segment};
 use crate::domain::Protocol;
 use crate::kernel::{BpfError, test_run, xdp};
+use crate::reader::Reader;
 use crate::state::State;
 
 /// For the segment behind the first: it mostly comes at the same moment.
@@ -38,8 +39,6 @@ const BYTES_MAX: usize = 64 << 20;
 pub enum HellosError {
     #[error(transparent)]
     Bpf(#[from] BpfError),
-    #[error("a pair of sockets: {0}")]
-    Socket(std::io::Error),
     #[error("starting a thread: {0}")]
     Thread(std::io::Error),
 }
@@ -51,42 +50,24 @@ pub fn are_wanted(config: &Config) -> bool {
 
 /// Reads them until it is dropped.
 #[derive(Debug)]
-pub struct Hellos {
-    /// Closed, it ends the thread.
-    end: Option<UnixStream>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
+pub struct Hellos(Reader);
 
 impl Hellos {
     /// Starts it.
     pub fn start(state: &State) -> Result<Self, HellosError> {
-        let (end, ended) = UnixStream::pair().map_err(HellosError::Socket)?;
-        let mut worker = Worker::new(state.clone(), ended)?;
-        let thread = std::thread::Builder::new()
-            .name("hellos".to_owned())
-            .spawn(move || {
-                if let Err(error) = worker.run() {
-                    warn!(%error, "ClientHellos in several segments are not read");
-                    worker.state.observed.note_hellos(Some(error.to_string()));
-                }
-            })
-            .map_err(HellosError::Thread)?;
-        Ok(Self { end: Some(end), thread: Some(thread) })
+        let mut worker = Worker::new(state.clone())?;
+        let reader = Reader::start("hellos", move |ended| {
+            if let Err(error) = worker.run(&ended) {
+                warn!(%error, "ClientHellos in several segments are not read");
+                worker.state.observed.note_hellos(Some(error.to_string()));
+            }
+        });
+        reader.map(Self).map_err(HellosError::Thread)
     }
 
     /// Whether it reads no more, though it was not told so.
     pub fn has_ended(&self) -> bool {
-        self.thread.as_ref().is_none_or(std::thread::JoinHandle::is_finished)
-    }
-}
-
-impl Drop for Hellos {
-    /// Waits for the thread: a ring buffer has one reader.
-    fn drop(&mut self) {
-        self.end = None;
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        self.0.has_ended()
     }
 }
 
@@ -108,8 +89,6 @@ struct Held {
 
 struct Worker {
     state: State,
-    /// Readable once it is to end.
-    ended: UnixStream,
     datapath: Datapath,
     program: OwnedFd,
     interface: i32,
@@ -120,7 +99,7 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(state: State, ended: UnixStream) -> Result<Self, HellosError> {
+    fn new(state: State) -> Result<Self, HellosError> {
         let config = state.config();
         let path = config.pins().program("mqtt_fwd");
         let program = Program::fd_from_pinned_path(&path);
@@ -135,11 +114,10 @@ impl Worker {
             looked: None,
             services: HashMap::new(),
             state,
-            ended,
         })
     }
 
-    fn run(&mut self) -> Result<(), HellosError> {
+    fn run(&mut self, ended: &UnixStream) -> Result<(), HellosError> {
         let read = RefCell::new(VecDeque::new());
         let pins = self.state.config().pins();
         let ring = misses::ring(&pins, "hellos", |report| read.borrow_mut().push_back(report))?;
@@ -149,7 +127,7 @@ impl Worker {
             if self.looked.is_none_or(|last| last.elapsed() >= LOOK) {
                 self.look();
             }
-            if self.wait(ring_fd) {
+            if self.wait(ring_fd, ended) {
                 return Ok(());
             }
             let _ = ring.consume();
@@ -172,15 +150,13 @@ impl Worker {
     }
 
     /// Waits for segments, or until something is due; whether it is to end.
-    fn wait(&self, ring: BorrowedFd<'_>) -> bool {
+    fn wait(&self, ring: BorrowedFd<'_>, ended: &UnixStream) -> bool {
         let due = self.held.values().filter_map(|held| held.due).min();
         let timeout = due.map_or(LOOK, |due| due.saturating_duration_since(Instant::now()));
         // Rounded up: it need not be due a moment too early.
         let timeout = u16::try_from(timeout.as_millis() + 1).unwrap_or(u16::MAX);
-        let mut fds = [
-            PollFd::new(ring, PollFlags::POLLIN),
-            PollFd::new(self.ended.as_fd(), PollFlags::POLLIN),
-        ];
+        let mut fds =
+            [PollFd::new(ring, PollFlags::POLLIN), PollFd::new(ended.as_fd(), PollFlags::POLLIN)];
         let _ = poll(&mut fds, PollTimeout::from(timeout));
         fds[1].any().unwrap_or(false)
     }

@@ -1,4 +1,4 @@
-//! Clients' segments, made anew.
+//! Clients' segments, as this host makes them once more.
 
 use std::net::{IpAddr, SocketAddr};
 

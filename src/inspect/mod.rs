@@ -9,6 +9,7 @@ pub mod metrics;
 pub mod misrouting;
 pub mod overview;
 pub mod status;
+mod told;
 
 use std::sync::Arc;
 use std::time::Duration;

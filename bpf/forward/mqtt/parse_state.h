@@ -33,7 +33,8 @@ static __always_inline void tally_count(struct scratch *w)
 	for (__u32 i = 0; i < PUBLISH_REASONS; i++) {
 		if (w->tally[i])
 			count_many(REASON_PUBLISH + i, w->tally[i]);
-		w->published += w->tally[i];
+		if (messages_per_client)
+			w->published += w->tally[i];
 	}
 }
 
