@@ -28,7 +28,7 @@ struct event {
 	__u8 by_prediction;
 	__u8 ended; /* EVENT_MISPREDICTED: the flow is ended for it */
 	__u8 bound_by; /* enum bound_by; EVENT_BOUND */
-	__u64 topic;
+	__u64 topic; /* or, EVENT_BOUND of a service that speaks TLS, the server name */
 	__u8 fallback_reason; /* enum fallback_reason */
 	__u8 pad[7];
 	__u8 text[TOPIC_TEXT_MAX];

@@ -61,9 +61,14 @@ __noinline int report_event(const struct conn *c, __u32 kind, __u32 from_to, __u
 	__builtin_memcpy(e->client, c->key.addr, sizeof(e->client));
 
 	const struct topic *text = READ_ONCE(topic) ? bpf_map_lookup_elem(&topics, &topic) : NULL;
+	const struct server_name *name =
+		READ_ONCE(topic) && !text ? bpf_map_lookup_elem(&server_names, &topic) : NULL;
 	if (text) {
 		e->topic_length = text->length;
 		__builtin_memcpy(e->text, text->text, sizeof(e->text));
+	} else if (name) {
+		e->topic_length = name->length;
+		__builtin_memcpy(e->text, name->text, sizeof(name->text));
 	}
 	bpf_ringbuf_submit(e, 0);
 	return 0;

@@ -150,6 +150,7 @@ impl From<Event> for proto::Event {
             fallback_reason: event.fallback_reason.unwrap_or_default(),
             ended: event.ended,
             by_prediction: event.by_prediction,
+            server_name: event.server_name.unwrap_or_default(),
         }
     }
 }
@@ -169,6 +170,7 @@ impl From<proto::Event> for Event {
             bound_by: some(event.bound_by),
             fallback_reason: some(event.fallback_reason),
             ended: event.ended,
+            server_name: some(event.server_name),
         }
     }
 }

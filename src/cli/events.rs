@@ -88,8 +88,9 @@ fn text(event: &Event) -> String {
         "bound" => {
             let by = event.bound_by.as_deref().unwrap_or("default");
             let text = bound_by_words(by, event.fallback_reason.as_deref());
-            match &event.topic {
-                Some(topic) if by == "prediction" => {
+            match (&event.server_name, &event.topic) {
+                (Some(name), _) => format!("to {group}, by {text}, asks for {name}"),
+                (None, Some(topic)) if by == "prediction" => {
                     format!("to {group}, by {text}, topic {topic}")
                 }
                 _ => format!("to {group}, by {text}"),

@@ -11,7 +11,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
 
 use super::Datapath;
-use super::names::{Names, binding_codes, boot_time, text_of};
+use super::names::{Names, binding_codes, boot_time, server_name_text, text_of};
 use crate::config::Config;
 use crate::kernel::abi::{Pod as _, event, event_kind, special_group, words_addr};
 use crate::kernel::pins::{Object, Pins};
@@ -31,6 +31,8 @@ pub struct Event {
     pub from_group: Option<String>,
     pub group: Option<String>,
     pub topic: Option<String>,
+    /// Of bound, TLS: that its ClientHello asked for.
+    pub server_name: Option<String>,
     /// The flow was bound by a prediction.
     pub by_prediction: bool,
     /// Of bound: what the group was chosen by, and why not by the first message.
@@ -169,6 +171,8 @@ impl Event {
         let (bound_by, reason) =
             binding_codes(event.bound_by, event.fallback_reason, event.by_prediction != 0);
         let client = words_addr(event.client, event.v6 != 0);
+        let is_tls = names.is_tls(event.service);
+        let text = (event.topic != 0).then_some(());
         Self {
             time: now.saturating_sub(ago).as_micros() as f64 / 1e6,
             event: kind.to_owned(),
@@ -176,7 +180,10 @@ impl Event {
             client: SocketAddr::new(client, u16::from_be(event.client_port)).to_string(),
             from_group: group(event.from_group),
             group: group(event.to_group),
-            topic: (event.topic != 0).then(|| text_of(&event.text, event.topic_length)),
+            topic: text.filter(|_| !is_tls).map(|()| text_of(&event.text, event.topic_length)),
+            server_name: text
+                .filter(|_| is_tls)
+                .map(|()| server_name_text(&event.text, event.topic_length)),
             by_prediction: event.by_prediction != 0,
             bound_by: (kind == "bound").then(|| bound_by.to_owned()),
             fallback_reason: reason.map(str::to_owned),

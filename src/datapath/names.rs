@@ -9,7 +9,8 @@ use super::ids::Entry;
 use crate::config::Config;
 use crate::kernel::Result;
 use crate::kernel::abi::{
-    self, binding_parts, server_name, service, service_protocol, service_table, topic, words_addr,
+    self, binding_parts, limits, server_name, service, service_protocol, service_table, topic,
+    words_addr,
 };
 pub use crate::kernel::boot_time;
 
@@ -166,9 +167,15 @@ pub(super) fn text_of(text: &[u8], length: u16) -> String {
 
 /// A server name, with a mark if only its end is kept.
 pub(super) fn server_name_of(name: &server_name) -> String {
-    let length = usize::from(name.length);
-    let kept = String::from_utf8_lossy(&name.text[..length.min(name.text.len())]).into_owned();
-    if length > name.text.len() { format!("…{kept}") } else { kept }
+    server_name_text(&name.text, name.length)
+}
+
+/// The same, of a text that may have room for more.
+pub(super) fn server_name_text(text: &[u8], length: u16) -> String {
+    const KEPT: usize = limits::CLIENT_ROUTE_TEXT_MAX.0 as usize;
+    let length = usize::from(length);
+    let kept = String::from_utf8_lossy(&text[..length.min(KEPT)]).into_owned();
+    if length > KEPT { format!("…{kept}") } else { kept }
 }
 
 /// Topics' texts, each read once.

@@ -329,3 +329,77 @@ fn a_capture_is_replayed_by_its_server_names() {
         assert_eq!(row["went_to"], group, "{row}");
     }
 }
+
+#[test]
+fn who_asks_for_no_tenant_is_bound_by_what_was_imported_or_gets_a_relay_that_ends_tls() {
+    let Some(lab) = tls() else { return };
+    // Without a relay: an address whose topic somebody knows.
+    let records = format!("/run/mqtt-fwd-lab/{}/records.csv", lab.name);
+    std::fs::write(&records, "service,by,client,topic\nmqtts,address,10.1.1.3,tenant-b/meter\n")
+        .unwrap();
+    lab.mqtt_fwd(&["clients", "import", &records]);
+    let session = |tag: &str, reals| Session {
+        name: "other.default.lab.example",
+        reals,
+        service: SERVICES[0].parse().unwrap(),
+        messages: vec![tag.to_owned()],
+        qos: 1,
+        padding: 0,
+        hurries: true,
+    };
+    let config = client_config(&lab, 0);
+    let error = std::thread::scope(|s| {
+        s.spawn(|| session("imported", &[3, 4]).run(&lab, "c3", &config)).join().unwrap()
+    });
+    // Brokers of tenant-b have no certificate of that name: the client is told, and by them.
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("tenant-b.lab.example"), "{error}");
+    let stranger = session("stranger", &[5, 6]);
+    run_all(&lab, "c1", std::slice::from_ref(&stranger), 1);
+    all_right(&lab, &[stranger]);
+    drop(lab);
+
+    let lab = Lab::up(include_str!("../../scripts/lab.toml"), &["--tls", "--relay"]);
+    let config = client_config(&lab, 0);
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            enter(&lab, "c1");
+            for service in SERVICES {
+                let tcp = TcpStream::connect(service).unwrap();
+                let name = ServerName::try_from("other.default.lab.example").unwrap();
+                let connection = ClientConnection::new(Arc::clone(&config), name).unwrap();
+                let mut stream = StreamOwned::new(connection, tcp);
+                stream.write_all(&mqtt::connect_as(4, 2, service.as_bytes(), &[])).unwrap();
+                let mut connack = [0; 4];
+                stream.read_exact(&mut connack).unwrap();
+                for topic in ["tenant-b/x", "other/x"] {
+                    let message = format!("relayed {topic} {service}");
+                    let publish = mqtt::publish(topic.as_bytes(), 1, message.as_bytes());
+                    stream.write_all(&publish).unwrap();
+                    let mut puback = [0; 4];
+                    stream.read_exact(&mut puback).unwrap();
+                }
+                stream.write_all(&mqtt::disconnect()).unwrap();
+            }
+        });
+    });
+    // By topic, one connection to several groups; the tenants' own names go past the relay.
+    for service in SERVICES {
+        let of_tenant = lab.wait_received(&format!("tenant-b/x relayed tenant-b/x {service}"));
+        assert!([3, 4].contains(&of_tenant));
+        let other = lab.wait_received(&format!("other/x relayed other/x {service}"));
+        assert!([5, 6].contains(&other));
+    }
+    let direct = sessions("direct", 12, 0);
+    let direct: Vec<Session> =
+        direct.into_iter().filter(|s| s.name.starts_with("tenant")).collect();
+    run_all(&lab, "c1", &direct, 4);
+    all_right(&lab, &direct);
+    assert_eq!(lab.counter("bound_server_name"), direct.len() as u64);
+    let events = lab.mqtt_fwd(&["events", "--backlog", "--seconds", "1"]);
+    assert!(
+        events.contains("to tenant-a, by server name, asks for tenant-a.lab.example"),
+        "{events}"
+    );
+    assert!(events.contains("to relay, by"), "{events}");
+}

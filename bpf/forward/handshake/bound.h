@@ -47,7 +47,8 @@ __noinline int flow_bound(const struct conn *c)
 	count(REASON_BOUND_MESSAGE + v->bound_by - BOUND_BY_MESSAGE);
 	if (v->fallback_reason)
 		count(REASON_FALLBACK_NOT_CONNECT + v->fallback_reason - FALLBACK_NOT_CONNECT);
-	report_event(c, EVENT_BOUND, from_to(NO_GROUP, v->binding), 0,
+	report_event(c, EVENT_BOUND, from_to(NO_GROUP, v->binding),
+		     v->flags & FLOW_OPAQUE ? w->id : 0,
 		     (v->flags & FLOW_PREDICTED ? REPORT_BY_PREDICTION : 0) |
 			     v->bound_by << REPORT_BOUND_BY_SHIFT |
 			     v->fallback_reason << REPORT_FALLBACK_SHIFT);
