@@ -29,7 +29,7 @@ fn katran(variable: &str) -> KatranObject {
     ]) {
         let vip: IpAddr = vip.parse().unwrap();
         katran.add_vip(number, vip, 1883, flags, real.parse().unwrap());
-        if katran.has("mqtt_service_vips") && flags != 0 {
+        if katran.has("vip_inner_dst") && flags != 0 {
             let service = if vip.is_ipv4() { "10.1.50.200" } else { "fd01:50::200" };
             katran.set_service(vip, service.parse().unwrap(), 1883);
         }

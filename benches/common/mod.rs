@@ -105,7 +105,7 @@ pub fn load_balancer(v6: bool) -> (BalancerSkel<'static>, IpAddr) {
     let flags = mqtt_fwd::balancer::flags::GROUP_FLAG;
     vips.put(&vip_key(vip, 1883), &vip_meta { flags, vip_num: 0, epoch: 1 }).unwrap();
     let services: Table<vip_definition, vip_definition> =
-        Table::of(&skel.maps.mqtt_service_vips).unwrap();
+        Table::of(&skel.maps.vip_inner_dst).unwrap();
     services.put(&vip_key(vip, 1883), &vip_key(service.ip(), 1883)).unwrap();
     let reals: Table<u32, real_definition> = Table::of(&skel.maps.reals).unwrap();
     let definition = real_definition { addr: addr_words(real), v6: v6.into(), pad: [0; 3] };

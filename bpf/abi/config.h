@@ -12,7 +12,7 @@ enum limits {
 	TOPIC_TEXT_MAX = 256,
 	GROUP_NAME_MAX = 32,
 	ROOT_ARRAY_SIZE = 3,
-	/* Size of mqtt_service_vips, the same in katran-patches/: a Katran may have made the map. */
+	/* Size of vip_inner_dst, the same in katran-patches/: a Katran may have made the map. */
 	MAX_GROUP_VIPS = 4096,
 	/* Levels of a route's topic filter: each may cost a packet a look-up. */
 	MAX_ROUTE_LEVELS = 16,
@@ -43,8 +43,8 @@ enum special_group {
 enum vip_flags {
 	/* Katran's F_HASH_NO_SRC_PORT: all connections of an address have one real. */
 	VIP_FLAG_BY_ADDRESS = 1 << 0,
-	/* This is an MQTT group, look it up in mqtt_service_vips. */
-	VIP_FLAG_MQTT_GROUP = 1 << 30,
+	/* This is an MQTT group, look it up in vip_inner_dst. */
+	VIP_FLAG_INNER_DST = 1 << 30,
 };
 
 /* Katran's layout (balancer_structs.h), so that both balancers read one map. */

@@ -25,10 +25,9 @@ MAP(connections6, BPF_MAP_TYPE_LRU_HASH, struct connection6, struct connection_r
 MAP(ctl_array, BPF_MAP_TYPE_ARRAY, __u32, struct gateway, 1);
 MAP(vip_stats, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct lb_stats, DEFAULT_VIPS);
 MAP(balancer_stats, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct lb_stats, BALANCER_STATS);
-MAP(mqtt_service_vips, BPF_MAP_TYPE_HASH, struct vip_definition, struct vip_definition,
-    MAX_GROUP_VIPS);
+MAP(vip_inner_dst, BPF_MAP_TYPE_HASH, struct vip_definition, struct vip_definition, MAX_GROUP_VIPS);
 /* Packets of groups for which that had no service: dropped. Of the same name in katran-patches/. */
-MAP(mqtt_misses, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, __u64, 1);
+MAP(inner_dst_misses, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, __u64, 1);
 
 struct exported_types {
 	enum balancer_limits balancer_limits;
@@ -156,12 +155,12 @@ static __always_inline bool parse_packet6(struct cursor *c, struct packet *p)
  */
 static __always_inline bool restore_service(struct xdp_md *ctx, const struct packet *p)
 {
-	const struct vip_definition *service = bpf_map_lookup_elem(&mqtt_service_vips, &p->vip);
+	const struct vip_definition *service = bpf_map_lookup_elem(&vip_inner_dst, &p->vip);
 	struct cursor c = cursor_of(ctx);
 
 	if (!service) {
 		__u32 zero = 0;
-		__u64 *misses = bpf_map_lookup_elem(&mqtt_misses, &zero);
+		__u64 *misses = bpf_map_lookup_elem(&inner_dst_misses, &zero);
 
 		if (misses)
 			*misses += 1;
@@ -362,7 +361,7 @@ int balancer_ingress(struct xdp_md *ctx)
 			bpf_tail_call(ctx, &predecessor, 0);
 		real_num = new_real(&p, vip);
 	}
-	if (vip->flags & VIP_FLAG_MQTT_GROUP && !restore_service(ctx, &p))
+	if (vip->flags & VIP_FLAG_INNER_DST && !restore_service(ctx, &p))
 		return XDP_DROP;
 
 	const struct real_definition *real = bpf_map_lookup_elem(&reals, &real_num);

@@ -73,7 +73,7 @@ __noinline int is_group_vip(const struct conn *c, __u32 port)
 	if (!c)
 		return false;
 	__builtin_memcpy(vip.addr, c->key.addr, sizeof(vip.addr));
-	service = bpf_map_lookup_elem(&mqtt_service_vips, &vip);
+	service = bpf_map_lookup_elem(&vip_inner_dst, &vip);
 	return service && !addr6_equal(service->addr, vip.addr);
 }
 

@@ -33,8 +33,7 @@ MAP(route_states, BPF_MAP_TYPE_ARRAY, __u32, struct route_state, 1 << 19);
  * Group VIP → service: the balancer puts the service's address back with it. It lives in this
  * object so that it exists, pinned, whichever of the two is loaded first.
  */
-MAP(mqtt_service_vips, BPF_MAP_TYPE_HASH, struct vip_definition, struct vip_definition,
-    MAX_GROUP_VIPS);
+MAP(vip_inner_dst, BPF_MAP_TYPE_HASH, struct vip_definition, struct vip_definition, MAX_GROUP_VIPS);
 
 /* Keys of the cookies of delayed binding. */
 MAP(handover_keys, BPF_MAP_TYPE_ARRAY, __u32, struct handover_keys, 1);

@@ -1,6 +1,6 @@
 //! Flags of VIPs, and their names.
 
-/// The flag of group VIPs (`VIP_FLAG_MQTT_GROUP` of `bpf/abi/config.h`).
+/// The flag of group VIPs (`VIP_FLAG_INNER_DST` of `bpf/abi/config.h`).
 pub const GROUP_FLAG: u32 = 1 << 30;
 
 /// Katran's flag for VIPs whose clients find the same real again (F_HASH_NO_SRC_PORT).
@@ -21,7 +21,7 @@ const FLAGS: [(&str, u32); 11] = [
     ("HASH_SRC_DST_PORT", 1 << 7),
     ("UDP_STABLE_ROUTING", 1 << 8),
     ("UDP_FLOW_MIGRATION", 1 << 9),
-    ("MQTT_GROUP", GROUP_FLAG),
+    ("INNER_DST", GROUP_FLAG),
 ];
 
 /// A flag by name or number.

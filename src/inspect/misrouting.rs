@@ -56,7 +56,7 @@ impl Misrouting {
             problems.push(Problem::new(
                 "balancer_misses",
                 format!(
-                    "in the last minute, the balancer dropped {dropped} packets: the map mqtt_service_vips that it uses \
+                    "in the last minute, the balancer dropped {dropped} packets: the map vip_inner_dst that it uses \
                      has no service for their group's VIP; if it is not the one that `mqtt-fwd` fills, restart the balancer"
                 ),
             ));

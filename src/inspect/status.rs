@@ -206,9 +206,8 @@ async fn lasting_difference(context: &Context) -> Result<Option<String>, Balance
         let mut now = apply::difference(config, gateway, &mut client).await?;
         let missing = context.datapath().and_then(|d| MapPlan::missing_service_vips(config, &d));
         if let Some(vip) = missing.unwrap_or_default().first() {
-            let text = format!(
-                "the map mqtt_service_vips lacks {vip}: brokers get its packets as they are"
-            );
+            let text =
+                format!("the map vip_inner_dst lacks {vip}: brokers get its packets as they are");
             now = now.or(Some(text));
         }
         seen = if now == found { seen + 1 } else { 1 };

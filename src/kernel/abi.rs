@@ -139,7 +139,7 @@ const _: () = {
     assert!(limits::CLIENT_ROUTE_TEXT_MAX.0 as usize == l::CLIENT_ROUTE_TEXT + 1);
     assert!(limits::TOPIC_TEXT_MAX.0 as usize == l::TOPIC_TEXT);
     assert!(limits::CLIENT_ID_TEXT_MAX.0 as usize == l::CLIENT_ID_TEXT);
-    assert!(vip_flags::VIP_FLAG_MQTT_GROUP.0 == GROUP_FLAG);
+    assert!(vip_flags::VIP_FLAG_INNER_DST.0 == GROUP_FLAG);
     assert!(vip_flags::VIP_FLAG_BY_ADDRESS.0 == BY_ADDRESS_FLAG);
 };
 

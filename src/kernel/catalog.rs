@@ -82,7 +82,7 @@ use Role::{Configuration, Flows, Internal, Knowledge, Scratch, Shared};
 #[rustfmt::skip] // a table
 pub const MAPS: [Map; 47] = [
     map(M, "root_array",        Shared,        None, None),
-    map(M, "mqtt_service_vips", Shared,        None, None),
+    map(M, "vip_inner_dst", Shared,        None, None),
     map(M, "generation",        Configuration, None, None),
     map(M, "services",          Configuration, None, None),
     map(M, "groups",            Configuration, Some(|s| s.groups), None),
@@ -128,7 +128,7 @@ pub const MAPS: [Map; 47] = [
     map(B, "vip_stats",         Scratch,       Some(|s| s.vips), None),
     map(B, "reals_stats",       Scratch,       None, None),
     map(B, "balancer_stats",    Scratch,       None, None),
-    map(B, "mqtt_misses",       Scratch,       None, None),
+    map(B, "inner_dst_misses",       Scratch,       None, None),
 ];
 
 /// A map by its name; `None`: libbpf's own (.rodata, .bss), which go with the program.

@@ -22,7 +22,7 @@ pub const POSITIONS: u32 = limits::ROOT_ARRAY_SIZE.0;
 /// Packets of groups that the balancer dropped, since it knew no service for them: the embedded one's count, or that of
 /// katran-patches/. `None`: it has none, or this process may not look (CAP_SYS_ADMIN).
 pub fn balancer_misses(pins: &Pins) -> Option<u64> {
-    let map = balancers_map(pins, "mqtt_misses")?;
+    let map = balancers_map(pins, "inner_dst_misses")?;
     let values = map.lookup_percpu(0u32.bytes(), MapFlags::ANY).ok()??;
     Some(values.iter().map(|value| u64::from_bytes(&value[..8])).sum())
 }

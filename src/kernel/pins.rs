@@ -8,7 +8,7 @@
 //!     mqtt_fwd -> mqtt_fwd-<hash>          maps of an object, by a hash of their layout and sizes:
 //!     balancer -> balancer-<hash>          while one is exchanged for another, there are two
 //! <bpffs>/jmp_<interface>                  the chain, ours or Katran's
-//! <bpffs>/mqtt_service_vips                ours and Katran's
+//! <bpffs>/vip_inner_dst                ours and Katran's
 //! ```
 
 use std::ffi::CString;
@@ -88,7 +88,7 @@ impl Pins {
 
     /// Where libbpf pins a map of this name by itself, and so where a patched Katran finds it.
     pub fn service_vips(&self) -> PathBuf {
-        self.bpffs.join("mqtt_service_vips")
+        self.bpffs.join("vip_inner_dst")
     }
 
     /// All that is only ours.
@@ -139,7 +139,7 @@ impl Pins {
     pub fn place(&self, dir: &Path, name: &str) -> PathBuf {
         match name {
             "root_array" => self.root_array.clone(),
-            "mqtt_service_vips" => self.service_vips(),
+            "vip_inner_dst" => self.service_vips(),
             _ => dir.join(name),
         }
     }

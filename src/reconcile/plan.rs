@@ -102,7 +102,7 @@ impl Plan {
         lines.extend(
             maps.add_service_vips
                 .iter()
-                .map(|(group, service)| format!("map mqtt_service_vips: {group} → {service}")),
+                .map(|(group, service)| format!("map vip_inner_dst: {group} → {service}")),
         );
         lines.extend(self.before.iter().map(Call::to_string));
         lines.extend(maps.new_groups.iter().map(|id| {
@@ -123,9 +123,7 @@ impl Plan {
         );
         lines.extend(self.after.iter().map(Call::to_string));
         lines.extend(
-            maps.remove_service_vips
-                .iter()
-                .map(|vip| format!("map mqtt_service_vips: remove {vip}")),
+            maps.remove_service_vips.iter().map(|vip| format!("map vip_inner_dst: remove {vip}")),
         );
         lines
     }

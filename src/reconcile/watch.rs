@@ -234,7 +234,7 @@ impl Reconciler {
         if self.in_force {
             let missing = MapPlan::missing_service_vips(config, datapath)?;
             if !missing.is_empty() {
-                warn!(vips = missing.len(), "the map mqtt_service_vips was without group VIPs");
+                warn!(vips = missing.len(), "the map vip_inner_dst was without group VIPs");
                 self.in_force = false;
             }
         }

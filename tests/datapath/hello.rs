@@ -104,7 +104,7 @@ fn routes_by_client_hello_follow_one_rule() {
     let clients = proptest::collection::vec((asked, offered, any::<bool>(), 0..3usize), 20);
     let next = std::cell::Cell::new(0u32);
     let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
-        cases: 40,
+        cases: 20,
         failure_persistence: None,
         ..ProptestConfig::default()
     });
@@ -528,7 +528,7 @@ fn the_dearest_hello_stays_within_the_bound() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 8, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 4, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
     fn any_bytes_go_somewhere(all in proptest::collection::vec(
         (proptest::collection::vec(any::<u8>(), 1..600), any::<bool>(), 1..1400usize), 100)) {

@@ -4,16 +4,16 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const BALANCER: &str = "katran/lib/bpf/balancer.bpf.c";
-const HEADER: &str = "katran/lib/bpf/mqtt_service.h";
+const HEADER: &str = "katran/lib/bpf/inner_dst.h";
 const CONSTS: &str = "katran/lib/bpf/balancer_consts.h";
 const INCLUDE: &str =
-    "#ifdef MQTT_SERVICE\n#include \"katran/lib/bpf/mqtt_service.h\"\n#endif // MQTT_SERVICE\n";
-const CALL: &str = "#ifdef MQTT_SERVICE\n  if (!mqtt_restore_service(\n          data + nh_off, data_end, \
-                    is_ipv6, &pckt, &vip, vip_info)) {\n    return XDP_DROP;\n  }\n#endif // MQTT_SERVICE\n";
+    "#ifdef INNER_DST\n#include \"katran/lib/bpf/inner_dst.h\"\n#endif // INNER_DST\n";
+const CALL: &str = "#ifdef INNER_DST\n  if (!inner_dst_restore(\n          data + nh_off, data_end, \
+                    is_ipv6, &pckt, &vip, vip_info)) {\n    return XDP_DROP;\n  }\n#endif // INNER_DST\n";
 const FLAGS: &str = "// vip_meta flags\n#define F_HASH_NO_SRC_PORT (1 << 0)\n// another\n\
                      #define F_LAST (1 << 9)\n// packet_description flags:\n#define F_ICMP (1 << 0)\n";
-const FLAG: &str = "// vip is an mqtt group: the address of its service goes back in\n\
-                    #define F_MQTT_GROUP (1 << 30)\n";
+const FLAG: &str = "// vip has an inner destination, which goes back into its packets\n\
+                    #define F_INNER_DST (1 << 30)\n";
 
 /// A program with the same names in the same order, and some traps around them.
 const SOURCE: &str = r#"/* process_packet() { PCKT_DATA_LEN } */
@@ -121,7 +121,7 @@ fn the_lines_go_where_their_surroundings_say_and_come_out_again() {
         )
         .replace(judged, &format!("{CALL}{judged}"));
     assert_eq!(tree.read(BALANCER), expected);
-    assert!(tree.read(HEADER).contains("mqtt_restore_service("));
+    assert!(tree.read(HEADER).contains("inner_dst_restore("));
     let flag = FLAGS.replace("(1 << 9)\n", &format!("(1 << 9)\n{FLAG}"));
     assert_eq!(tree.read(CONSTS), flag);
 

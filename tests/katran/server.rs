@@ -313,9 +313,9 @@ fn an_operator_sees_and_changes_vips_of_others_only() {
         assert_eq!(
             katran(&["list"]),
             "VIP                   FLAGS       REAL         WEIGHT\n\
-             10.1.50.1:1883/tcp    MQTT_GROUP  10.1.3.201        1\n\
+             10.1.50.1:1883/tcp    INNER_DST  10.1.3.201        1\n\
              \x20                                 10.1.3.202        2\n\
-             10.1.50.250:1883/tcp  MQTT_GROUP  fd01:3::203       1\n\
+             10.1.50.250:1883/tcp  INNER_DST  fd01:3::203       1\n\
              10.1.60.1:80/tcp      DPORT_HASH  10.1.3.1          3\n\
              \x20                                 10.1.3.2          1\n"
         );
@@ -351,14 +351,14 @@ fn unloading_leaves_a_running_balancer_the_map_that_it_uses() {
         assert_eq!(status(&net)["healthy"], true);
         if kind == Kind::Katran {
             let unloaded = net.ok(&["unload"]);
-            assert!(unloaded.contains("mqtt_service_vips: balancer_ingres (id"), "{unloaded}");
+            assert!(unloaded.contains("vip_inner_dst: balancer_ingres (id"), "{unloaded}");
             net.ok(&["load"]);
             net.ok(&["apply"]);
             assert_eq!(status(&net)["healthy"], true, "the map is still the same");
         }
         // Somebody removes the pin, and the next load makes another map of that name.
         net.ok(&["unload", "--keep-state"]);
-        std::fs::remove_file(net.bpf("mqtt_service_vips")).unwrap();
+        std::fs::remove_file(net.bpf("vip_inner_dst")).unwrap();
         net.ok(&["load"]);
         net.ok(&["apply"]);
         let problem = status(&net)["problems"][0].to_string();

@@ -33,7 +33,7 @@ fn run(net: &Net, config: &str) -> Background {
 
 /// The group VIPs that a balancer would put a service's address back for.
 fn vips(net: &Net) -> BTreeSet<String> {
-    let map = MapHandle::from_pinned_path(net.bpf("mqtt_service_vips")).unwrap();
+    let map = MapHandle::from_pinned_path(net.bpf("vip_inner_dst")).unwrap();
     map.keys().map(|key| format!("{}.{}.{}.{}", key[0], key[1], key[2], key[3])).collect()
 }
 
@@ -52,7 +52,7 @@ fn two_instances_leave_each_others_group_vips_alone() {
     assert_eq!(vips(&net), set(&all));
     assert!(healthy(&net, "config.toml"));
     // What is taken from the map is back.
-    let map = MapHandle::from_pinned_path(net.bpf("mqtt_service_vips")).unwrap();
+    let map = MapHandle::from_pinned_path(net.bpf("vip_inner_dst")).unwrap();
     for key in map.keys().collect::<Vec<_>>() {
         map.delete(&key).unwrap();
     }

@@ -23,7 +23,7 @@ impl KatranObject {
         // It would be pinned where a running one has it.
         let pin = format!("/sys/fs/bpf/mqtt-fwd-test-{}-{:p}", std::process::id(), &raw const open);
         for mut map in open.maps_mut() {
-            if map.name() == "mqtt_service_vips" {
+            if map.name() == "vip_inner_dst" {
                 map.set_pin_path(&pin).unwrap();
             }
         }
@@ -73,6 +73,6 @@ impl KatranObject {
     }
 
     pub fn set_service(&self, group: IpAddr, service: IpAddr, port: u16) {
-        self.put("mqtt_service_vips", vip_key(group, port).bytes(), vip_key(service, port).bytes());
+        self.put("vip_inner_dst", vip_key(group, port).bytes(), vip_key(service, port).bytes());
     }
 }
