@@ -25,7 +25,7 @@ pub(super) const TOLD: [(&str, &str, &str); 15] = [
     ),
     (
         "untracked_dropped",
-        "segments of no known connection were dropped: the balancer lost its state, or somebody guesses",
+        "segments of no known connection were dropped: the one before was lost on its way, the balancer lost its state, or somebody guesses",
         "they go on when repeated; docs/security.md",
     ),
     (

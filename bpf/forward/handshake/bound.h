@@ -11,6 +11,7 @@
 #include "../flow/bind.h"
 #include "../learn/predict.h"
 #include "handovers.h"
+#include "untracked_place.h"
 
 static __always_inline struct bind_decision *decision_begin(struct scratch *w, __u32 next,
 							    __u32 flags)
@@ -105,6 +106,7 @@ static __always_inline int bound(struct xdp_md *ctx, struct conn *c, struct scra
 	/* What was on these addresses before is over: the cookie says so. */
 	flow_remove(c, false);
 	flow_remove(c, true);
+	untracked_forget(c, t);
 	if (!g)
 		return pass_on(ctx, REASON_NO_GROUP_VIP);
 	if (flow_bound(c)) {

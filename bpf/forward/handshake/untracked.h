@@ -6,6 +6,7 @@
 #include "../../lib/clock.h"
 #include "../flow/delayed.h"
 #include "bound.h"
+#include "untracked_place.h"
 
 /*
  * Whether something of this flow was here before: not just now, and not long ago. What follows
@@ -14,22 +15,6 @@
  */
 #define UNTRACKED_SOON_MS 3000
 #define UNTRACKED_LATE_MS 60000
-
-/* log2 of the places in `untracked`. */
-const volatile __u32 untracked_bits = 12;
-
-/* Milliseconds | tag << 32. Tags of neighbouring addresses are alike, and must not share places. */
-static __always_inline __u64 *untracked_place(const struct conn *c, const struct service_table *t)
-{
-	__u32 key = c->tag ^ (__u32)t->topic_key[0];
-
-	/* The finalizer of MurmurHash3 (public domain, A. Appleby). */
-	key = (key ^ key >> 16) * 0x85ebca6bU;
-	key = (key ^ key >> 13) * 0xc2b2ae35U;
-	key = (key ^ key >> 16) >> (32 - untracked_bits);
-
-	return bpf_map_lookup_elem(&untracked, &key);
-}
 
 static __always_inline bool untracked_again(const struct conn *c, const struct service_table *t)
 {

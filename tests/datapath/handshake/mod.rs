@@ -5,7 +5,7 @@ mod model;
 mod pieces;
 mod strangers;
 
-use crate::support::datapath::{Fixture, JUMPED};
+use crate::support::datapath::{Fixture, JUMPED, XDP_DROP};
 use crate::support::{datapath, mqtt, packet};
 use connection::{Client, Offer, delayed, kept, reply, timestamps};
 use etherparse::TcpOptionElement;
@@ -135,6 +135,27 @@ fn a_device_that_is_back_on_its_port_is_served_whatever_its_numbers() {
                 assert_eq!(bound.group, "b", "{at} {ending} {distance}");
             }
         }
+    }
+}
+
+#[test]
+fn a_first_segment_that_is_lost_twice_from_one_port_ends_nobody() {
+    let f = delayed();
+    let publish = mqtt::publish(b"sensor/a", 0, b"1");
+    for isn in [1000, 1 << 30] {
+        let mut client = Client::new("10.1.1.9:4000", isn);
+        client.opened(&reply(&f.send(&client.syn())));
+        let connect = mqtt::connect(4);
+        let second = client.segment(connect.len() as u32, &publish, |_| {});
+        // What comes behind it is nobody's yet: a broker would answer RST.
+        let (outcome, rose) = f.send_counting(&second);
+        assert_eq!((outcome.verdict, rose.get("untracked_dropped")), (XDP_DROP, Some(&1)), "{isn}");
+        let first = [&connect[..], &publish].concat();
+        let outcome = f.send(&client.segment(0, &first, |h| h.psh = true));
+        assert_eq!(outcome.verdict, JUMPED);
+        f.send(&client.segment(first.len() as u32, &[], |h| h.fin = true));
+        // As long as it takes until what is repeated is believed.
+        std::thread::sleep(std::time::Duration::from_millis(3100));
     }
 }
 
