@@ -130,6 +130,12 @@ fn main() {
     let f = Fixture::sized(&text, &sizes);
     let keys = handover_keys { key: [[1, 2], [3, 4]], epoch: 1, pad: 0 };
     f.datapath.handover_keys.put(&0, &keys).unwrap();
+    let text = text.replace(
+        "route = [",
+        "protocol = \"tls\"\nroute = [\n{ sni = \"tenant-a.example.net\", group = \"a\" },",
+    );
+    let tls = Fixture::sized(&text, &sizes);
+    tls.datapath.handover_keys.put(&0, &keys).unwrap();
     let nothing = sentinel(XDP_TX);
     flood();
 
@@ -213,6 +219,32 @@ fn main() {
             add("PUBLISH that confirms", run(&confirming, behind, &publish));
             let behind = behind + publish.len() as u32;
             add("PUBLISH, established", run(&confirming, behind, &publish));
+
+            // The same connections to a service that speaks TLS, as mosquitto_pub says hello.
+            let hello = include_bytes!("../tests/hellos/mosquitto.bin");
+            let forward = tls.skel.progs.mqtt_fwd.as_fd();
+            for client in &mut clients {
+                client.ack = 0;
+                let answer = test_run(&forward, &client.segment(1, &[]), 1).0.packet;
+                let sliced = SlicedPacket::from_ethernet(&answer).unwrap();
+                let Some(TransportSlice::Tcp(tcp)) = sliced.transport else { panic!() };
+                client.ack = tcp.sequence_number().wrapping_add(1);
+            }
+            let run = |clients: &[Client], seq: u32, payload: &[u8]| {
+                let packets: Vec<_> = clients.iter().map(|c| c.segment(seq, payload)).collect();
+                cost(forward, || {
+                    for p in &packets {
+                        test_run(&forward, p, 1);
+                    }
+                }) - bare
+            };
+            add("ClientHello → bound by its server name", run(&clients, 2, hello));
+            let answered: Vec<Client> =
+                clients.iter().map(|c| Client { ack: c.ack + 1000, ..*c }).collect();
+            let behind = 2 + hello.len() as u32;
+            add("TLS record that confirms", run(&answered, behind, &publish));
+            let behind = behind + publish.len() as u32;
+            add("TLS record, established", run(&answered, behind, &publish));
         }
         let base = rows
             .iter()

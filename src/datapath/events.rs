@@ -172,7 +172,7 @@ impl Event {
             binding_codes(event.bound_by, event.fallback_reason, event.by_prediction != 0);
         let client = words_addr(event.client, event.v6 != 0);
         let is_tls = names.is_tls(event.service);
-        let text = (event.topic != 0).then_some(());
+        let has_text = event.topic != 0;
         Self {
             time: now.saturating_sub(ago).as_micros() as f64 / 1e6,
             event: kind.to_owned(),
@@ -180,10 +180,9 @@ impl Event {
             client: SocketAddr::new(client, u16::from_be(event.client_port)).to_string(),
             from_group: group(event.from_group),
             group: group(event.to_group),
-            topic: text.filter(|_| !is_tls).map(|()| text_of(&event.text, event.topic_length)),
-            server_name: text
-                .filter(|_| is_tls)
-                .map(|()| server_name_text(&event.text, event.topic_length)),
+            topic: (has_text && !is_tls).then(|| text_of(&event.text, event.topic_length)),
+            server_name: (has_text && is_tls)
+                .then(|| server_name_text(&event.text, event.topic_length)),
             by_prediction: event.by_prediction != 0,
             bound_by: (kind == "bound").then(|| bound_by.to_owned()),
             fallback_reason: reason.map(str::to_owned),
