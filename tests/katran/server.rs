@@ -313,9 +313,9 @@ fn an_operator_sees_and_changes_vips_of_others_only() {
         assert_eq!(
             katran(&["list"]),
             "VIP                   FLAGS       REAL         WEIGHT\n\
-             10.1.50.1:1883/tcp    INNER_DST  10.1.3.201        1\n\
+             10.1.50.1:1883/tcp    INNER_DST   10.1.3.201        1\n\
              \x20                                 10.1.3.202        2\n\
-             10.1.50.250:1883/tcp  INNER_DST  fd01:3::203       1\n\
+             10.1.50.250:1883/tcp  INNER_DST   fd01:3::203       1\n\
              10.1.60.1:80/tcp      DPORT_HASH  10.1.3.1          3\n\
              \x20                                 10.1.3.2          1\n"
         );
