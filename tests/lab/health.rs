@@ -528,7 +528,7 @@ fn checks_are_wrapped_as_the_balancer_wraps() {
 fn relays_are_checked_on_the_way_that_clients_take() {
     let text = std::fs::read_to_string("scripts/lab.toml").unwrap();
     let check = "health_check = { type = \"mqtt\", path = \"encapsulated\", interval = \"300ms\", timeout = \"250ms\" }";
-    let text = text.replace("[[service]]", &format!("[[service]]\n{check}"));
+    let text = text.replace("\n[[service]]", &format!("\n[[service]]\n{check}"));
     let lab = Lab::up(&text, &["--relay"]);
     for relay in ["10.1.3.207", "10.1.3.208"] {
         wait_state(&lab, relay, "up");
