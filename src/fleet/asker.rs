@@ -36,6 +36,11 @@ const ANSWERS_MAX: usize = 4096;
 const AGAIN_MS: u16 = 2;
 /// How long an entry that came from the store too late is kept for its client's next try.
 const LATE: Duration = Duration::from_secs(10);
+/// After this process was away, for so long nobody is told that nobody has a connection: other members that were away, too,
+/// have still to say what they keep.
+const SETTLING: Duration = Duration::from_secs(3);
+/// It is away if it does not get to work for that long.
+const AWAY: Duration = Duration::from_secs(1);
 /// Bytes: so that a burst of answers is not lost.
 const RECEIVE_BUFFER: usize = 4 << 20;
 
@@ -95,6 +100,8 @@ struct Worker {
     /// Reals of services that are down, and whose connections are reset for that.
     gone: BTreeSet<(String, IpAddr)>,
     looked: Option<Instant>,
+    /// Since it was away.
+    here: Instant,
 }
 
 impl Worker {
@@ -122,6 +129,7 @@ impl Worker {
             services: BTreeMap::new(),
             gone: BTreeSet::new(),
             looked: None,
+            here: Instant::now(),
             state,
         })
     }
@@ -137,8 +145,12 @@ impl Worker {
             if self.looked.is_none_or(|last| last.elapsed() >= LOOK) {
                 self.look();
             }
+            let waiting = Instant::now();
             if self.wait(ring_fd, ended) {
                 return Ok(());
+            }
+            if waiting.elapsed() > AWAY {
+                self.here = Instant::now();
             }
             let _ = ring.consume();
             let mut full = 0;
@@ -365,6 +377,10 @@ impl Worker {
                 let Some(kept) = places.kept(&waiting) else { return };
                 fleet.stored.add(1);
                 Answer::Waiting(Box::new(kept))
+            }
+            (Found::Gone | Found::Nowhere, None) if self.here.elapsed() < SETTLING => {
+                fleet.unanswered.add(1);
+                return;
             }
             (Found::Gone | Found::Nowhere, None) => {
                 fleet.nowhere.add(1);
