@@ -2,7 +2,7 @@
 //! written, versions 1 and 2 are read.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, SocketAddrV4};
 
 use ppp::v2::{Addresses, Builder, Command, Protocol, Version};
 use ppp::{HeaderResult, v1, v2};
@@ -10,15 +10,20 @@ use tokio::io::{AsyncRead, AsyncReadExt as _};
 
 /// The header for a client's connection to a service.
 pub fn header(client: SocketAddr, service: SocketAddr) -> Vec<u8> {
-    let addresses = match (client, service) {
-        (SocketAddr::V4(_), SocketAddr::V4(_)) | (SocketAddr::V6(_), SocketAddr::V6(_)) => {
-            Addresses::from((client, service))
-        }
-        _ => Addresses::Unspecified,
+    // Both are of one version in a header: where they are not, the IPv4 one is mapped (RFC 4291 §2.5.5.2).
+    let (client, service) = match (client, service) {
+        (SocketAddr::V4(v4), v6 @ SocketAddr::V6(_)) => (mapped(v4), v6),
+        (v6 @ SocketAddr::V6(_), SocketAddr::V4(v4)) => (v6, mapped(v4)),
+        same => same,
     };
+    let addresses = Addresses::from((client, service));
     Builder::with_addresses(Version::Two | Command::Proxy, Protocol::Stream, addresses)
         .build()
         .expect("addresses fit into the header's 65,535 bytes")
+}
+
+fn mapped(addr: SocketAddrV4) -> SocketAddr {
+    SocketAddr::new(addr.ip().to_ipv6_mapped().into(), addr.port())
 }
 
 /// The header of a connection of the sender's own: a health check (LOCAL).
@@ -60,7 +65,7 @@ pub async fn read<S: AsyncRead + Unpin>(stream: &mut S) -> io::Result<Option<Soc
             bytes.push(stream.read_u8().await?);
         }
     }
-    match HeaderResult::parse(&bytes) {
+    let said = match HeaderResult::parse(&bytes) {
         HeaderResult::V1(Ok(header)) => Ok(match header.addresses {
             v1::Addresses::Tcp4(a) => Some((a.source_address, a.source_port).into()),
             v1::Addresses::Tcp6(a) => Some((a.source_address, a.source_port).into()),
@@ -73,7 +78,10 @@ pub async fn read<S: AsyncRead + Unpin>(stream: &mut S) -> io::Result<Option<Soc
         }),
         HeaderResult::V1(Err(error)) => Err(wrong(&format!("PROXY header: {error}"))),
         HeaderResult::V2(Err(error)) => Err(wrong(&format!("PROXY header: {error}"))),
-    }
+    };
+    // A balancer that listens for both versions on one socket has IPv4 clients mapped.
+    let canonical = |client: SocketAddr| SocketAddr::new(client.ip().to_canonical(), client.port());
+    said.map(|client| client.map(canonical))
 }
 
 #[cfg(test)]
@@ -96,6 +104,24 @@ mod tests {
             assert_eq!(read.addresses, Addresses::from((client, service)));
         }
     }
+    #[test]
+    fn clients_of_the_other_ip_version_are_said_as_well() {
+        for (client, service, source) in [
+            ("10.1.1.1:4000", "[fd01:50::200]:1883", "[::ffff:10.1.1.1]:4000"),
+            ("[fd01:1::1]:4000", "10.1.50.200:1883", "[fd01:1::1]:4000"),
+        ] {
+            let bytes = header(client.parse().unwrap(), service.parse().unwrap());
+            let read = Header::try_from(&bytes[..]).unwrap();
+            let Addresses::IPv6(said) = read.addresses else { panic!("{read:?}") };
+            let said = SocketAddr::from((said.source_address, said.source_port));
+            assert_eq!(said.to_string(), source);
+            let mut stream = &bytes[..];
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            let heard = runtime.block_on(super::read(&mut stream)).unwrap().unwrap();
+            assert_eq!(heard.to_string(), client, "as it is");
+        }
+    }
+
     #[test]
     fn both_versions_are_read_up_to_their_end() {
         let client: SocketAddr = "192.0.2.7:4000".parse().unwrap();

@@ -102,13 +102,14 @@ async fn accept(listener: &TcpListener, worker: &Rc<Worker>, port: &Port) {
                 async move { behind_a_proxy(stream, from, &worker, &port).await },
             );
         } else {
-            admit(stream, from, worker, port);
+            admit(stream, from, worker, port, false);
         }
     }
 }
 
 /// Serves a connection, if there is room for it.
-fn admit(stream: TcpStream, from: SocketAddr, worker: Rc<Worker>, port: Port) {
+/// `checks`: a balancer that has told who it is may go without a word, as its health checks do.
+fn admit(stream: TcpStream, from: SocketAddr, worker: Rc<Worker>, port: Port, checks: bool) {
     let Some(admitted) = worker.shared.admit(from.ip(), &worker.limits) else {
         worker.stats.refused.add(1);
         return;
@@ -117,7 +118,7 @@ fn admit(stream: TcpStream, from: SocketAddr, worker: Rc<Worker>, port: Port) {
     tokio::task::spawn_local(async move {
         // Counted until this task ends, even by a panic.
         let _admitted = admitted;
-        serve(stream, from, &worker, &port).await;
+        serve(stream, from, &worker, &port, checks).await;
     });
 }
 
@@ -131,7 +132,7 @@ async fn behind_a_proxy(
     let timeout = worker.limits.connect_timeout;
     match tokio::time::timeout(timeout, proxy_header::read(&mut stream)).await {
         Ok(Ok(client)) => {
-            admit(stream, client.unwrap_or(proxy), Rc::clone(worker), port.clone());
+            admit(stream, client.unwrap_or(proxy), Rc::clone(worker), port.clone(), true);
         }
         Ok(Err(error)) => {
             worker.stats.failed_handshakes.add(1);
@@ -145,14 +146,21 @@ async fn behind_a_proxy(
 }
 
 /// Serves one connection.
-async fn serve(stream: TcpStream, from: SocketAddr, worker: &Rc<Worker>, port: &Port) {
+async fn serve(
+    stream: TcpStream,
+    from: SocketAddr,
+    worker: &Rc<Worker>,
+    port: &Port,
+    checks: bool,
+) {
     let timeout = worker.limits.connect_timeout;
     let (mut stream, connect, rest) =
         // Boxed, so that the connection's task does not keep the handshakes' memory.
         match tokio::time::timeout(timeout, Box::pin(handshake(stream, worker, port))).await {
             Ok(Ok(introduced)) => introduced,
             Ok(Err(error)) => {
-                worker.stats.failed_handshakes.add(1);
+                let is_check = checks && error.kind() == io::ErrorKind::UnexpectedEof;
+                worker.stats.failed_handshakes.add(u64::from(!is_check));
                 if error.kind() == io::ErrorKind::OutOfMemory {
                     worker.stats.out_of_memory.add(1);
                 }

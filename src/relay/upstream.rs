@@ -110,6 +110,8 @@ pub struct Upstream {
     pub subscribed: bool,
     /// It refused CONNECT.
     pub refused: bool,
+    /// It closed behind CONNECT, and is not asked again until then.
+    pub turned_away: Option<Instant>,
     /// A write failed.
     pub broken: bool,
     /// `rest` may hold a complete packet.
@@ -145,6 +147,7 @@ impl Upstream {
             since: now,
             subscribed: false,
             refused: false,
+            turned_away: None,
             broken: false,
             has_unparsed: false,
         }
@@ -175,6 +178,11 @@ impl Upstream {
     /// Whether CONNACK was received.
     pub fn is_ready(&self) -> bool {
         matches!(self.state, State::Ready(_))
+    }
+
+    /// Whether the broker has CONNECT, and has not answered.
+    pub fn is_asked(&self) -> bool {
+        matches!(self.state, State::Opening(_))
     }
 
     /// Whether the connection is being opened.

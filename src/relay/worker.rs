@@ -17,7 +17,7 @@ use crate::brokers::router::Router;
 use crate::domain::RelayLimits;
 
 /// How long a broker that was not reached counts as down, at least.
-const DOWN: Duration = Duration::from_secs(2);
+pub const DOWN: Duration = Duration::from_secs(2);
 /// Shared by all threads.
 #[derive(Debug)]
 pub struct Shared {

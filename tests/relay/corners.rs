@@ -208,8 +208,11 @@ fn a_client_that_pings_without_reading_is_not_silent() {
     let (mut slow, _) = come(&bed, &Connect { keepalive: 2, ..connect(4, "slow") });
     slow.subscribe(&["temp/x"], 0);
     let mut publisher = bed.client("publisher");
-    for _ in 0..300 {
+    for n in 0..300 {
         publisher.publish("temp/x", 0, &vec![0; 20_000]);
+        if n % 30 == 0 {
+            slow.send(&[0xc0, 0]);
+        }
     }
     // Longer than 1.5 × its keepalive it reads nothing, and still sends PINGREQs.
     for _ in 0..5 {

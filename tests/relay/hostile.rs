@@ -102,6 +102,33 @@ fn more_at_a_time_than_connack_allows_is_refused() {
 }
 
 #[test]
+fn a_connect_that_brokers_close_on_takes_no_broker_from_others() {
+    let bed = Bed::new();
+    let mut there = bed.client("there before");
+    // No will's topic has a wildcard (MQTT 3.1.1 §4.7.1.1): mosquitto closes, without CONNACK.
+    // Of "other", whose group clients' homes are of, and of a group that is opened for the will.
+    for round in 0..6 {
+        let topic = ["other/#", "temp/#"][round % 2];
+        let will = Some((topic.to_owned(), String::new()));
+        for number in 0..12 {
+            let mut bad = Client::new(bed.stream(RELAY), 4);
+            let id = format!("bad-{round}-{number}");
+            bad.send(&client::Connect { will: will.clone(), ..connect(4, &id) }.packet());
+            while bad.packet().is_some() {}
+        }
+        // Connections to brokers that were not needed before, too.
+        let mut fresh = bed.client(&format!("fresh-{round}"));
+        for client in [&mut there, &mut fresh] {
+            for number in 0..4 {
+                for topic in ["temp", "hum", "other"] {
+                    client.publish_and_wait(&format!("{topic}/{round}/{number}"), 1, b"x");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn who_says_nothing_or_no_mqtt_does_not_stay() {
     let bed = Bed::new();
     for begin in

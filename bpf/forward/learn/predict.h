@@ -65,7 +65,7 @@ static __always_inline binding_t client_steady(const struct conn *c, const struc
 	struct client *client = w->id ? client_find(c, true) : NULL;
 	binding_t best;
 
-	if (!client || client->flags & (CLIENT_MULTI_GROUP | CLIENT_MISJUDGED))
+	if (!client || client->flags & (CLIENT_MULTI_GROUP | CLIENT_MISJUDGED | CLIENT_DOUBTED))
 		return 0;
 	client_reroute(client, t);
 	if (svc->relay != NO_GROUP && !client_settled(client, true))

@@ -11,6 +11,7 @@ use tracing::{debug, warn};
 
 use super::super::ids::Slot;
 use super::super::upstream::{OPEN_TIMEOUT, RETRY, State, Upstream};
+use super::super::worker::DOWN;
 use super::super::{stream, subscriptions};
 use super::{
     BUFFER, End, HIGH, Piece, SCRATCH, SESSIONS_TIMEOUT, Session, acknowledgement, append,
@@ -418,7 +419,13 @@ impl Session {
         let partial = self.outbound.delivering == Some(slot)
             || self.inbound.forwarding.is_some_and(|p| p.0 == Some(slot));
         let lossy = partial || up.inflight > 0 || !up.out.is_empty();
-        if !was_ready {
+        // A broker that closes behind CONNECT, as it must if that is malformed (MQTT 3.1.1 §4.8), is down for this client only,
+        // whose doing must not cost others a broker.
+        let turned_away = up.is_asked() && !matches!(why, Lost::Silent);
+        if turned_away {
+            debug!(broker = %addr, "CONNECT is not answered: {why}");
+            up.turned_away = Some(now + DOWN);
+        } else if !was_ready {
             if self.worker.is_news(addr) {
                 warn!(broker = %addr, "cannot connect to a broker: {why}");
             } else {
@@ -445,10 +452,13 @@ impl Session {
             self.send_to_client(&answer);
         }
         self.releases_lost(slot);
+        let unavailable = |group: &str| {
+            if turned_away { End::ByBroker(addr) } else { End::Unavailable(group.to_owned()) }
+        };
         if home {
             let broker = self.home_broker();
-            if self.worker.is_down(self.table.broker(broker).addr) {
-                return Err(End::Unavailable(self.table.broker(broker).group.clone()));
+            if self.is_down(broker) {
+                return Err(unavailable(&self.table.broker(broker).group));
             }
             let kind = if self.will == Some(slot) || self.connect.will.is_none() {
                 Kind::Original
@@ -462,8 +472,8 @@ impl Session {
         } else if self.will == Some(slot)
             && let Some(broker) = self.will_broker()
         {
-            if self.worker.is_down(self.table.broker(broker).addr) {
-                return Err(End::Unavailable(self.table.broker(broker).group.clone()));
+            if self.is_down(broker) {
+                return Err(unavailable(&self.table.broker(broker).group));
             }
             self.will = Some(self.open_as(broker, Kind::WithWill, now));
         }

@@ -330,8 +330,11 @@ impl Session {
         self.table.home_of(key.as_bytes(), |b| self.is_down(b))
     }
 
+    /// Whether a broker is down, or wants nothing of this client.
     fn is_down(&self, broker: Broker) -> bool {
+        let turned_away = |u: &Upstream| u.turned_away.is_some_and(|until| Instant::now() < until);
         self.worker.is_down(self.table.broker(broker).addr)
+            || self.upstreams.iter().any(|u| u.broker == broker && turned_away(u))
     }
 
     /// The broker of the will's topic, if there is a will and its topic has a group.
