@@ -58,7 +58,7 @@ impl Client {
         let addr = if v6 {
             format!("[fd01:9::{n:x}]:4000")
         } else {
-            format!("{}:4000", std::net::Ipv4Addr::from(0x0b00_0000 + n))
+            format!("{}:4000", std::net::Ipv4Addr::from(0x0b00_0000_u32.wrapping_add(n)))
         };
         let service = if v6 { SERVICE6 } else { SERVICE };
         Self { addr: addr.parse().unwrap(), service: service.parse().unwrap(), ack: 0 }
