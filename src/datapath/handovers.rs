@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 
 use super::Datapath;
+use super::clients::GroupNumbers;
 use super::flows::flows_from;
 use super::names::{Names, address_of, boot_time, services_of};
 use crate::domain::{ClientRoute, ClientRouteKind, CookieKeys};
@@ -169,10 +170,16 @@ impl Datapath {
 
     /// Says where it belongs: to a group, by its server name or a protocol (ALPN), or where all belong that name nobody;
     /// false: it is not what it was.
-    pub fn decide_hello(&self, hello: &Hello, route: Option<&ClientRoute>) -> Result<bool> {
+    pub fn decide_hello(
+        &self,
+        hello: &Hello,
+        route: Option<&ClientRoute>,
+        numbers: &mut GroupNumbers,
+    ) -> Result<bool> {
         let (mut binding, mut by) = (0, bound_by::BOUND_BY_SERVER_NAME);
         if let Some(route) = route {
-            binding = self.binding_of(hello.key.service, &route.group)?.unwrap_or_default();
+            binding =
+                self.binding_of(numbers, hello.key.service, &route.group)?.unwrap_or_default();
             if route.kind == ClientRouteKind::Alpn {
                 by = bound_by::BOUND_BY_ALPN;
             }

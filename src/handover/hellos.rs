@@ -17,6 +17,7 @@ use super::hello::{self, Asked, Stream};
 use super::segment::Made;
 use crate::config::{Config, Service};
 use crate::datapath::Datapath;
+use crate::datapath::clients::GroupNumbers;
 use crate::datapath::handovers::Hello;
 use crate::datapath::misses::{self, Report, Segment};
 use crate::domain::Protocol;
@@ -96,6 +97,7 @@ struct Worker {
     bytes: usize,
     looked: Option<Instant>,
     services: HashMap<u16, (Service, usize)>,
+    groups: GroupNumbers,
 }
 
 impl Worker {
@@ -113,6 +115,7 @@ impl Worker {
             bytes: 0,
             looked: None,
             services: HashMap::new(),
+            groups: GroupNumbers::default(),
             state,
         })
     }
@@ -236,7 +239,7 @@ impl Worker {
         let Some((service, _)) = self.services.get(&key.1) else { return Ok(()) };
         let protocols: Vec<&str> = protocols.iter().map(String::as_str).collect();
         let route = service.group_of_hello(&name, &protocols);
-        if !self.datapath.decide_hello(&held.hello, route)? {
+        if !self.datapath.decide_hello(&held.hello, route, &mut self.groups)? {
             return Ok(());
         }
         debug!(client = %key.0, name, group = route.map(|r| &*r.group), "ClientHello in segments");

@@ -18,7 +18,7 @@ use self::capture::{CaptureError, Segment};
 use self::connection::{Connection, Fate};
 use crate::config::{Config, Service};
 use crate::datapath::Datapath;
-use crate::datapath::clients::restore;
+use crate::datapath::clients::{GroupNumbers, restore};
 use crate::datapath::flows::{Followed, follow};
 use crate::datapath::plan::{MapPlan, PlanError};
 use crate::domain::client_record::ClientRecord;
@@ -203,7 +203,7 @@ impl<'a> Replay<'a> {
             {
                 let protocols: Vec<&str> = protocols.iter().map(String::as_str).collect();
                 let route = service.group_of_hello(name.as_deref().unwrap_or(""), &protocols);
-                self.datapath.decide_hello(&hello, route)?;
+                self.datapath.decide_hello(&hello, route, &mut GroupNumbers::default())?;
                 connection.say_hello_again(&self.sandbox, segment)?;
             }
         }

@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::AsFd as _;
 
+use mqtt_fwd::datapath::clients::GroupNumbers;
 use mqtt_fwd::domain::MapSizes;
 use proptest::prelude::*;
 
@@ -424,7 +425,7 @@ fn what_the_sidecar_has_read_decides_and_what_it_acknowledged_is_its_own_to_repe
             }
             let service = f.config.services.iter().find(|s| s.addr == client.service.ip()).unwrap();
             let route = service.group_of_hello("tenant-a.example.net", &[]);
-            assert!(f.datapath.decide_hello(&held, route).unwrap());
+            assert!(f.datapath.decide_hello(&held, route, &mut GroupNumbers::default()).unwrap());
             // Not before its first byte: its broker would not know it.
             assert_eq!(f.send(&next).verdict, XDP_DROP);
             assert_eq!(group_of(&f.send(&first)), "a");
@@ -551,4 +552,31 @@ proptest! {
         }
         prop_assert_eq!(f.counters().get("hello_held").copied().unwrap_or(0), held);
     }
+}
+
+#[test]
+fn a_group_that_has_moved_or_gone_is_not_taken_for_another() {
+    let mut f = Fixture::new();
+    let with_a = f.config.clone();
+    let service = *f.datapath.service_numbers().unwrap().values().next().unwrap();
+    let mut numbers = GroupNumbers::default();
+    let mut of_a = |f: &Fixture| {
+        let found = f.datapath.binding_of(&mut numbers, service, "a").unwrap();
+        let mut none = GroupNumbers::default();
+        assert_eq!(found, f.datapath.binding_of(&mut none, service, "a").unwrap());
+        found
+    };
+    let before = of_a(&f);
+    assert!(before.is_some());
+    for service in &mut f.config.services {
+        service.groups.retain(|g| g.name != "a");
+        let routes = service.routes.iter().filter(|r| r.target.name() != "a");
+        service.routes = routes.cloned().collect();
+    }
+    f.apply();
+    assert_eq!(of_a(&f), None);
+    f.config = with_a;
+    f.apply();
+    // Another epoch: what was bound to the old one is not bound to this.
+    assert!(of_a(&f).is_some_and(|found| Some(found) != before));
 }
