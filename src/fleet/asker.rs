@@ -36,8 +36,8 @@ const ANSWERS_MAX: usize = 4096;
 const AGAIN_MS: u16 = 2;
 /// How long an entry that came from the store too late is kept for its client's next try.
 const LATE: Duration = Duration::from_secs(10);
-/// After this process was away, for so long nobody is told that nobody has a connection: other members that were away, too,
-/// have still to say what they keep.
+/// After this process was away, it ends no connection as unknown for this long: other members that were away, too, have
+/// still to say what they keep.
 const SETTLING: Duration = Duration::from_secs(3);
 /// It is away if it does not get to work for that long.
 const AWAY: Duration = Duration::from_secs(1);
