@@ -47,6 +47,16 @@ fn cost(program: BorrowedFd<'_>, run: impl FnOnce()) -> f64 {
     (after.1 - before.1) as f64 / (after.0 - before.0) as f64
 }
 
+/// Cost of a segment of each client.
+fn cost_of(program: BorrowedFd<'_>, clients: &[Client], seq: u32, payload: &[u8]) -> f64 {
+    let packets: Vec<_> = clients.iter().map(|c| c.segment(seq, payload)).collect();
+    cost(program, || {
+        for p in &packets {
+            test_run(&program, p, 1);
+        }
+    })
+}
+
 struct Client {
     addr: SocketAddr,
     service: SocketAddr,
@@ -62,6 +72,13 @@ impl Client {
         };
         let service = if v6 { SERVICE6 } else { SERVICE };
         Self { addr: addr.parse().unwrap(), service: service.parse().unwrap(), ack: 0 }
+    }
+
+    /// Takes a SYN-ACK.
+    fn answered(&mut self, answer: &[u8]) {
+        let sliced = SlicedPacket::from_ethernet(answer).unwrap();
+        let Some(TransportSlice::Tcp(tcp)) = sliced.transport else { panic!() };
+        self.ack = tcp.sequence_number().wrapping_add(1);
     }
 
     fn segment(&self, seq: u32, payload: &[u8]) -> Vec<u8> {
@@ -186,9 +203,7 @@ fn main() {
             });
             add("SYN → SYN-ACK", syn - bare);
             for (client, answer) in clients.iter_mut().zip(&answers) {
-                let sliced = SlicedPacket::from_ethernet(answer).unwrap();
-                let Some(TransportSlice::Tcp(tcp)) = sliced.transport else { panic!() };
-                client.ack = tcp.sequence_number().wrapping_add(1);
+                client.answered(answer);
             }
             // A third each: known by client id, unknown, CONNECT and PUBLISH together.
             let publish = mqtt::publish(b"sensor/a", 1, b"21.5");
@@ -198,12 +213,7 @@ fn main() {
             let unknown = mqtt::connect_as(4, 2, b"", &[]);
             let together = [&known[..], &publish].concat();
             let run = |clients: &[Client], seq: u32, payload: &[u8]| {
-                let packets: Vec<_> = clients.iter().map(|c| c.segment(seq, payload)).collect();
-                cost(forward, || {
-                    for p in &packets {
-                        test_run(&forward, p, 1);
-                    }
-                }) - bare
+                cost_of(forward, clients, seq, payload) - bare
             };
             add("CONNECT and PUBLISH → bound, framed", run(c, 2, &together));
             add("CONNECT of a known client id → bound", run(a, 2, &known));
@@ -226,17 +236,10 @@ fn main() {
             for client in &mut clients {
                 client.ack = 0;
                 let answer = test_run(&forward, &client.segment(1, &[]), 1).0.packet;
-                let sliced = SlicedPacket::from_ethernet(&answer).unwrap();
-                let Some(TransportSlice::Tcp(tcp)) = sliced.transport else { panic!() };
-                client.ack = tcp.sequence_number().wrapping_add(1);
+                client.answered(&answer);
             }
             let run = |clients: &[Client], seq: u32, payload: &[u8]| {
-                let packets: Vec<_> = clients.iter().map(|c| c.segment(seq, payload)).collect();
-                cost(forward, || {
-                    for p in &packets {
-                        test_run(&forward, p, 1);
-                    }
-                }) - bare
+                cost_of(forward, clients, seq, payload) - bare
             };
             add("ClientHello → bound by its server name", run(&clients, 2, hello));
             let answered: Vec<Client> =

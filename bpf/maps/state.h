@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * State: written by the datapath, one file for each map: flow/flow.h the flows, flow/cache.h the
- * cache, learn/record.h clients, client_ids and topics, mqtt/framing.h topic_streams, handshake/
- * handovers and server_names, share.h client_shares. IPv4 and IPv6 have maps of their own, so that IPv4 does not hash IPv6's key size.
+ * cache, learn/record.h clients, client_ids and topics, mqtt/framing.h topic_streams, handshake/ handovers and
+ * server_names, share.h client_shares. IPv4 and IPv6 have maps of their own, so that IPv4 does not hash IPv6's key size.
  */
 #ifndef MQTT_FWD_MAPS_STATE_H
 #define MQTT_FWD_MAPS_STATE_H

@@ -17,12 +17,11 @@ use std::time::{Duration, Instant};
 use futures_util::{StreamExt as _, stream};
 use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
-
-use self::opening::{From as Source, Here, Opened};
-use self::session::{PATIENCE, Session};
 use tokio::net::TcpStream;
 use tokio_rustls::rustls::pki_types::ServerName;
 
+use self::opening::{From as Source, Here, Opened};
+use self::session::{PATIENCE, Session};
 use crate::balancer::client::BalancerError;
 use crate::brokers::connection::BrokerStream;
 use crate::brokers::tls::Connector;

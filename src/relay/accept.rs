@@ -107,8 +107,8 @@ async fn accept(listener: &TcpListener, worker: &Rc<Worker>, port: &Port) {
     }
 }
 
-/// Serves a connection, if there is room for it.
-/// `checks`: a balancer that has told who it is may go without a word, as its health checks do.
+/// Serves a connection, if there is room for it. `checks`: a balancer in front may go without a word, as its health
+/// checks do.
 fn admit(stream: TcpStream, from: SocketAddr, worker: Rc<Worker>, port: Port, checks: bool) {
     let Some(admitted) = worker.shared.admit(from.ip(), &worker.limits) else {
         worker.stats.refused.add(1);

@@ -18,6 +18,7 @@ use crate::domain::RelayLimits;
 
 /// How long a broker that was not reached counts as down, at least.
 pub const DOWN: Duration = Duration::from_secs(2);
+
 /// Shared by all threads.
 #[derive(Debug)]
 pub struct Shared {

@@ -402,6 +402,24 @@ fn a_hello_that_is_never_whole_is_bound_in_the_end() {
 }
 
 #[test]
+fn a_flood_of_hellos_makes_nobody_s_first_segment_go_without_its_name() {
+    let f = tls("");
+    let hello = Hello { before: 1600, ..Hello::named("tenant-a.example.net") }.bytes();
+    let first = |addr: &str| Client::open(&f, addr, 7).segment(0, &hello[..1388], |_| {});
+    // More than there is room for, as nobody reads here.
+    let full = (0..1000).any(|n| {
+        let flood = first(&format!("10.2.{}.{}:4000", n / 250, n % 250 + 1));
+        f.send_counting(&flood).1.contains_key("wait_dropped")
+    });
+    assert!(full);
+    let other = first("10.1.1.7:4000");
+    for _ in 0..4 {
+        let (outcome, rose) = f.send_counting(&other);
+        assert_eq!((outcome.verdict, rose.get("wait_dropped")), (XDP_DROP, Some(&1)), "{rose:?}");
+    }
+}
+
+#[test]
 fn what_the_sidecar_has_read_decides_and_what_it_acknowledged_is_its_own_to_repeat() {
     for acknowledged in [false, true] {
         for addr in ["10.1.1.7:4000", "[fd01:1::7]:4000"] {
@@ -436,6 +454,9 @@ fn what_the_sidecar_has_read_decides_and_what_it_acknowledged_is_its_own_to_repe
                 assert_eq!((outcome.verdict, rose.get("hello_held")), (XDP_DROP, Some(&1)));
                 let again = f.datapath.hello(client.addr, names[&client.service]).unwrap().unwrap();
                 assert!(again.is_bound);
+                // It costs the sidecar a whole ClientHello: as often as TCP repeats, and no more.
+                let held = (0..40).filter(|_| f.send_counting(&next).1.contains_key("hello_held"));
+                assert_eq!(held.count(), 14);
                 let overlapping = client.segment(1199, &hello[1199..], |_| {});
                 assert_eq!(group_of(&f.send(&overlapping)), "a");
             } else {

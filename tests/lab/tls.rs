@@ -144,12 +144,8 @@ fn run_all(lab: &Lab, host: &str, sessions: &[Session], at_once: usize) {
 
 /// Each message is at its tenant's brokers: once, or with QoS 1 at least once.
 fn all_right(lab: &Lab, sessions: &[Session]) {
-    let wanted: usize = sessions.iter().map(|s| s.messages.len()).sum();
-    let all = wait_for(&format!("{wanted} messages at the brokers"), || {
-        let all = lab.arrivals();
-        let there = sessions.iter().flat_map(|s| &s.messages).filter(|m| all.contains_key(*m));
-        (there.count() == wanted).then_some(all)
-    });
+    let messages: Vec<_> = sessions.iter().flat_map(|s| &s.messages).collect();
+    let all = lab.arrivals_of(&messages);
     for session in sessions {
         for message in &session.messages {
             let at = &all[message];

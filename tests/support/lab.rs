@@ -136,6 +136,14 @@ impl Lab {
         all
     }
 
+    /// The same, once all these have arrived.
+    pub fn arrivals_of(&self, messages: &[&String]) -> BTreeMap<String, Vec<u32>> {
+        wait_for(&format!("{} messages at the brokers", messages.len()), || {
+            let all = self.arrivals();
+            messages.iter().all(|m| all.contains_key(*m)).then_some(all)
+        })
+    }
+
     /// Waits until a message has arrived, and says where.
     pub fn wait_received(&self, message: &str) -> u32 {
         wait_for(&format!("{message:?} at a broker; there is {:?}", self.received()), || {

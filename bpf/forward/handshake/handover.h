@@ -14,6 +14,9 @@
 #include "../services.h"
 #include "handovers.h"
 
+/* How often a segment has the sidecar repeat what is in front of it: TCP gives up after as many (tcp_retries2). */
+#define HELLO_REPEATS 15
+
 /* Without timestamps, a client that only sends never shows that its broker has the connection. */
 #define UNCONFIRMED_MAX_S 60
 
@@ -207,8 +210,9 @@ static __always_inline int handover(struct xdp_md *ctx, struct scratch *w)
 	}
 	if (h->state == HANDOVER_HELLO_REPEAT && c.seq == h->start + h->connect_length &&
 	    (c.payload_length || fin)) {
-		count(report_segment(ctx, &c, REPORT_HELLO) ? REASON_HELLO_HELD
-							    : REASON_HANDOVER_FAILED);
+		count(h->tries <= HELLO_REPEATS && report_segment(ctx, &c, REPORT_HELLO)
+			      ? REASON_HELLO_HELD
+			      : REASON_HANDOVER_FAILED);
 		return XDP_DROP;
 	}
 	__u32 acked = c.ack - h->server;

@@ -94,10 +94,8 @@ static __always_inline int hello(struct xdp_md *ctx, struct scratch *w)
 		read_client_hello(ctx, c, t, svc);
 		if (k->outcome == HELLO_MORE && c->payload_length <= HANDOVER_CONNECT_MAX)
 			return handshake_keep(ctx, c, w, svc, HANDOVER_PIECES, NO_GROUP);
-		if (k->outcome == HELLO_MORE && !joined && hello_held(ctx, c, w)) {
-			count(REASON_HELLO_HELD);
+		if (k->outcome == HELLO_MORE && !joined && hello_held(ctx, c, w))
 			return XDP_DROP;
-		}
 	}
 
 	name = server_name_keep(t, svc);

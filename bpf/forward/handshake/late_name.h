@@ -21,21 +21,26 @@
 /* A message of more is no ClientHello that anybody sends. */
 #define HELLO_MAX (1 << 14)
 
+/* A segment for which there is no room is the client's to repeat. */
+static __always_inline void hello_hold(struct xdp_md *ctx, const struct conn *c)
+{
+	count(report_segment(ctx, c, REPORT_HELLO) ? REASON_HELLO_HELD : REASON_WAIT_DROPPED);
+}
+
 /* A segment of such a connection behind its first, or one that is acknowledged. */
 static __always_inline int handshake_hello(struct xdp_md *ctx, struct conn *c,
 					   const struct service *svc, struct handover *h)
 {
 	if (c->seq - h->start < h->connect_length)
 		return handshake_answer(ctx, c, svc, h, false, REASON_CONNECT_PIECE);
-	if (h->state == HANDOVER_HELLO && c->payload_length && handover_admitted(c) &&
-	    report_segment(ctx, c, REPORT_HELLO))
-		count(REASON_HELLO_HELD);
+	if (h->state == HANDOVER_HELLO && c->payload_length && handover_admitted(c))
+		hello_hold(ctx, c);
 	else
 		count(REASON_WAIT_DROPPED);
 	return XDP_DROP;
 }
 
-/* The first segment: whether it is left to the sidecar. */
+/* The first segment: whether it is left to the sidecar, or has been often enough. */
 static __always_inline bool hello_held(struct xdp_md *ctx, struct conn *c, struct scratch *w)
 {
 	struct handover *h = handover_find(c);
@@ -44,7 +49,7 @@ static __always_inline bool hello_held(struct xdp_md *ctx, struct conn *c, struc
 		if (h->tries >= HELLO_TRIES)
 			return false;
 		h->tries++;
-		report_segment(ctx, c, REPORT_HELLO);
+		hello_hold(ctx, c);
 		return true;
 	}
 	h = &w->handover;
@@ -60,7 +65,8 @@ static __always_inline bool hello_held(struct xdp_md *ctx, struct conn *c, struc
 	flow_remove(c, true);
 	/* First, for the sidecar looks for it at once. */
 	handover_put(c, h);
-	return report_segment(ctx, c, REPORT_HELLO);
+	hello_hold(ctx, c);
+	return true;
 }
 
 #endif /* MQTT_FWD_HANDSHAKE_LATE_NAME_H */

@@ -7,7 +7,6 @@ mod routes;
 mod trouble;
 
 use crate::support::lab::{Lab, ONE_REAL_EACH, config};
-use crate::support::net::wait_for;
 use crate::support::session::{SERVICE, SERVICE6, STYLES, Session, run_all};
 use mqtt_fwd::kernel::takeover;
 
@@ -28,12 +27,8 @@ const TOPICS: [(&str, u32); 3] = [("m/temp", 1), ("m/hum", 2), ("m/other", 3)];
 
 /// Each message of these sessions is where its topic belongs: once, or with QoS 1 at least once.
 fn all_right(lab: &Lab, sessions: &[Session]) {
-    let wanted: usize = sessions.iter().map(|s| s.messages.len()).sum();
-    let all = wait_for(&format!("{wanted} messages at the brokers"), || {
-        let all = lab.arrivals();
-        let there = sessions.iter().flat_map(|s| &s.messages).filter(|m| all.contains_key(*m));
-        (there.count() == wanted).then_some(all)
-    });
+    let messages: Vec<_> = sessions.iter().flat_map(|s| &s.messages).collect();
+    let all = lab.arrivals_of(&messages);
     for session in sessions {
         let real = TOPICS.iter().find(|(topic, _)| *topic == session.topic).unwrap().1;
         for message in &session.messages {
