@@ -18,6 +18,7 @@
 #include "handshake/hello.h"
 #include "emit.h"
 #include "mqtt/framing.h"
+#include "mqtt/plain.h"
 #include "mqtt/will.h"
 #include "icmp_error.h"
 #include "end/rescue_stage.h"
@@ -178,37 +179,32 @@ static __always_inline void follow(struct xdp_md *ctx, struct bound *b, struct c
 		flow_move(c, f, false); /* last: the entry is another's from here on */
 }
 
-static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
-					  const struct service_table *t, const struct service *svc)
+/* A segment of a flow that is not plain, or of none. */
+static __always_inline int handle_other(struct xdp_md *ctx, struct conn *c,
+					const struct service_table *t, const struct service *svc,
+					struct flow *f)
 {
 	struct bound b = {.reason = c->payload_length ? REASON_DATA : REASON_NO_DATA};
-	const struct group *g = NULL;
-	struct flow *f;
+	const struct group *g;
 
-	if (is_bare(c) && !c->touches)
-		g = group_of_slot(cache_find(c, t));
-	if (!g) {
-		c->tag = conn_tag(&c->key);
-		f = flow_find(c);
-		/* During an upgrade, flows that are not here yet are the last program's. */
-		if (!f && !is_syn(c) && has_predecessor)
-			bpf_tail_call(ctx, &predecessor, 0);
-		if (connections_per_address && !f && is_syn(c) &&
-		    svc->binding == BINDING_PREDICTED && !connection_admitted(c)) {
-			count(REASON_RATE_LIMITED);
-			return XDP_DROP;
-		}
-		if (fleet && !is_syn(c) && is_missed(c, svc, f)) {
-			tail_call_stage(ctx, c, svc, 0, STAGE_MISS);
-			return XDP_DROP;
-		}
-		f = bind(ctx, &b, c, t, svc, f);
-		if (b.exit == EXIT_HANDSHAKE)
-			tail_call_stage(ctx, c, svc, 0, STAGE_HANDSHAKE);
-		if (f)
-			follow(ctx, &b, c, t, svc, f);
-		g = group_of(b.binding);
+	/* During an upgrade, flows that are not here yet are the last program's. */
+	if (!f && !is_syn(c) && has_predecessor)
+		bpf_tail_call(ctx, &predecessor, 0);
+	if (connections_per_address && !f && is_syn(c) && svc->binding == BINDING_PREDICTED &&
+	    !connection_admitted(c)) {
+		count(REASON_RATE_LIMITED);
+		return XDP_DROP;
 	}
+	if (fleet && !is_syn(c) && is_missed(c, svc, f)) {
+		tail_call_stage(ctx, c, svc, 0, STAGE_MISS);
+		return XDP_DROP;
+	}
+	f = bind(ctx, &b, c, t, svc, f);
+	if (b.exit == EXIT_HANDSHAKE)
+		tail_call_stage(ctx, c, svc, 0, STAGE_HANDSHAKE);
+	if (f)
+		follow(ctx, &b, c, t, svc, f);
+	g = group_of(b.binding);
 	if (b.exit == EXIT_DROP) {
 		count(b.reason);
 		return XDP_DROP;
@@ -218,6 +214,27 @@ static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 	if (b.exit == EXIT_HANDOVER)
 		tail_call_stage(ctx, c, svc, b.binding, STAGE_HANDOVER);
 	return to_group(ctx, g, svc, c->v6, b.reason);
+}
+
+static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
+					  const struct service_table *t, const struct service *svc)
+{
+	const struct group *g;
+	struct flow *f;
+
+	if (is_bare(c) && !c->touches) {
+		g = group_of_slot(cache_find(c, t));
+		if (g)
+			return to_group(ctx, g, svc, c->v6, REASON_NO_DATA);
+	}
+	c->tag = conn_tag(&c->key);
+	f = flow_find(c);
+	if (f && !(c->touches & RETURNED)) {
+		g = group_of(flow_binding(f, c));
+		if (g && frame_plain(ctx, f, c, t, svc))
+			return to_group(ctx, g, svc, c->v6, REASON_DATA);
+	}
+	return handle_other(ctx, c, t, svc, f);
 }
 
 /* What a segment is for, and its header. */

@@ -78,11 +78,8 @@ static __always_inline bool slot_is(__u64 slot, __u64 flow)
 }
 
 /* Group and epoch as they are in a flow's slot; 0: it is not known here. */
-__noinline __u32 cache_find(const struct conn *c, const struct service_table *t)
+static __always_inline __u32 cache_find(const struct conn *c, const struct service_table *t)
 {
-	if (!c || !t)
-		return 0;
-
 	__u64 flow = cache_flow(c, t), found = 0;
 	const struct cache_set *set = cache_set_of(flow);
 
@@ -106,11 +103,14 @@ static __always_inline const struct group *group_of_slot(__u32 slot)
 											   : NULL;
 }
 
-/* A flow's binding as far as it is known here; else 0. */
-static __always_inline binding_t cache_binding(const struct conn *c, const struct service_table *t)
+/* A flow's binding as far as it is known here; else 0. Global (see event.h). */
+__noinline __u32 cache_binding(const struct conn *c, const struct service_table *t)
 {
-	__u32 slot = cache_find(c, t);
+	__u32 slot;
 
+	if (!c || !t)
+		return 0;
+	slot = cache_find(c, t);
 	return group_of_slot(slot) ? binding_now(slot & ((1 << SLOT_GROUP_BITS) - 1)) : 0;
 }
 

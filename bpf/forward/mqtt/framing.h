@@ -94,7 +94,7 @@ __noinline int frame(struct xdp_md *ctx, struct flow *f, const struct conn *c,
 
 	struct scratch *w = scratch();
 	__u64 wanted = READ_ONCE(f->next);
-	__u32 next = wanted, offset, end, behind;
+	__u32 next = wanted;
 
 	if (!w)
 		return false;
@@ -122,19 +122,8 @@ __noinline int frame(struct xdp_md *ctx, struct flow *f, const struct conn *c,
 		return false;
 	}
 
-	offset = c->payload + skip;
-	end = c->payload + c->payload_length;
-	if (f->parser == PARSER_TYPE) {
-		behind = publish_again_alone(ctx, f, t, svc, offset | end << 16);
-		w->published = !!behind;
-		if (behind >= end) {
-			frame_next(f, c, c->seq + (behind - c->payload));
-			return false;
-		}
-		offset = behind ?: offset;
-	}
-	w->offset = offset;
-	w->end = end;
+	w->offset = c->payload + skip;
+	w->end = c->payload + c->payload_length;
 	w->slot = svc->slot;
 	return true;
 }

@@ -29,27 +29,6 @@ static __always_inline bool is_last_topic(const struct flow *f, const struct ser
 	return hash && hash == f->topic && f->generation == t->generation;
 }
 
-/*
- * Almost every segment: one PUBLISH, with the topic of the last one. It needs nothing but what is
- * passed here, so it has a way of its own past the loop. `span`: offset of the first new byte |
- * end of the payload << 16. Returns the offset behind the packet, which may lie beyond the segment; 0,
- * having changed nothing, if the segment begins with something else.
- */
-static __noinline __u32 publish_again_alone(struct xdp_md *ctx, struct flow *f,
-					    const struct service_table *t,
-					    const struct service *svc, __u32 span)
-{
-	__u32 offset = span & FRAME_MASK, end = span >> 16;
-	struct header h;
-
-	if (read_header(ctx, offset, end, &h) != HEADER_WHOLE || h.type >> 4 != MQTT_PUBLISH ||
-	    !h.topic || !is_last_topic(f, t, header_topic(ctx, t, svc, &h, offset, end)) ||
-	    !publish_again(f))
-		return 0;
-	count(publish_reason(f));
-	return offset + h.length + h.remaining;
-}
-
 /* Whether the topic at `offset` is the one at w->same, the flow's last. Short ones only. */
 static __always_inline bool is_same_topic(struct xdp_md *ctx, const struct scratch *w, __u32 offset,
 					  __u32 length)
