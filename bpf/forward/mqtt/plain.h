@@ -12,8 +12,8 @@
 #include "shortcuts.h"
 
 /* What a flow is not whose segments are plain. */
-#define NOT_PLAIN                                                                               \
-	(FLOW_UNSYNCED | FLOW_ENDED | FLOW_CLOSING | FLOW_PROBATION | FLOW_REUSED_PORT |        \
+#define NOT_PLAIN                                                                        \
+	(FLOW_UNSYNCED | FLOW_ENDED | FLOW_CLOSING | FLOW_PROBATION | FLOW_REUSED_PORT | \
 	 FLOW_UNCONFIRMED | FLOW_RESCUED)
 
 /* Whether nothing is to be found out about a flow but what it publishes. */
@@ -33,9 +33,8 @@ static __always_inline __u32 plain_publish(struct xdp_md *ctx, struct flow *f, c
 	__u32 end = c->payload + c->payload_length;
 	struct header h;
 
-	if (read_header(ctx, c->payload, end, &h) != HEADER_WHOLE ||
-	    h.type >> 4 != MQTT_PUBLISH || !h.topic ||
-	    c->payload + h.length + h.remaining < end ||
+	if (read_header(ctx, c->payload, end, &h) != HEADER_WHOLE || h.type >> 4 != MQTT_PUBLISH ||
+	    !h.topic || c->payload + h.length + h.remaining < end ||
 	    !is_last_topic(f, t, header_topic(ctx, t, svc, &h, c->payload, end)) ||
 	    !publish_again(f))
 		return 0;

@@ -195,9 +195,10 @@ fn programs_may_be_replaced_and_the_sidecar_killed_while_connections_open() {
             sidecar("kill");
             sidecar("start");
         });
-        // Loading through a Katran takes its time.
-        for batch in 0..30 {
-            if batch >= 3 && loaded() >= 3 {
+        // Loading takes its time, through a Katran or on a busy machine.
+        let begun = std::time::Instant::now();
+        for batch in 0.. {
+            if batch >= 3 && (loaded() >= 3 || begun.elapsed().as_secs() > 120) {
                 break;
             }
             let sessions = sessions(&format!("replaced{batch}"), 300, 3, 1);
