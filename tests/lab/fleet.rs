@@ -115,23 +115,16 @@ fn what_differs_between_members_is_named() {
 #[test]
 fn a_host_that_does_not_answer_delays_only_its_own_connections() {
     let lab = fleet();
-    let publish = |topic: &str, host: &'static str| {
+    // As long as it takes: how fast a problem is named is the machine's.
+    let enough = format!("/run/mqtt-fwd-lab/{}/enough", lab.name);
+    let publish = |host: &'static str, topic: &str| {
         let mut publisher = lab.script("publish");
-        publisher.args([
-            host,
-            "--topic",
-            topic,
-            "--count",
-            "120",
-            "--interval",
-            "0.05",
-            "--qos",
-            "1",
-        ]);
-        publisher.stdout(std::process::Stdio::null()).spawn().unwrap()
+        publisher.args([host, "--topic", topic, "--until", &enough]);
+        publisher.args(["--interval", "0.05", "--qos", "1"]);
+        publisher.stdout(std::process::Stdio::piped()).spawn().unwrap()
     };
     sent_through(&lab, &["lb"]);
-    let mut clients = [publish("a/1", "c1"), publish("b/1", "c2")];
+    let clients = [publish("c1", "a/1"), publish("c2", "b/1")];
     wait_for("messages at both", || (lab.received().len() == 2).then_some(()));
     // r1 has another key.
     let other = format!("/run/mqtt-fwd-lab/{}/other.key", lab.name);
@@ -163,10 +156,10 @@ fn a_host_that_does_not_answer_delays_only_its_own_connections() {
     // It answers again: its own go on, too.
     let key = format!("/run/mqtt-fwd-lab/{}/handover.key", lab.name);
     lab.ok("r1", &[&up[..], &["--fleet-key", &key]].concat());
-    for client in &mut clients {
-        assert!(client.wait().unwrap().success());
-    }
-    assert_eq!((at(1), at(2)), (120, 120));
+    let before = at(1);
+    wait_for("r1's connection goes on", || (at(1) > before + 20).then_some(()));
+    std::fs::write(&enough, "").unwrap();
+    assert_eq!(clients.map(sent_by_one_connection), [at(1), at(2)]);
     no_problem(&lab, "lb2");
 }
 
@@ -396,7 +389,9 @@ fn the_guides_bgp_spreads_flows_and_no_connection_is_lost() {
     std::fs::write(&enough, "").unwrap();
     let sent: usize = clients.into_iter().map(sent_by_one_connection).sum();
     assert_eq!(sent, at());
-    assert!(counter(&lab, "lb", "adopted_from_real") >= 1);
+    // Wherever the router's hash had put them: each balancer was the only one for a while.
+    let adopted = ["lb", "lb2"].map(|balancer| counter(&lab, balancer, "adopted_from_real"));
+    assert!(adopted.iter().sum::<u64>() >= 1, "{adopted:?}");
 }
 
 #[test]
