@@ -40,6 +40,33 @@ fn counter(lab: &Lab, balancer: &str, name: &str) -> u64 {
     counters["counters"][name].as_u64().unwrap()
 }
 
+/// A client that publishes over one connection, at QoS 1, until [`Publisher::sent`] ends it: how
+/// fast what happens meanwhile is noticed is the machine's.
+struct Publisher {
+    process: std::process::Child,
+    enough: String,
+}
+
+impl Publisher {
+    fn start(lab: &Lab, host: &str, topic: &str) -> Self {
+        let enough = format!("/run/mqtt-fwd-lab/{}/enough-{host}", lab.name);
+        let mut command = lab.script("publish");
+        command.args([host, "--topic", topic, "--until", &enough]);
+        command.args(["--interval", "0.05", "--qos", "1"]);
+        let process = command.stdout(std::process::Stdio::piped()).spawn().unwrap();
+        Self { process, enough }
+    }
+
+    /// How many messages, over one connection from first to last.
+    fn sent(self) -> usize {
+        std::fs::write(&self.enough, "").unwrap();
+        let output = self.process.wait_with_output().unwrap();
+        let summary: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(summary["connections"].as_array().unwrap().len(), 1, "{summary}");
+        summary["sent"].as_u64().unwrap() as usize
+    }
+}
+
 fn sent_through(lab: &Lab, balancers: &[&str]) {
     let output = lab.script("route").args(balancers).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -78,8 +105,9 @@ fn by_ipv6_it_is_the_same() {
 #[test]
 fn what_differs_between_members_is_named() {
     let lab = fleet();
-    let members = lab.ok("lb", &["mqtt-fwd", "fleet"]);
-    assert!(members.contains("lb2"), "{members}");
+    wait_for("lb2 is a member", || {
+        lab.ok("lb", &["mqtt-fwd", "fleet"]).contains("lb2").then_some(())
+    });
     for balancer in ["lb", "lb2"] {
         no_problem(&lab, balancer);
     }
@@ -115,16 +143,9 @@ fn what_differs_between_members_is_named() {
 #[test]
 fn a_host_that_does_not_answer_delays_only_its_own_connections() {
     let lab = fleet();
-    // As long as it takes: how fast a problem is named is the machine's.
-    let enough = format!("/run/mqtt-fwd-lab/{}/enough", lab.name);
-    let publish = |host: &'static str, topic: &str| {
-        let mut publisher = lab.script("publish");
-        publisher.args([host, "--topic", topic, "--until", &enough]);
-        publisher.args(["--interval", "0.05", "--qos", "1"]);
-        publisher.stdout(std::process::Stdio::piped()).spawn().unwrap()
-    };
     sent_through(&lab, &["lb"]);
-    let clients = [publish("c1", "a/1"), publish("c2", "b/1")];
+    let clients =
+        [("c1", "a/1"), ("c2", "b/1")].map(|(host, topic)| Publisher::start(&lab, host, topic));
     wait_for("messages at both", || (lab.received().len() == 2).then_some(()));
     // r1 has another key.
     let other = format!("/run/mqtt-fwd-lab/{}/other.key", lab.name);
@@ -158,8 +179,7 @@ fn a_host_that_does_not_answer_delays_only_its_own_connections() {
     lab.ok("r1", &[&up[..], &["--fleet-key", &key]].concat());
     let before = at(1);
     wait_for("r1's connection goes on", || (at(1) > before + 20).then_some(()));
-    std::fs::write(&enough, "").unwrap();
-    assert_eq!(clients.map(sent_by_one_connection), [at(1), at(2)]);
+    assert_eq!(clients.map(Publisher::sent), [at(1), at(2)]);
     no_problem(&lab, "lb2");
 }
 
@@ -167,16 +187,16 @@ fn a_host_that_does_not_answer_delays_only_its_own_connections() {
 fn a_store_that_is_lost_is_named_and_costs_no_established_connection() {
     let lab = fleet();
     sent_through(&lab, &["lb"]);
-    let mut publisher = lab.script("publish");
-    publisher.args(["c1", "--topic", "a/1", "--count", "100", "--interval", "0.05", "--qos", "1"]);
-    let mut client = publisher.stdout(std::process::Stdio::null()).spawn().unwrap();
+    let client = Publisher::start(&lab, "c1", "a/1");
     wait_for("messages", || (!lab.received().is_empty()).then_some(()));
     assert!(lab.script("store").arg("kill").output().unwrap().status.success());
     let (named, after) = problem(&lab, "lb2", "store_unreachable");
     assert!(after < Duration::from_secs(5), "{after:?} {named}");
     sent_through(&lab, &["lb2"]);
-    assert!(client.wait().unwrap().success());
-    assert_eq!(lab.received()[&1].len(), 100);
+    let at = || lab.received()[&1].len();
+    let before = at();
+    wait_for("messages go on", || (at() > before + 20).then_some(()));
+    assert_eq!(client.sent(), at());
     assert_eq!(counter(&lab, "lb2", "adopted_from_real"), 1);
     assert!(lab.script("store").arg("start").output().unwrap().status.success());
     no_problem(&lab, "lb2");
@@ -198,31 +218,24 @@ while time.monotonic() < end:
     ip = struct.pack('>BBHHHBBH', 0x45, 0, 20 + len(tcp), 0, 0x4000, 64, 6, 0) + src + vip
     s.sendto(ip + tcp, ('10.1.50.200', 0)); n += 1
 print(n)";
-    let mut publisher = lab.script("publish");
-    publisher.args(["c2", "--topic", "b/1", "--count", "80", "--interval", "0.05", "--qos", "1"]);
-    let mut client = publisher.stdout(std::process::Stdio::null()).spawn().unwrap();
+    let client = Publisher::start(&lab, "c2", "b/1");
     let sent: u64 = lab.ok("c1", &["python3", "-c", flood]).trim().parse().unwrap();
     // One that moves into the flood is found all the same.
     sent_through(&lab, &["lb2"]);
-    assert!(client.wait().unwrap().success());
-    assert_eq!(lab.received()[&2].len(), 80);
+    let at = || lab.received()[&2].len();
+    let before = at();
+    wait_for("messages go on", || (at() > before + 20).then_some(()));
+    assert_eq!(client.sent(), at());
     let count = |name| counter(&lab, "lb", name);
     assert!(count("missed") + count("miss_dropped") > sent / 2, "{sent} sent");
     assert_eq!(count("adopted_from_real"), 0);
     let flows = lab.ok("lb", &["mqtt-fwd", "flows", "--json"]);
+    // Of 11 million segments without timestamps, chance gives one a cookie (lib/cookie.h).
     assert!(
-        flows.matches("\"client\"").count() <= 1,
+        flows.matches("\"client\"").count() <= 2,
         "a stranger's segment leaves no flow: {flows}"
     );
     println!("{sent} segments: {} asked for, {} nowhere", count("missed"), count("nobody_has_it"));
-}
-
-/// How many messages a publisher has sent, over one connection from first to last.
-fn sent_by_one_connection(publisher: std::process::Child) -> usize {
-    let output = publisher.wait_with_output().unwrap();
-    let summary: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(summary["connections"].as_array().unwrap().len(), 1, "{summary}");
-    summary["sent"].as_u64().unwrap() as usize
 }
 
 /// A block of the guide, by what it begins with.
@@ -264,20 +277,7 @@ fn the_guides_keepalived_moves_the_address_and_no_connection_is_lost() {
     };
     wait_for("one of them has the address", || (has("lb") || has("lb2")).then_some(()));
     lab.ok("gw", &["ip", "route", "replace", "10.1.50.0/24", "via", "10.1.2.100"]);
-    let mut publisher = lab.script("publish");
-    let enough = format!("{dir}/enough");
-    publisher.args([
-        "c1",
-        "--topic",
-        "a/1",
-        "--until",
-        &enough,
-        "--interval",
-        "0.05",
-        "--qos",
-        "1",
-    ]);
-    let client = publisher.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let client = Publisher::start(&lab, "c1", "a/1");
     let at = || lab.received().get(&1).map_or(0, Vec::len);
     wait_for("messages", || (at() > 10).then_some(()));
 
@@ -298,8 +298,7 @@ fn the_guides_keepalived_moves_the_address_and_no_connection_is_lost() {
 
     let before = at();
     wait_for("messages go on", || (at() > before + 20).then_some(()));
-    std::fs::write(&enough, "").unwrap();
-    assert_eq!(sent_by_one_connection(client), at());
+    assert_eq!(client.sent(), at());
     assert!(
         counter(&lab, first, "adopted_from_real") + counter(&lab, second, "adopted_from_real") >= 1
     );
@@ -363,15 +362,8 @@ fn the_guides_bgp_spreads_flows_and_no_connection_is_lost() {
     let hops = || lab.ok("gw", &["ip", "route", "show", "10.1.50.200"]).matches("via").count();
     wait_for("a route by both", || (hops() == 2).then_some(()));
 
-    let enough = format!("/run/mqtt-fwd-lab/{}/enough", lab.name);
-    let clients: Vec<_> = [("c1", "a/1"), ("c2", "a/1"), ("c3", "b/1"), ("c4", "b/1")]
-        .map(|(host, topic)| {
-            let mut publisher = lab.script("publish");
-            publisher.args([host, "--topic", topic, "--until", &enough]);
-            publisher.args(["--interval", "0.05", "--qos", "1"]);
-            publisher.stdout(std::process::Stdio::piped()).spawn().unwrap()
-        })
-        .into();
+    let clients = [("c1", "a/1"), ("c2", "a/1"), ("c3", "b/1"), ("c4", "b/1")]
+        .map(|(host, topic)| Publisher::start(&lab, host, topic));
     let at = || lab.received().values().map(Vec::len).sum::<usize>();
     wait_for("messages", || (at() > 40).then_some(()));
     first.vtysh(&guide("sh\nvtysh").replace("sh\nvtysh", "vtysh"));
@@ -386,8 +378,7 @@ fn the_guides_bgp_spreads_flows_and_no_connection_is_lost() {
 
     let before = at();
     wait_for("messages go on", || (at() > before + 80).then_some(()));
-    std::fs::write(&enough, "").unwrap();
-    let sent: usize = clients.into_iter().map(sent_by_one_connection).sum();
+    let sent: usize = clients.map(Publisher::sent).iter().sum();
     assert_eq!(sent, at());
     // Wherever the router's hash had put them: each balancer was the only one for a while.
     let adopted = ["lb", "lb2"].map(|balancer| counter(&lab, balancer, "adopted_from_real"));
@@ -432,16 +423,14 @@ fn a_subscriber_at_the_relay_moves_as_any_other_client() {
         let flows = lab.ok("lb", &["mqtt-fwd", "flows"]);
         flows.contains("relay").then_some(())
     });
-    let mut publisher = lab.script("publish");
-    publisher.args(["c3", "--topic", "a/1", "--count", "100", "--interval", "0.05", "--qos", "1"]);
-    let mut client = publisher.stdout(std::process::Stdio::null()).spawn().unwrap();
+    let client = Publisher::start(&lab, "c3", "a/1");
     for balancer in ["lb2", "lb", "lb2"] {
         std::thread::sleep(Duration::from_secs(1));
         sent_through(&lab, &[balancer]);
     }
-    assert!(client.wait().unwrap().success());
     let output = subscriber.wait_with_output().unwrap();
     assert!(output.status.success(), "all 60 messages, over one connection");
+    assert!(client.sent() >= 50);
     assert_eq!(counter(&lab, "lb2", "nobody_has_it"), 0);
     assert!(counter(&lab, "lb2", "adopted_from_real") >= 2);
 }
