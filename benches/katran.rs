@@ -12,7 +12,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 
-use common::{Bench, Case, ROUNDS, load_rewind, median};
+use common::{Bench, Case, Order, ROUNDS, load_rewind, median};
 use mqtt_fwd::balancer::flags::GROUP_FLAG;
 use support::datapath::{CONFIG, Fixture, XDP_TX, sentinel};
 use support::katran_object::KatranObject;
@@ -60,7 +60,15 @@ fn main() {
         let wrapped = if vip.is_ipv4() { 20 } else { 40 };
         let sent = packet::tcp(client, SocketAddr::new(vip, 1883), 0, 7, |_| {}, &[]);
         let (dst, src) = (vip, client.ip());
-        let case = Case { packet: sent, dst, src, clients: 1, seq_step: 0, topic_offset: 0 };
+        let case = Case {
+            packet: sent,
+            dst,
+            src,
+            clients: 1,
+            seq_step: 0,
+            topic_offset: 0,
+            order: Order::Talking,
+        };
         let rewind = load_rewind(&case, wrapped, &bench.fixture);
         // The first run takes off what is not there yet.
         let packet = [vec![0; usize::from(wrapped)], case.packet.clone()].concat();

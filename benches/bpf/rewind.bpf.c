@@ -20,6 +20,7 @@ struct {
 
 const volatile __u32 clients = 1;
 const volatile __u32 clients_mask; /* the next power of two, less one */
+const volatile __u32 multiplier = 1664525; /* another one, another order */
 const volatile __u32 seq_step; /* bytes of payload, or how far ISNs lie apart */
 const volatile __u32 topic_offset; /* in the frame: a byte that changes each round; 0: none */
 const volatile __u16 wrapped; /* bytes that a balancer put in front; 0: none */
@@ -79,7 +80,7 @@ static __always_inline bool next_packet(struct xdp_md *ctx)
 	/* Hull and Dobell: full period for a power of two, of which what is too much is left out. */
 	__u32 next = client;
 	for (int i = 0; i < 64; i++) {
-		next = (next * 1664525 + 1013904223) & clients_mask;
+		next = (next * multiplier + 1013904223) & clients_mask;
 		if (next < clients)
 			break;
 	}
