@@ -15,13 +15,14 @@ use std::os::fd::{AsFd as _, BorrowedFd};
 use std::process::ExitCode;
 
 use common::baseline::Baseline;
-use common::rewind::RewindSkel;
+use common::rewind::types::place;
+use common::rewind::{RewindSkel, RewindSkelBuilder};
 use common::{
     Bench, CONFIG, Case, ROUNDS, case, client_addr, load_balancer, load_rewind, median,
     open_and_publish, rewind_to,
 };
-use libbpf_rs::OpenObject;
 use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
+use libbpf_rs::{MapCore as _, MapFlags, OpenObject};
 use mqtt_fwd::config::MapSizes;
 use mqtt_fwd::kernel::abi::handover_keys;
 use mqtt_fwd::kernel::chain;
@@ -57,6 +58,40 @@ fn balancer_cost(bench: &Bench, v6: bool) -> (f64, u32) {
         })
         .collect();
     (median(costs), ProgramInfo::by_fd(balancer).map_or(0, |p| p.instructions))
+}
+
+/// Nanoseconds that an access at random to memory as large as the table of flows takes, where one again and again
+/// does not; and the MiB.
+fn random_access(bench: &Bench) -> (f64, usize) {
+    let places = bench.fixture.skel.maps.flows.max_entries();
+    let storage = Box::leak(Box::new(MaybeUninit::uninit()));
+    let mut open = RewindSkelBuilder::default().open(storage).unwrap();
+    open.maps.places.set_max_entries(places).unwrap();
+    let skel = open.load().unwrap();
+    let fill = |next: &dyn Fn(u32) -> u32| {
+        let all: Vec<u32> = (0..places).collect();
+        for keys in all.chunks(4096) {
+            let mut values = vec![0; keys.len() * size_of::<place>()];
+            for (value, key) in values.chunks_exact_mut(size_of::<place>()).zip(keys) {
+                value[..4].copy_from_slice(&next(*key).to_ne_bytes());
+            }
+            let (count, keys) = (keys.len() as u32, keys.iter().flat_map(|k| k.to_ne_bytes()));
+            let keys: Vec<u8> = keys.collect();
+            let map = &skel.maps.places;
+            map.update_batch(&keys, &values, count, MapFlags::ANY, MapFlags::ANY).unwrap();
+        }
+    };
+    let run = || f64::from(test_run(&skel.progs.access.as_fd(), &[0; 64], 4 * MILLION).1);
+    let measure = || median((0..ROUNDS).map(|_| run()).collect());
+    fill(&|_| 0);
+    let again = measure();
+    // A full-period generator (Hull and Dobell), of which what is too much is left out.
+    let mask = places.next_power_of_two() - 1;
+    let after = |i: u32| i.wrapping_mul(22_695_477).wrapping_add(1) & mask;
+    fill(&|i| {
+        std::iter::successors(Some(after(i)), |i| Some(after(*i))).find(|i| *i < places).unwrap()
+    });
+    (measure() - again, (places as usize * size_of::<place>()) >> 20)
 }
 
 fn publishes() -> Vec<(&'static str, Case)> {
@@ -156,14 +191,13 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let mut baseline = Baseline::open();
-    // Twice what is used, as docs/configuration.md advises.
-    let sizes = MapSizes { clients: 2 * MILLION, flows: 2 * MILLION, ..MapSizes::default() };
-    // FLEET: as a balancer in a fleet, to compare by turns.
-    let fleet = if std::env::var_os("FLEET").is_some() { 2 } else { 0 };
+    // Clients: twice what is used, as docs/configuration.md advises.
+    let sizes = MapSizes { clients: 2 * MILLION, flows: MILLION, ..MapSizes::default() };
     let fixture = Fixture::loaded(CONFIG, &sizes, |rodata| {
         rodata.flows_per_window = u32::MAX;
         rodata.topics_per_window = u32::MAX;
-        rodata.fleet = fleet;
+        // As a balancer in a fleet, to compare by turns.
+        rodata.fleet = if std::env::var_os("FLEET").is_some() { 2 } else { 0 };
     });
     let mut bench = Bench { fixture, end: sentinel(XDP_TX) };
     bench.put(chain::BALANCER, bench.end.as_fd());
@@ -185,6 +219,8 @@ fn main() -> ExitCode {
     line("embedded balancer, established ACK, IPv6", 1, balancer6, true);
 
     let wanted = |name: &str| name.contains(&filter);
+    let (access, size) = random_access(&bench);
+    line(&format!("an access at random to {size} MiB"), MILLION, access, false);
     if wanted("broker host") {
         match takeover_cost() {
             Some((ingress, egress)) => {

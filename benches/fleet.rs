@@ -8,6 +8,7 @@
 #[allow(unused)]
 mod support;
 
+use std::collections::HashSet;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
@@ -103,6 +104,12 @@ fn percentile(times: &mut [Duration], part: f64) -> Duration {
     times[((times.len() - 1) as f64 * part) as usize]
 }
 
+/// Of all flows.
+fn addresses(datapath: &Datapath) -> HashSet<u32> {
+    let flows = datapath.flows.mapped().unwrap();
+    flows.entries().map(|(_, f)| u32::from_be(f.key.addr[0])).collect()
+}
+
 fn main() {
     let most: u32 = std::env::args().skip(1).find_map(|a| a.parse().ok()).unwrap_or(1_000_000);
     let net = Net::new();
@@ -173,7 +180,7 @@ fn main() {
     ] {
         let (cpu_before, _) = used(&run);
         let begun = Instant::now();
-        let before = datapath.flows.keys().unwrap().len();
+        let before = addresses(&datapath).len();
         let mut sent = 0u64;
         let mut round = 0;
         // What nobody answered, TCP repeats after 200 ms, 400 ms and so on.
@@ -189,8 +196,7 @@ fn main() {
             }
             round += 1;
             std::thread::sleep(Duration::from_millis(200));
-            let there: std::collections::HashSet<u32> =
-                datapath.flows.keys().unwrap().iter().map(|k| u32::from_be(k.addr)).collect();
+            let there = addresses(&datapath);
             missing.retain(|number| !there.contains(&(0x0b00_0000 + number)));
             assert!(begun.elapsed() < Duration::from_secs(120), "{} still missing", missing.len());
         }
@@ -201,7 +207,7 @@ fn main() {
              flows {} → {}",
             (cpu - cpu_before) * 1e6 / f64::from(count),
             before,
-            datapath.flows.keys().unwrap().len()
+            addresses(&datapath).len()
         );
     }
     stop.store(true, Ordering::Relaxed);

@@ -124,7 +124,7 @@ fn flood() {
                 on += u32::from(test_run(&forward, p, 1).0.verdict != XDP_TX);
             }
         });
-        let flows = f.datapath.flows.keys().unwrap().len();
+        let flows = f.datapath.flows.mapped().unwrap().entries().count();
         println!(
             "{SYNS} spoofed SYNs, {name}: {ns:.0} ns each, {flows} flows stored, {on} on to brokers"
         );

@@ -17,6 +17,7 @@ enum limits {
 	/* Levels of a route's topic filter: each may cost a packet a look-up. */
 	MAX_ROUTE_LEVELS = 16,
 	CACHE_WAYS = 8, /* slots of a cache_set */
+	FLOW_WAYS = 8, /* places of a set in the table of flows, a power of two */
 	CLIENT_ID_TEXT_MAX = 64, /* bytes of a client id's text that are kept for people */
 	CLIENT_ID_MAX = 256, /* bytes; clients with longer ids are identified by address */
 	CLIENT_ROUTE_TEXT_MAX =

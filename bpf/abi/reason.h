@@ -73,7 +73,7 @@
 	NOTE(FLOW_REPLACED, "flow replaced by another connection on its addresses") \
 	NOTE(FLOW_CLOSED, "FIN or RST: flow may be evicted early") \
 	NOTE(FLOW_EVICTED, "flow's entry was evicted while in use: bound again") \
-	NOTE(FLOW_NOT_STORED, "new flow not stored: more than new_flows_per_second") \
+	NOTE(FLOW_NOT_STORED, "new flow not stored: too many a second, or a segment of no flow") \
 	NOTE(CLIENT_NOT_STORED, "new client not remembered: too many, of all or of its address") \
 	NOTE(CONNECT_DELAYED, "CONNECT dropped, for TCP to repeat: too many new connections, of all or of its address") \
 	NOTE(WILL_ELSEWHERE, "client whose will belongs to another group than its messages") \

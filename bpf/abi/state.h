@@ -70,13 +70,6 @@ struct client_id {
 };
 SIZE_IS(struct client_id, sizeof(struct client) + 8 + CLIENT_ID_TEXT_MAX);
 
-struct flow4 {
-	__be32 addr;
-	__be16 port;
-	__u16 service;
-};
-SIZE_IS(struct flow4, 8);
-
 struct flow6 {
 	__be32 addr[4];
 	__be16 port;
@@ -103,7 +96,8 @@ enum flow_flags {
 	FLOW_MISROUTED = 1 << 6, /* its topic belongs to another group */
 	FLOW_ENDED = 1 << 7, /* for a misprediction, at end_seq */
 	FLOW_CLOSING = 1 << 8, /* FIN or RST seen */
-	FLOW_PROBATION = 1 << 9, /* in flows_probation, flows6_probation */
+	FLOW_PROBATION =
+		1 << 9, /* first seen in its middle, and has not shown yet that it is MQTT */
 	FLOW_ANY_TOPIC = 1 << 10, /* its topic is of a route to ANY_GROUP */
 	FLOW_REUSED_PORT =
 		1 << 11, /* predicted: the challenger is of a SYN, not the flow before this one;
@@ -125,6 +119,8 @@ enum flow_connect {
 	FLOW_ACCEPTED = 1 << 4, /* its client went on after a CONNACK */
 	FLOW_FOR_RELAY = 1 << 5, /* as CLIENT_FOR_RELAY */
 	FLOW_DOUBTED = 1 << 6, /* its client's record has heard of another group from it */
+	FLOW_CHALLENGED =
+		1 << 7, /* bound by prediction: there is another connection on its addresses */
 };
 
 /* How a flow was bound to its group. */
@@ -158,24 +154,29 @@ enum fallback_reason {
 	FALLBACKS,
 };
 
+/* Values of flow.id that are no flow's. */
+#define FLOW_FREE 0
+#define FLOW_CLAIMED (~0ULL) /* being written */
+
 /*
- * With its LRU node (48 B) and key (8 B) an IPv4 flow fills two cache lines. All that a segment
- * without data needs lies in the first, beside the key.
+ * Two cache lines, of which almost every segment touches the first alone.
  *
- * The kernel hands a map's element to another key while a program may still hold a pointer to
- * it. `bound` and `next` therefore carry a tag of the flow that they are of: whoever reads another
- * flow's tag has lost its entry, and neither forwards nor frames by it.
+ * A place in the table is given to another flow while a program may still hold a pointer to it. `bound` and `next`
+ * therefore carry a tag of the flow that they are of: whoever reads another flow's tag has lost its place, and
+ * neither forwards nor frames by it.
  */
 struct flow {
+	__u64 id; /* of `key` (forward/flow/conn.h), FLOW_FREE, or FLOW_CLAIMED */
 	__u64 bound; /* binding_t | tag << 32 */
 	union {
 		__u64 next; /* first sequence number that the parser still wants | tag << 32 */
 		__u64 rescue_next; /* FLOW_RESCUED: that the sidecar still wants | tag << 32 */
 	};
+	__u64 topic; /* of the last PUBLISH, 0: none yet */
 	__u32 end; /* sequence number behind the last byte that was seen */
 	__u32 remaining; /* of the current control packet: remaining length, or what is left of it */
-	__u64 topic; /* of the last PUBLISH, 0: none yet */
 	__u32 generation; /* of the routes that judged `topic` */
+	__u32 ack; /* acknowledgement number of the last segment in order */
 	__u16 flags; /* enum flow_flags */
 	union {
 		__u16 topic_left; /* bytes of the topic still to come */
@@ -185,6 +186,15 @@ struct flow {
 	__u8 type; /* first byte of the current control packet */
 	__u8 connect; /* enum flow_connect */
 	__u8 candidates; /* segments of the resync candidate below; FLOW_RESCUED: 0 */
+	__u16 unrecorded; /* messages of `topic` that the client's record does not weigh yet */
+	__u16 seen; /* when it last had a segment that was looked at, in units of 2¹² ticks of the kernel's clock */
+	union {
+		/* FLOW_ENDED: everything from here on is not the broker's to see. */
+		__u32 end_seq;
+		/* Else: the number behind the SYN-ACK that its CONNECT acknowledged; 0: not answered here. */
+		__u32 first_ack;
+	};
+	/* The second line. */
 	union {
 		/* Segments beyond a gap that consist of whole control packets. */
 		struct {
@@ -197,28 +207,23 @@ struct flow {
 			__u32 rescue_instance; /* of the sidecar; 0: none takes it */
 		};
 	};
-	__u32 ack; /* acknowledgement number of the last segment in order */
 	/* flow_client() and flow_challenger() say which of the two it is. */
 	union {
-		/*
-		 * bound_by is BOUND_BY_PREDICTION: another connection on the same addresses, its first
-		 * sequence number | its binding << 32; 0: none.
-		 */
+		/* FLOW_CHALLENGED: another connection on the same addresses, its first sequence number | its binding << 32. */
 		__u64 challenger;
-		/* Any other bound_by: key in `client_ids`, or, TLS, in `server_names`; 0: none. */
+		/* Not BOUND_BY_PREDICTION: key in `client_ids`, or, TLS, in `server_names`; 0: none. */
 		__u64 client_id;
 	};
-	union {
-		/* FLOW_ENDED: everything from here on is not the broker's to see. */
-		__u32 end_seq;
-		/* Else: the number behind the SYN-ACK that its CONNECT acknowledged; 0: not answered here. */
-		__u32 first_ack;
-	};
-	__u16 unrecorded; /* messages of `topic` that the client's record does not weigh yet */
 	__u8 bound_by; /* enum bound_by */
 	__u8 fallback_reason; /* enum fallback_reason */
+	__u8 v6;
+	__u8 pad;
+	struct flow6 key; /* IPv4 in addr[0] */
+	__u8 pad2[24];
 };
-SIZE_IS(struct flow, 72);
+SIZE_IS(struct flow, 128);
+_Static_assert(__builtin_offsetof(struct flow, candidate_start) == 64,
+	       "the second line begins there");
 
 /* Text and verdict of a topic, keyed by its hash: texts are kept once, not for each client. */
 struct topic_verdict {
@@ -257,10 +262,7 @@ SIZE_IS(struct cache_set, 64);
 
 /* Entries that the datapath added and removed: what is neither there nor removed was evicted. */
 enum tracked_map {
-	TRACKED_FLOWS,
-	TRACKED_FLOWS6,
-	TRACKED_FLOWS_PROBATION,
-	TRACKED_FLOWS6_PROBATION,
+	TRACKED_FLOWS, /* `removed` are standing flows that gave their place to others; `added` is not counted */
 	TRACKED_CLIENTS,
 	TRACKED_CLIENTS6,
 	TRACKED_TOPICS,

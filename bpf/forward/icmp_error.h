@@ -53,7 +53,8 @@ static __always_inline struct ipv6hdr *quoted6(struct xdp_md *ctx, struct cursor
 }
 
 /* The group of the flow that is quoted: its destination is the client. */
-static __always_inline const struct group *quoted_group(struct conn *c, const struct service *svc)
+static __always_inline const struct group *
+quoted_group(struct conn *c, const struct service_table *t, const struct service *svc)
 {
 	struct scratch *w = scratch();
 	const struct flow *f;
@@ -63,7 +64,7 @@ static __always_inline const struct group *quoted_group(struct conn *c, const st
 	c->key.service = svc->id;
 	c->tag = conn_tag(&c->key);
 	w->tail_args.slot = svc->slot;
-	f = flow_find(c);
+	f = flow_find(c, t);
 	return f ? group_of(flow_binding(f, c)) : NULL;
 }
 
@@ -84,7 +85,7 @@ static __noinline int icmp_to_group4(struct xdp_md *ctx, const struct service_ta
 		return unchanged(REASON_NOT_SERVICE);
 	conn.key.addr[0] = quoted->daddr;
 	conn.key.port = ports[1];
-	g = quoted_group(&conn, svc);
+	g = quoted_group(&conn, t, svc);
 	if (!g)
 		return unchanged(REASON_NO_GROUP_VIP);
 	quoted->saddr = g->vip[0];
@@ -109,7 +110,7 @@ static __noinline int icmp_to_group6(struct xdp_md *ctx, const struct service_ta
 		return unchanged(REASON_NOT_SERVICE);
 	copy_addr6(conn.key.addr, &quoted->daddr);
 	conn.key.port = ports[1];
-	g = quoted_group(&conn, svc);
+	g = quoted_group(&conn, t, svc);
 	if (!g)
 		return unchanged(REASON_NO_GROUP_VIP);
 	__builtin_memcpy(&quoted->saddr, g->vip, sizeof(quoted->saddr));

@@ -98,10 +98,7 @@ __noinline int close_flow(const struct conn *c, struct flow *f, const struct ser
 		publish_record_rest(c, f, t, svc);
 	count(REASON_FLOW_CLOSED);
 	cache_correct(c, t, 0);
-	if (f->flags & FLOW_PROBATION)
-		f->flags |= FLOW_CLOSING;
-	else
-		flow_move(c, f, true);
+	f->flags |= FLOW_CLOSING;
 	return 0;
 }
 
@@ -154,8 +151,8 @@ static __always_inline void follow(struct xdp_md *ctx, struct bound *b, struct c
 		}
 	}
 	if (c->payload_length) {
-		if (!(f->connect & FLOW_CONNECT_READ))
-			connect_seen(ctx, c, f, t, svc);
+		if (!(f->connect & FLOW_CONNECT_READ) && connect_seen(ctx, c, f, svc))
+			will_seen(ctx, c, f, t, svc);
 		if (frame(ctx, f, c, t, svc))
 			frame_packets(ctx, f, c, t);
 		if (messages_per_client)
@@ -176,7 +173,7 @@ static __always_inline void follow(struct xdp_md *ctx, struct bound *b, struct c
 	if (is_end(c) && !(f->flags & FLOW_CLOSING) && c->seq + c->payload_length == f->end)
 		close_flow(c, f, t, svc);
 	else if (f->flags & FLOW_PROBATION && !(f->flags & (FLOW_UNSYNCED | FLOW_CLOSING)))
-		flow_move(c, f, false); /* last: the entry is another's from here on */
+		f->flags &= ~FLOW_PROBATION; /* it has shown that it is MQTT */
 }
 
 /* A segment of a flow that is not plain, or of none. */
@@ -228,10 +225,12 @@ static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
 			return to_group(ctx, g, svc, c->v6, REASON_NO_DATA);
 	}
 	c->tag = conn_tag(&c->key);
-	f = flow_find(c);
+	f = flow_find(c, t);
+	if (f)
+		flow_touch(f);
 	if (f && !(c->touches & RETURNED)) {
 		g = group_of(flow_binding(f, c));
-		if (g && frame_plain(ctx, f, c, t, svc))
+		if (g && frame_plain(ctx, f, c, t))
 			return to_group(ctx, g, svc, c->v6, REASON_DATA);
 	}
 	return handle_other(ctx, c, t, svc, f);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * State: written by the datapath, one file for each map: flow/flow.h the flows, flow/cache.h the
+ * State: written by the datapath, one file for each map: flow/table.h the flows, flow/cache.h the
  * cache, learn/record.h clients, client_ids and topics, mqtt/framing.h topic_streams, handshake/ handovers and
  * server_names, share.h client_shares. IPv4 and IPv6 have maps of their own, so that IPv4 does not hash IPv6's key size.
  */
@@ -22,17 +22,10 @@ MAP(topics, BPF_MAP_TYPE_LRU_HASH, __u64, struct topic, 1 << 16);
 /* Of services that speak TLS, for people. */
 MAP(server_names, BPF_MAP_TYPE_LRU_HASH, __u64, struct server_name, 1 << 14);
 
-MAP(flows, BPF_MAP_TYPE_LRU_HASH, struct flow4, struct flow, 1 << 20);
-MAP(flows6, BPF_MAP_TYPE_LRU_HASH, struct flow6, struct flow, 1 << 20);
-/*
- * Flows that saw FIN or RST, and those that were first seen in their middle and have not shown
- * yet that they are MQTT. They compete for room only with each other, so that neither a wave of
- * short connections nor a stranger's segments push out standing flows.
- */
-MAP(flows_probation, BPF_MAP_TYPE_LRU_HASH, struct flow4, struct flow, 1 << 16);
-MAP(flows6_probation, BPF_MAP_TYPE_LRU_HASH, struct flow6, struct flow, 1 << 16);
+/* Flows of both families: flow/table.h says where each has its place. */
+CACHELINE_ARRAY(flows, struct flow, 1 << 21);
 
-/* Bindings of flows of both families, in front of the maps above (see cache.h). */
+/* Their bindings once more, for segments without data (see cache.h). */
 CACHELINE_ARRAY(binding_cache, struct cache_set, 1 << 16);
 
 /* Delayed binding: connections that no broker has confirmed yet. */

@@ -94,16 +94,26 @@ impl Datapath {
 
     fn map_use(&self, name: &str, tracked: Tracked) -> Result<MapUse> {
         match tracked {
-            Tracked::Flows => self.use_of(name, tracked, &self.flows),
-            Tracked::Flows6 => self.use_of(name, tracked, &self.flows6),
-            Tracked::FlowsProbation => self.use_of(name, tracked, &self.flows_probation),
-            Tracked::Flows6Probation => self.use_of(name, tracked, &self.flows6_probation),
+            Tracked::Flows => self.use_of_flows(name, tracked),
             Tracked::Clients => self.use_of(name, tracked, &self.clients),
             Tracked::Clients6 => self.use_of(name, tracked, &self.clients6),
             Tracked::Topics => self.use_of(name, tracked, &self.topics),
             Tracked::ClientIds => self.use_of(name, tracked, &self.client_ids),
             Tracked::Handovers => self.use_of(name, tracked, &self.handovers),
         }
+    }
+
+    /// Closing flows, and those on probation, give their places to others as they should. There are twice as many
+    /// places as flows are meant to be.
+    fn use_of_flows(&self, name: &str, tracked: Tracked) -> Result<MapUse> {
+        let mut used = 0;
+        self.for_each_standing(|_, _| used += 1)?;
+        Ok(MapUse {
+            map: name.to_owned(),
+            capacity: self.flows.places() / 2,
+            used,
+            evicted: self.map_uses.get_per_cpu(&tracked.index())?.iter().map(|u| u.removed).sum(),
+        })
     }
 
     fn use_of<K: Pod, V: Pod>(

@@ -14,10 +14,10 @@ use super::real_of_flow::RealOfFlow;
 use crate::config::Config;
 use crate::kernel::Result;
 use crate::kernel::abi::{
-    Pod, addr_words, binding_parts, flow, flow_binding, flow_client, flow_end_seq, flow_flags,
-    flow_next, flow4, flow6, group, parser, set_end_seq, set_rescue, words_addr,
+    addr_words, binding_parts, flow, flow_binding, flow_client, flow_end_seq, flow_flags,
+    flow_next, flow6, group, parser, set_end_seq, set_rescue, words_addr,
 };
-use crate::kernel::maps::Table;
+use crate::kernel::flow_table::{Mapped, flow_id};
 
 /// A flow and its binding.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -43,36 +43,19 @@ pub struct Flow {
     pub misrouted: bool,
 }
 
-/// A flow's key in the maps.
+/// A flow that was found: its place in the table, and whose that was.
 #[derive(Debug, Clone, Copy)]
-pub enum Key {
-    V4(flow4),
-    V6(flow6),
+pub struct Key {
+    place: u32,
+    id: u64,
+    client: SocketAddr,
+    service: u16,
 }
 
 impl Key {
-    fn of(client: SocketAddr, service: u16) -> Self {
-        let port = client.port().to_be();
-        match client.ip() {
-            IpAddr::V4(addr) => {
-                Self::V4(flow4 { addr: u32::from_ne_bytes(addr.octets()), port, service })
-            }
-            v6 @ IpAddr::V6(_) => Self::V6(flow6 { addr: addr_words(v6), port, service }),
-        }
-    }
-
-    fn client(self) -> SocketAddr {
-        match self {
-            Self::V4(key) => SocketAddr::new(key.addr.to_ne_bytes().into(), u16::from_be(key.port)),
-            Self::V6(key) => SocketAddr::new(words_addr(key.addr, true), u16::from_be(key.port)),
-        }
-    }
-
-    fn service(self) -> u16 {
-        match self {
-            Self::V4(key) => key.service,
-            Self::V6(key) => key.service,
-        }
+    fn of(place: u32, f: &flow) -> Self {
+        let client = SocketAddr::new(words_addr(f.key.addr, f.v6 != 0), u16::from_be(f.key.port));
+        Self { place, id: f.id, client, service: f.key.service }
     }
 }
 
@@ -103,24 +86,29 @@ fn state_of(f: &flow, is_tls: bool) -> &'static str {
 }
 
 impl Datapath {
-    /// All flows that are neither closing nor first seen in their middle.
-    fn standing_flows(&self) -> Result<impl Iterator<Item = (Key, flow)> + use<>> {
-        let v4 = self.flows.entries()?.into_iter().map(|(key, f)| (Key::V4(key), f));
-        let v6 = self.flows6.entries()?.into_iter().map(|(key, f)| (Key::V6(key), f));
-        Ok(v4.chain(v6))
+    /// Gives each flow to `handle`.
+    fn for_each_flow(&self, mut handle: impl FnMut(Key, flow)) -> Result<()> {
+        for (place, f) in self.flows.mapped()?.entries() {
+            handle(Key::of(place, &f), f);
+        }
+        Ok(())
     }
 
-    fn flow(&self, key: Key) -> Result<Option<flow>> {
-        Ok(match key {
-            Key::V4(key) => match self.flows.get(&key)? {
-                None => self.flows_probation.get(&key)?,
-                found => found,
-            },
-            Key::V6(key) => match self.flows6.get(&key)? {
-                None => self.flows6_probation.get(&key)?,
-                found => found,
-            },
+    /// Likewise, each that is neither closing nor first seen in its middle.
+    pub fn for_each_standing(&self, mut handle: impl FnMut(Key, flow)) -> Result<()> {
+        self.for_each_flow(|key, f| {
+            if !has(&f, flow_flags::FLOW_CLOSING) && !has(&f, flow_flags::FLOW_PROBATION) {
+                handle(key, f);
+            }
         })
+    }
+
+    /// The flow of a client to a service's number.
+    pub fn flow(&self, client: SocketAddr, service: u16) -> Result<Option<(Key, flow)>> {
+        let key = flow6 { addr: addr_words(client.ip()), port: client.port().to_be(), service };
+        let secret = self.service_table()?.topic_key;
+        let found = self.flows.find(flow_id(&key, client.is_ipv6(), secret))?;
+        Ok(found.map(|(place, f)| (Key::of(place, &f), f)))
     }
 
     /// The numbers of services by address and port.
@@ -163,10 +151,10 @@ impl<'a> Rows<'a> {
     fn row(&mut self, key: Key, f: &flow) -> Result<Flow> {
         let predicted = has(f, flow_flags::FLOW_PREDICTED);
         let (bound_by, reason) = binding_codes(f.bound_by, f.fallback_reason, predicted);
-        let is_tls = self.names.is_tls(key.service());
+        let is_tls = self.names.is_tls(key.service);
         Ok(Flow {
-            service: self.names.service(key.service()),
-            client: key.client().to_string(),
+            service: self.names.service(key.service),
+            client: key.client.to_string(),
             group: self.names.bound(flow_binding(f)),
             vip: self.names.vip(flow_binding(f)).map(|vip| vip.to_string()),
             topic: self.topics.text(f.topic)?,
@@ -181,35 +169,28 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// All flows, by service and address.
+/// All flows that stand, by service and address.
 pub fn flows<'a>(
     datapath: &'a Datapath,
     names: &'a Names,
 ) -> Result<impl Iterator<Item = Result<Flow>> + 'a> {
     let mut rows = Rows::of(datapath, names);
-    let mut all: Vec<(Key, flow)> = datapath.standing_flows()?.collect();
-    let v4 = datapath.flows_probation.entries()?.into_iter();
-    let v6 = datapath.flows6_probation.entries()?.into_iter();
-    all.extend(v4.map(|(key, f)| (Key::V4(key), f)));
-    all.extend(v6.map(|(key, f)| (Key::V6(key), f)));
-    all.sort_by_key(|(key, _)| (key.service(), key.client()));
+    let mut all: Vec<(Key, flow)> = Vec::new();
+    datapath.for_each_standing(|key, f| all.push((key, f)))?;
+    all.sort_by_key(|(key, _)| (key.service, key.client));
     Ok(all.into_iter().map(move |(key, f)| rows.row(key, &f)))
 }
 
-/// The flows of one client, which is named by its address or client id.
+/// The flows of one client, which is named by its address or client id, closing ones too.
 pub fn flows_of_client(datapath: &Datapath, names: &Names, name: &str) -> Result<Vec<Flow>> {
     let addr = name.parse::<IpAddr>().ok();
     let ids = datapath.client_id_keys(name)?;
     let is_its = |key: Key, f: &flow| {
-        Some(key.client().ip()) == addr || flow_client(f).is_some_and(|id| ids.contains(&id))
+        Some(key.client.ip()) == addr || flow_client(f).is_some_and(|id| ids.contains(&id))
     };
     let mut found: Vec<(Key, flow)> = Vec::new();
-    let mut add = |key, f: flow| found.extend(is_its(key, &f).then_some((key, f)));
-    datapath.flows.for_each(|key, f| add(Key::V4(key), f))?;
-    datapath.flows_probation.for_each(|key, f| add(Key::V4(key), f))?;
-    datapath.flows6.for_each(|key, f| add(Key::V6(key), f))?;
-    datapath.flows6_probation.for_each(|key, f| add(Key::V6(key), f))?;
-    found.sort_by_key(|(key, _)| (key.service(), key.client()));
+    datapath.for_each_flow(|key, f| found.extend(is_its(key, &f).then_some((key, f))))?;
+    found.sort_by_key(|(key, _)| (key.service, key.client));
     let mut rows = Rows::of(datapath, names);
     found.into_iter().map(|(key, f)| rows.row(key, &f)).collect()
 }
@@ -219,8 +200,7 @@ pub fn flows_from(datapath: &Datapath, names: &Names, client: SocketAddr) -> Res
     let mut rows = Rows::of(datapath, names);
     let mut found = Vec::new();
     for service in datapath.service_numbers()?.into_values().collect::<BTreeSet<_>>() {
-        let key = Key::of(client, service);
-        if let Some(f) = datapath.flow(key)? {
+        if let Some((key, f)) = datapath.flow(client, service)? {
             found.push(rows.row(key, &f)?);
         }
     }
@@ -240,7 +220,7 @@ pub struct Followed {
 
 /// The flow of a client to a service's number.
 pub fn follow(datapath: &Datapath, client: SocketAddr, service: u16) -> Result<Option<Followed>> {
-    Ok(datapath.flow(Key::of(client, service))?.map(|f| {
+    Ok(datapath.flow(client, service)?.map(|(_, f)| {
         let predicted = has(&f, flow_flags::FLOW_PREDICTED);
         let (bound_by, fallback_reason) = binding_codes(f.bound_by, f.fallback_reason, predicted);
         Followed {
@@ -277,16 +257,19 @@ impl FlowCounts {
         let mut all = 0;
         let mut by_binding: HashMap<(u16, u32), u64> = HashMap::new();
         let mut by_topic: HashMap<u64, (u32, u64, u64)> = HashMap::new();
-        for (key, f) in datapath.standing_flows()?.filter(|(_, f)| !is_over(f)) {
+        datapath.for_each_standing(|key, f| {
+            if is_over(&f) {
+                return;
+            }
             all += 1;
             let binding = flow_binding(&f);
-            *by_binding.entry((key.service(), binding)).or_default() += 1;
+            *by_binding.entry((key.service, binding)).or_default() += 1;
             if f.topic != 0 {
                 let entry = by_topic.entry(f.topic).or_insert((binding, 0, 0));
                 entry.1 += 1;
                 entry.2 += u64::from(has(&f, flow_flags::FLOW_MISROUTED));
             }
-        }
+        })?;
         let mut by_group: HashMap<_, u64> = HashMap::new();
         for ((service, binding), n) in by_binding {
             *by_group.entry((names.service(service), names.bound(binding))).or_default() += n;
@@ -339,16 +322,18 @@ impl<'a> FlowsOfReal<'a> {
 
     /// The live flows of a real, of a service or of all.
     pub fn list(&self, service: Option<&str>, real: IpAddr) -> Result<Vec<Key>> {
-        let flows = self.datapath.standing_flows()?;
-        let is_its = |(key, f): &(Key, flow)| self.is_of(key.client(), f, service, real);
-        Ok(flows.filter(is_its).map(|(key, _)| key).collect())
+        let mut found = Vec::new();
+        self.datapath.for_each_standing(|key, f| {
+            found.extend(self.is_of(key.client, &f, service, real).then_some(key));
+        })?;
+        Ok(found)
     }
 
     /// Whether a flow that was the real's still is: its client may have opened another connection from the same
     /// port since, which is at another real.
     pub fn has(&self, key: Key, real: IpAddr) -> bool {
-        let found = self.datapath.flow(key).ok().flatten();
-        found.is_some_and(|f| self.is_of(key.client(), &f, None, real))
+        let found = self.datapath.flows.get(key.place).ok().flatten();
+        found.filter(|f| f.id == key.id).is_some_and(|f| self.is_of(key.client, &f, None, real))
     }
 
     fn is_of(&self, client: SocketAddr, f: &flow, service: Option<&str>, real: IpAddr) -> bool {
@@ -369,20 +354,18 @@ impl<'a> FlowsOfReal<'a> {
 /// Marks flows: each is ended by the segment that its client sends next, as only then the numbers are known that end
 /// a TCP connection for sure. Returns how many of them are still there.
 pub fn terminate(datapath: &Datapath, flows: &[Key], how: Termination) -> Result<usize> {
+    let mapped = datapath.flows.mapped()?;
     let mut marked = 0;
     for key in flows {
-        marked += usize::from(match key {
-            Key::V4(key) => mark(&datapath.flows, key, how)?,
-            Key::V6(key) => mark(&datapath.flows6, key, how)?,
-        });
+        let found = datapath.flows.get(key.place)?.filter(|f| f.id == key.id && !is_over(f));
+        marked += usize::from(found.is_some_and(|f| mark(&mapped, key, f, how)));
     }
     Ok(marked)
 }
 
 /// A packet that comes at the same moment may be framed by what was there before; the flow is ended by the next one
 /// then.
-fn mark<K: Pod>(flows: &Table<K, flow>, key: &K, how: Termination) -> Result<bool> {
-    let Some(mut f) = flows.get(key)?.filter(|f| !is_over(f)) else { return Ok(false) };
+fn mark(flows: &Mapped, key: &Key, mut f: flow, how: Termination) -> bool {
     // DISCONNECT means nothing in what is not MQTT.
     let how = if has(&f, flow_flags::FLOW_OPAQUE) { Termination::Reset } else { how };
     let mut flags = flow_flags::FLOW_ENDED.0;
@@ -402,6 +385,5 @@ fn mark<K: Pod>(flows: &Table<K, flow>, key: &K, how: Termination) -> Result<boo
             }
         }
     }
-    f.flags |= flags as u16;
-    flows.replace(key, &f)
+    flows.mark(key.place, &f, flags as u16)
 }

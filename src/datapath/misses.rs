@@ -16,7 +16,7 @@ use super::{Datapath, Silent};
 use crate::config::Config;
 use crate::domain::waiting::Waiting;
 use crate::kernel::abi::{
-    Pod as _, addr_words, adoption, adoption_kind, binding_of, flow4, handover, handover_id,
+    Pod as _, addr_words, adoption, adoption_kind, binding_of, handover, handover_id,
     handover_state, name_text, report_kind, segment_report, set_handover_id, special_group,
     words_addr,
 };
@@ -322,12 +322,10 @@ impl Places {
 }
 
 impl Datapath {
-    /// Whether an IPv4 client has a flow, of whatever service.
+    /// Whether a client has a flow, of whatever service.
     pub fn has_flow(&self, client: SocketAddr) -> Result<bool> {
         for service in self.service_numbers()?.into_values() {
-            let key =
-                flow4 { addr: addr_words(client.ip())[0], port: client.port().to_be(), service };
-            if self.flows.get(&key)?.is_some() {
+            if self.flow(client, service)?.is_some() {
                 return Ok(true);
             }
         }

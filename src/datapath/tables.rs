@@ -2,10 +2,11 @@
 
 use crate::kernel;
 use crate::kernel::abi::{
-    client, client_id, client_route, client4, client6, flow, flow4, flow6, group, handover,
-    handover_keys, map_use, member, member_slot, rescuer, route_edge, route_state, server_name,
-    service_table, topic, vip_definition,
+    client, client_id, client_route, client4, client6, flow6, group, handover, handover_keys,
+    map_use, member, member_slot, rescuer, route_edge, route_state, server_name, service_table,
+    topic, vip_definition,
 };
+use crate::kernel::flow_table::FlowTable;
 use crate::kernel::maps::Table;
 use crate::kernel::pins::Pins;
 use crate::kernel::skeletons::mqtt_fwd::MqttFwdMaps;
@@ -31,10 +32,7 @@ pub struct Datapath {
     pub handover_keys: Table<u32, handover_keys>,
     /// The sidecar, as the datapath knows it.
     pub rescuer: Table<u32, rescuer>,
-    pub flows: Table<flow4, flow>,
-    pub flows6: Table<flow6, flow>,
-    pub flows_probation: Table<flow4, flow>,
-    pub flows6_probation: Table<flow6, flow>,
+    pub flows: FlowTable,
     pub counters: Table<u32, u64>,
     pub map_uses: Table<u32, map_use>,
 }
@@ -59,10 +57,7 @@ impl Datapath {
             handovers: Table::open(&pins.map("handovers"))?,
             handover_keys: Table::open(&pins.map("handover_keys"))?,
             rescuer: Table::open(&pins.map("rescuer"))?,
-            flows: Table::open(&pins.map("flows"))?,
-            flows6: Table::open(&pins.map("flows6"))?,
-            flows_probation: Table::open(&pins.map("flows_probation"))?,
-            flows6_probation: Table::open(&pins.map("flows6_probation"))?,
+            flows: FlowTable::open(&pins.map("flows"))?,
             counters: Table::open(&pins.map("counters"))?,
             map_uses: Table::open(&pins.map("map_uses"))?,
         })
@@ -87,10 +82,7 @@ impl Datapath {
             handovers: Table::of(&maps.handovers)?,
             handover_keys: Table::of(&maps.handover_keys)?,
             rescuer: Table::of(&maps.rescuer)?,
-            flows: Table::of(&maps.flows)?,
-            flows6: Table::of(&maps.flows6)?,
-            flows_probation: Table::of(&maps.flows_probation)?,
-            flows6_probation: Table::of(&maps.flows6_probation)?,
+            flows: FlowTable::of(&maps.flows)?,
             counters: Table::of(&maps.counters)?,
             map_uses: Table::of(&maps.map_uses)?,
         })

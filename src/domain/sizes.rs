@@ -5,10 +5,8 @@
 pub struct MapSizes {
     /// Clients with a prediction, of each IP version.
     pub clients: u32,
-    /// Flows, of each IP version.
+    /// Flows.
     pub flows: u32,
-    /// Flows that are closing, or were first seen in their middle, of each IP version.
-    pub probation_flows: u32,
     /// Clients that are learned by their client id.
     pub client_ids: u32,
     /// Connections on their way to a broker (delayed binding).
@@ -34,7 +32,6 @@ impl Default for MapSizes {
             // A power of two: the kernel makes as many hash buckets, so nothing is wasted.
             clients: 1 << 20,
             flows: 1 << 20,
-            probation_flows: 65_536,
             client_ids: 1 << 18,
             handovers: 65_536,
             topics: 65_536,

@@ -12,7 +12,7 @@ use super::skeletons::mqtt_fwd::types::__anon_flow_7;
 pub use super::skeletons::mqtt_fwd::types::{
     adoption, adoption_kind, affinity, binding_mode, bound_by, chain_position, client,
     client_flags, client_id, client_route, client_route_kind, client4, client6, event, event_kind,
-    fallback_reason, fleet_mode, flow, flow_flags, flow4, flow6, group, handover, handover_keys,
+    fallback_reason, fleet_mode, flow, flow_flags, flow6, group, handover, handover_keys,
     handover_limits, handover_state, limits, map_use, member, member_slot, misprediction_policy,
     parser, reason, report_kind, rescue, rescue_flags, rescue_limits, rescuer, route_edge,
     route_state, route_state_flags, segment_report, server_name, service, service_protocol,
@@ -51,7 +51,7 @@ macro_rules! pod {
 }
 
 pod! {
-    address, adoption, ask, ask_keys, asked, segment_report, check_path, client, client_id, client_route, client4, client6, event, flow, flow4, flow6, gateway, group,
+    address, adoption, ask, ask_keys, asked, segment_report, check_path, client, client_id, client_route, client4, client6, event, flow, flow6, gateway, group,
     handover, handover_keys, lb_stats, map_use, member, member_slot, real_definition, rescue, rescuer, route_edge,
     route_state, server_name, service, service_table, source, topic, topic_verdict, vip_definition, vip_meta, vip_real,
 }
@@ -82,7 +82,7 @@ pub fn flow_binding(flow: &flow) -> u32 {
 pub fn flow_client(flow: &flow) -> Option<u64> {
     let by_prediction = u32::from(flow.bound_by) == bound_by::BOUND_BY_PREDICTION.0;
     // SAFETY: both members are numbers of the same size; `bound_by` says which of them it is.
-    let id = unsafe { flow.__anon_flow_4.client_id };
+    let id = unsafe { flow.__anon_flow_5.client_id };
     (!by_prediction && id != 0).then_some(id)
 }
 
@@ -106,19 +106,19 @@ pub fn set_decided(handover: &mut handover, binding: u32, by: bound_by) {
 /// Begins a flow's rescue by a sidecar's instance (0: none), at a time in ms of CLOCK_BOOTTIME.
 pub fn set_rescue(flow: &mut flow, began_ms: u32, instance: u32) {
     flow.candidates = 0;
-    flow.__anon_flow_3.__anon_flow_7 =
+    flow.__anon_flow_4.__anon_flow_7 =
         __anon_flow_7 { rescue_began_ms: began_ms, rescue_instance: instance };
 }
 
 /// Where a flow was ended; of one with FLOW_ENDED.
 pub fn flow_end_seq(flow: &flow) -> u32 {
     // SAFETY: both members are numbers of the same size.
-    unsafe { flow.__anon_flow_5.end_seq }
+    unsafe { flow.__anon_flow_3.end_seq }
 }
 
 /// Ends a flow at a sequence number; FLOW_ENDED goes with it.
 pub fn set_end_seq(flow: &mut flow, seq: u32) {
-    flow.__anon_flow_5.end_seq = seq;
+    flow.__anon_flow_3.end_seq = seq;
 }
 
 /// The sequence number that the parser wants next; of a flow that is not rescued.

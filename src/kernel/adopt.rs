@@ -55,7 +55,7 @@ pub fn adopt(spec: &LoadSpec) -> Result<Vec<String>> {
 
 /// Katran's balancer has the same name as the embedded one, but not its maps.
 fn is_of(program: &ProgramInfo, name: &str, object: Object) -> bool {
-    let own = if object == Object::Balancer { "connections6" } else { "flows6_probation" };
+    let own = if object == Object::Balancer { "connections6" } else { "binding_cache" };
     name.starts_with(&program.name) && maps_of(program).iter().any(|map| is_called(map, own))
 }
 

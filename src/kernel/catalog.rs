@@ -26,9 +26,6 @@ pub enum Role {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tracked {
     Flows,
-    Flows6,
-    FlowsProbation,
-    Flows6Probation,
     Clients,
     Clients6,
     Topics,
@@ -41,9 +38,6 @@ impl Tracked {
     pub fn index(self) -> u32 {
         let map = match self {
             Self::Flows => tracked_map::TRACKED_FLOWS,
-            Self::Flows6 => tracked_map::TRACKED_FLOWS6,
-            Self::FlowsProbation => tracked_map::TRACKED_FLOWS_PROBATION,
-            Self::Flows6Probation => tracked_map::TRACKED_FLOWS6_PROBATION,
             Self::Clients => tracked_map::TRACKED_CLIENTS,
             Self::Clients6 => tracked_map::TRACKED_CLIENTS6,
             Self::Topics => tracked_map::TRACKED_TOPICS,
@@ -80,7 +74,7 @@ use Role::{Configuration, Flows, Internal, Knowledge, Scratch, Shared};
 
 /// All of them.
 #[rustfmt::skip] // a table
-pub const MAPS: [Map; 47] = [
+pub const MAPS: [Map; 44] = [
     map(M, "root_array",        Shared,        None, None),
     map(M, "vip_inner_dst", Shared,        None, None),
     map(M, "generation",        Configuration, None, None),
@@ -97,10 +91,7 @@ pub const MAPS: [Map; 47] = [
     map(M, "client_ids",        Knowledge,     Some(|s| s.client_ids), Some(Tracked::ClientIds)),
     map(M, "topics",            Knowledge,     Some(|s| s.topics), Some(Tracked::Topics)),
     map(M, "server_names",      Knowledge,     None, None),
-    map(M, "flows",             Flows,         Some(|s| s.flows), Some(Tracked::Flows)),
-    map(M, "flows6",            Flows,         Some(|s| s.flows), Some(Tracked::Flows6)),
-    map(M, "flows_probation",   Flows,         Some(|s| s.probation_flows), Some(Tracked::FlowsProbation)),
-    map(M, "flows6_probation",  Flows,         Some(|s| s.probation_flows), Some(Tracked::Flows6Probation)),
+    map(M, "flows",             Flows,         Some(MapSizes::flow_places), Some(Tracked::Flows)),
     map(M, "handovers",         Flows,         Some(|s| s.handovers), Some(Tracked::Handovers)),
     map(M, "topic_streams",     Flows,         None, None),
     map(M, "binding_cache",     Scratch,       Some(MapSizes::cache_sets), None),
@@ -152,6 +143,11 @@ pub fn tracked() -> impl Iterator<Item = (&'static str, Tracked)> {
 }
 
 impl MapSizes {
+    /// Places for flows, of both IP versions: twice as many, so that each finds a free one (`bpf/forward/flow/table.h`).
+    pub fn flow_places(&self) -> u32 {
+        (2 * self.flows).next_multiple_of(limits::FLOW_WAYS.0).max(2 * limits::FLOW_WAYS.0)
+    }
+
     /// Sets of the cache of bindings: a slot per flow, and as many sets as its keys need
     /// (`bpf/forward/flow/cache.h`).
     pub fn cache_sets(&self) -> u32 {

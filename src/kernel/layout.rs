@@ -40,6 +40,11 @@ impl Layout {
         }
         converted
     }
+
+    /// Where a field begins.
+    pub fn offset_of(&self, path: &str) -> Option<usize> {
+        self.fields.iter().find(|field| field.path == path).map(|field| field.offset)
+    }
 }
 
 // Fields are cut and extended at their end, which is right for numbers in this order only.

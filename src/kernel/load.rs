@@ -13,7 +13,7 @@ use libbpf_rs::{MapCore as _, MapFlags, MapHandle, OpenMapMut, OpenObject, Progr
 use nix::fcntl::Flock;
 use tracing::info;
 
-use super::abi::{Pod as _, fleet_mode, map_use};
+use super::abi::{Pod as _, fleet_mode, limits, map_use};
 use super::catalog;
 use super::chain::{self, Chain};
 use super::layout;
@@ -90,6 +90,7 @@ pub fn load(spec: &LoadSpec) -> Result<Loaded> {
     let mut open = open_skeleton(MqttFwdSkelBuilder::default(), "mqtt_fwd", &mut storage)?;
     if let Some(rodata) = open.maps.rodata_data.as_deref_mut() {
         rodata.cache_set_bits = spec.maps.cache_sets().ilog2();
+        rodata.flow_sets = spec.maps.flow_places() / limits::FLOW_WAYS.0;
         rodata.untracked_bits = spec.maps.untracked().ilog2();
         rodata.events_per_window = Rates::per_window(spec.rates.events);
         rodata.flows_per_window = Rates::per_window(spec.rates.new_flows);

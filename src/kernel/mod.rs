@@ -8,6 +8,7 @@ pub mod catalog;
 pub mod chain;
 pub mod decap;
 pub mod driver;
+pub mod flow_table;
 pub mod held;
 pub mod ifreq;
 pub mod layout;

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use libbpf_rs::skel::OpenSkel as _;
 use libbpf_rs::{MapCore as _, MapFlags, OpenObject, RingBufferBuilder};
 
-use super::abi::Pod as _;
+use super::abi::{Pod as _, limits};
 use super::skeletons::mqtt_fwd::{MqttFwdSkel, MqttFwdSkelBuilder};
 use super::{BpfError, Result, chain, load, test_run};
 use crate::domain::MapSizes;
@@ -51,6 +51,7 @@ impl<'a> Sandbox<'a> {
             rodata.connections_per_address = 0;
             rodata.messages_per_client = 0;
             rodata.cache_set_bits = sizes.cache_sets().ilog2();
+            rodata.flow_sets = sizes.flow_places() / limits::FLOW_WAYS.0;
             rodata.untracked_bits = sizes.untracked().ilog2();
             rodata.flows_per_window = u32::MAX;
             rodata.topics_per_window = u32::MAX;

@@ -19,7 +19,9 @@ use std::path::Path;
 use libbpf_rs::{ErrorKind, MapCore as _, MapFlags, MapHandle, MapType};
 use siphasher::sip::SipHasher13;
 
+use super::abi::{Pod as _, flow_flags};
 use super::catalog::{Role, role};
+use super::flow_table::{Places, is_taken};
 use super::layout::MapLayout;
 use super::maps::for_each_batch;
 use super::{BpfError, Result};
@@ -39,13 +41,31 @@ struct Pair {
     new: MapHandle,
     from: MapLayout,
     to: MapLayout,
-    /// What was written, as a hash of the old value it was made of.
-    written: HashMap<Vec<u8>, u64>,
+    written: HashMap<Vec<u8>, Written>,
+}
+
+/// What was written to the new map, and what it was made of, as hashes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Written {
+    old: u64,
+    new: u64,
+}
+
+impl Written {
+    fn of(old: &[u8], new: &[u8]) -> Self {
+        Self { old: fingerprint(old), new: fingerprint(new) }
+    }
 }
 
 /// The move from one directory of pinned maps to another.
 pub struct Upgrade {
     pairs: Vec<Pair>,
+}
+
+/// A number of so many bytes.
+fn number<const SIZE: usize>(value: &[u8], at: usize) -> u64 {
+    let bytes = value.get(at..at + SIZE).unwrap_or_default();
+    bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
 
 fn fingerprint(value: &[u8]) -> u64 {
@@ -74,6 +94,10 @@ impl Upgrade {
                 })
             };
             let (old, new) = (open(&old_path)?, open(&new_path)?);
+            if old.map_type() != new.map_type() {
+                // Kept in another way: starts empty.
+                continue;
+            }
             let (Some(from), Some(to)) = (MapLayout::of_map(&old), MapLayout::of_map(&new)) else {
                 return Err(BpfError::NoLayout { path: old_path });
             };
@@ -96,15 +120,20 @@ impl Upgrade {
     /// Moves the rest, and what changed since [`Upgrade::before`].
     pub fn after(&mut self) -> Result<Moved> {
         for pair in &mut self.pairs {
-            if pair.role == Role::Flows {
-                pair.copy(MapFlags::NO_EXIST)?;
+            match (pair.role, pair.new.map_type()) {
+                (Role::Flows, MapType::Array) => pair.copy_flows()?,
+                (Role::Flows, _) => pair.copy(MapFlags::NO_EXIST)?,
+                _ => {}
             }
         }
         let mut moved = Moved::default();
         for pair in &mut self.pairs {
-            if matches!(pair.role, Role::Flows | Role::Knowledge) {
-                moved.entries.insert(pair.name.clone(), pair.catch_up()?);
-            }
+            let entries = match (pair.role, pair.new.map_type()) {
+                (Role::Flows, MapType::Array) => pair.catch_up_flows()?,
+                (Role::Flows | Role::Knowledge, _) => pair.catch_up()?,
+                _ => continue,
+            };
+            moved.entries.insert(pair.name.clone(), entries);
         }
         Ok(moved)
     }
@@ -135,7 +164,7 @@ impl Pair {
                 let value = self.to.value.convert(&self.from.value, old_value);
                 match self.new.update(&key, &value, flags) {
                     Ok(()) if remember => {
-                        written.insert(key, fingerprint(old_value));
+                        written.insert(key, Written::of(old_value, &value));
                     }
                     Ok(()) => {}
                     // The new program made it meanwhile.
@@ -149,6 +178,59 @@ impl Pair {
         Ok(())
     }
 
+    /// The new table of flows, and where they have their ids. What finds no free place there stays behind, as
+    /// it would be displaced.
+    fn flow_places(&self) -> Result<(Places, usize)> {
+        let no_layout = || BpfError::NoLayout { path: self.name.clone().into() };
+        let id_at = self.to.value.offset_of("id").ok_or_else(no_layout)?;
+        Ok((Places::map(&self.new, id_at)?, id_at))
+    }
+
+    /// Each flow of the old table, by its id, in the new layout, with what that was made of.
+    fn for_each_flow(&self, id_at: usize, mut handle: impl FnMut(u64, &[u8], &[u8])) -> Result<()> {
+        for_each_batch(&self.old, |_, values| {
+            for old_value in values {
+                let f = self.to.value.convert(&self.from.value, old_value);
+                let id = number::<8>(&f, id_at);
+                if is_taken(id) {
+                    handle(id, &f, old_value);
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Copies all flows, each to its place in the new table, first those that stand.
+    fn copy_flows(&mut self) -> Result<()> {
+        let (places, id_at) = self.flow_places()?;
+        let flags_at = self.to.value.offset_of("flags").unwrap_or_default();
+        let over = u64::from(flow_flags::FLOW_CLOSING.0 | flow_flags::FLOW_PROBATION.0);
+        let mut written = HashMap::new();
+        for is_over in [false, true] {
+            self.for_each_flow(id_at, |id, f, old| {
+                if (number::<2>(f, flags_at) & over != 0) == is_over && places.insert(id, f) {
+                    written.insert(id.bytes().to_vec(), Written::of(old, f));
+                }
+            })?;
+        }
+        self.written = written;
+        Ok(())
+    }
+
+    /// As [`Pair::catch_up`].
+    fn catch_up_flows(&mut self) -> Result<u64> {
+        let (places, id_at) = self.flow_places()?;
+        let mut count = self.written.len() as u64;
+        self.for_each_flow(id_at, |id, f, old| match self.written.get(id.bytes()) {
+            Some(known) if known.old == fingerprint(old) => {}
+            Some(known) => {
+                places.replace(id, |was| fingerprint(was) == known.new, f);
+            }
+            None => count += u64::from(places.insert(id, f)),
+        })?;
+        Ok(count)
+    }
+
     /// Copies what the old program changed since, unless the new one changed it as well; how many
     /// entries there are in all.
     fn catch_up(&mut self) -> Result<u64> {
@@ -157,7 +239,14 @@ impl Pair {
             for (old_key, old_value) in keys.zip(values) {
                 let key = self.to.key.convert(&self.from.key, old_key);
                 let known = self.written.get(&key);
-                if known == Some(&fingerprint(old_value)) {
+                if known.is_some_and(|known| known.old == fingerprint(old_value)) {
+                    continue;
+                }
+                let is_new = |known: &Written| {
+                    let now = self.new.lookup(&key, MapFlags::ANY).ok().flatten();
+                    now.is_none_or(|now| fingerprint(&now) != known.new)
+                };
+                if known.is_some_and(is_new) {
                     continue;
                 }
                 let value = self.to.value.convert(&self.from.value, old_value);

@@ -271,7 +271,6 @@ impl<'a> Trials<'a> {
         let sizes = MapSizes {
             clients: TRIAL_ENTRIES,
             flows: TRIAL_ENTRIES,
-            probation_flows: TRIAL_ENTRIES,
             client_ids: TRIAL_ENTRIES,
             handovers: TRIAL_ENTRIES,
             topics: TRIAL_ENTRIES,

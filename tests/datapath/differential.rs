@@ -12,7 +12,7 @@ use crate::support::model::{Model, Segment};
 use crate::support::{datapath, mqtt, packet};
 use mqtt_fwd::config::MapSizes;
 use mqtt_fwd::datapath::image::keys_of;
-use mqtt_fwd::kernel::abi::{client_flags, client4, flow_binding, flow4};
+use mqtt_fwd::kernel::abi::{client_flags, client4, flow_binding};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestRunner};
 
@@ -320,9 +320,8 @@ impl Lane<'_> {
         let group_name = |binding: u32| f.names().bound(binding);
         for (i, stream) in streams.iter().enumerate() {
             let (addr, port) = (self.first_client + u32::from(stream.client), stream.port);
-            let key = flow4 { addr: addr.to_be(), port: port.to_be(), service };
-            let flow = f.datapath.flows.get(&key).unwrap();
-            let flow = flow.or_else(|| f.datapath.flows_probation.get(&key).unwrap());
+            let client = SocketAddr::new(Ipv4Addr::from(addr).into(), port);
+            let flow = f.datapath.flow(client, service).unwrap().map(|(_, flow)| flow);
             let expected = model.flows.get(&(u64::from(addr) << 16 | u64::from(port)));
             let (topic, group) = match flow {
                 Some(flow) => (flow.topic, Some(group_name(flow_binding(&flow)))),
@@ -371,13 +370,7 @@ fn random_streams_are_framed_routed_and_learned_as_the_rules_say() {
     let streams: u32 = std::env::var("DIFFERENTIAL_STREAMS")
         .map_or(2000, |n| n.parse().expect("DIFFERENTIAL_STREAMS is a number"));
     let seed = std::env::var("PROPTEST_RNG_SEED").map_or(1883, |s| s.parse().expect("a number"));
-    let sizes = MapSizes {
-        clients: 1 << 16,
-        flows: 1 << 16,
-        probation_flows: 1 << 16,
-        topics: 1 << 18,
-        ..datapath::SMALL
-    };
+    let sizes = MapSizes { clients: 1 << 16, flows: 1 << 16, topics: 1 << 18, ..datapath::SMALL };
     let keep = datapath::CONFIG.replace("max_packet", "on_misprediction = \"keep\"\nmax_packet");
     let fixtures =
         RefCell::new([Fixture::sized(datapath::CONFIG, &sizes), Fixture::sized(&keep, &sizes)]);

@@ -8,6 +8,8 @@ use crate::support::{mqtt, packet};
 use libbpf_rs::{MapCore as _, MapFlags};
 use mqtt_fwd::config::MapSizes;
 use mqtt_fwd::domain::Target;
+use mqtt_fwd::kernel::abi::{Pod as _, flow_flags};
+use mqtt_fwd::kernel::flow_table::candidates;
 
 /// A connection of the client's that teaches a topic.
 fn teach(f: &Fixture, client: &str, topic: &[u8]) {
@@ -161,11 +163,7 @@ fn a_closed_flow_still_forwards_late_segments() {
     c.sent += 1;
     assert_eq!(c.flagged(|_| {}), seen("a", &["no_data 1"]));
     assert_eq!(f.flow(c.client).unwrap().state, "closing");
-    assert_eq!(
-        f.datapath.flows.keys().unwrap().len(),
-        1,
-        "only the first flow is left in the main map"
-    );
+    assert_eq!(standing(&f), 1, "only the first flow is left in the main map");
 }
 
 #[test]
@@ -257,11 +255,9 @@ fn segments_without_data_follow_their_flow() {
         assert_eq!(other.flagged(|_| {}), seen("a", &["no_data 1"]));
 
         // Evicted from `flows`, as if it were full: the flow still is where it was.
-        for key in f.datapath.flows.keys().unwrap() {
-            f.datapath.flows.remove(&key).unwrap();
-        }
-        for key in f.datapath.flows6.keys().unwrap() {
-            f.datapath.flows6.remove(&key).unwrap();
+        let flows = f.datapath.flows.mapped().unwrap();
+        for (_, flow) in flows.entries() {
+            assert!(flows.places().remove(flow.id));
         }
         assert_eq!(other.flagged(|_| {}), seen("a", &["no_data 1"]));
         assert_eq!(other.data_at(0, &mqtt::connect(4)).group, "a");
@@ -302,20 +298,39 @@ fn stay_on_this_cpu() {
     nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &cpus).unwrap();
 }
 
-#[test]
-fn a_flow_that_only_acknowledges_is_not_forgotten_for_idle() {
-    // Each CPU has its newest entries on a list of its own, from which other CPUs' packets evict
-    // nothing: a test that moves to another CPU would leave the idle flow there.
-    stay_on_this_cpu();
+fn places_taken(f: &Fixture) -> usize {
+    f.datapath.flows.mapped().unwrap().entries().count()
+}
 
+fn standing(f: &Fixture) -> usize {
+    let mut count = 0;
+    f.datapath.for_each_standing(|_, _| count += 1).unwrap();
+    count
+}
+
+/// As if so many units of `flow.seen` had passed.
+fn let_time_pass(f: &Fixture, units: u16) {
+    let flows = f.datapath.flows.mapped().unwrap();
+    for (_, mut flow) in flows.entries() {
+        flow.seen = flow.seen.wrapping_sub(units);
+        assert!(flows.places().replace(flow.id, |_| true, flow.bytes()));
+    }
+}
+
+#[test]
+fn a_flow_that_only_acknowledges_or_only_publishes_is_not_forgotten_for_idle() {
     let f = Fixture::new();
-    let subscriber = Conn::open(&f, "10.1.1.1:4000");
-    let idle = Conn::open(&f, "10.1.1.2:4000");
+    let connected = |client: &str| {
+        let mut c = Conn::open(&f, client);
+        c.data(&mqtt::connect(4));
+        c
+    };
+    let (subscriber, idle) = (connected("10.1.1.1:4000"), connected("10.1.1.2:4000"));
+    let mut publisher = connected("10.1.1.3:4000");
     for round in 0..40u32 {
         for i in 0..500u32 {
             let n = round * 500 + i;
-            let stranger = format!("10.{}.{}.{}:4000", 2 + (n >> 16), (n >> 8) & 255, n & 255);
-            Conn::open(&f, &stranger);
+            connected(&format!("10.{}.{}.{}:4000", 2 + (n >> 16), (n >> 8) & 255, n & 255));
         }
         for i in 1..=256 {
             subscriber.seen(&packet::tcp(
@@ -327,10 +342,69 @@ fn a_flow_that_only_acknowledges_is_not_forgotten_for_idle() {
                 &[],
             ));
         }
+        publisher.data(&mqtt::publish(b"other", 0, b"1"));
+        let_time_pass(&f, 4);
     }
-    assert!(f.flow(idle.client).is_none(), "20,000 flows through 4,096 places push it out");
+    assert!(f.flow(publisher.client).is_some());
+    assert!(f.flow(idle.client).is_none(), "20,000 flows through 8,192 places push it out");
     assert!(f.flow(subscriber.client).is_some());
     assert_eq!(f.counters().get("flow_adopted"), None);
+}
+
+#[test]
+fn neither_syns_nor_segments_of_no_flow_push_out_a_flow_that_has_sent_connect() {
+    let f = Fixture::loaded(CONFIG, &MapSizes { flows: 256, ..SMALL }, |rodata| {
+        rodata.flows_per_window = u32::MAX;
+        // However slow the machine is.
+        rodata.flow_idle = 1000;
+    });
+    let standing: Vec<_> = (0..256u32)
+        .map(|i| {
+            let mut c = Conn::open(&f, &format!("10.1.1.{i}:4000"));
+            c.data(&mqtt::connect(4));
+            c.client
+        })
+        .collect();
+    let_time_pass(&f, 900);
+    for i in 0..10_000u32 {
+        let c = Conn::new(&f, &format!("10.{}.{}.1:4000", 2 + (i >> 8), i & 255));
+        let syn = packet::tcp(c.client, c.service, 1, 0, |h| h.syn = true, &[]);
+        f.send(&if i % 2 == 0 { syn } else { c.segment(b"of no flow") });
+    }
+    let gone = standing.iter().filter(|client| f.flow(**client).is_none()).count();
+    assert_eq!(places_taken(&f), 512, "the table is full");
+    assert_eq!(gone, 0, "of 256");
+    assert!(f.counters()["flow_not_stored"] > 0, "{:?}", f.counters());
+}
+
+/// Nobody frees the places of closed flows: a table that was full of them once has new flows where they are found soonest.
+#[test]
+fn places_of_closed_flows_are_as_good_as_free() {
+    let f = Fixture::loaded(CONFIG, &MapSizes { flows: 256, ..SMALL }, |rodata| {
+        rodata.flows_per_window = u32::MAX;
+    });
+    let connected = |n: u32| {
+        let mut c = Conn::open(&f, &format!("10.{}.{}.1:4000", 2 + (n >> 8), n & 255));
+        c.data(&mqtt::connect(4));
+        c
+    };
+    for round in 0..20 {
+        for i in 0..200 {
+            connected(round * 200 + i).flagged(|h| h.fin = true);
+        }
+        let_time_pass(&f, 2);
+    }
+    assert!(places_taken(&f) > 500, "of 512");
+    let standing: Vec<_> = (5000..5128).map(|n| connected(n).client).collect();
+    assert!(standing.iter().all(|client| f.flow(*client).is_some()));
+    let table = &f.datapath.flows;
+    let mapped = table.mapped().unwrap();
+    let soon = mapped.entries().filter(|(place, flow)| {
+        u32::from(flow.flags) & flow_flags::FLOW_CLOSING.0 == 0
+            && candidates(table.places(), flow.id).take(2).any(|p| p == *place)
+    });
+    let soon = soon.count();
+    assert!(soon > 100, "{soon} of 128 are in the first or second of their places");
 }
 
 #[test]
@@ -354,8 +428,8 @@ fn untracked_segments_make_no_live_flow_and_close_none() {
     assert_eq!(stranger.flagged(|h| h.fin = true), seen("default", &["untracked 1"]));
     assert!(f.flow(stranger.client).is_none());
     stranger.data_at(0, b"data of no flow");
-    assert_eq!(f.datapath.flows.keys().unwrap().len(), 0, "not among those that count");
-    assert_eq!(f.datapath.flows_probation.keys().unwrap().len(), 1);
+    assert_eq!(standing(&f), 0, "not among those that count");
+    assert_eq!(places_taken(&f), 1);
 
     let mut c = Conn::open(&f, "10.1.1.1:4000");
     c.data(&mqtt::connect(4));
@@ -376,10 +450,9 @@ fn a_flow_seen_from_its_middle_counts_once_it_has_shown_that_it_is_mqtt() {
     let f = Fixture::new();
     let mut c = Conn::new(&f, "10.1.1.1:4000");
     c.data(b"half a payload");
-    assert_eq!(f.datapath.flows_probation.keys().unwrap().len(), 1);
+    assert_eq!(standing(&f), 0);
     c.data(&mqtt::publish(b"sensor/c", 0, b"1"));
-    assert_eq!(f.datapath.flows_probation.keys().unwrap().len(), 0);
-    assert_eq!(f.datapath.flows.keys().unwrap().len(), 1);
+    assert_eq!(standing(&f), 1);
 }
 
 #[test]
@@ -390,12 +463,12 @@ fn a_flow_that_is_found_to_be_mqtt_by_its_last_segment_is_closing() {
     let last = mqtt::publish(b"sensor/c", 0, b"1");
     f.send(&packet::tcp(c.client, c.service, c.next_seq(), 77, |h| h.fin = true, &last));
     assert_eq!(f.flow(c.client).unwrap().state, "closing");
-    assert_eq!(f.datapath.flows.keys().unwrap().len(), 0);
+    assert_eq!(standing(&f), 0);
 }
 
 #[test]
 fn above_the_rate_of_new_flows_no_standing_flow_is_evicted() {
-    let sizes = MapSizes { flows: 256, probation_flows: 64, ..SMALL };
+    let sizes = MapSizes { flows: 256, ..SMALL };
     let f = Fixture::loaded(CONFIG, &sizes, |rodata| {
         rodata.flows_per_window = 10;
         rodata.topics_per_window = u32::MAX;
@@ -422,15 +495,18 @@ fn above_the_rate_of_new_flows_no_standing_flow_is_evicted() {
 
 #[test]
 fn evictions_can_be_told_from_what_was_added_and_removed() {
-    let f = Fixture::new();
+    let f = Fixture::loaded(CONFIG, &SMALL, |rodata| {
+        rodata.flows_per_window = u32::MAX;
+        rodata.flow_idle = 0;
+    });
     for i in 0..20_000u32 {
         let client = format!("10.{}.{}.{}:4000", 2 + (i >> 16), (i >> 8) & 255, i & 255);
-        Conn::open(&f, &client);
+        Conn::open(&f, &client).data(&mqtt::connect(4));
     }
     let uses = f.datapath.map_uses().unwrap();
     let flows = uses.iter().find(|u| u.map == "flows").unwrap();
-    assert_eq!(flows.used, f.datapath.flows.keys().unwrap().len() as u64);
-    assert!(flows.used <= 4096 && flows.used > 2000, "{flows:?}");
+    assert_eq!(flows.used, standing(&f) as u64);
+    assert!(flows.used <= 8192 && flows.used > 7000, "{flows:?}");
     assert_eq!(flows.evicted, 20_000 - flows.used, "{flows:?}");
 }
 
@@ -503,7 +579,7 @@ fn a_syn_on_a_closed_flow_is_a_new_flow() {
     assert_eq!(c.syn(), seen("default", &["syn_reused_port 1"]));
     assert_eq!(c.flagged(|_| {}), seen("default", &["flow_replaced 1", "no_data 1"]));
     assert_eq!(f.flow(c.client).unwrap().state, "opening");
-    assert_eq!(f.datapath.flows_probation.keys().unwrap().len(), 0, "it is not closing any more");
+    assert_eq!(standing(&f), 1, "it is not closing any more");
 }
 
 /// What a broker's TCP makes of the segments that it gets: the stream up to the first gap, and whether FIN ends it.

@@ -3,8 +3,7 @@
 use crate::support::conn::{Conn, predicted};
 use crate::support::datapath::{CONFIG, Fixture};
 use crate::support::mqtt;
-use mqtt_fwd::datapath::flows::{Key, Termination, terminate};
-use mqtt_fwd::kernel::abi::flow4;
+use mqtt_fwd::datapath::flows::{Termination, terminate};
 
 #[test]
 fn a_hundred_thousand_routes_load_and_route() {
@@ -53,9 +52,8 @@ fn a_flow_that_is_terminated_ends_with_disconnect_and_no_more_bytes_than_its_cli
         let mut conn = Conn::open(&f, &format!("10.1.7.7:{port}"));
         conn.data(&mqtt::connect(4));
         let service = f.datapath.service_table().unwrap().service[0].id;
-        let key = flow4 { addr: u32::from_ne_bytes([10, 1, 7, 7]), port: port.to_be(), service };
-        let ended = terminate(&f.datapath, &[Key::V4(key)], Termination::Disconnect);
-        assert_eq!(ended.unwrap(), 1);
+        let (key, _) = f.datapath.flow(conn.client, service).unwrap().unwrap();
+        assert_eq!(terminate(&f.datapath, &[key], Termination::Disconnect).unwrap(), 1);
         let outcome = f.send(&conn.segment(&sent));
         let out = etherparse::SlicedPacket::from_ethernet(&outcome.packet).unwrap();
         let etherparse::TransportSlice::Tcp(tcp) = out.transport.unwrap() else { panic!() };

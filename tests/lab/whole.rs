@@ -215,6 +215,10 @@ fn an_upgrade_to_a_build_of_another_layout_loses_nothing() {
     for (i, topic) in topics.iter().enumerate() {
         lab.publish_once(&format!("c{}", i + 1), topic, "learn");
     }
+    // Nobody frees the places of closed connections: all are taken when those that stand are moved.
+    let closed = "import socket
+for _ in range(6000): socket.create_connection(('10.1.50.200', 1883)).close()";
+    lab.ok("c1", &["python3", "-c", closed]);
     let stop = std::env::temp_dir().join(format!("{}.stop", lab.name));
     let other = example("other-build");
     let published: Vec<(usize, u64)> = std::thread::scope(|scope| {

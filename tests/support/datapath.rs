@@ -14,7 +14,7 @@ use mqtt_fwd::datapath::clients::{self, Client};
 use mqtt_fwd::datapath::flows::{self, Flow};
 use mqtt_fwd::datapath::names::Names;
 use mqtt_fwd::datapath::plan::MapPlan;
-use mqtt_fwd::kernel::abi::Pod as _;
+use mqtt_fwd::kernel::abi::{Pod as _, limits};
 use mqtt_fwd::kernel::chain;
 use mqtt_fwd::kernel::skeletons::mqtt_fwd::types::rodata;
 use mqtt_fwd::kernel::skeletons::mqtt_fwd::{MqttFwdSkel, MqttFwdSkelBuilder};
@@ -105,7 +105,6 @@ pub fn test_run(program: &impl AsFd, packet: &[u8], repeat: u32) -> (Outcome, u3
 pub const SMALL: MapSizes = MapSizes {
     clients: 4096,
     flows: 4096,
-    probation_flows: 1024,
     client_ids: 4096,
     handovers: 1024,
     topics: 4096,
@@ -163,6 +162,7 @@ impl Fixture {
         rodata.clients_per_second = u32::MAX;
         rodata.clients_per_window = u32::MAX;
         rodata.cache_set_bits = sizes.cache_sets().ilog2();
+        rodata.flow_sets = sizes.flow_places() / limits::FLOW_WAYS.0;
         rodata.untracked_bits = sizes.untracked().ilog2();
         set(rodata);
         let skel = open.load().unwrap_or_else(|e| {
@@ -226,8 +226,6 @@ impl Fixture {
     }
 
     pub fn flow(&self, client: SocketAddr) -> Option<Flow> {
-        let (names, client) = (self.names(), client.to_string());
-        let mut rows = flows::flows(&self.datapath, &names).unwrap().map(Result::unwrap);
-        rows.find(|row| row.client == client)
+        flows::flows_from(&self.datapath, &self.names(), client).unwrap().into_iter().next()
     }
 }

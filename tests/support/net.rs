@@ -34,7 +34,6 @@ gateway_mac = "02:00:00:00:00:09"
 [maps]
 clients = 100
 flows = 100
-probation_flows = 100
 topics = 100
 route_states = 100
 vips = 8

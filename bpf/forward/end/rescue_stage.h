@@ -59,14 +59,17 @@ static __always_inline int rescued(struct xdp_md *ctx, struct scratch *w)
 	const struct group *g = group_of(w->tail_args.binding);
 	struct conn c = w->tail_args.conn;
 	const struct tcphdr *tcp = tcp_of(ctx, c.v6);
-	struct flow *f = flow_find(&c);
+	struct flow *f;
 	__u32 end = c.seq + c.payload_length, next, age;
 	__u64 wanted;
 	bool fin, all;
 
-	if (!svc || !g || !tcp || !f)
+	if (!svc || !g || !tcp)
 		return pass_on(ctx, REASON_NO_GROUP_VIP);
 	fin = tcp->fin;
+	f = flow_find(&c, t);
+	if (!f)
+		return pass_on(ctx, REASON_NO_GROUP_VIP);
 	age = rescue_age(f);
 	wanted = READ_ONCE(f->rescue_next);
 	if (!c.payload_length && !fin && age < RESCUE_BARE_MS)
@@ -102,10 +105,7 @@ static __always_inline int rescued(struct xdp_md *ctx, struct scratch *w)
 	all = fin && end == next;
 	if (all && told && !(f->flags & FLOW_CLOSING)) {
 		count(REASON_FLOW_CLOSED);
-		if (f->flags & FLOW_PROBATION)
-			f->flags |= FLOW_CLOSING;
-		else
-			flow_move(&c, f, true);
+		f->flags |= FLOW_CLOSING;
 	}
 	count(REASON_RESCUED);
 	return told && (c.payload_length || fin) && answer_ack(ctx, &c, next + all) ? XDP_TX

@@ -16,14 +16,6 @@
 #include "../flow/delayed.h"
 #include "../services.h"
 
-/* For global functions: before Linux 6.6, what they are passed by pointer can be no map's key. */
-static __always_inline struct flow *adopt_find(const struct conn *c)
-{
-	struct conn copy = *c;
-
-	return flow_find(&copy);
-}
-
 /*
  * Forgets what is known of these addresses; if it `may_stay`, not what is far from the segment: that may be a late one,
  * of a connection that is over, and the next one on its addresses has begun. Global (see event.h).
@@ -35,13 +27,12 @@ __noinline int adopt_forget(const struct conn *c, const struct service_table *t,
 
 	if (!c || !t)
 		return 0;
-	f = adopt_find(c);
+	f = flow_find(c, t);
 	h = handover_find(c);
 	if (may_stay &&
 	    ((f && is_far(f, c)) || (h && c->seq - h->start + FLOW_WINDOW > 2 * FLOW_WINDOW)))
 		return 0;
-	flow_remove(c, false);
-	flow_remove(c, true);
+	flow_remove(c, t);
 	handover_remove(c);
 	cache_correct(c, t, 0);
 	return 0;
@@ -50,25 +41,27 @@ __noinline int adopt_forget(const struct conn *c, const struct service_table *t,
 /* A flow that is bound to the one broker host that has its connection. Global (see event.h). */
 __noinline int adopt_flow(const struct conn *c, const struct service_table *t, __u32 binding)
 {
-	struct flow f = {}, *known;
+	struct flow *f, *known;
 
 	if (!c || !t)
 		return 0;
-	known = adopt_find(c);
+	known = flow_find(c, t);
 	/* Several of its segments were held. */
 	if (known && known->bound_by == BOUND_BY_REAL && flow_binding(known, c) == binding &&
 	    !is_far(known, c))
 		return 0;
 	adopt_forget(c, t, false);
-	f.bound = tagged(c, binding);
-	f.next = tagged(c, c->seq);
-	f.end = c->seq;
-	f.ack = c->ack;
-	/* Where its control packets begin will show; what it published before is not known. */
-	f.flags = FLOW_UNSYNCED;
-	f.bound_by = BOUND_BY_REAL;
-	if (flow_put(c, &f, false))
+	f = flow_claim(c, t, RANK_STANDING, REASON_MAP_FULL);
+	if (!f)
 		return 0;
+	f->bound = tagged(c, binding);
+	f->next = tagged(c, c->seq);
+	f->end = c->seq;
+	f->ack = c->ack;
+	/* Where its control packets begin will show; what it published before is not known. */
+	f->flags = FLOW_UNSYNCED;
+	f->bound_by = BOUND_BY_REAL;
+	flow_name(f, c, t);
 	count(REASON_ADOPTED_FROM_REAL);
 	report_event(c, EVENT_BOUND, from_to(NO_GROUP, binding), 0,
 		     BOUND_BY_REAL << REPORT_BOUND_BY_SHIFT);
@@ -106,11 +99,11 @@ int mqtt_adopt(struct xdp_md *ctx)
 	__builtin_memcpy(c.key.addr, a->client, sizeof(a->client));
 	c.key.port = a->client_port;
 	c.key.service = a->service;
-	c.tag = conn_tag(&c.key);
 	c.seq = a->seq;
 	c.ack = a->ack;
 	c.payload_length = a->payload_length;
 	c.v6 = a->v6;
+	c.tag = conn_tag(&c.key);
 	kind = a->kind;
 	binding = a->binding;
 	answers = !a->rst;

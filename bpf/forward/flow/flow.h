@@ -1,14 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * Flows: the only file that adds, moves and removes them. Framing and judging change what a flow
- * has learned of its stream through the pointer that flow_find() gives.
+ * What a flow says, and how it changes. Framing and judging change what a flow has learned of its stream through the
+ * pointer that flow_find() gives (table.h).
  */
 #ifndef MQTT_FWD_FLOW_H
 #define MQTT_FWD_FLOW_H
 
-#include "../../maps/counters.h"
-#include "../../maps/state.h"
-#include "conn.h"
+#include "table.h"
 
 /* How far a segment may begin behind the last byte seen and still move flow.end. */
 #define FLOW_WINDOW (1 << 20)
@@ -43,7 +41,16 @@ static __always_inline __u64 flow_client(const struct flow *f)
 /* Another connection on the flow's addresses; 0: there is none. */
 static __always_inline __u64 flow_challenger(const struct flow *f)
 {
-	return f->bound_by == BOUND_BY_PREDICTION ? f->challenger : 0;
+	return f->connect & FLOW_CHALLENGED ? f->challenger : 0;
+}
+
+static __always_inline void flow_challenge(struct flow *f, __u64 challenger)
+{
+	f->challenger = challenger;
+	if (challenger)
+		f->connect |= FLOW_CHALLENGED;
+	else
+		f->connect &= ~FLOW_CHALLENGED;
 }
 
 /* The flow's binding; 0 if its entry is another flow's meanwhile. */
@@ -62,89 +69,6 @@ static __always_inline void flow_bind(struct flow *f, const struct conn *c, bind
 static __always_inline void flow_next(struct flow *f, const struct conn *c, __u32 next)
 {
 	WRITE_ONCE(f->next, tagged(c, next));
-}
-
-/* Not in global functions: before Linux 6.6, what they are passed by pointer can be no map's key. */
-static __always_inline struct flow *flow_find(const struct conn *c)
-{
-	struct flow *f;
-
-	if (c->v6) {
-		f = bpf_map_lookup_elem(&flows6, &c->key);
-		return f ? f : bpf_map_lookup_elem(&flows6_probation, &c->key);
-	}
-	struct flow4 key = flow4_of(c);
-	f = bpf_map_lookup_elem(&flows, &key);
-	return f ? f : bpf_map_lookup_elem(&flows_probation, &key);
-}
-
-static __always_inline long flow_put(const struct conn *c, const struct flow *f, bool probation)
-{
-	long failed;
-
-	if (c->v6) {
-		struct flow6 key = c->key;
-		failed = probation ? bpf_map_update_elem(&flows6_probation, &key, f, BPF_ANY)
-				   : bpf_map_update_elem(&flows6, &key, f, BPF_ANY);
-	} else {
-		struct flow4 key = flow4_of(c);
-		failed = probation ? bpf_map_update_elem(&flows_probation, &key, f, BPF_ANY)
-				   : bpf_map_update_elem(&flows, &key, f, BPF_ANY);
-	}
-	if (failed)
-		count(REASON_MAP_FULL);
-	else
-		map_used((probation ? TRACKED_FLOWS_PROBATION : TRACKED_FLOWS) + !!c->v6, 1, 0);
-	return failed;
-}
-
-static __always_inline void flow_remove(const struct conn *c, bool probation)
-{
-	long failed;
-
-	if (c->v6) {
-		struct flow6 key = c->key;
-		failed = probation ? bpf_map_delete_elem(&flows6_probation, &key)
-				   : bpf_map_delete_elem(&flows6, &key);
-	} else {
-		struct flow4 key = flow4_of(c);
-		failed = probation ? bpf_map_delete_elem(&flows_probation, &key)
-				   : bpf_map_delete_elem(&flows, &key);
-	}
-	if (!failed)
-		map_used((probation ? TRACKED_FLOWS_PROBATION : TRACKED_FLOWS) + !!c->v6, 0, 1);
-}
-
-/*
- * A new flow. Above the rate it is not stored, for another would have to go: it is bound by
- * prediction, packet by packet, as long as nothing changes that.
- */
-static __always_inline bool flow_add(const struct conn *c, const struct flow *f)
-{
-	if (!budget_take(&budgets, BUDGET_FLOWS, flows_per_window)) {
-		count(REASON_FLOW_NOT_STORED);
-		return false;
-	}
-	return !flow_put(c, f, f->flags & FLOW_PROBATION);
-}
-
-/*
- * Between the maps: to those on probation when it is closing, out of them when it has shown that it is
- * MQTT. It stays where it is if there is no room.
- */
-__noinline int flow_move(const struct conn *c, struct flow *f, __u32 probation)
-{
-	if (!c || !f)
-		return 0;
-	if (probation)
-		f->flags |= FLOW_CLOSING;
-
-	struct flow moved = *f;
-
-	moved.flags = probation ? moved.flags | FLOW_PROBATION : moved.flags & ~FLOW_PROBATION;
-	if (!flow_put(c, &moved, probation))
-		flow_remove(c, !probation);
-	return 0;
 }
 
 /* How far the flow has been seen; what lies far off is not its own. */

@@ -15,21 +15,24 @@ __noinline __u64 flow_open(const struct conn *c, const struct service_table *t,
 	if (!c || !t || !svc)
 		return 0;
 
-	struct flow f = {.end = c->seq + 1, .ack = c->ack};
 	/* Seen from its middle: its group may still be known, if `flows` is too small. */
 	__u64 binding = probation ? cache_binding(c, t) : 0;
 	struct client *client;
+	struct flow *f;
 
 	if (!binding)
 		binding = predict(c, t, svc, 0);
-	f.bound = tagged(c, binding);
-	f.next = tagged(c, c->seq + 1);
-	f.flags = probation ? FLOW_UNSYNCED | FLOW_PROBATION : FLOW_TRUSTED;
-	if (probation)
-		f.end = c->seq + c->payload_length;
-	if (binding & PREDICTED)
-		f.flags |= FLOW_PREDICTED;
-	flow_add(c, &f);
+	f = flow_new(c, t, probation ? RANK_CLOSING : RANK_STANDING + flow_idle,
+		     probation ? REASON_FLOW_NOT_STORED : REASON_MAP_FULL);
+	if (f) {
+		f->bound = tagged(c, binding);
+		f->next = tagged(c, c->seq + 1);
+		f->end = c->seq + (probation ? c->payload_length : 1);
+		f->ack = c->ack;
+		f->flags = (probation ? FLOW_UNSYNCED | FLOW_PROBATION : FLOW_TRUSTED) |
+			   (binding & PREDICTED ? FLOW_PREDICTED : 0);
+		flow_name(f, c, t);
+	}
 	/* Else cache_binding() has just found it, or nothing. */
 	if (!probation)
 		cache_correct(c, t, binding);
@@ -52,7 +55,7 @@ __noinline __u64 challenger_open(const struct conn *c, const struct service_tabl
 
 	if (!c || !t || !f)
 		return 0;
-	f->challenger = challenger_of(c->seq + 1, binding);
+	flow_challenge(f, challenger_of(c->seq + 1, binding));
 	f->bound_by = BOUND_BY_PREDICTION;
 	f->flags |= FLOW_REUSED_PORT;
 	/* Segments without data have to look here now. */
@@ -62,7 +65,8 @@ __noinline __u64 challenger_open(const struct conn *c, const struct service_tabl
 
 /*
  * The challenger proved itself. The flow becomes it, and the other way round: if it was no client's
- * doing, the client's next segment brings the flow back, though its framing is lost.
+ * doing, the client's next segment brings the flow back, though its framing is lost. One that had been closed does not
+ * come back.
  */
 __noinline int challenger_takes_over(const struct conn *c, struct flow *f)
 {
@@ -73,17 +77,22 @@ __noinline int challenger_takes_over(const struct conn *c, struct flow *f)
 	__u32 old_end = f->end, start = challenger_seq(f->challenger);
 	bool proven = f->flags & FLOW_REUSED_PORT;
 	__u16 probation = f->flags & FLOW_PROBATION;
+	bool closed = f->flags & FLOW_CLOSING;
 
-	*f = (struct flow){
-		.bound = tagged(c, challenger),
-		.next = tagged(c, start),
-		.end = start,
-		.ack = c->ack,
-		.flags = (proven ? FLOW_TRUSTED : FLOW_UNSYNCED) | probation,
-		.challenger = challenger_of(old_end, old),
-	};
+	__builtin_memset(&f->bound, 0,
+			 __builtin_offsetof(struct flow, key) -
+				 __builtin_offsetof(struct flow, bound));
+	f->v6 = c->v6;
+	f->seen = flow_clock();
+	flow_bind(f, c, challenger);
+	flow_next(f, c, start);
+	f->end = start;
+	f->ack = c->ack;
+	f->flags = proven ? FLOW_TRUSTED : FLOW_UNSYNCED | probation;
+	if (!closed)
+		flow_challenge(f, challenger_of(old_end, old));
 	count(REASON_FLOW_REPLACED);
-	return probation && proven ? flow_move(c, f, false) : 0;
+	return 0;
 }
 
 /* A segment without a flow. */
@@ -143,14 +152,9 @@ static __noinline struct flow *bind_predicted(const struct conn *c, const struct
 	} else if (challenger) {
 		if (challenger_seq(other) == c->seq && !(is_end(c) && c->seq == f->end)) {
 			challenger_takes_over(c, f);
-			/* It may have moved to another map. */
-			f = flow_find(c);
-			if (!f) {
-				b->binding = challenger;
-				return NULL;
-			}
 		} else if (c->payload_length && c->seq == f->end && f->flags & FLOW_REUSED_PORT) {
-			f->challenger = 0; /* the flow goes on, so the SYN was not its client's */
+			flow_challenge(f,
+				       0); /* the flow goes on, so the SYN was not its client's */
 		}
 	}
 	b->binding = binding_of_flow(c, t, svc, f);

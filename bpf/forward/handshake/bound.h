@@ -21,30 +21,32 @@ static __always_inline struct bind_decision *decision_begin(struct scratch *w, _
 }
 
 /* Adds the flow of a connection as scratch.decision has it; false: it is not stored. Global (see event.h). */
-__noinline int flow_bound(const struct conn *c)
+__noinline int flow_bound(const struct conn *c, const struct service_table *t)
 {
 	struct scratch *w = scratch();
 	const struct bind_decision *v;
-	struct flow f = {};
+	struct flow *f;
 
-	if (!c || !w)
+	if (!c || !t || !w)
 		return false;
 	v = &w->decision;
-	f.bound = tagged(c, v->binding);
-	f.next = tagged(c, v->next);
-	f.end = v->next;
-	f.ack = c->ack;
-	f.first_ack = v->first_ack;
-	f.flags = v->flags | FLOW_UNCONFIRMED | (v->flags & FLOW_OPAQUE ? 0 : FLOW_TRUSTED);
-	f.client_id = w->id;
-	f.bound_by = v->bound_by;
-	f.fallback_reason = v->fallback_reason;
-	/* Else the framing of its CONNECT will tell; who was answered here has no credentials. */
-	f.connect = v->flags & FLOW_CONNECTED ? FLOW_CONNECT_READ | FLOW_ANONYMOUS
-		    : v->flags & FLOW_OPAQUE  ? FLOW_CONNECT_READ
-					      : 0;
-	if (!flow_add(c, &f))
+	f = flow_new(c, t, RANK_STANDING, REASON_MAP_FULL);
+	if (!f)
 		return false;
+	f->bound = tagged(c, v->binding);
+	f->next = tagged(c, v->next);
+	f->end = v->next;
+	f->ack = c->ack;
+	f->first_ack = v->first_ack;
+	f->flags = v->flags | FLOW_UNCONFIRMED | (v->flags & FLOW_OPAQUE ? 0 : FLOW_TRUSTED);
+	f->client_id = w->id;
+	f->bound_by = v->bound_by;
+	f->fallback_reason = v->fallback_reason;
+	/* Else the framing of its CONNECT will tell; who was answered here has no credentials. */
+	f->connect = v->flags & FLOW_CONNECTED ? FLOW_CONNECT_READ | FLOW_ANONYMOUS
+		     : v->flags & FLOW_OPAQUE  ? FLOW_CONNECT_READ
+					       : 0;
+	flow_name(f, c, t);
 	count(REASON_BOUND_MESSAGE + v->bound_by - BOUND_BY_MESSAGE);
 	if (v->fallback_reason)
 		count(REASON_FALLBACK_NOT_CONNECT + v->fallback_reason - FALLBACK_NOT_CONNECT);
@@ -104,12 +106,11 @@ static __always_inline int bound(struct xdp_md *ctx, struct conn *c, struct scra
 	v->first_ack = waiting ? waiting->server : c->ack;
 
 	/* What was on these addresses before is over: the cookie says so. */
-	flow_remove(c, false);
-	flow_remove(c, true);
+	flow_remove(c, t);
 	untracked_forget(c, t);
 	if (!g)
 		return pass_on(ctx, REASON_NO_GROUP_VIP);
-	if (flow_bound(c)) {
+	if (flow_bound(c, t)) {
 		if (waiting) {
 			waiting->state = HANDOVER_REPEAT;
 			if (fleet == FLEET_WITH_STORE)

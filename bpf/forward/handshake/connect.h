@@ -18,7 +18,8 @@
  * (HANDOVER_PIECES).
  */
 static __always_inline int handshake_keep(struct xdp_md *ctx, struct conn *c, struct scratch *w,
-					  const struct service *svc, __u32 state, __u32 will)
+					  const struct service_table *t, const struct service *svc,
+					  __u32 state, __u32 will)
 {
 	struct handover *h = &w->handover;
 	bool whole = state == HANDOVER_WAIT;
@@ -46,8 +47,7 @@ static __always_inline int handshake_keep(struct xdp_md *ctx, struct conn *c, st
 		return XDP_DROP;
 	}
 	/* The old connection's flow would take the next segments. */
-	flow_remove(c, false);
-	flow_remove(c, true);
+	flow_remove(c, t);
 	if (!answer_connect(ctx, c, svc, h, whole)) {
 		count(REASON_HANDOVER_FAILED);
 		return XDP_DROP;
@@ -118,7 +118,7 @@ static __always_inline int handshake_connect(struct xdp_md *ctx, struct conn *c,
 	}
 	read_connect(ctx, c);
 	if (is_piece(ctx, c, k))
-		return handshake_keep(ctx, c, w, svc, HANDOVER_PIECES, NO_GROUP);
+		return handshake_keep(ctx, c, w, t, svc, HANDOVER_PIECES, NO_GROUP);
 	identify(ctx, w, t, svc);
 	will = will_group(ctx, t, svc);
 	fallback = connect_unanswerable(k, c);
@@ -148,7 +148,7 @@ static __always_inline int handshake_connect(struct xdp_md *ctx, struct conn *c,
 		v->flags = v->binding ? FLOW_PREDICTED : 0;
 	}
 	if (!v->binding && fallback == FALLBACK_NONE)
-		return handshake_keep(ctx, c, w, svc, HANDOVER_WAIT, will);
+		return handshake_keep(ctx, c, w, t, svc, HANDOVER_WAIT, will);
 	if (!v->binding)
 		decide_by_prediction(c, w, t, svc, fallback);
 	if (!(v->flags & FLOW_ROUTED))

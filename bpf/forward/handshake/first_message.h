@@ -99,7 +99,7 @@ static long first_message_step(__u32 index, void *arg)
 			return 1;
 		find_place(d->ctx, d->svc, at, length);
 		if (length <= TOPIC_TEXT_MAX) {
-			hash = topic_hash(d->ctx, d->t, d->svc, at, length);
+			hash = topic_hash(d->ctx, d->t, d->svc->id, at, length);
 			if (!hash)
 				return 1;
 			w->publish.hash = hash;

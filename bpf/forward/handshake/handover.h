@@ -186,7 +186,7 @@ static __always_inline int handover(struct xdp_md *ctx, struct scratch *w)
 	fin = tcp->fin;
 	read_options(ctx, &c);
 	if (!h || is_confirmed(&c, h, w)) {
-		struct flow *f = flow_find(&c);
+		struct flow *f = flow_find(&c, t);
 		if (f)
 			f->flags &= ~FLOW_UNCONFIRMED;
 		if (h) {

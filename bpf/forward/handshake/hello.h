@@ -93,8 +93,8 @@ static __always_inline int hello(struct xdp_md *ctx, struct scratch *w)
 		}
 		read_client_hello(ctx, c, t, svc);
 		if (k->outcome == HELLO_MORE && c->payload_length <= HANDOVER_CONNECT_MAX)
-			return handshake_keep(ctx, c, w, svc, HANDOVER_PIECES, NO_GROUP);
-		if (k->outcome == HELLO_MORE && !joined && hello_held(ctx, c, w))
+			return handshake_keep(ctx, c, w, t, svc, HANDOVER_PIECES, NO_GROUP);
+		if (k->outcome == HELLO_MORE && !joined && hello_held(ctx, c, w, t))
 			return XDP_DROP;
 	}
 

@@ -41,7 +41,8 @@ static __always_inline int handshake_hello(struct xdp_md *ctx, struct conn *c,
 }
 
 /* The first segment: whether it is left to the sidecar, or has been often enough. */
-static __always_inline bool hello_held(struct xdp_md *ctx, struct conn *c, struct scratch *w)
+static __always_inline bool hello_held(struct xdp_md *ctx, struct conn *c, struct scratch *w,
+				       const struct service_table *t)
 {
 	struct handover *h = handover_find(c);
 
@@ -61,8 +62,7 @@ static __always_inline bool hello_held(struct xdp_md *ctx, struct conn *c, struc
 	h->state = HANDOVER_HELLO;
 	h->tries = 1;
 	/* The old connection's flow would take the next segments. */
-	flow_remove(c, false);
-	flow_remove(c, true);
+	flow_remove(c, t);
 	/* First, for the sidecar looks for it at once. */
 	handover_put(c, h);
 	hello_hold(ctx, c);

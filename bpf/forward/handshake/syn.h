@@ -28,7 +28,7 @@ static __always_inline int handshake_syn(struct xdp_md *ctx, struct conn *c, str
 		count(REASON_WAIT_DROPPED);
 		return XDP_DROP;
 	}
-	f = flow_find(c);
+	f = flow_find(c, t);
 	if (f && !(f->flags & FLOW_REUSED_PORT)) {
 		/* No more than a hint: anybody can send one. */
 		f->flags |= FLOW_REUSED_PORT;

@@ -77,7 +77,7 @@ static __always_inline bool parse_whole(const struct parse *p, struct span *s)
 	if (topic + h.topic <= s->end && is_same_topic(p->ctx, w, topic, h.topic)) {
 		hash = f->topic;
 	} else {
-		hash = header_topic(p->ctx, p->t, service_of(p), &h, s->offset, s->end);
+		hash = header_topic(p->ctx, p->t, service_of(p)->id, &h, s->offset, s->end);
 		w->last_topic_len = 0;
 	}
 	if (is_last_topic(f, p->t, hash)) {

@@ -28,14 +28,14 @@ static __always_inline bool is_plain(const struct flow *f)
 
 /* The offset behind the PUBLISH that a segment begins with, which may lie beyond its end; 0: it is not plain. */
 static __always_inline __u32 plain_publish(struct xdp_md *ctx, struct flow *f, const struct conn *c,
-					   const struct service_table *t, const struct service *svc)
+					   const struct service_table *t)
 {
 	__u32 end = c->payload + c->payload_length;
 	struct header h;
 
 	if (read_header(ctx, c->payload, end, &h) != HEADER_WHOLE || h.type >> 4 != MQTT_PUBLISH ||
 	    !h.topic || c->payload + h.length + h.remaining < end ||
-	    !is_last_topic(f, t, header_topic(ctx, t, svc, &h, c->payload, end)) ||
+	    !is_last_topic(f, t, header_topic(ctx, t, c->key.service, &h, c->payload, end)) ||
 	    !publish_again(f))
 		return 0;
 	count(publish_reason(f));
@@ -44,7 +44,7 @@ static __always_inline __u32 plain_publish(struct xdp_md *ctx, struct flow *f, c
 
 /* Frames a plain segment. Returns false, having changed nothing, if it is another. */
 static __always_inline bool frame_plain(struct xdp_md *ctx, struct flow *f, const struct conn *c,
-					const struct service_table *t, const struct service *svc)
+					const struct service_table *t)
 {
 	__u64 wanted = READ_ONCE(f->next);
 	__s32 skip = (__u32)wanted - c->seq;
@@ -59,7 +59,7 @@ static __always_inline bool frame_plain(struct xdp_md *ctx, struct flow *f, cons
 	} else {
 		if (wanted >> 32 != c->tag || f->parser != PARSER_TYPE || f->candidates || skip)
 			return false;
-		behind = plain_publish(ctx, f, c, t, svc);
+		behind = plain_publish(ctx, f, c, t);
 		if (!behind)
 			return false;
 		f->ack = c->ack;

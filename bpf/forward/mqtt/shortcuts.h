@@ -15,12 +15,12 @@
 
 /* The hash of a PUBLISH's topic if all of it lies in the segment and is not long; else 0. */
 static __always_inline __u64 header_topic(struct xdp_md *ctx, const struct service_table *t,
-					  const struct service *svc, const struct header *h,
-					  __u32 offset, __u32 end)
+					  __u32 service, const struct header *h, __u32 offset,
+					  __u32 end)
 {
 	if (h->topic > TOPIC_TEXT_MAX || offset + h->length + h->topic > end)
 		return 0;
-	return topic_hash(ctx, t, svc, offset + h->length, h->topic);
+	return topic_hash(ctx, t, service, offset + h->length, h->topic);
 }
 
 static __always_inline bool is_last_topic(const struct flow *f, const struct service_table *t,

@@ -52,9 +52,9 @@ static __always_inline __u64 text_hash(struct xdp_md *ctx, __u64 key0, __u64 key
 }
 
 static __always_inline __u64 topic_hash(struct xdp_md *ctx, const struct service_table *t,
-					const struct service *svc, __u32 offset, __u32 length)
+					__u32 service, __u32 offset, __u32 length)
 {
-	return text_hash(ctx, t->topic_key[0] ^ svc->id, t->topic_key[1], offset, length);
+	return text_hash(ctx, t->topic_key[0] ^ service, t->topic_key[1], offset, length);
 }
 
 /* The group of the topic in w->stream, which is complete. */

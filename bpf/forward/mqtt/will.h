@@ -25,7 +25,7 @@ __noinline int will_group(struct xdp_md *ctx, const struct service_table *t,
 	length = w->connect.will_length;
 	if (!length || length > TOPIC_TEXT_MAX)
 		return NO_GROUP;
-	w->publish.hash = topic_hash(ctx, t, svc, w->connect.will, length);
+	w->publish.hash = topic_hash(ctx, t, svc->id, w->connect.will, length);
 	if (!w->publish.hash)
 		return NO_GROUP;
 	topic_judge(ctx, t, svc, w, w->connect.will, length);
@@ -70,39 +70,39 @@ __noinline int will_seen(struct xdp_md *ctx, const struct conn *c, struct flow *
 }
 
 /*
- * What its CONNECT says of a flow, if the segment begins with that, as the first with data does. Global (see event.h).
+ * What its CONNECT says of a flow, if the segment begins with that, as the first with data does. Whether will_seen() is
+ * to look at its will. Global (see event.h).
  */
 __noinline int connect_seen(struct xdp_md *ctx, const struct conn *c, struct flow *f,
-			    const struct service_table *t, const struct service *svc)
+			    const struct service *svc)
 {
 	const struct scratch *w = scratch();
 	__s32 skip;
 
 	if (!w || !c || !f || !svc)
-		return 0;
+		return false;
 	/* Bound at its SYN, or found in its middle. */
 	if (svc->protocol == PROTOCOL_TLS) {
 		f->flags = (f->flags | FLOW_OPAQUE) & ~FLOW_TRUSTED;
 		f->connect |= FLOW_CONNECT_READ;
-		return 0;
+		return false;
 	}
 	if (f->flags & (FLOW_OPAQUE | FLOW_UNSYNCED))
-		return 0;
+		return false;
 	skip = (__u32)READ_ONCE(f->next) - c->seq;
 	if (skip < 0 || skip >= (__s32)c->payload_length)
-		return 0;
+		return false;
 	f->connect |= FLOW_CONNECT_READ;
 	if (f->bound_by == BOUND_BY_PREDICTION && !(f->flags & FLOW_ENDED))
 		f->first_ack = c->ack ?: 1;
 	if (skip || f->flags & FLOW_CONNECTED)
-		return 0;
+		return false;
 	read_connect(ctx, c);
 	f->connect |= (is_anonymous(ctx, c, &w->connect) ? FLOW_ANONYMOUS : 0) |
 		      (w->connect.level == 5 ? FLOW_MQTT5 : 0) |
 		      (is_lasting(&w->connect) ? FLOW_LASTING : 0);
-	if (w->connect.will_length && f->bound_by == BOUND_BY_PREDICTION && svc->relay != NO_GROUP)
-		will_seen(ctx, c, f, t, svc);
-	return 0;
+	return w->connect.will_length && f->bound_by == BOUND_BY_PREDICTION &&
+	       svc->relay != NO_GROUP;
 }
 
 #endif /* MQTT_FWD_WILL_H */

@@ -223,7 +223,6 @@ fn map_sizes(r: Option<Reader<'_>>, delayed: bool) -> MapSizes {
     let sizes = MapSizes {
         clients: r.number("clients", 1..=100_000_000).unwrap_or(d.clients),
         flows: r.number("flows", 1..=100_000_000).unwrap_or(d.flows),
-        probation_flows: r.number("probation_flows", 1..=100_000_000).unwrap_or(d.probation_flows),
         client_ids: r.number("client_ids", 1..=100_000_000).unwrap_or(d.client_ids),
         handovers: r.number("handovers", 1..=10_000_000).unwrap_or(d.handovers),
         topics: r.number("topics", 1..=10_000_000).unwrap_or(d.topics),

@@ -46,10 +46,7 @@ pub fn delayed_of(text: &str, sizes: &MapSizes, set: impl FnOnce(&mut rodata)) -
 pub fn kept(f: &Fixture) -> usize {
     let d = &f.datapath;
     let counts = [
-        d.flows.keys().unwrap().len(),
-        d.flows6.keys().unwrap().len(),
-        d.flows_probation.keys().unwrap().len(),
-        d.flows6_probation.keys().unwrap().len(),
+        d.flows.mapped().unwrap().entries().count(),
         d.handovers.keys().unwrap().len(),
         d.client_ids.keys().unwrap().len(),
         d.clients.keys().unwrap().len(),

@@ -196,7 +196,7 @@ impl<'a> Model<'a> {
                     next: seq,
                     end: seq,
                     ack: segment.ack,
-                    challenger: Some((flow.end, flow.group, false)),
+                    challenger: (!flow.closing).then_some((flow.end, flow.group, false)),
                     ..Flow::default()
                 };
             } else if length > 0 && segment.seq == flow.end && by_syn {
