@@ -219,7 +219,8 @@ struct flow {
 	__u8 v6;
 	__u8 pad;
 	struct flow6 key; /* IPv4 in addr[0] */
-	__u8 pad2[24];
+	__u32 closed_s; /* FLOW_CLOSING: since when, CLOCK_BOOTTIME seconds */
+	__u8 pad2[20];
 };
 SIZE_IS(struct flow, 128);
 _Static_assert(__builtin_offsetof(struct flow, candidate_start) == 64,

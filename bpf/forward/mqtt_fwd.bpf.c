@@ -98,7 +98,7 @@ __noinline int close_flow(const struct conn *c, struct flow *f, const struct ser
 		publish_record_rest(c, f, t, svc);
 	count(REASON_FLOW_CLOSED);
 	cache_correct(c, t, 0);
-	f->flags |= FLOW_CLOSING;
+	flow_close(f);
 	return 0;
 }
 

@@ -94,7 +94,7 @@ enum Command {
     Top(top::Top),
     /// Show clients with their predictions; export and import them
     Clients(clients::Clients),
-    /// Show flows with their groups
+    /// Show flows with their groups: those that stand, and those that closed in the last minute
     Flows(table::Output),
     /// Show routes
     Routes(table::Output),

@@ -12,12 +12,12 @@ use super::names::{
 };
 use super::real_of_flow::RealOfFlow;
 use crate::config::Config;
-use crate::kernel::Result;
 use crate::kernel::abi::{
     addr_words, binding_parts, flow, flow_binding, flow_client, flow_end_seq, flow_flags,
     flow_next, flow6, group, parser, set_end_seq, set_rescue, words_addr,
 };
 use crate::kernel::flow_table::{Mapped, flow_id};
+use crate::kernel::Result;
 
 /// A flow and its binding.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -169,14 +169,20 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// All flows that stand, by service and address.
+/// All flows that stand, and those that closed in the last minute, by service and address.
 pub fn flows<'a>(
     datapath: &'a Datapath,
     names: &'a Names,
 ) -> Result<impl Iterator<Item = Result<Flow>> + 'a> {
     let mut rows = Rows::of(datapath, names);
     let mut all: Vec<(Key, flow)> = Vec::new();
-    datapath.for_each_standing(|key, f| all.push((key, f)))?;
+    let now = boot_time().as_secs() as u32;
+    datapath.for_each_flow(|key, f| {
+        let closed = has(&f, flow_flags::FLOW_CLOSING);
+        if !has(&f, flow_flags::FLOW_PROBATION) && (!closed || now.wrapping_sub(f.closed_s) < 60) {
+            all.push((key, f));
+        }
+    })?;
     all.sort_by_key(|(key, _)| (key.service, key.client));
     Ok(all.into_iter().map(move |(key, f)| rows.row(key, &f)))
 }

@@ -105,7 +105,7 @@ static __always_inline int rescued(struct xdp_md *ctx, struct scratch *w)
 	all = fin && end == next;
 	if (all && told && !(f->flags & FLOW_CLOSING)) {
 		count(REASON_FLOW_CLOSED);
-		f->flags |= FLOW_CLOSING;
+		flow_close(f);
 	}
 	count(REASON_RESCUED);
 	return told && (c.payload_length || fin) && answer_ack(ctx, &c, next + all) ? XDP_TX

@@ -71,6 +71,12 @@ static __always_inline void flow_next(struct flow *f, const struct conn *c, __u3
 	WRITE_ONCE(f->next, tagged(c, next));
 }
 
+static __always_inline void flow_close(struct flow *f)
+{
+	f->flags |= FLOW_CLOSING;
+	f->closed_s = now_s();
+}
+
 /* How far the flow has been seen; what lies far off is not its own. */
 static __always_inline void flow_seen(struct flow *f, const struct conn *c, __u32 length)
 {

@@ -5,8 +5,9 @@
  * A flow has two sets of places, of which its id says the numbers, so a look-up is one access to memory most of the
  * time, where a hash map has two that wait for each other, and a call. It gets a free place of either set, or one whose
  * flow closed a while ago, which nobody need free; without one it displaces, in this order: what is closing or on
- * probation, what has not sent CONNECT yet, what had no segment for the longest time. A SYN, which anybody can send, displaces no flow that had a segment of late, and a segment of no flow
- * none that stands at all: neither a wave of short connections nor a stranger's packets push out standing flows.
+ * probation, what has not sent CONNECT yet, what had no segment for the longest time. A SYN, which anybody can send,
+ * displaces no flow that had a segment of late, and a segment of no flow none that stands at all: neither a wave of short
+ * connections nor a stranger's packets push out standing flows.
  *
  * A place is claimed, written, and then named, each by one CPU.
  */
