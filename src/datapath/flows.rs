@@ -12,12 +12,12 @@ use super::names::{
 };
 use super::real_of_flow::RealOfFlow;
 use crate::config::Config;
+use crate::kernel::Result;
 use crate::kernel::abi::{
     addr_words, binding_parts, flow, flow_binding, flow_client, flow_end_seq, flow_flags,
     flow_next, flow6, group, parser, set_end_seq, set_rescue, words_addr,
 };
 use crate::kernel::flow_table::{Mapped, flow_id};
-use crate::kernel::Result;
 
 /// A flow and its binding.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

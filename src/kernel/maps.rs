@@ -187,7 +187,7 @@ impl<'a> Iterator for Strided<'a> {
     }
 }
 
-/// Gives all entries of a hash map or an array to `handle`, keys and values of some at a time.
+/// Gives all entries of a hash map, an array or a trie to `handle`, keys and values of some at a time.
 /// Every entry that is there from the first moment to the last is among them, however packets
 /// change the map meanwhile.
 ///
@@ -206,19 +206,19 @@ pub fn for_each_batch(
     let mut room = BATCH.min(map.max_entries().max(16));
     let mut keys = vec![0u8; room as usize * key_size];
     let mut values = vec![0u8; room as usize * stride];
-    // For hash maps the position is a bucket's number, for arrays a key: four bytes.
-    let mut position: Option<u32> = None;
+    // For hash maps the position is a bucket's number, four bytes, for others a key.
+    let mut position: Option<Vec<u8>> = None;
     loop {
-        let mut next = 0u32;
+        let mut next = vec![0u8; key_size.max(4)];
         let mut count = room;
-        let from = position.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+        let from = position.as_ref().map_or(std::ptr::null(), Vec::as_ptr);
         // SAFETY: the buffers have room for `count` keys and values, and the positions for
-        // four bytes, all for the whole call.
+        // what the kernel has of them, all for the whole call.
         let error = unsafe {
             libbpf_sys::bpf_map_lookup_batch(
                 map.as_fd().as_raw_fd(),
                 from.cast_mut().cast(),
-                (&raw mut next).cast(),
+                next.as_mut_ptr().cast(),
                 keys.as_mut_ptr().cast(),
                 values.as_mut_ptr().cast(),
                 &raw mut count,

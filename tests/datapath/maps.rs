@@ -1,18 +1,19 @@
 //! Readers of maps see everything, however large a map is and whatever packets do to it meanwhile;
 //! and flows that compete for room do not end up in each other's place.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::support::conn::Conn;
 use crate::support::datapath::{CONFIG, Fixture, JUMPED, SMALL};
 use crate::support::{mqtt, packet};
+use libbpf_rs::{MapCore as _, MapFlags, MapHandle, MapType};
 use mqtt_fwd::config::MapSizes;
 use mqtt_fwd::kernel::abi::{
     Pod, client, client4, client6, route_edge, topic, vip_definition, vip_key,
 };
-use mqtt_fwd::kernel::maps::Table;
+use mqtt_fwd::kernel::maps::{Table, for_each_batch};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
@@ -182,4 +183,26 @@ fn flows_that_evict_each_other_on_two_cpus_keep_their_groups() {
         .filter_map(|name| counters.get(name))
         .sum();
     assert!(opened > u64::from(packets) / 10, "{opened} took places of others");
+}
+
+/// Of a trie, the kernel's position is a key, however long.
+#[test]
+fn a_trie_is_read_in_batches_too() {
+    let options = libbpf_sys::bpf_map_create_opts {
+        sz: size_of::<libbpf_sys::bpf_map_create_opts>() as _,
+        map_flags: libbpf_sys::BPF_F_NO_PREALLOC,
+        ..Default::default()
+    };
+    let trie = MapHandle::create(MapType::LpmTrie, Some("trie"), 20, 1, 10_000, &options).unwrap();
+    let key = |i: u32| [&128u32.to_ne_bytes()[..], &[0; 12], &i.to_be_bytes()].concat();
+    for i in 0..10_000 {
+        trie.update(&key(i), &[i as u8], MapFlags::ANY).unwrap();
+    }
+    let mut read = BTreeMap::new();
+    for_each_batch(&trie, |keys, values| {
+        read.extend(keys.map(<[u8]>::to_vec).zip(values.map(<[u8]>::to_vec)));
+        Ok(())
+    })
+    .unwrap();
+    assert!(read.into_iter().eq((0..10_000).map(|i| (key(i), vec![i as u8]))));
 }
