@@ -162,8 +162,18 @@ def growth(points):
 def head(pinned):
     shared = ["machine above direct, µs"]
     alone = ["with its network stack, µs", "messages a second a core"]
-    return ["alternative", "delivered", "right group", "own CPU, µs a message", *(alone if pinned else shared),
+    return ["alternative", "delivered", "right group", "own CPU, µs a message", "× its balancer alone", *(alone if pinned else shared),
             "p50, µs", "p99, µs", "memory, MB"]
+
+
+# What stands behind mqtt-fwd, alone.
+BALANCER = {"predicted": "vip-per-topic", "delayed": "vip-per-topic", "katran": "katran-alone",
+            "katran-delayed": "katran-alone"}
+
+
+def times_its_balancer(table, scenario, name, own_us):
+    alone = table.get((scenario.name, BALANCER.get(name)))
+    return "–" if not alone or "failed" in alone or not alone["own_us"] else f"{own_us / alone['own_us']:.2f}"
 
 
 def rows(table, scenario, alternatives, no_groups):
@@ -185,7 +195,8 @@ def rows(table, scenario, alternatives, no_groups):
         else:
             more = ["–" if name == "direct" or r["machine_us"] is None else f"{r['machine_us']:.1f}"]
         memory = "–" if not r["rss_mb"] else f"{r['rss_mb']:.0f}"
-        yield [name, f"{100 * r['delivered']:.2f} %", right, own, *more,
+        yield [name, f"{100 * r['delivered']:.2f} %", right, own,
+               times_its_balancer(table, scenario, name, r["own_us"]), *more,
                f"{r['p50_us']:.0f}", f"{r['p99_us']:.0f}", memory]
 
 
