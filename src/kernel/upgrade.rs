@@ -95,7 +95,10 @@ impl Upgrade {
             };
             let (old, new) = (open(&old_path)?, open(&new_path)?);
             if old.map_type() != new.map_type() {
-                // Kept in another way: starts empty.
+                tracing::warn!(
+                    "{name}: another build keeps it in another way, so it starts empty here; connections that stand go by \
+                     prediction from now on, and those that come to another broker by it are reset"
+                );
                 continue;
             }
             let (Some(from), Some(to)) = (MapLayout::of_map(&old), MapLayout::of_map(&new)) else {

@@ -2,7 +2,9 @@
 //! the lab of namespaces. Each test says which of the prototype's it is, and which of its
 //! limitations it no longer has.
 
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::PathBuf;
+use std::process::Stdio;
 
 use crate::support::lab::{Lab, ONE_REAL_EACH, config, frames};
 use crate::support::net::wait_for;
@@ -216,9 +218,24 @@ fn an_upgrade_to_a_build_of_another_layout_loses_nothing() {
         lab.publish_once(&format!("c{}", i + 1), topic, "learn");
     }
     // Nobody frees the places of closed connections: all are taken when those that stand are moved.
-    let closed = "import socket
-for _ in range(6000): socket.create_connection(('10.1.50.200', 1883)).close()";
-    lab.ok("c1", &["python3", "-c", closed]);
+    let idle = "import socket
+def connection(): return socket.create_connection(('10.1.50.200', 1883))
+for _ in range(6000): connection().close()
+standing = [connection() for _ in range(200)]
+for n, c in enumerate(standing):
+    c.sendall(bytes([16, 16, 0, 4]) + b'MQTT' + bytes([4, 2, 0, 0, 0, 4]) + b'%04d' % n)
+    assert c.recv(4) == bytes([32, 2, 0, 0])
+print('open', flush=True)
+input()
+for c in standing:
+    c.sendall(bytes([192, 0]))
+    assert c.recv(2) == bytes([208, 0])";
+    let mut command = lab.script("exec");
+    command.args(["c1", "python3", "-c", idle]);
+    let mut idle = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut open = String::new();
+    BufReader::new(idle.stdout.as_mut().unwrap()).read_line(&mut open).unwrap();
+    assert_eq!(open, "open\n");
     let stop = std::env::temp_dir().join(format!("{}.stop", lab.name));
     let other = example("other-build");
     let published: Vec<(usize, u64)> = std::thread::scope(|scope| {
@@ -260,6 +277,10 @@ for _ in range(6000): socket.create_connection(('10.1.50.200', 1883)).close()";
         assert_eq!(arrived.count() as u64, *sent, "{client}: each once");
     }
     println!("6 exchanges, sent {published:?}, all arrived");
+    writeln!(idle.stdin.as_mut().unwrap()).unwrap();
+    assert!(idle.wait().unwrap().success(), "an idle connection was disturbed");
+    let counters = lab.mqtt_fwd(&["counters"]);
+    assert!(!counters.contains("flow_adopted"), "no flow was left behind: {counters}");
     let clients = lab.mqtt_fwd(&["clients", "--json"]);
     assert!(clients.contains("\"topic\": \"sensor/b\""), "predictions came along: {clients}");
 }

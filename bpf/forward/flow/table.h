@@ -57,7 +57,7 @@ static __always_inline struct flow *flow_find(const struct conn *c, const struct
 	return flow_search(id);
 }
 
-/* After so many, a place whose flow is closing, or still on probation, is as good as free. */
+/* After so many units of flow.seen, a place whose flow is closing, or still on probation, is as good as free. */
 #define FLOW_CLOSED 2
 
 /* Units of flow.seen. */
