@@ -89,7 +89,7 @@ static __always_inline void client_reroute(struct client *client, const struct s
 /* A flag of the record's is set: it takes many messages that do not speak for it until it is taken back. */
 static __always_inline void client_flag(struct client *client, __u8 flag)
 {
-	__u8 *weight = &client->weight[client->best == 1 ? 1 : client->best == 2 ? 2 : 0];
+	__u8 *weight = &client->weight[best_place(client)];
 
 	client->flags |= flag;
 	if (*weight > DOUBT_WEIGHT)
@@ -237,17 +237,14 @@ __noinline __u32 client_add(const struct conn *c, const struct service_table *t,
 __noinline __u32 client_hear(struct client *client, __u32 how)
 {
 	struct scratch *w = scratch();
-	__u32 was, place, learned = LEARNED_MAY_END;
 	bool known, believed;
+	__u32 place;
 
 	if (!client || !w)
 		return 0;
-	was = client->best;
-	was = was == 1 ? 1 : was == 2 ? 2 : 0;
-	place = client_place(client, w->lesson_group);
-	place = place == 1 ? 1 : place == 2 ? 2 : 0;
+	place = checked_place(client_place(client, w->lesson_group));
 	known = client->group[place] == w->lesson_group;
-	believed = client->weight[was] < DOUBT_WEIGHT ||
+	believed = client->weight[best_place(client)] < DOUBT_WEIGHT ||
 		   (known && client->flags & CLIENT_DOUBTED && !(how & LEARN_DOUBTED));
 	if (!known) {
 		client->weight[place] = 0;
@@ -255,32 +252,31 @@ __noinline __u32 client_hear(struct client *client, __u32 how)
 	}
 	/* It left this group, and is back; or it left, and there is the relay for it. */
 	if (!(client->flags & CLIENT_MULTI_GROUP) &&
-	    (place == was ? client->flags & CLIENT_DOUBTED
-			  : how & LEARN_RELAY || (known && !(client->flags & CLIENT_DOUBTED)))) {
+	    (place == best_place(client)
+		     ? client->flags & CLIENT_DOUBTED
+		     : how & LEARN_RELAY || (known && !(client->flags & CLIENT_DOUBTED)))) {
 		client->flags |= CLIENT_MULTI_GROUP;
 		count(REASON_MULTI_GROUP);
 	}
 	client_weigh(client, place, how & LEARN_MESSAGES);
-	if (place == client->best) {
+	if (place == best_place(client)) {
 		client->flags &= ~CLIENT_DOUBTED;
 		if (client->weight[place] == WEIGHT_MAX && how & LEARN_DECAYS)
 			client->flags &= ~(CLIENT_FOR_RELAY | CLIENT_MISJUDGED);
-		return learned;
+		return LEARNED_MAY_END;
 	}
 	SATURATING_INC(client->group_changes, 0xff);
 	if (client->flags & CLIENT_MULTI_GROUP) {
-		believed = client->weight[place] > client->weight[was] + WEIGHT_LEAD;
-		if (!believed && !(how & LEARN_RELAY))
-			learned = 0;
+		believed = client->weight[place] > client->weight[best_place(client)] + WEIGHT_LEAD;
 	} else if (!believed) {
 		client->flags |= CLIENT_DOUBTED;
-		return learned | LEARNED_DOUBT;
+		return LEARNED_MAY_END | LEARNED_DOUBT;
 	}
 	client->flags &= ~CLIENT_DOUBTED;
 	if (!believed)
-		return learned;
+		return how & LEARN_RELAY ? LEARNED_MAY_END : 0;
 	client->best = place;
-	return learned | LEARNED_CHANGED;
+	return LEARNED_MAY_END | LEARNED_CHANGED;
 }
 
 /*

@@ -8,12 +8,24 @@
 /* Messages that a record remembers. */
 #define WEIGHT_MAX 64
 
+/* A place in the record. What is compared is what is the index, so that the verifier knows its bounds. */
+static __always_inline __u32 checked_place(__u32 place)
+{
+	asm volatile("" : "+r"(place));
+	if (place >= CLIENT_GROUPS)
+		place = 0;
+	asm volatile("" : "+r"(place));
+	return place;
+}
+
+static __always_inline __u32 best_place(const struct client *client)
+{
+	return checked_place(client->best);
+}
+
 static __always_inline binding_t client_best(const struct client *client)
 {
-	__u32 best = client->best;
-
-	/* Not an index that is computed: the verifier knows the bounds of these. */
-	return READ_ONCE(client->group[best == 1 ? 1 : best == 2 ? 2 : 0]);
+	return READ_ONCE(client->group[best_place(client)]);
 }
 
 /* From here on only this group counts. */
