@@ -45,8 +45,8 @@ install_missing() {
 	[ ${#missing[@]} -eq 0 ] && return
 	command -v apt-get >/dev/null || die "not Debian or Ubuntu; please install: ${missing[*]}"
 	say "installing with apt: ${missing[*]}"
-	apt-get update -qq
-	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	apt-get -o DPkg::Lock::Timeout=300 update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install -y -qq --no-install-recommends \
 		"${missing[@]}" >/dev/null
 	# These packages start services of their own, which nothing here uses.
 	local service

@@ -6,12 +6,14 @@
 //! twice as large.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use libbpf_rs::ObjectBuilder;
 use mqtt_fwd::config::Config;
 use mqtt_fwd::kernel::load;
+
+#[path = "edited.rs"]
+mod edited;
 
 fn main() -> Result<()> {
     mqtt_fwd::telemetry::init("info", mqtt_fwd::telemetry::Format::Text)
@@ -27,14 +29,9 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Compiles a copy of `bpf/` in `dir`, with other types.
+/// A copy of `bpf/` in `dir`, with other types.
 fn compile(dir: &Path) -> Result<PathBuf> {
-    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let copied = Command::new("cp").arg("-r").arg(here.join("bpf/.")).arg(dir).status()?;
-    ensure!(copied.success(), "copying bpf/");
-    let header = dir.join("abi/state.h");
-    let mut text = std::fs::read_to_string(&header)?;
-    for (from, to) in [
+    let edits = [
         ("struct flow {\n", "struct flow {\n\t__u64 new_in_front;\n"),
         ("SIZE_IS(struct flow, 128)", "SIZE_IS(struct flow, 136)"),
         // Which is what it is for.
@@ -44,19 +41,6 @@ fn compile(dir: &Path) -> Result<PathBuf> {
         ),
         ("struct client {\n", "struct client {\n\t__u64 new_in_front;\n"),
         ("SIZE_IS(struct client, 40)", "SIZE_IS(struct client, 48)"),
-    ] {
-        ensure!(text.contains(from), "{from:?} is no longer in {}", header.display());
-        text = text.replace(from, to);
-    }
-    std::fs::write(&header, text)?;
-    let object = dir.join("mqtt_fwd.bpf.o");
-    let compiled = Command::new(std::env::var_os("CLANG").unwrap_or_else(|| "clang".into()))
-        .args(["-g", "-O2", "-target", "bpf", "-c"])
-        .args(env!("MQTT_FWD_CLANG_ARGS").split(' '))
-        .arg(dir.join("forward/mqtt_fwd.bpf.c"))
-        .arg("-o")
-        .arg(&object)
-        .status()?;
-    ensure!(compiled.success(), "compiling it");
-    Ok(object)
+    ];
+    edited::compile(dir, "forward/mqtt_fwd", "abi/state.h", &edits)
 }

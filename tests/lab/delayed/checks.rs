@@ -1,10 +1,14 @@
 //! Faults with which everything was lost for new clients while all was green: each is named within ten seconds, alike by
 //! `status`, `doctor`, `/health`, the metric and `test`.
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
+use super::expect_all;
 use crate::support::lab::{Lab, config};
 use crate::support::net::wait_for;
+use crate::support::server::example;
+use crate::support::session::{SERVICE, SERVICE6, STYLES, Session, run_all};
 use mqtt_fwd::kernel::takeover;
 
 /// Faster than by default, with which it takes 5 to 7 s.
@@ -48,6 +52,20 @@ fn named(lab: &Lab, fault: &str, code: &str, text: &str) -> Duration {
     assert_eq!(tested.status.code(), Some(1), "{fault}: {tested_text}");
     assert!(tested_text.contains("LOST"), "{fault}: {tested_text}");
     took
+}
+
+/// A client that nobody knows.
+fn late(minutes: &str, i: usize) -> Session {
+    Session {
+        style: STYLES[i % 3],
+        topic: "sensor/a".to_owned(),
+        messages: (0..3).map(|m| format!("clock{minutes}-{i}-{m}")).collect(),
+        ..Session::new(
+            "c1",
+            if i % 2 == 0 { SERVICE } else { SERVICE6 },
+            &format!("clock{minutes}-{i}"),
+        )
+    }
 }
 
 #[test]
@@ -103,6 +121,29 @@ fn what_loses_every_message_of_new_clients_is_named_within_ten_seconds() {
         lab.ok(real, &[&up[..], &vips, &["--handover-key", &own_key]].concat());
     }
     healthy();
+
+    // A clock that is 20 minutes off, ahead or behind, costs nothing; one that is 25 minutes off, all new connections.
+    let clock = |minutes: &str| {
+        let output = Command::new(example("other-clock")).args([&bpffs, minutes]).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    for minutes in ["20", "-20"] {
+        clock(minutes);
+        let tested = output(&lab, &["mqtt-fwd", "test", "--service", "mqtt"]);
+        assert!(!tested.contains("LOST"), "{minutes} minutes: {tested}");
+        let sessions: Vec<_> = (0..12).map(|i| late(minutes, i)).collect();
+        expect_all(&run_all(&lab, &sessions, 4));
+        let messages: Vec<_> = sessions.iter().flat_map(|s| &s.messages).collect();
+        let arrived = lab.arrivals_of(&messages);
+        assert!(messages.iter().all(|m| arrived[*m] == [1]), "{minutes} minutes: {arrived:?}");
+        healthy();
+    }
+    for minutes in ["25", "-25"] {
+        clock(minutes);
+        took.push((minutes, named(&lab, "clock", "real_down", not_taken_over)));
+        clock("0");
+        healthy();
+    }
 
     // The commonest rule of a host: nothing that is new and no SYN.
     let rule = "add table inet host; add chain inet host input { type filter hook input priority 0; }; \
