@@ -192,8 +192,9 @@ impl Bed {
         result
     }
 
+    /// A relay opens its listeners one after the other.
     pub fn stream(&self, to: impl std::net::ToSocketAddrs) -> std::net::TcpStream {
-        self.inside(|| std::net::TcpStream::connect(to).unwrap())
+        wait_for("a listener", || self.inside(|| std::net::TcpStream::connect(&to).ok()))
     }
 
     /// A connection to the relay from an address of its own, so that any thread may serve it.

@@ -1,24 +1,23 @@
 //! The real programs, loaded into this kernel and run packet by packet (BPF_PROG_TEST_RUN).
 
 use std::collections::BTreeMap;
-use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::path::Path;
 
-use libbpf_rs::skel::{OpenSkel as _, SkelBuilder as _};
-use libbpf_rs::{MapCore as _, MapFlags, OpenObject};
+use libbpf_rs::{MapCore as _, MapFlags};
 use mqtt_fwd::config::{Config, MapSizes};
 use mqtt_fwd::datapath::Datapath;
 use mqtt_fwd::datapath::clients::{self, Client};
 use mqtt_fwd::datapath::flows::{self, Flow};
 use mqtt_fwd::datapath::names::Names;
 use mqtt_fwd::datapath::plan::MapPlan;
-use mqtt_fwd::kernel::abi::{Pod as _, limits};
+use mqtt_fwd::kernel::abi::Pod as _;
 use mqtt_fwd::kernel::chain;
 use mqtt_fwd::kernel::skeletons::mqtt_fwd::types::rodata;
-use mqtt_fwd::kernel::skeletons::mqtt_fwd::{MqttFwdSkel, MqttFwdSkelBuilder};
 use mqtt_fwd::kernel::test_run;
+
+use super::pool::{self, Loaded};
 
 pub const XDP_DROP: u32 = 1;
 pub const XDP_PASS: u32 = 2;
@@ -116,7 +115,7 @@ pub const SMALL: MapSizes = MapSizes {
 
 /// `mqtt_fwd` with a configuration in force and a sentinel behind it.
 pub struct Fixture {
-    pub skel: MqttFwdSkel<'static>,
+    pub skel: Loaded,
     pub datapath: Datapath,
     pub config: Config,
     sentinel: OwnedFd,
@@ -141,33 +140,7 @@ impl Fixture {
 
     /// With load-time configuration of the test's own.
     pub fn loaded(text: &str, sizes: &MapSizes, set: impl FnOnce(&mut rodata)) -> Self {
-        libbpf_rs::set_print(None);
-        let storage: &'static mut MaybeUninit<OpenObject> =
-            Box::leak(Box::new(MaybeUninit::uninit()));
-        let mut open = MqttFwdSkelBuilder::default().open(storage).unwrap();
-        for mut map in open.open_object_mut().maps_mut() {
-            let name = map.name().to_string_lossy().into_owned();
-            if let Some(size) = sizes.of(&name) {
-                map.set_max_entries(size).unwrap();
-            }
-        }
-        let rodata = open.maps.rodata_data.as_deref_mut().unwrap();
-        rodata.has_predecessor = 0;
-        rodata.fleet = 0;
-        rodata.misses_per_window = u32::MAX;
-        rodata.connections_per_address = 0;
-        rodata.messages_per_client = 0;
-        rodata.handovers_per_second = u32::MAX;
-        rodata.handovers_per_window = u32::MAX;
-        rodata.clients_per_second = u32::MAX;
-        rodata.clients_per_window = u32::MAX;
-        rodata.cache_set_bits = sizes.cache_sets().ilog2();
-        rodata.flow_sets = sizes.flow_places() / limits::FLOW_WAYS.0;
-        rodata.untracked_bits = sizes.untracked().ilog2();
-        set(rodata);
-        let skel = open.load().unwrap_or_else(|e| {
-            panic!("mqtt_fwd does not load (root? clang?): {e}");
-        });
+        let skel = pool::load(sizes, set);
         let datapath = Datapath::of(&skel.maps).unwrap();
         let fixture = Self { skel, datapath, config: config(text), sentinel: sentinel(JUMPED) };
         fixture.set_balancer(true);

@@ -12,6 +12,7 @@ pub mod mqtt;
 pub mod net;
 pub mod other_stack;
 pub mod packet;
+pub mod pool;
 pub mod server;
 pub mod session;
 pub mod tls;

@@ -62,7 +62,7 @@ fn late(minutes: &str, i: usize) -> Session {
         messages: (0..3).map(|m| format!("clock{minutes}-{i}-{m}")).collect(),
         ..Session::new(
             "c1",
-            if i % 2 == 0 { SERVICE } else { SERVICE6 },
+            if i.is_multiple_of(2) { SERVICE } else { SERVICE6 },
             &format!("clock{minutes}-{i}"),
         )
     }
