@@ -15,6 +15,9 @@ const FLAGS: &str = "// vip_meta flags\n#define F_HASH_NO_SRC_PORT (1 << 0)\n// 
 const FLAG: &str = "// vip has an inner destination, which goes back into its packets\n\
                     #define F_INNER_DST (1 << 30)\n";
 
+const TESTER: &str = "katran/lib/testing/framework/katran_tester.cpp";
+const FIXTURES: &str = "katran/lib/testing/fixtures/KatranInnerDstTestFixtures.h";
+
 /// A program with the same names in the same order, and some traps around them.
 const SOURCE: &str = r#"/* process_packet() { PCKT_DATA_LEN } */
 #include <stddef.h>
@@ -313,6 +316,45 @@ fn the_patches_only_add() {
     }
 }
 
+#[test]
+fn katrans_tester_gets_its_fixtures_where_there_is_one() {
+    let tester = "#include \"katran/lib/testing/fixtures/KatranHCTestFixtures.h\"\n\
+                  #include \"katran/lib/testing/fixtures/KatranLpmSrcLookupTestFixtures.h\"\n\
+                  DEFINE_bool(gue, false, \"\");\nDEFINE_int32(repeat, 1, \"\");\n\
+                  void runTestsFromFixture(\n    int a,\n    int b) {\n  if (FLAGS_gue) {\n    a();\n  }\n}\n\
+                  void other() {\n}\n";
+    let tree = Tree::new(SOURCE);
+    std::fs::create_dir_all(tree.path("katran/lib/testing/framework")).unwrap();
+    std::fs::create_dir_all(tree.path("katran/lib/testing/fixtures")).unwrap();
+    tree.write(TESTER, tester);
+    tree.apply(&[]).unwrap();
+    tree.apply(&["--check"]).unwrap();
+    assert!(tree.path(FIXTURES).exists());
+    let patched = tree.read(TESTER);
+    let order = [
+        "HCTest",
+        "InnerDstTest",
+        "LpmSrc",
+        "(gue",
+        "(inner_dst",
+        "(repeat",
+        "FLAGS_gue",
+        "FLAGS_inner_dst",
+        "other",
+    ];
+    let places: Vec<_> = order.iter().map(|text| patched.find(text).unwrap()).collect();
+    assert!(places.is_sorted(), "{patched}");
+    assert!(tree.apply(&["--diff"]).unwrap().contains(&format!("+++ b/{FIXTURES}")));
+    tree.apply(&["--revert"]).unwrap();
+    assert_eq!(tree.read(TESTER), tester);
+    assert!(!tree.path(FIXTURES).exists());
+
+    tree.write(TESTER, &tester.replace("runTestsFromFixture", "runThem"));
+    let refusal = tree.apply(&[]).unwrap_err();
+    assert!(refusal.contains("not exactly one function runTestsFromFixture()"), "{refusal}");
+    assert_eq!(tree.read(BALANCER), SOURCE);
+}
+
 /// On the commit that the patches are made for, the result is the very file that they name.
 #[test]
 #[ignore = "needs Katran's sources: scripts/test --katran"]
@@ -320,6 +362,10 @@ fn a_real_katran_takes_them() {
     let source = std::env::var_os("KATRAN_SOURCE").expect("KATRAN_SOURCE, a Katran source tree");
     let tree = Tree::new(&std::fs::read_to_string(Path::new(&source).join(BALANCER)).unwrap());
     tree.write(CONSTS, &std::fs::read_to_string(Path::new(&source).join(CONSTS)).unwrap());
+    for dir in ["framework", "fixtures"] {
+        std::fs::create_dir_all(tree.path("katran/lib/testing").join(dir)).unwrap();
+    }
+    tree.write(TESTER, &std::fs::read_to_string(Path::new(&source).join(TESTER)).unwrap());
     tree.apply(&["--revert"]).unwrap();
     let original = tree.read(BALANCER);
     for shift in ["", "/* a line more */\n"] {
@@ -333,5 +379,32 @@ fn a_real_katran_takes_them() {
         assert_eq!(tree.read(BALANCER).matches(CALL).count(), 1);
         tree.apply(&["--revert"]).unwrap();
         assert_eq!(tree.read(BALANCER), format!("{shift}{original}"));
+    }
+}
+
+/// Katran's own tester, of a tree with the patches, with their object and one that has nothing of them.
+#[test]
+#[ignore = "needs Katran's tester: scripts/test --katran"]
+fn katrans_own_tester_finds_packets_as_expected() {
+    let Some(tester) = std::env::var_os("KATRAN_TESTER") else {
+        eprintln!("skipped: KATRAN_TESTER is not set");
+        return;
+    };
+    let run = |object: &str| {
+        let script = "ip link set lo up && mount -t bpf bpf /sys/fs/bpf && exec \"$0\" -balancer_prog \"$1\" \
+                      -test_from_fixtures=true -inner_dst=true -logtostderr";
+        let output = Command::new("unshare")
+            .args(["--net", "--mount", "bash", "-c", script])
+            .arg(&tester)
+            .arg(std::env::var_os(object).unwrap())
+            .output()
+            .unwrap();
+        String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+    };
+    let said = run("KATRAN_BALANCER");
+    assert!(said.contains("inner destinations: all packets are as expected"), "{said}");
+    if std::env::var_os("KATRAN_UNPATCHED").is_some() {
+        let said = run("KATRAN_UNPATCHED");
+        assert!(said.contains("was the program built with -DINNER_DST?"), "{said}");
     }
 }

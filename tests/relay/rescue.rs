@@ -246,5 +246,6 @@ fn memory_is_bounded_and_good_messages_before_a_bad_one_arrive() {
         }
     }
     std::thread::sleep(Duration::from_millis(500));
-    assert!(resident() < before + 15_000, "{} kB, {before} before", resident());
+    // All of the aliases would be 30 MB.
+    assert!(resident() < before + 20_000, "{} kB, {before} before", resident());
 }
