@@ -67,9 +67,10 @@ pub struct Connect {
     pub properties: Vec<u8>,
 }
 
+/// These clients send no PINGREQ, however long their tests take.
 pub fn connect(level: u8, id: &str) -> Connect {
     let id = id.to_owned();
-    Connect { level, id, clean: true, keepalive: 60, will: None, properties: Vec::new() }
+    Connect { level, id, clean: true, keepalive: 600, will: None, properties: Vec::new() }
 }
 
 impl Connect {

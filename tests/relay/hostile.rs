@@ -384,7 +384,8 @@ fn thousands_of_subscription_identifiers_keep_nobody_waiting() {
                 &[0],
             ];
             client.send(&client::packet(0x82, &body.concat()));
-            assert_eq!(client.packet().unwrap()[0], 0x90);
+            let answer = client.packet().unwrap();
+            assert_eq!(answer[0], 0x90, "{id}: {answer:02x?}");
         }
     }
     let mut victim = bed.client("victim");
