@@ -89,8 +89,8 @@ fn balancer_problem(
     if program.uses_pinned_map(&pins.service_vips()) == Some(false) {
         let text = format!(
             "{} (id {}) does not use {}, so reals get packets with a group's VIP inside; build it \
-             with katran-patches/ and -DINNER_DST, start it with the same bpffs, and restart it \
-             if the map was replaced",
+             and its server with katran-patches/ and the object with -DINNER_DST, start it with the same bpffs and \
+             -map_path, and restart it if the map was replaced",
             program.name,
             program.id,
             pins.service_vips().display()

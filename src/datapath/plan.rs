@@ -59,7 +59,7 @@ impl MapPlan {
         let service_vips = current_service_vips(datapath)?;
         check_room(config, datapath, &desired, &service_vips)?;
         let current: BTreeMap<u16, _> = datapath.groups()?.into_iter().collect();
-        // The map is of all instances on this host: others' VIPs are left alone.
+        // The map may serve others of this chain, too: their VIPs are left alone.
         let own: BTreeSet<[u32; 4]> = current.values().map(|g| g.vip).collect();
         let differs = |id: &u16, entry: &super::ids::Entry| {
             current.get(id).is_none_or(|g| (g.epoch, g.parent) != (entry.epoch, entry.parent))

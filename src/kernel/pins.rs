@@ -8,7 +8,7 @@
 //!     mqtt_fwd -> mqtt_fwd-<hash>          maps of an object, by a hash of their layout and sizes:
 //!     balancer -> balancer-<hash>          while one is exchanged for another, there are two
 //! <bpffs>/jmp_<interface>                  the chain, ours or Katran's
-//! <bpffs>/vip_inner_dst                ours and Katran's
+//! <bpffs>/jmp_<interface>_inner_dst        the chain's map `vip_inner_dst`, ours and Katran's
 //! ```
 
 use std::ffi::CString;
@@ -86,9 +86,11 @@ impl Pins {
         &self.root_array
     }
 
-    /// Where libbpf pins a map of this name by itself, and so where a patched Katran finds it.
+    /// Beside the program array, which is where a patched Katran looks for it, or leaves its own.
     pub fn service_vips(&self) -> PathBuf {
-        self.bpffs.join("vip_inner_dst")
+        let mut path = self.root_array.clone().into_os_string();
+        path.push("_inner_dst");
+        path.into()
     }
 
     /// All that is only ours.

@@ -73,7 +73,7 @@ pub fn unload(spec: &LoadSpec) -> Result<Unloaded> {
     }
     let root_kept = detach_root(spec, pins, chain.as_ref(), &mut report)?;
 
-    let of_others = remove_own_service_vips(pins);
+    remove_own_service_vips(pins);
     for object in [pins::Object::MqttFwd, pins::Object::Balancer] {
         for path in pins.remove_object(object)? {
             debug!(path = %path.display(), "unpinned");
@@ -94,10 +94,6 @@ pub fn unload(spec: &LoadSpec) -> Result<Unloaded> {
             program.name,
             program.id
         )),
-        None if of_others > 0 => report.kept.push(format!(
-            "{}: {of_others} group VIPs of another instance on this host",
-            pins.service_vips().display()
-        )),
         None if pins::remove_pin(&pins.service_vips())? => {
             report.removed.push(pins.service_vips().display().to_string());
         }
@@ -110,25 +106,17 @@ pub fn unload(spec: &LoadSpec) -> Result<Unloaded> {
     Ok(report)
 }
 
-/// Removes the group VIPs of our groups from the map that all instances on a host have in common. Returns how many others
-/// there are.
-fn remove_own_service_vips(pins: &Pins) -> usize {
+/// Removes the group VIPs of our groups from the map that the balancer goes on using.
+fn remove_own_service_vips(pins: &Pins) {
     let groups = Table::<u32, group>::open(&pins.map("groups"));
     let shared = Table::<vip_definition, vip_definition>::open(&pins.service_vips());
-    let (Ok(groups), Ok(shared)) = (groups, shared) else { return 0 };
-    let own: BTreeSet<[u32; 4]> = groups
-        .entries()
-        .unwrap_or_default()
-        .iter()
-        .filter(|(_, group)| group.epoch != 0)
-        .map(|(_, group)| group.vip)
-        .collect();
-    let all = shared.keys().unwrap_or_default();
-    let (ours, others): (Vec<_>, Vec<_>) = all.iter().partition(|vip| own.contains(&vip.addr));
-    for vip in ours {
+    let (Ok(groups), Ok(shared)) = (groups, shared) else { return };
+    let groups = groups.entries().unwrap_or_default();
+    let own: BTreeSet<[u32; 4]> =
+        groups.iter().filter(|(_, group)| group.epoch != 0).map(|(_, group)| group.vip).collect();
+    for vip in shared.keys().unwrap_or_default().iter().filter(|vip| own.contains(&vip.addr)) {
         let _ = shared.remove(vip);
     }
-    others.len()
 }
 
 /// Returns whether our root stays, because somebody else's program needs it.

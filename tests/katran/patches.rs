@@ -15,6 +15,7 @@ const FLAGS: &str = "// vip_meta flags\n#define F_HASH_NO_SRC_PORT (1 << 0)\n// 
 const FLAG: &str = "// vip has an inner destination, which goes back into its packets\n\
                     #define F_INNER_DST (1 << 30)\n";
 
+const LIBRARY: &str = "katran/lib/KatranLb.cpp";
 const TESTER: &str = "katran/lib/testing/framework/katran_tester.cpp";
 const FIXTURES: &str = "katran/lib/testing/fixtures/KatranInnerDstTestFixtures.h";
 
@@ -51,6 +52,12 @@ static int process_packet(struct xdp_md* xdp, __u64 nh_off, bool is_ipv6) {
 }
 "#;
 
+/// The server's side, with two things that are like what is looked for.
+const LOADS: &str = "namespace katran {\n\nvoid KatranLb::reload() {\n  reloadBpfFromFile(config_.balancerProgPath);\n}\n\n\
+                     void KatranLb::loadBpfProgs() {\n  int res;\n  // loadBpfProg(config_.balancerProgPath);\n  \
+                     res = bpfAdapter_->loadBpfProg(config_.balancerProgPath);\n  if (res) {\n    \
+                     throw std::invalid_argument(\"} no\");\n  }\n\n  attach();\n}\n\n} // namespace katran\n";
+
 struct Tree(tempfile::TempDir);
 
 impl Tree {
@@ -59,6 +66,7 @@ impl Tree {
         std::fs::create_dir_all(tree.path("katran/lib/bpf")).unwrap();
         tree.write(BALANCER, source);
         tree.write(CONSTS, FLAGS);
+        tree.write(LIBRARY, LOADS);
         tree
     }
 
@@ -107,7 +115,7 @@ fn the_lines_go_where_their_surroundings_say_and_come_out_again() {
     assert!(said.contains("applied (another Katran, places found by name)"), "{said}");
 
     // An ordinary patch, with context, gives the same.
-    let files = [BALANCER, CONSTS, HEADER];
+    let files = [BALANCER, CONSTS, LIBRARY, HEADER];
     let patched = files.map(|file| tree.read(file));
     let diff = tree.apply(&["--diff"]).unwrap();
     assert!(diff.lines().any(|line| line.starts_with(' ')), "{diff}");
@@ -127,12 +135,25 @@ fn the_lines_go_where_their_surroundings_say_and_come_out_again() {
     assert!(tree.read(HEADER).contains("inner_dst_restore("));
     let flag = FLAGS.replace("(1 << 9)\n", &format!("(1 << 9)\n{FLAG}"));
     assert_eq!(tree.read(CONSTS), flag);
+    // The pinned map is shared before the program is loaded, and a new one pinned once it was.
+    let library = tree.read(LIBRARY);
+    let order = [
+        "int res",
+        "getPinnedBpfObject(innerDstPath)",
+        "loadBpfProg(config_.balancerProgPath);\n  if",
+        "} no",
+        "if (innerDstPinned && innerDstFd < 0",
+        "attach()",
+    ];
+    let places: Vec<_> = order.iter().map(|text| library.find(text).unwrap()).collect();
+    assert!(places.is_sorted(), "{library}");
 
     assert!(tree.apply(&[]).unwrap().contains("applied already, and right"));
     assert!(tree.apply(&["--check"]).unwrap().contains("applied, and right"));
     assert!(tree.apply(&["--revert"]).unwrap().contains("taken out"));
     assert_eq!(tree.read(BALANCER), SOURCE);
     assert_eq!(tree.read(CONSTS), FLAGS);
+    assert_eq!(tree.read(LIBRARY), LOADS);
     assert!(!tree.path(HEADER).exists());
     assert!(tree.apply(&["--revert"]).unwrap().contains("nothing to take out"));
 }
@@ -185,14 +206,29 @@ fn where_the_surroundings_are_not_there_nothing_is_changed() {
         assert_eq!(tree.read(BALANCER), source);
         assert!(!tree.path(HEADER).exists());
     }
+    let load = "  res = bpfAdapter_->loadBpfProg(config_.balancerProgPath);\n";
+    let cases = [
+        (LOADS.replace("::loadBpfProgs", "::start"), "in exactly one place"),
+        (LOADS.replace(load, &load.repeat(2)), "in exactly one place"),
+        (LOADS.replace(load, ""), "in exactly one place"),
+        (LOADS.replace(load, &format!("#ifdef X\n{load}#endif\n")), "in a branch only"),
+        (LOADS.replace("if (res) {", "while (res) {"), "is not where it was"),
+    ];
+    for (library, why) in cases {
+        let tree = Tree::new(SOURCE);
+        tree.write(LIBRARY, &library);
+        let refusal = tree.apply(&[]).unwrap_err();
+        assert!(refusal.contains(why), "{why:?} expected: {refusal}");
+        assert_eq!((tree.read(BALANCER), tree.read(LIBRARY)), (SOURCE.to_owned(), library));
+    }
 }
 
 #[test]
 fn what_was_moved_or_changed_afterwards_is_noticed() {
-    let patched = {
+    let (patched, library) = {
         let tree = Tree::new(SOURCE);
         tree.apply(&[]).unwrap();
-        tree.read(BALANCER)
+        (tree.read(BALANCER), tree.read(LIBRARY))
     };
     // Into the wrong function; only the include; a changed header; a flag that is taken.
     let moved = patched.replace(CALL, "").replace("  return PCKT", &format!("{CALL}  return PCKT"));
@@ -200,6 +236,7 @@ fn what_was_moved_or_changed_afterwards_is_noticed() {
     assert!(tree.apply(&["--check"]).unwrap_err().contains("our lines are missing here alone"));
     let flags = FLAGS.replace("(1 << 9)\n", &format!("(1 << 9)\n{FLAG}"));
     tree.write(CONSTS, &flags);
+    tree.write(LIBRARY, &library);
     assert!(tree.apply(&["--check"]).unwrap_err().contains("not where they belong"));
     assert!(tree.apply(&[]).unwrap_err().contains("not where they belong"));
     tree.apply(&["--revert"]).unwrap();
@@ -361,7 +398,9 @@ fn katrans_tester_gets_its_fixtures_where_there_is_one() {
 fn a_real_katran_takes_them() {
     let source = std::env::var_os("KATRAN_SOURCE").expect("KATRAN_SOURCE, a Katran source tree");
     let tree = Tree::new(&std::fs::read_to_string(Path::new(&source).join(BALANCER)).unwrap());
-    tree.write(CONSTS, &std::fs::read_to_string(Path::new(&source).join(CONSTS)).unwrap());
+    for file in [CONSTS, LIBRARY] {
+        tree.write(file, &std::fs::read_to_string(Path::new(&source).join(file)).unwrap());
+    }
     for dir in ["framework", "fixtures"] {
         std::fs::create_dir_all(tree.path("katran/lib/testing").join(dir)).unwrap();
     }
@@ -391,10 +430,10 @@ fn katrans_own_tester_finds_packets_as_expected() {
         return;
     };
     let run = |object: &str| {
-        let script = "ip link set lo up && mount -t bpf bpf /sys/fs/bpf && exec \"$0\" -balancer_prog \"$1\" \
-                      -test_from_fixtures=true -inner_dst=true -logtostderr";
+        let script = "ip link set lo up && exec \"$0\" -balancer_prog \"$1\" -test_from_fixtures=true \
+                      -inner_dst=true -logtostderr";
         let output = Command::new("unshare")
-            .args(["--net", "--mount", "bash", "-c", script])
+            .args(["--net", "bash", "-c", script])
             .arg(&tester)
             .arg(std::env::var_os(object).unwrap())
             .output()

@@ -351,14 +351,14 @@ fn unloading_leaves_a_running_balancer_the_map_that_it_uses() {
         assert_eq!(status(&net)["healthy"], true);
         if kind == Kind::Katran {
             let unloaded = net.ok(&["unload"]);
-            assert!(unloaded.contains("vip_inner_dst: balancer_ingres (id"), "{unloaded}");
+            assert!(unloaded.contains("jmp_eth0_inner_dst: balancer_ingres (id"), "{unloaded}");
             net.ok(&["load"]);
             net.ok(&["apply"]);
             assert_eq!(status(&net)["healthy"], true, "the map is still the same");
         }
         // Somebody removes the pin, and the next load makes another map of that name.
         net.ok(&["unload", "--keep-state"]);
-        std::fs::remove_file(net.bpf("vip_inner_dst")).unwrap();
+        std::fs::remove_file(net.bpf("jmp_eth0_inner_dst")).unwrap();
         net.ok(&["load"]);
         net.ok(&["apply"]);
         let problem = status(&net)["problems"][0].to_string();

@@ -18,7 +18,7 @@ fn load_is_repeatable_and_unload_leaves_nothing() {
     assert!(again.contains("with the root that was there"), "{again}");
     assert!(again.contains("taken over: "), "{again}");
     assert!(net.bpf("jmp_eth0").exists());
-    assert!(net.bpf("vip_inner_dst").exists());
+    assert!(net.bpf("jmp_eth0_inner_dst").exists());
 
     let removed = net.ok(&["unload"]);
     assert!(removed.contains("removed mqtt_fwd (id "), "{removed}");

@@ -32,8 +32,8 @@ fn run(net: &Net, config: &str) -> Background {
 }
 
 /// The group VIPs that a balancer would put a service's address back for.
-fn vips(net: &Net) -> BTreeSet<String> {
-    let map = MapHandle::from_pinned_path(net.bpf("vip_inner_dst")).unwrap();
+fn vips(net: &Net, interface: &str) -> BTreeSet<String> {
+    let map = MapHandle::from_pinned_path(net.bpf(&format!("jmp_{interface}_inner_dst"))).unwrap();
     map.keys().map(|key| format!("{}.{}.{}.{}", key[0], key[1], key[2], key[3])).collect()
 }
 
@@ -42,23 +42,24 @@ fn set(all: &[&str]) -> BTreeSet<String> {
 }
 
 #[test]
-fn two_instances_leave_each_others_group_vips_alone() {
+fn two_instances_have_group_vips_of_their_own() {
     let net = Net::new();
     net.sh("ip link add eth1 type veth peer name peer1; ip link set eth1 up; ip link set peer1 up");
     fs::write(net.dir.join("second.toml"), second(&net)).unwrap();
     let _first = run(&net, "config.toml");
     let mut other = run(&net, "second.toml");
-    let all = ["10.1.50.1", "10.1.50.250", "10.1.60.1", "10.1.60.250"];
-    assert_eq!(vips(&net), set(&all));
+    let all = ["10.1.50.1", "10.1.50.250"];
+    assert_eq!(vips(&net, "eth0"), set(&all));
+    assert_eq!(vips(&net, "eth1"), set(&["10.1.60.1", "10.1.60.250"]));
     assert!(healthy(&net, "config.toml"));
     // What is taken from the map is back.
-    let map = MapHandle::from_pinned_path(net.bpf("vip_inner_dst")).unwrap();
+    let map = MapHandle::from_pinned_path(net.bpf("jmp_eth0_inner_dst")).unwrap();
     for key in map.keys().collect::<Vec<_>>() {
         map.delete(&key).unwrap();
     }
     // Its broker would not know the address.
     assert_eq!(net.through_root(&Net::syn("10.1.1.1", 4000)).verdict, XDP_DROP);
-    wait_for("all VIPs", || (vips(&net) == set(&all)).then_some(()));
+    wait_for("all VIPs", || (vips(&net, "eth0") == set(&all)).then_some(()));
     wait_for("the balancer's drop to be told", || {
         let status = at(&net, "config.toml", &["status", "--json"]).stdout;
         String::from_utf8(status).unwrap().contains("\"balancer_misses\"").then_some(())
@@ -71,9 +72,10 @@ fn two_instances_leave_each_others_group_vips_alone() {
     let fewer = fewer.replace("route = [{ topic = \"sensor/a\", group = \"a\" }]", "");
     fs::write(net.dir.join("second.toml"), fewer).unwrap();
     other.signal("HUP");
-    wait_for(&format!("one less: {:?} {}", vips(&net), other.log()), || {
-        (vips(&net) == set(&["10.1.50.1", "10.1.50.250", "10.1.60.250"])).then_some(())
+    wait_for(&format!("one less: {:?} {}", vips(&net, "eth1"), other.log()), || {
+        (vips(&net, "eth1") == set(&["10.1.60.250"])).then_some(())
     });
+    assert_eq!(vips(&net, "eth0"), set(&all));
     assert!(healthy(&net, "second.toml"));
     // The second goes, and takes what was its own.
     other.signal("TERM");
@@ -81,6 +83,7 @@ fn two_instances_leave_each_others_group_vips_alone() {
     let gone = at(&net, "second.toml", &["unload"]);
     let said = String::from_utf8([gone.stdout, gone.stderr].concat()).unwrap();
     assert!(gone.status.success(), "{said}");
-    assert!(said.contains("2 group VIPs of another instance on this host"), "{said}");
-    assert_eq!(vips(&net), set(&["10.1.50.1", "10.1.50.250"]));
+    assert!(said.contains("jmp_eth1_inner_dst") && !said.contains("eth0"), "{said}");
+    assert!(!net.bpf("jmp_eth1_inner_dst").exists());
+    assert_eq!(vips(&net, "eth0"), set(&all));
 }

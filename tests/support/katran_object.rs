@@ -19,16 +19,8 @@ pub struct KatranObject {
 impl KatranObject {
     pub fn load(path: &Path) -> Self {
         libbpf_rs::set_print(None);
-        let mut open = ObjectBuilder::default().open_file(path).unwrap();
-        // It would be pinned where a running one has it.
-        let pin = format!("/sys/fs/bpf/mqtt-fwd-test-{}-{:p}", std::process::id(), &raw const open);
-        for mut map in open.maps_mut() {
-            if map.name() == "vip_inner_dst" {
-                map.set_pin_path(&pin).unwrap();
-            }
-        }
+        let open = ObjectBuilder::default().open_file(path).unwrap();
         let object = open.load().unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-        let _ = std::fs::remove_file(&pin);
         let katran = Self { object };
         katran.put("ctl_array", &0u32.to_ne_bytes(), &[2, 0, 0, 0, 0, 9, 0, 0]);
         // GUE's source addresses.

@@ -66,15 +66,12 @@ pub fn example(name: &str) -> std::path::PathBuf {
     test.parent().unwrap().parent().unwrap().join("examples").join(name)
 }
 
-/// In a mount namespace where /sys/fs/bpf is the test's, for Katran pins maps there.
 fn katran(net: &Net, endpoint: &str) -> std::process::Command {
     let env = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"));
-    let mut command = net.command("unshare");
-    command.args(["--mount", "sh", "-c", "mount --bind \"$0\" /sys/fs/bpf && exec \"$@\""]);
-    command.arg(net.bpf(""));
-    command.arg(env("KATRAN_SERVER"));
+    let mut command = net.command(&env("KATRAN_SERVER"));
     command.arg(format!("-balancer_prog={}", env("KATRAN_BALANCER")));
-    command.args(["-intf=eth0", "-hc_forwarding=false", "-map_path=/sys/fs/bpf/jmp_eth0"]);
+    command.arg(format!("-map_path={}", net.bpf("jmp_eth0").display()));
+    command.args(["-intf=eth0", "-hc_forwarding=false"]);
     command.args(["-prog_pos=2", "-default_mac=02:00:00:00:00:09", "-lru_size=1000"]);
     command.args(["-forwarding_cores=0", "-numa_nodes=0", "-shutdown_delay=100"]);
     command.arg(format!("-server={endpoint}"));
