@@ -68,7 +68,7 @@ pub fn example(name: &str) -> std::path::PathBuf {
 
 fn katran(net: &Net, endpoint: &str) -> std::process::Command {
     let env = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"));
-    let mut command = net.command(&env("KATRAN_SERVER"));
+    let mut command = net.command(env("KATRAN_SERVER"));
     command.arg(format!("-balancer_prog={}", env("KATRAN_BALANCER")));
     command.arg(format!("-map_path={}", net.bpf("jmp_eth0").display()));
     command.args(["-intf=eth0", "-hc_forwarding=false"]);
