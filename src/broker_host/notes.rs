@@ -29,20 +29,20 @@ fn path(interface: &str) -> PathBuf {
 impl Notes {
     /// What is noted; nothing if there is nothing to be read.
     pub fn read(interface: &str) -> Self {
-        run_files::read(&path(interface)).unwrap_or_default()
+        run_files::read_note(&path(interface)).unwrap_or_default()
     }
 
     /// Writes them, before anything is changed that they are about. Whole or not at all.
     pub fn write(&self, interface: &str) -> Result<()> {
         let path = path(interface);
-        run_files::write(&path, self).map_err(|source| BpfError::Io {
+        run_files::write_note(&path, self).map_err(|source| BpfError::Io {
             path,
             action: "writing",
             source,
         })
     }
 
-    /// Forgets them: undone, or of a namespace that had this one's number before.
+    /// Forgets them: what they are about is undone, or gone with the interface.
     pub fn forget(interface: &str) {
         let _ = fs::remove_file(path(interface));
     }

@@ -83,7 +83,7 @@ impl Reals {
     /// With those that were drained before.
     pub fn new(config: &Config) -> Self {
         let file = run_files::path("drained", &config.interface, "json");
-        let drained = run_files::read(&file).unwrap_or_default();
+        let drained = run_files::read_note(&file).unwrap_or_default();
         let of_service = |service: &Service| {
             let reals = service.groups.iter().flat_map(|group| &group.reals);
             reals.map(|real| (service.name.clone(), real.addr)).collect::<Vec<_>>()
@@ -287,7 +287,7 @@ impl Reals {
             let _ = std::fs::remove_file(&self.file);
             return Ok(());
         }
-        run_files::write(&self.file, drained)
+        run_files::write_note(&self.file, drained)
             .map_err(|source| DrainError::NotSaved { path: self.file.clone(), source })
     }
 

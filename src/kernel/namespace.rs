@@ -1,7 +1,9 @@
 //! Interfaces of two network namespaces may have the same name, and the same bpffs for their pins.
 
 use std::fs;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{MetadataExt as _, symlink};
+use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 
 use super::pins::{self, Pins};
@@ -13,6 +15,25 @@ const OWNER: &str = "namespace";
 /// This process' network namespace, by its inode.
 pub fn own() -> u64 {
     fs::metadata("/proc/self/ns/net").map(|m| m.ino()).unwrap_or_default()
+}
+
+/// A number of this process' network namespace that no other one gets until the next boot, as inodes are
+/// (`SO_NETNS_COOKIE`, Linux 5.14); 0: the kernel has none.
+pub fn cookie() -> u64 {
+    let Ok(socket) = UnixDatagram::unbound() else { return 0 };
+    let mut cookie = 0u64;
+    let mut len = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the socket is open, and both pointers lead to values of the right size, for the whole call.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut len,
+        )
+    };
+    if result == 0 { cookie } else { 0 }
 }
 
 /// Makes the pins this namespace's, unless they are one's that still exists.
