@@ -29,6 +29,7 @@ use crate::config::{Binding, Config, Group, Real, Service};
 use crate::datapath::names::bound_by_words;
 use crate::domain::health::CheckKind;
 use crate::domain::{BrokerTls, ClientRoute, ClientRouteKind, Protocol, TEST_TOPICS};
+use crate::handover::HOST_ADVICE;
 use crate::kernel::BpfError;
 use crate::mqtt::client::{self, ConnectOptions};
 use crate::run_files;
@@ -482,10 +483,7 @@ impl<'a> Test<'a> {
         if self.service.binding != Binding::Delayed || !reason.contains("did not arrive") {
             return reason.to_owned();
         }
-        format!(
-            "{reason}: its host does not take the connection over: `mqtt-fwd host status` there says whether handover \
-             key and clock are right; its firewall must let segments pass that are no SYN"
-        )
+        format!("{reason}: its host does not take the connection over: {HOST_ADVICE}")
     }
 
     fn row(

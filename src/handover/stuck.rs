@@ -7,6 +7,7 @@ use crate::config::Config;
 use crate::datapath::Datapath;
 use crate::datapath::names::Names;
 use crate::domain::Problem;
+use crate::handover::HOST_ADVICE;
 use crate::kernel;
 
 /// In seconds: how long TCP repeats before it is a problem, and for how long it is one if nobody else comes.
@@ -31,8 +32,7 @@ pub fn problems(config: &Config, datapath: &Datapath) -> kernel::Result<Vec<Prob
     let problem = |((service, group), count): ((String, String), usize)| {
         let text = format!(
             "{count} connections that were given to group {group} ({service}) are not taken over there, and their \
-             clients wait: on {}, `mqtt-fwd host status` says whether the handover key is that of `mqtt-fwd keys show` \
-             here and the clock is right; a firewall there must let segments pass that are no SYN",
+             clients wait: on {}, {HOST_ADVICE}",
             hosts(&service, &group)
         );
         Problem::new("handover_stuck", text)

@@ -13,6 +13,7 @@ use crate::brokers::connection::{BrokerStream, tcp_of};
 use crate::brokers::tls::{self, Connector};
 use crate::domain::BrokerTls;
 use crate::domain::health::{CheckKind, HealthCheck};
+use crate::handover::HOST_ADVICE;
 use crate::kernel::tcp;
 use crate::mqtt::client::{self, ConnectOptions};
 use crate::mqtt::proxy_header;
@@ -75,8 +76,7 @@ pub async fn probe(
         return Ok(Err(as_clients(failure.text())));
     }
     Ok(Err(format!(
-        "it does not take connections over ({error}), and accepts new ones: `mqtt-fwd host status` there says whether \
-         its handover key and its clock are right; its firewall must let segments pass that are no SYN"
+        "it does not take connections over ({error}), and accepts new ones: {HOST_ADVICE}"
     )))
 }
 

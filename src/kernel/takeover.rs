@@ -131,6 +131,10 @@ pub fn counters(pins: &Pins) -> Result<Vec<(&'static str, u64)>> {
             takeover_counter::TAKEOVER_REPLAYED,
             "first segments repeated after their connection's end",
         ),
+        (
+            takeover_counter::TAKEOVER_FORGOTTEN,
+            "connections that were gone before TCP had them, and reset: NAT? (notrack)",
+        ),
     ];
     texts
         .into_iter()

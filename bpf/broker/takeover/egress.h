@@ -123,10 +123,18 @@ static __always_inline int from_broker(struct __sk_buff *skb)
 	__u32 at = conn->seq, state = conn->state;
 	conn->done_s = now_s16();
 	conn->state = TAKEN_OVER_DONE;
+	/*
+	 * RST without ACK is TCP's answer to a segment of no connection: where addresses are translated, the
+	 * kernel takes the socket from the segment again (nf_nat_ipv4_local_in(), which finds no port in it).
+	 */
+	bool forgotten = s.flags & bpf_htons(TCP_RST) && !(s.flags & bpf_htons(TCP_ACK));
+	if (forgotten)
+		count(TAKEOVER_FORGOTTEN);
 	if (state == TAKEN_OVER_OPEN)
 		return TC_ACT_UNSPEC;
 	if (!s.payload) {
-		count(TAKEOVER_CONNACK_NONE);
+		if (!forgotten)
+			count(TAKEOVER_CONNACK_NONE);
 		return reset(skb, &s, at + HANDOVER_CONNACK);
 	}
 	if (s.payload >= HANDOVER_CONNACK &&

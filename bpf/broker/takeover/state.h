@@ -33,6 +33,7 @@ enum takeover_counter {
 	TAKEOVER_CONNACK_DIFFERENT, /* connections ended for it */
 	TAKEOVER_CONNACK_NONE, /* connections that their broker ended without one */
 	TAKEOVER_REPLAYED, /* first segments that came once more, after their connection had ended */
+	TAKEOVER_FORGOTTEN, /* by the kernel, before TCP had them */
 	TAKEOVER_COUNTERS,
 };
 MAP(takeover_counters, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, __u64, TAKEOVER_COUNTERS);

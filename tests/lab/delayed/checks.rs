@@ -14,6 +14,13 @@ use mqtt_fwd::kernel::takeover;
 /// Faster than by default, with which it takes 5 to 7 s.
 const CHECK: &str = "health_check = { type = \"mqtt\", path = \"encapsulated\", interval = \"700ms\", timeout = \"500ms\" }";
 
+/// What docs/delayed-binding.md says of NAT on broker hosts.
+const NOTRACK: &str = "table inet mqtt_fwd { \
+    chain in { type filter hook prerouting priority raw; \
+        ip daddr 10.1.50.200 meta l4proto tcp notrack; ip6 daddr fd01:50::200 meta l4proto tcp notrack; }; \
+    chain out { type filter hook output priority raw; \
+        ip saddr 10.1.50.200 meta l4proto tcp notrack; ip6 saddr fd01:50::200 meta l4proto tcp notrack; }; }";
+
 fn lab() -> Option<Lab> {
     if !takeover::supported() {
         return None;
@@ -66,6 +73,30 @@ fn late(minutes: &str, i: usize) -> Session {
             &format!("clock{minutes}-{i}"),
         )
     }
+}
+
+/// NAT, as Docker's: the kernel takes the connection from its segment again. Without connection tracking, all is well.
+fn behind_nat(lab: &Lab, bpffs: &str, not_taken_over: &str) -> Duration {
+    let nat = "table inet docker { chain out { type nat hook output priority -100; \
+        ip daddr 127.0.0.11 tcp dport 53 dnat ip to 127.0.0.11:5353; }; }";
+    lab.ok("r1", &["nft", nat]);
+    let took = named(lab, "NAT", "real_down", not_taken_over);
+    let args = ["mqtt-fwd", "host", "status", "--interface", "eth0", "--bpffs", bpffs];
+    let forgotten = || {
+        let text = lab.ok("r1", &args);
+        let line = text.lines().find(|line| line.contains("gone before TCP had them")).unwrap();
+        line.split_whitespace().next().unwrap().parse::<u64>().unwrap()
+    };
+    let lost = forgotten();
+    assert!(lost > 0);
+    lab.ok("r1", &["nft", NOTRACK]);
+    let arrives = || !output(lab, &["mqtt-fwd", "test", "--service", "mqtt"]).contains("LOST");
+    wait_for("all to arrive", || arrives().then_some(()));
+    let before = forgotten();
+    assert!(arrives());
+    assert_eq!(forgotten(), before);
+    lab.ok("r1", &["nft", "flush ruleset"]);
+    took
 }
 
 #[test]
@@ -151,6 +182,9 @@ fn what_loses_every_message_of_new_clients_is_named_within_ten_seconds() {
     lab.ok("r1", &["nft", rule]);
     took.push(("firewall", named(&lab, "firewall", "real_down", not_taken_over)));
     lab.ok("r1", &["nft", "delete table inet host"]);
+    healthy();
+
+    took.push(("NAT", behind_nat(&lab, &bpffs, not_taken_over)));
     healthy();
 
     lab.ok("gw", &["ip", "link", "set", "r1", "mtu", "1499"]);
