@@ -9,7 +9,8 @@ use super::block_on;
 use super::error::Error;
 use super::table::{self, Output, counted, line};
 use crate::api::{Drained, Run};
-use crate::config::{Config, address};
+use crate::balancer::client::Client;
+use crate::config::{BalancerKind, Config, address};
 
 #[derive(Serialize)]
 struct Row {
@@ -94,6 +95,22 @@ fn json(real: IpAddr, drained: bool, done: Drained) {
 }
 
 impl Drain {
+    /// Katran chooses among the reals of a VIP for what it does not remember, and remembers too little.
+    fn may_reset(&self, config: &Config) -> bool {
+        let groups = config.services.iter().flat_map(|service| &service.groups);
+        let reals = groups.flat_map(|group| &group.reals).filter(|real| real.addr == self.real);
+        if config.balancer != BalancerKind::Katran
+            || reals.into_iter().all(|real| real.vip.is_some())
+        {
+            return false;
+        }
+        let asked = block_on(async {
+            let mut balancer = Client::connect(&config.balancer_endpoint).await?;
+            Ok::<_, Error>(balancer.packets_in_fallback_only().await?)
+        });
+        matches!(asked, Ok(Some(_)))
+    }
+
     pub fn run(&self, config: &Config) -> Result<(), Error> {
         let per_second = self.end_per_second.unwrap_or_default();
         let done = block_on(async {
@@ -108,6 +125,10 @@ impl Drain {
                 "{} of it end as their clients send, {n} per second",
                 counted(done.ending, "connection")
             ),
+            None if self.may_reset(config) => {
+                "established ones that Katran has forgotten are reset: `mqtt-fwd doctor` says why"
+                    .to_owned()
+            }
             None => "established ones stay until they end".to_owned(),
         };
         line(&format!(
