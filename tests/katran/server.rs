@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::support::net::{Background, CONFIG, Net, wait_for};
+use crate::support::net::{Background, CONFIG, Net, PATIENCE, wait_for};
 use crate::support::server::Kind;
 
 /// In the namespace of the test.
@@ -27,7 +27,7 @@ fn status(net: &Net) -> serde_json::Value {
 }
 
 fn wait_healthy(net: &Net, sidecar: &Background) {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + PATIENCE;
     while !status(net)["healthy"].as_bool().unwrap() {
         assert!(Instant::now() < deadline, "{:#}\n{}", status(net), sidecar.log());
         std::thread::sleep(Duration::from_millis(20));
@@ -57,7 +57,12 @@ fn a_balancer_that_is_down_at_start_is_waited_for() {
             net.through_root(&Net::syn("10.1.1.1", 1)).verdict,
             crate::support::datapath::XDP_TX
         );
-        assert_eq!(sidecar.log().matches("not reachable").count(), 1, "{}", sidecar.log());
+        // The same is said once; something else is, that there is a program whose server does not listen yet.
+        let log = sidecar.log();
+        let said = log.lines().filter(|line| line.contains("not reachable"));
+        let mut said: Vec<_> = said.map(|line| line.split_once("WARN").unwrap().1).collect();
+        said.sort_unstable();
+        assert!(said.windows(2).all(|two| two[0] != two[1]), "{log}");
     }
 }
 
@@ -209,12 +214,13 @@ fn a_group_written_another_way_is_refused_with_the_command_that_removes_it() {
         let forwarded = || net.through_root(&syn).verdict == crate::support::datapath::XDP_TX;
         assert!(forwarded());
         for ours in [true, false] {
+            let said = || sidecar.log().matches("which to Katran is another").count();
+            let before = said();
             crate::support::server::add_vip_verbatim(&net, ENDPOINT, "FD01:50::250", 1883);
             assert!(!forwarded(), "{kind:?} sends to the other one's reals: none");
             wait_for("the log to say so", || {
                 let status = status(&net)["balancer"].to_string();
-                (sidecar.log().contains("which to Katran is another") && status.contains("another"))
-                    .then_some(())
+                (said() > before && status.contains("another")).then_some(())
             });
             if ours {
                 net.ok(&["katran", "del-vip", "[FD01:50::250]:1883/tcp"]);

@@ -42,6 +42,15 @@ pub fn config(groups: &[Group], routes: &[(&str, &str)]) -> String {
     text
 }
 
+/// Those of the lab's six that a configuration names; the others' hosts are there without a broker.
+fn brokers_of(config: &str) -> String {
+    let is_named = |i: &u32| {
+        let mut addresses = [format!("10.1.3.20{i}"), format!("fd01:3::20{i}")].into_iter();
+        addresses.any(|addr| config.contains(&addr))
+    };
+    (1..=6).filter(is_named).map(|i| i.to_string()).collect::<Vec<_>>().join(" ")
+}
+
 impl Lab {
     pub fn up(config: &str, options: &[&str]) -> Self {
         let name = format!("t{}x{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
@@ -53,6 +62,7 @@ impl Lab {
             .args(["--config", file.to_str().unwrap()])
             .args(options)
             .args(std::env::var_os("KATRAN_SERVER").map(|_| "--katran"))
+            .env("LAB_BROKERS", brokers_of(config))
             .output()
             .unwrap();
         std::fs::remove_file(&file).unwrap();

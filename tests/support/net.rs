@@ -207,9 +207,12 @@ impl Drop for Background {
     }
 }
 
+/// For what takes a second on an idle machine; at load 20, each process has a tenth of a CPU.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Polls until `ready` gives something.
 pub fn wait_for<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + PATIENCE;
     loop {
         if let Some(value) = ready() {
             return value;
