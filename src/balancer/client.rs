@@ -257,15 +257,6 @@ impl Client {
         Ok(reply.into_inner().into())
     }
 
-    /// Packets whose connections Katran keeps only in its fallback table, which has room for 1,000, if there are such:
-    /// those that it has forgotten do not survive a drain. A few are what this host itself asked its program, on any CPU.
-    pub async fn packets_in_fallback_only(&mut self) -> Result<Option<u64>, BalancerError> {
-        /// Of all look-ups, one in so many may be there.
-        const SHARE: u64 = 100;
-        let (fallback, all) = (self.lru_fallback_stats().await?.v1, self.lru_stats().await?.v1);
-        Ok((fallback * SHARE > all).then_some(fallback))
-    }
-
     /// ICMP "too big" that the balancer sent: IPv4, IPv6.
     pub async fn icmp_too_big_stats(&mut self) -> Result<Stats, BalancerError> {
         let failed = self.failed("getIcmpTooBigStats".to_owned(), CAUSES_READ);

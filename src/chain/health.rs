@@ -88,9 +88,9 @@ fn balancer_problem(
     let Some(map_ids) = &program.map_ids else { return None };
     if program.uses_pinned_map(&pins.service_vips()) == Some(false) {
         let text = format!(
-            "{} (id {}) does not use {}, so reals get packets with a group's VIP inside; build it \
-             and its server with katran-patches/ and the object with -DINNER_DST, start it with the same bpffs and \
-             -map_path, and restart it if the map was replaced",
+            "{} (id {}) does not use {}, so packets of groups are dropped, by it or by reals, which do not know a group's \
+             VIP; build Katran's server and its object (-DINNER_DST) from sources with katran-patches/, start it on the \
+             same bpffs with -map_path, and restart it if the map was replaced",
             program.name,
             program.id,
             pins.service_vips().display()

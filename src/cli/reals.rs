@@ -9,7 +9,6 @@ use super::block_on;
 use super::error::Error;
 use super::table::{self, Output, counted, line};
 use crate::api::{Drained, Run};
-use crate::balancer::client::Client;
 use crate::config::{BalancerKind, Config, address};
 
 #[derive(Serialize)]
@@ -95,20 +94,12 @@ fn json(real: IpAddr, drained: bool, done: Drained) {
 }
 
 impl Drain {
-    /// Katran chooses among the reals of a VIP for what it does not remember, and remembers too little.
-    fn may_reset(&self, config: &Config) -> bool {
+    /// Whether its connections are of a VIP with others, among which Katran chooses for what it has forgotten.
+    fn is_remembered_by_katran(&self, config: &Config) -> bool {
         let groups = config.services.iter().flat_map(|service| &service.groups);
-        let reals = groups.flat_map(|group| &group.reals).filter(|real| real.addr == self.real);
-        if config.balancer != BalancerKind::Katran
-            || reals.into_iter().all(|real| real.vip.is_some())
-        {
-            return false;
-        }
-        let asked = block_on(async {
-            let mut balancer = Client::connect(&config.balancer_endpoint).await?;
-            Ok::<_, Error>(balancer.packets_in_fallback_only().await?)
-        });
-        matches!(asked, Ok(Some(_)))
+        let mut reals = groups.flat_map(|group| &group.reals);
+        let shares_a_vip = reals.any(|real| real.addr == self.real && real.vip.is_none());
+        config.balancer == BalancerKind::Katran && shares_a_vip
     }
 
     pub fn run(&self, config: &Config) -> Result<(), Error> {
@@ -125,9 +116,8 @@ impl Drain {
                 "{} of it end as their clients send, {n} per second",
                 counted(done.ending, "connection")
             ),
-            None if self.may_reset(config) => {
-                "established ones that Katran has forgotten are reset: `mqtt-fwd doctor` says why"
-                    .to_owned()
+            None if self.is_remembered_by_katran(config) => {
+                "established ones stay as long as Katran remembers them".to_owned()
             }
             None => "established ones stay until they end".to_owned(),
         };

@@ -13,7 +13,7 @@ use crate::kernel::BpfError;
 
 /// What is looked at on a broker host that does not take connections over.
 pub const HOST_ADVICE: &str = "`mqtt-fwd host status` there says whether handover key and clock are right; its \
-                               firewall must let segments pass that are no SYN, and its NAT must leave out the \
+                               firewall must let segments pass that are no SYN, and its NAT must not track the \
                                service (notrack)";
 
 /// What can go wrong with it.

@@ -31,6 +31,9 @@ const KERNEL: (u32, u32) = (6, 1);
 /// For a broker to accept a connection.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// Of Katran's look-ups, one in so many may be in its fallback table.
+const FALLBACK_SHARE: u64 = 100;
+
 /// Brokers that are asked at a time.
 const AT_ONCE: usize = 64;
 
@@ -366,7 +369,13 @@ async fn tracking(found: &mut Findings, config: &Config, balancer: Option<Client
     let Some(mut balancer) = balancer.filter(|_| config.balancer == BalancerKind::Katran) else {
         return;
     };
-    if let Ok(Some(packets)) = balancer.packets_in_fallback_only().await {
+    let (Ok(fallback), Ok(all)) = (balancer.lru_fallback_stats().await, balancer.lru_stats().await)
+    else {
+        return;
+    };
+    let packets = fallback.v1;
+    // A few are what this host itself asked the balancer's program, on any processor.
+    if packets * FALLBACK_SHARE > all.v1 {
         found.warning(
             "balancer",
             format!(

@@ -17,7 +17,7 @@ pub fn own() -> u64 {
     fs::metadata("/proc/self/ns/net").map(|m| m.ino()).unwrap_or_default()
 }
 
-/// A number of this process' network namespace that no other one gets until the next boot, as inodes are
+/// A number of this process' network namespace which, unlike its inode, is not given again until the next boot
 /// (`SO_NETNS_COOKIE`, Linux 5.14); 0: the kernel has none.
 pub fn cookie() -> u64 {
     let Ok(socket) = UnixDatagram::unbound() else { return 0 };

@@ -133,7 +133,7 @@ pub fn counters(pins: &Pins) -> Result<Vec<(&'static str, u64)>> {
         ),
         (
             takeover_counter::TAKEOVER_FORGOTTEN,
-            "connections that were gone before TCP had them, and reset: NAT? (notrack)",
+            "connections that the kernel dropped before TCP got them: NAT on this host? (notrack)",
         ),
     ];
     texts

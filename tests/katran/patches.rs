@@ -53,7 +53,9 @@ static int process_packet(struct xdp_md* xdp, __u64 nh_off, bool is_ipv6) {
 "#;
 
 /// The server's side, with two things that are like what is looked for.
-const LOADS: &str = "namespace katran {\n\nvoid KatranLb::reload() {\n  reloadBpfFromFile(config_.balancerProgPath);\n}\n\n\
+const LOADS: &str = "namespace katran {\n\nbool KatranLb::reload() {\n  reloadBpfFromFile(config_.balancerProgPath);\n  \
+                     // createNamedBpfMap\n  use(config_.rootMapPath, standalone_, isMapInBpfObject, \
+                     getPinnedBpfObject, createNamedBpfMap, kMapNoFlags);\n}\n\n\
                      void KatranLb::loadBpfProgs() {\n  int res;\n  // loadBpfProg(config_.balancerProgPath);\n  \
                      res = bpfAdapter_->loadBpfProg(config_.balancerProgPath);\n  if (res) {\n    \
                      throw std::invalid_argument(\"} no\");\n  }\n\n  attach();\n}\n\n} // namespace katran\n";
@@ -135,14 +137,12 @@ fn the_lines_go_where_their_surroundings_say_and_come_out_again() {
     assert!(tree.read(HEADER).contains("inner_dst_restore("));
     let flag = FLAGS.replace("(1 << 9)\n", &format!("(1 << 9)\n{FLAG}"));
     assert_eq!(tree.read(CONSTS), flag);
-    // The pinned map is shared before the program is loaded, and a new one pinned once it was.
+    // The map is shared before the program is loaded.
     let library = tree.read(LIBRARY);
     let order = [
         "int res",
-        "getPinnedBpfObject(innerDstPath)",
+        "updateSharedMap(innerDst",
         "loadBpfProg(config_.balancerProgPath);\n  if",
-        "} no",
-        "if (innerDstPinned && innerDstFd < 0",
         "attach()",
     ];
     let places: Vec<_> = order.iter().map(|text| library.find(text).unwrap()).collect();
@@ -208,11 +208,17 @@ fn where_the_surroundings_are_not_there_nothing_is_changed() {
     }
     let load = "  res = bpfAdapter_->loadBpfProg(config_.balancerProgPath);\n";
     let cases = [
-        (LOADS.replace("::loadBpfProgs", "::start"), "in exactly one place"),
+        (LOADS.replace("::loadBpfProgs", "::start"), "not loaded in loadBpfProgs()"),
+        (
+            LOADS.replace("int res;", "int res;\n}\n\nbool KatranLb::other() {"),
+            "not loaded in loadBpfProgs()",
+        ),
         (LOADS.replace(load, &load.repeat(2)), "in exactly one place"),
         (LOADS.replace(load, ""), "in exactly one place"),
         (LOADS.replace(load, &format!("#ifdef X\n{load}#endif\n")), "in a branch only"),
-        (LOADS.replace("if (res) {", "while (res) {"), "is not where it was"),
+        (LOADS.replace(load, &format!("  if (res)\n{load}")), "in the middle of a statement"),
+        (LOADS.replace(load, &format!("  if (res) {{\n{load}  }}\n")), "in a branch only"),
+        (LOADS.replace("standalone_, ", ""), "there is no standalone_"),
     ];
     for (library, why) in cases {
         let tree = Tree::new(SOURCE);

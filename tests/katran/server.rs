@@ -374,7 +374,17 @@ fn unloading_leaves_a_running_balancer_the_map_that_it_uses() {
         );
         server.signal("KILL");
         server.wait();
+        let mut server = kind.start(&net, ENDPOINT);
+        net.ok(&["apply"]);
+        assert_eq!(status(&net)["healthy"], true);
+        // A balancer that comes first pins a map, which the next load takes.
+        server.signal("KILL");
+        server.wait();
+        net.ok(&["unload", "--keep-state"]);
+        std::fs::remove_file(net.bpf("jmp_eth0_inner_dst")).unwrap();
         let _server = kind.start(&net, ENDPOINT);
+        assert!(net.bpf("jmp_eth0_inner_dst").exists(), "{kind:?}");
+        net.ok(&["load"]);
         net.ok(&["apply"]);
         assert_eq!(status(&net)["healthy"], true);
     }

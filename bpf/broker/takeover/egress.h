@@ -80,7 +80,10 @@ static __always_inline int reset(struct __sk_buff *skb, const struct segment *s,
 	bpf_l4_csum_replace(skb, s->tcp + CHECK_OFFSET, bpf_htons(s->header + s->payload),
 			    bpf_htons(s->header), BPF_F_PSEUDO_HDR | 2);
 	set_word(skb, s, SEQ_OFFSET, s->seq, seq);
-	set_flags(skb, s, (s->flags & ~bpf_htons(TCP_FLAGS_ALL)) | bpf_htons(TCP_RST | TCP_ACK));
+	/* TCP's answer to a segment of no connection acknowledges nothing. */
+	__be16 ack = s->flags & bpf_htons(TCP_RST) ? s->flags & bpf_htons(TCP_ACK)
+						   : bpf_htons(TCP_ACK);
+	set_flags(skb, s, (s->flags & ~bpf_htons(TCP_FLAGS_ALL)) | bpf_htons(TCP_RST) | ack);
 
 	__be16 length;
 	if (s->v6) {

@@ -84,7 +84,7 @@ fn behind_nat(lab: &Lab, bpffs: &str, not_taken_over: &str) -> Duration {
     let args = ["mqtt-fwd", "host", "status", "--interface", "eth0", "--bpffs", bpffs];
     let forgotten = || {
         let text = lab.ok("r1", &args);
-        let line = text.lines().find(|line| line.contains("gone before TCP had them")).unwrap();
+        let line = text.lines().find(|line| line.contains("dropped before TCP got them")).unwrap();
         line.split_whitespace().next().unwrap().parse::<u64>().unwrap()
     };
     let lost = forgotten();
