@@ -111,6 +111,11 @@ fn whom_nobody_has_is_told_so_at_once() {
     f.send(&packet::tcp(conn.client, conn.service, 5, 5, |h| h.rst = true, &[]));
     let asked = misses(&f).remove(0);
     assert_eq!(adopt(&f, &asked, &Answer::Nobody).0, XDP_DROP);
+    // Nor is an acknowledgement alone: it may be of a handshake whose CONNECT is still to come.
+    let other = Conn::new(&f, "10.1.1.1:40001");
+    f.send(&other.segment(&[]));
+    let asked = misses(&f).remove(0);
+    assert_eq!(adopt(&f, &asked, &Answer::Nobody).0, XDP_DROP);
 }
 
 #[test]

@@ -5,7 +5,7 @@
  *
  *   a broker host has it   a flow, bound to that host alone; the segment goes on
  *   the store has it       its CONNECT is kept here now; the segment is what it waits for
- *   nobody has it          RST, if the segment asks for an answer
+ *   nobody has it          RST, to data and FIN
  *   another balancer does  what is kept here is forgotten
  */
 #ifndef MQTT_FWD_FLEET_ADOPT_H
@@ -130,7 +130,8 @@ int mqtt_adopt(struct xdp_md *ctx)
 	default:
 		adopt_forget(&c, t, true);
 		count(REASON_NOBODY_HAS_IT);
-		if (!answers || !answer_reset(ctx, &c, fin))
+		/* An acknowledgement alone is the last of a connection, or the first, whose CONNECT is still to come. */
+		if (!answers || !(c.payload_length || fin) || !answer_reset(ctx, &c, fin))
 			return XDP_DROP;
 		count(REASON_REFUSED);
 		return XDP_TX;

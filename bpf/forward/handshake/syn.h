@@ -28,12 +28,15 @@ static __always_inline int handshake_syn(struct xdp_md *ctx, struct conn *c, str
 		count(REASON_WAIT_DROPPED);
 		return XDP_DROP;
 	}
+	/* No more than a hint: anybody can send one. */
 	f = flow_find(c, t);
-	if (f && !(f->flags & FLOW_REUSED_PORT)) {
-		/* No more than a hint: anybody can send one. */
+	if (f && !(f->flags & FLOW_REUSED_PORT))
 		f->flags |= FLOW_REUSED_PORT;
-		cache_correct(c, t, 0);
-	}
+	/*
+	 * The cache may remember a flow that the table does not: it would send the acknowledgement of this SYN-ACK to that
+	 * flow's broker, which answers RST, or asks a fleet who has it, and nobody has yet.
+	 */
+	cache_correct(c, t, 0);
 	if (answer_syn(ctx, c, svc)) {
 		count(REASON_SYN_ANSWERED);
 		return XDP_TX;

@@ -138,6 +138,33 @@ fn a_device_that_is_back_on_its_port_is_served_whatever_its_numbers() {
     }
 }
 
+/// What is remembered of a flow that is not in the table any more must not send the next one's handshake to its broker,
+/// which would answer RST (and in a fleet, nobody has it yet).
+#[test]
+fn a_device_is_served_whose_last_flow_only_the_cache_remembers() {
+    let f = delayed();
+    for (addr, isn) in [("10.1.1.7:5000", 1u32 << 31), ("[fd01:1::7]:5000", 1 << 30)] {
+        let (mut old, length) = open(&f, Client::new(addr, isn), b"sensor/a");
+        // Its broker has it, and it acknowledges what that sends.
+        let acknowledged = |c: &Client, i: u32| {
+            let more = Client { ack: c.ack.wrapping_add(20 + i), ..c.clone() };
+            f.send(&more.segment(length, &[], |_| {}))
+        };
+        assert!((0..9).all(|i| acknowledged(&old, i).verdict == JUMPED));
+        let flows = f.datapath.flows.mapped().unwrap();
+        let all: Vec<u64> = flows.entries().map(|(_, flow)| flow.id).collect();
+        assert!(all.iter().all(|id| flows.places().remove(*id)), "evicted");
+        assert!((0..9).any(|i| acknowledged(&old, i).verdict == JUMPED), "the cache has it");
+
+        old.isn = old.isn.wrapping_add(80_000_000);
+        old.opened(&reply(&f.send(&old.syn())));
+        let (outcome, rose) = f.send_counting(&old.segment(0, &[], |_| {}));
+        assert_eq!((outcome.verdict, rose.get("handshake")), (XDP_DROP, Some(&1)), "{rose:?}");
+        open(&f, Client::new(addr, isn.wrapping_add(160_000_000)), b"sensor/b");
+        assert_eq!(f.flow(old.addr).unwrap().group, "b");
+    }
+}
+
 #[test]
 fn a_first_segment_that_is_lost_twice_from_one_port_ends_nobody() {
     let f = delayed();
