@@ -214,13 +214,14 @@ fn a_group_written_another_way_is_refused_with_the_command_that_removes_it() {
         let forwarded = || net.through_root(&syn).verdict == crate::support::datapath::XDP_TX;
         assert!(forwarded());
         for ours in [true, false] {
-            let said = || sidecar.log().matches("which to Katran is another").count();
-            let before = said();
+            let said = |text: &str| sidecar.log().matches(text).count();
+            let (another, well) = ("which to Katran is another", "all is as configured");
+            let (before, well_before) = (said(another), said(well));
             crate::support::server::add_vip_verbatim(&net, ENDPOINT, "FD01:50::250", 1883);
             assert!(!forwarded(), "{kind:?} sends to the other one's reals: none");
             wait_for("the log to say so", || {
                 let status = status(&net)["balancer"].to_string();
-                (said() > before && status.contains("another")).then_some(())
+                (said(another) > before && status.contains("another")).then_some(())
             });
             if ours {
                 net.ok(&["katran", "del-vip", "[FD01:50::250]:1883/tcp"]);
@@ -229,6 +230,8 @@ fn a_group_written_another_way_is_refused_with_the_command_that_removes_it() {
                 crate::support::server::del_vip_verbatim(&net, ENDPOINT, "FD01:50::250", 1883);
             }
             wait_for(&format!("forwarding; {}", sidecar.log()), || forwarded().then_some(()));
+            // What it says once it says again only after it was well.
+            wait_for("the log to say so", || (said(well) > well_before).then_some(()));
             wait_healthy(&net, &sidecar);
         }
     }
