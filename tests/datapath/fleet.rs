@@ -16,7 +16,7 @@ use mqtt_fwd::kernel::ask::{Asked, Had, Question, read_answer};
 use mqtt_fwd::kernel::maps::Table;
 use mqtt_fwd::kernel::skeletons::decap::DecapSkelBuilder;
 use std::mem::MaybeUninit;
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 
 /// In a fleet; bound by prediction.
 fn fleet(text: &str) -> Fixture {
@@ -158,6 +158,54 @@ fn a_connection_that_ended_elsewhere_does_not_keep_its_port() {
     }
 }
 
+/// As a broker host does with what it has no connection for; or a client, whose number it is by chance.
+fn mark_as_returned(frame: &mut [u8], client: SocketAddr) {
+    if client.is_ipv4() {
+        frame[18..20].copy_from_slice(&0x4dffu16.to_be_bytes());
+        frame[20] |= 0x40;
+        frame[24..26].fill(0);
+        let sum = packet::checksum(&[&frame[14..34]]);
+        frame[24..26].copy_from_slice(&sum.to_be_bytes());
+    } else {
+        frame[16..18].copy_from_slice(&0x4dffu16.to_be_bytes());
+    }
+}
+
+#[test]
+fn a_client_whose_own_number_is_that_mark_is_served() {
+    let f = fleet(&delayed());
+    let keys = mqtt_fwd::kernel::abi::handover_keys { key: [[1, 2], [3, 4]], epoch: 1, pad: 0 };
+    f.datapath.handover_keys.put(&0, &keys).unwrap();
+    let clients = ["10.1.1.1:40000", "[fd01:1::1]:40000"];
+    // The first one leaves a flow on the addresses of the second.
+    for (client, marks) in clients.iter().flat_map(|client| [(client, false), (client, true)]) {
+        let mut conn = Conn::new(&f, client);
+        conn.isn = conn.isn.wrapping_add(u32::from(marks) * 80_000_000);
+        let send = |conn: &Conn, payload: &[u8]| {
+            let mut frame = conn.segment(payload);
+            if marks {
+                mark_as_returned(&mut frame, conn.client);
+            }
+            let (outcome, rose) = f.send_counting(&frame);
+            assert_eq!(rose.get("missed"), None, "{rose:?}");
+            outcome
+        };
+        let syn = packet::tcp(conn.client, conn.service, conn.isn, 0, |h| h.syn = true, &[]);
+        let syn_ack = f.send(&syn);
+        let headers = etherparse::PacketHeaders::from_ethernet_slice(&syn_ack.packet).unwrap();
+        conn.ack = headers.transport.unwrap().tcp().unwrap().sequence_number.wrapping_add(1);
+        assert_eq!(send(&conn, &[]).verdict, XDP_DROP, "the handshake's last");
+        let id = format!("{client}{marks}");
+        let connect = mqtt::connect_as(4, 2, id.as_bytes(), &[]);
+        assert_eq!(send(&conn, &connect).verdict, XDP_TX, "CONNACK");
+        conn.sent += connect.len() as u32;
+        conn.ack = conn.ack.wrapping_add(4);
+        let bound = send(&conn, &mqtt::publish(b"sensor/a", 0, b"1"));
+        assert_eq!(bound.verdict, JUMPED, "with CONNECT in front");
+        assert!(misses(&f).is_empty());
+    }
+}
+
 #[test]
 fn what_comes_back_from_a_broker_host_is_asked_for() {
     for client in ["10.1.1.1:40000", "[fd01:1::1]:40000"] {
@@ -169,15 +217,7 @@ fn what_comes_back_from_a_broker_host_is_asked_for() {
             conn.data_at(conn.sent, &[]);
         }
         let mut frame = conn.segment(&[]);
-        if conn.client.is_ipv4() {
-            frame[18..20].copy_from_slice(&0x4dffu16.to_be_bytes());
-            frame[20] |= 0x40;
-            frame[24..26].fill(0);
-            let sum = packet::checksum(&[&frame[14..34]]);
-            frame[24..26].copy_from_slice(&sum.to_be_bytes());
-        } else {
-            frame[16..18].copy_from_slice(&0x4dffu16.to_be_bytes());
-        }
+        mark_as_returned(&mut frame, conn.client);
         let (outcome, counters) = f.send_counting(&frame);
         assert_eq!(outcome.verdict, XDP_DROP);
         assert_eq!(counters, [("missed", 1), ("returned", 1)].into_iter().collect());

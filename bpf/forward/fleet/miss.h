@@ -14,6 +14,7 @@
 #define MQTT_FWD_FLEET_MISS_H
 
 #include "../flow/delayed.h"
+#include "../handshake/handovers.h"
 #include "../handshake/untracked.h"
 #include "../report.h"
 #include "../services.h"
@@ -52,18 +53,40 @@ static __always_inline bool miss_again(const struct conn *c, const struct servic
 	return true;
 }
 
+/*
+ * Whether a segment that is marked as one that came back belongs here, and the mark is the client's own number: one of
+ * its packets in 65,536 has it. No broker has what only acknowledges the SYN-ACK, or the CONNACK, that a balancer sent.
+ */
+static __always_inline bool is_still_here(struct xdp_md *ctx, const struct conn *c)
+{
+	const struct handover *h = handover_find(c);
+
+	if (h && h->state <= HANDOVER_SILENT && c->ack - h->server <= HANDOVER_CONNACK &&
+	    c->seq - h->start <= h->connect_length)
+		return true;
+	read_options(ctx, c);
+	return has_cookie(ctx, c);
+}
+
 SEC("xdp")
 int mqtt_miss(struct xdp_md *ctx)
 {
 	const struct service_table *t = current_table();
 	struct scratch *w = scratch();
+	const struct service *svc = t && w ? service_at(t, w->tail_args.slot) : NULL;
 	struct conn *c;
 
-	if (!t || !w)
+	if (!svc)
 		return XDP_DROP;
 	c = &w->tail_args.conn;
-	if (c->touches & RETURNED)
+	if (c->touches & RETURNED) {
+		if (svc->binding == BINDING_DELAYED && is_still_here(ctx, c)) {
+			c->touches &= ~RETURNED;
+			bpf_tail_call(ctx, &stages, STAGE_HANDSHAKE);
+			return XDP_DROP;
+		}
 		count(REASON_RETURNED);
+	}
 	if (((c->payload_length || c->flags & bpf_htons(TCP_FIN)) || miss_again(c, t)) &&
 	    budget_take(&budgets, BUDGET_MISSES, misses_per_window) &&
 	    report_segment(ctx, c, REPORT_MISSED))
