@@ -172,7 +172,7 @@ struct flow {
 		__u64 next; /* first sequence number that the parser still wants | tag << 32 */
 		__u64 rescue_next; /* FLOW_RESCUED: that the sidecar still wants | tag << 32 */
 	};
-	__u64 topic; /* of the last PUBLISH, 0: none yet */
+	__u64 topic_print; /* what tells `topic` from others (forward/mqtt/topic_group.h); 0: not known */
 	__u32 end; /* sequence number behind the last byte that was seen */
 	__u32 remaining; /* of the current control packet: remaining length, or what is left of it */
 	__u32 generation; /* of the routes that judged `topic` */
@@ -214,13 +214,14 @@ struct flow {
 		/* Not BOUND_BY_PREDICTION: key in `client_ids`, or, TLS, in `server_names`; 0: none. */
 		__u64 client_id;
 	};
+	__u64 topic; /* of the last PUBLISH, a key in `topics`; 0: none yet */
 	__u8 bound_by; /* enum bound_by */
 	__u8 fallback_reason; /* enum fallback_reason */
 	__u8 v6;
 	__u8 pad;
 	struct flow6 key; /* IPv4 in addr[0] */
 	__u32 closed_s; /* FLOW_CLOSING: since when, CLOCK_BOOTTIME seconds */
-	__u8 pad2[20];
+	__u8 pad2[12];
 };
 SIZE_IS(struct flow, 128);
 _Static_assert(__builtin_offsetof(struct flow, candidate_start) == 64,

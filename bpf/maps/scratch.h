@@ -18,6 +18,7 @@
 /* A PUBLISH to be judged. */
 struct publish {
 	__u64 hash; /* of the topic */
+	__u64 print; /* likewise, see struct flow; 0: not known */
 	__u64 place; /* see struct topic; 0: it was not asked for, or is not known */
 	binding_t to; /* where it belongs; 0: nowhere (group gone) */
 	__u32 generation; /* of the routes that say so */
@@ -136,15 +137,13 @@ struct scratch {
 	__u32 topic_length; /* STOP_TOPIC */
 	__u32 after_topic; /* STOP_TOPIC: bytes of the packet behind its topic */
 	__u32 new_data_off; /* of the bytes that are new, offset from the start of the frame */
-	/* A topic of this segment that is the flow's last: offset from the start of the frame, bytes. */
-	__u32 last_topic_off;
-	__u32 last_topic_len;
 	__u32 end_before; /* the flow's end before this segment: its broker may have what lies before that */
 	__u32 slot; /* of the service that is framed for */
 	__u32 relay_asked; /* for this segment, whether the flow belongs to the relay */
 	__u32 tally[PUBLISH_REASONS]; /* for counters[REASON_PUBLISH …], once a segment */
 	__u32 published; /* PUBLISHes of this segment; counted only where [limits] bounds them */
 	__u64 hash; /* STOP_TOPIC */
+	__u64 print; /* STOP_TOPIC */
 	struct publish publish;
 	/* What a client's record is to hear of: a topic's hash, and its group. */
 	__u64 lesson_topic;

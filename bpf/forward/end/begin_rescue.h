@@ -127,7 +127,7 @@ static __always_inline bool rescue_begin(struct xdp_md *ctx, const struct conn *
 			f->end = w->end_before;
 		f->flags &= ~(FLOW_ENDED | FLOW_RESCUED);
 		f->parser = PARSER_TYPE;
-		f->topic = 0;
+		flow_topic(f, 0, 0);
 		flow_next(f, c, f->end_seq);
 		count(REASON_RESCUE_DAMAGED);
 		return false;

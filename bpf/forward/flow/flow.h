@@ -71,6 +71,13 @@ static __always_inline void flow_next(struct flow *f, const struct conn *c, __u3
 	WRITE_ONCE(f->next, tagged(c, next));
 }
 
+/* The flow's last topic, and what tells it from others (see struct flow). */
+static __always_inline void flow_topic(struct flow *f, __u64 topic, __u64 print)
+{
+	f->topic = topic;
+	f->topic_print = print;
+}
+
 static __always_inline void flow_close(struct flow *f)
 {
 	f->flags |= FLOW_CLOSING;

@@ -53,7 +53,6 @@ __noinline int frame_packets(struct xdp_md *ctx, struct flow *f, const struct co
 	w->start = STARTED_BEFORE;
 	w->budget = TOPIC_BUDGET;
 	w->relay_asked = false;
-	w->last_topic_len = 0;
 	__builtin_memset(w->tally, 0, sizeof(w->tally));
 	if (f->parser == PARSER_TOPIC) {
 		w->stream_key = c->key;

@@ -15,6 +15,7 @@ static __noinline int whole_topic(const struct parse *p)
 	struct scratch *w = p->w;
 
 	w->publish.hash = w->hash;
+	w->publish.print = w->print;
 	w->publish.inside = false;
 	topic_judge(p->ctx, p->t, service_of(p), w, w->offset, w->topic_length);
 	p->f->parser = PARSER_TYPE;
@@ -44,6 +45,7 @@ static __noinline enum streamed streamed_topic(const struct parse *p)
 		return STREAM_GOES_ON;
 
 	w->publish.hash = siphash_stream_final(&w->stream.whole);
+	w->publish.print = 0;
 	w->publish.generation = w->stream.generation;
 	w->publish.inside = w->start == STARTED_BEFORE;
 	f->parser = PARSER_TYPE;

@@ -73,21 +73,21 @@ static __always_inline bool parse_whole(const struct parse *p, struct span *s)
 	}
 
 	__u32 topic = s->offset + h.length;
-	__u64 hash;
-	if (topic + h.topic <= s->end && is_same_topic(p->ctx, w, topic, h.topic)) {
-		hash = f->topic;
-	} else {
-		hash = header_topic(p->ctx, p->t, service_of(p)->id, &h, s->offset, s->end);
-		w->last_topic_len = 0;
+	bool whole = h.topic <= TOPIC_TEXT_MAX && topic + h.topic <= s->end;
+	__u64 print = whole ? topic_print(p->ctx, p->t, topic, h.topic, TOPIC_TEXT_MAX) : 0;
+	bool last = is_last_topic(f, p->t, print);
+	__u64 hash = last    ? f->topic
+		     : whole ? topic_hash(p->ctx, p->t, service_of(p)->id, topic, h.topic)
+			     : 0;
+
+	if (hash && hash == f->topic && f->generation == p->t->generation) {
+		f->topic_print = print; /* not known of one that was split */
+		last = true;
 	}
-	if (is_last_topic(f, p->t, hash)) {
-		w->last_topic_off = topic;
-		w->last_topic_len = h.topic;
-		if (publish_again(f)) {
-			tally(w, publish_reason(f));
-			packet_end(p, s, h.length + h.remaining);
-			return true;
-		}
+	if (last && publish_again(f)) {
+		tally(w, publish_reason(f));
+		packet_end(p, s, h.length + h.remaining);
+		return true;
 	}
 	w->start = s->offset;
 	s->offset = topic;
@@ -97,6 +97,7 @@ static __always_inline bool parse_whole(const struct parse *p, struct span *s)
 	} else {
 		w->stop_reason = STOP_TOPIC;
 		w->hash = hash;
+		w->print = print;
 		w->topic_length = h.topic;
 		w->after_topic = h.remaining - h.topic;
 	}

@@ -26,20 +26,35 @@ static __always_inline bool is_plain(const struct flow *f)
 	       (f->flags & FLOW_CONNECTED && f->connect & FLOW_ACCEPTED);
 }
 
-/* The offset behind the PUBLISH that a segment begins with, which may lie beyond its end; 0: it is not plain. */
+/*
+ * How far the PUBLISH reaches that a segment begins with: bytes of the segment and beyond it. 0: it is not plain, as is one
+ * that claims 16 KiB or more, or has another packet behind it.
+ */
 static __always_inline __u32 plain_publish(struct xdp_md *ctx, struct flow *f, const struct conn *c,
 					   const struct service_table *t)
 {
-	__u32 end = c->payload + c->payload_length;
-	struct header h;
+	/* MQTT 3.1.1 §2.2, §3.3: the shortest with a topic has five bytes. */
+	const __u8 *p = frame_at(ctx, c->payload, 5);
+	__u32 rest, topic, header = 4;
 
-	if (read_header(ctx, c->payload, end, &h) != HEADER_WHOLE || h.type >> 4 != MQTT_PUBLISH ||
-	    !h.topic || c->payload + h.length + h.remaining < end ||
-	    !is_last_topic(f, t, header_topic(ctx, t, c->key.service, &h, c->payload, end)) ||
+	if (!p || p[0] >> 4 != MQTT_PUBLISH || !type_valid(p[0]))
+		return 0;
+	rest = p[1];
+	topic = p[2] << 8 | p[3];
+	if (rest & 0x80) {
+		if (p[2] & 0x80)
+			return 0;
+		rest = (rest & 0x7f) | p[2] << 7;
+		topic = p[3] << 8 | p[4];
+		header = 5;
+	}
+	if (!topic || topic > TOPIC_TEXT_MAX || header + topic > c->payload_length ||
+	    !topic_fits(p[0], topic, rest) || header - 2 + rest < c->payload_length ||
+	    !is_last_topic(f, t, topic_print(ctx, t, c->payload + header, topic, TOPIC_TEXT_MAX)) ||
 	    !publish_again(f))
 		return 0;
 	count(publish_reason(f));
-	return c->payload + h.length + h.remaining;
+	return header - 2 + rest;
 }
 
 /* Frames a plain segment. Returns false, having changed nothing, if it is another. */
@@ -63,7 +78,7 @@ static __always_inline bool frame_plain(struct xdp_md *ctx, struct flow *f, cons
 		if (!behind)
 			return false;
 		f->ack = c->ack;
-		flow_next(f, c, c->seq + (behind - c->payload));
+		flow_next(f, c, c->seq + behind);
 	}
 	flow_seen(f, c, c->payload_length);
 	return true;

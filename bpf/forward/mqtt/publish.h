@@ -26,7 +26,7 @@ static __always_inline enum reason publish_reason(const struct flow *f)
  */
 static __always_inline bool publish_again(struct flow *f)
 {
-	if (f->flags & FLOW_TRUSTED && !(f->flags & (FLOW_ENDED | FLOW_ANY_TOPIC)) && f->topic) {
+	if (f->flags & FLOW_TRUSTED && !(f->flags & (FLOW_ENDED | FLOW_ANY_TOPIC))) {
 		if (f->unrecorded + 1 >= UNRECORDED_MAX)
 			return false;
 		f->unrecorded++;
@@ -181,7 +181,7 @@ __noinline int publish_judge(const struct conn *c, struct flow *f, const struct 
 	if (!same_group)
 		publish_record_rest(c, f, t, svc);
 	messages = f->unrecorded + 1;
-	f->topic = p->hash;
+	flow_topic(f, p->hash, p->print);
 	f->generation = p->generation;
 	if (same_group && right && f->flags & FLOW_PUBLISHED && messages < UNRECORDED_MAX) {
 		/* Another topic of the flow's own group: nothing new about the client. */
@@ -225,7 +225,7 @@ __noinline int publish_judge(const struct conn *c, struct flow *f, const struct 
 	if (seq_before(p->start, w->end_before)) {
 		/* Repeated behind a gap: its broker has it. The next one will be judged. */
 		may_end = false;
-		f->topic = 0;
+		flow_topic(f, 0, 0);
 		f->unrecorded = 0;
 	} else {
 		rescued = f->flags & FLOW_TRUSTED && p->to && rescue_possible(c, f, svc, p->inside);

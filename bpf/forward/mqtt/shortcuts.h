@@ -11,48 +11,12 @@
 #include "parse_state.h"
 
 #define SIMPLE_PACKETS 8 /* at once */
-#define SAME_TOPIC_MAX 32 /* bytes that are compared rather than hashed */
-
-/* The hash of a PUBLISH's topic if all of it lies in the segment and is not long; else 0. */
-static __always_inline __u64 header_topic(struct xdp_md *ctx, const struct service_table *t,
-					  __u32 service, const struct header *h, __u32 offset,
-					  __u32 end)
-{
-	if (h->topic > TOPIC_TEXT_MAX || offset + h->length + h->topic > end)
-		return 0;
-	return topic_hash(ctx, t, service, offset + h->length, h->topic);
-}
+#define SAME_TOPIC_MAX 32 /* bytes of a topic of theirs */
 
 static __always_inline bool is_last_topic(const struct flow *f, const struct service_table *t,
-					  __u64 hash)
+					  __u64 print)
 {
-	return hash && hash == f->topic && f->generation == t->generation;
-}
-
-/* Whether the topic at `offset` is the one at w->same, the flow's last. Short ones only. */
-static __always_inline bool is_same_topic(struct xdp_md *ctx, const struct scratch *w, __u32 offset,
-					  __u32 length)
-{
-	__u32 same = w->last_topic_off;
-	const __u8 *a, *b;
-
-	if (!length || length != w->last_topic_len || length > SAME_TOPIC_MAX)
-		return false;
-#pragma unroll
-	for (__u32 i = 0; i < SAME_TOPIC_MAX / 8; i++) {
-		if (8 * i + 8 > length)
-			break;
-		a = frame_at(ctx, same + 8 * i, 8);
-		b = frame_at(ctx, offset + 8 * i, 8);
-		if (!a || !b || *(__u64 *)a != *(__u64 *)b)
-			return false;
-	}
-	if (!(length & 7))
-		return true;
-	/* The eight bytes that end with the topic: headers lie before it, always. */
-	a = frame_at(ctx, same + length - 8, 8);
-	b = frame_at(ctx, offset + length - 8, 8);
-	return a && b && !((load_le64(a) ^ load_le64(b)) >> (64 - 8 * (length & 7)));
+	return print && print == f->topic_print && f->generation == t->generation;
 }
 
 /*
@@ -65,8 +29,7 @@ static __always_inline bool publish_unjudged(const struct parse *p, __u32 offset
 	struct flow *f = p->f;
 
 	tally(w, f->flags & FLOW_ENDED ? REASON_PUBLISH_LOST : REASON_UNJUDGED);
-	w->last_topic_len = 0;
-	f->topic = 0;
+	flow_topic(f, 0, 0);
 	f->unrecorded = 0;
 	f->flags &= ~(FLOW_MISROUTED | FLOW_ANY_TOPIC);
 	if (w->relay_asked || service_of(p)->relay == NO_GROUP)
@@ -79,7 +42,7 @@ static __always_inline bool publish_unjudged(const struct parse *p, __u32 offset
 
 /*
  * A few control packets that ask for nothing but a look at their header: not PUBLISH, or with an
- * alias, or with the topic at w->last_topic_off; with a remaining length of one byte. Segments can hold
+ * alias, or with the flow's last topic; with a remaining length of one byte. Segments can hold
  * hundreds. Leaves the first other one to parse_whole().
  */
 static __always_inline void skip_simple(const struct parse *p, struct span *s)
@@ -110,12 +73,12 @@ static __always_inline void skip_simple(const struct parse *p, struct span *s)
 					return;
 				continue;
 			}
-			if (topic &&
-			    (s->offset + 4 + topic > s->end || f->generation != p->t->generation ||
-			     !is_same_topic(p->ctx, w, s->offset + 4, topic) || !publish_again(f)))
+			if (topic && (topic > SAME_TOPIC_MAX || s->offset + 4 + topic > s->end ||
+				      !is_last_topic(f, p->t,
+						     topic_print(p->ctx, p->t, s->offset + 4, topic,
+								 SAME_TOPIC_MAX)) ||
+				      !publish_again(f)))
 				return;
-			if (topic)
-				w->last_topic_off = s->offset + 4;
 			tally(w, publish_reason(f));
 		}
 		s->offset += 2 + rest;

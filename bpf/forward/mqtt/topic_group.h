@@ -57,6 +57,46 @@ static __always_inline __u64 topic_hash(struct xdp_md *ctx, const struct service
 	return text_hash(ctx, t->topic_key[0] ^ service, t->topic_key[1], offset, length);
 }
 
+/*
+ * What tells a topic from its flow's last, in a fifth of the time of its hash: a word of the text in, one to one. Two
+ * topics of a flow that have the same print, which only its own client can contrive, are one topic to it.
+ */
+static __always_inline __u64 print_word(__u64 print, __u64 word)
+{
+	print = (print ^ word) * 0x9e3779b97f4a7c15ULL;
+	return print ^ print >> 32;
+}
+
+/* The print of a topic that lies in the frame and is at most `max` long; 0: it does not. */
+static __always_inline __u64 topic_print(struct xdp_md *ctx, const struct service_table *t,
+					 __u32 offset, __u32 length, const __u32 max)
+{
+	__u64 print = print_word(t->topic_key[0], length);
+	const void *end = frame_end(ctx);
+	const __u8 *pos = frame_start(ctx);
+	__u32 left = length;
+
+	pos += offset & FRAME_MASK;
+	for (__u32 i = 0; i < max / 8; i++) {
+		if (left < 8)
+			break;
+		/* As in text_hash(). */
+		barrier_var(pos);
+		if ((void *)(pos + 8) > end)
+			return 0;
+		print = print_word(print, load_le64(pos));
+		pos += 8;
+		left -= 8;
+	}
+	if (left) {
+		pos = frame_at(ctx, offset + length - 8, 8);
+		if (!pos)
+			return 0;
+		print = print_word(print, load_le64(pos) >> (64 - 8 * (left & 7)));
+	}
+	return print ?: 1;
+}
+
 /* The group of the topic in w->stream, which is complete. */
 static __always_inline binding_t stream_binding(const struct scratch *w, const struct service *svc)
 {
