@@ -15,9 +15,7 @@ use std::hint::black_box;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd as _, BorrowedFd};
 
-use common::{
-    Bench, CONFIG, Case, case, load_balancer, load_rewind, open_and_publish, rewind_to,
-};
+use common::{Bench, CONFIG, Case, case, load_balancer, load_rewind, open_and_publish, rewind_to};
 use mqtt_fwd::config::MapSizes;
 use mqtt_fwd::kernel::chain;
 use mqtt_fwd::kernel::test_run;

@@ -22,6 +22,7 @@ use crate::domain::Health;
 use crate::domain::vip::mac_text;
 use crate::handover::keys::{KeyFile, now};
 use crate::instance;
+use crate::kernel::chain::remembered_connections;
 use crate::kernel::{driver, privileges, xdp};
 use crate::reconcile::plan::Plan;
 use crate::reconcile::{ReconcileError, gateway};
@@ -148,6 +149,9 @@ pub async fn examine(context: &Context) -> Vec<Finding> {
     };
     path_to_reals(&mut found, config, balancer.clone()).await;
     tracking(&mut found, config, balancer).await;
+    if let Some(datapath) = &datapath {
+        remembering(&mut found, config, datapath);
+    }
     brokers(&mut found, config).await;
     checks(&mut found, context);
     of_fleet(&mut found, context);
@@ -383,6 +387,31 @@ async fn tracking(found: &mut Findings, config: &Config, balancer: Option<Client
                  drain, or a changed weight, resets those that it has forgotten (lru_fallback)"
             ),
             "start it with -forwarding_cores and -numa_nodes, a number for each processor: docs/katran.md",
+        );
+    }
+}
+
+/// Katran forgets the connections that were silent for the longest time, and counts none of them.
+fn remembering(found: &mut Findings, config: &Config, datapath: &Datapath) {
+    // What it forgets goes to the same real again where a VIP has no other.
+    let mut groups = config.services.iter().flat_map(|service| &service.groups);
+    let chooses = groups.any(|g| g.reals.len() > 1 && g.reals.iter().any(|r| r.vip.is_none()));
+    if config.balancer != BalancerKind::Katran || !chooses {
+        return;
+    }
+    let (Some(room), Ok(maps)) = (remembered_connections(&config.pins()), datapath.map_uses())
+    else {
+        return;
+    };
+    let standing: u64 = maps.iter().filter(|map| map.map == "flows").map(|map| map.used).sum();
+    if standing > room {
+        found.warning(
+            "balancer",
+            format!(
+                "Katran has room for {room} connections, and {standing} stand: a drain, or a changed weight, resets those \
+                 that it has forgotten"
+            ),
+            "start it with a -lru_size of twice the connections that you expect: docs/katran.md",
         );
     }
 }

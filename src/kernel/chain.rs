@@ -1,6 +1,6 @@
 //! The chain: `root_array` and what is in its positions.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::path::PathBuf;
@@ -49,6 +49,19 @@ pub fn real_traffic(pins: &Pins) -> Option<BTreeMap<IpAddr, (u64, u64)>> {
         *all = (all.0 + sum.0, all.1 + sum.1);
     }
     Some(traffic)
+}
+
+/// Connections that a Katran remembers, at most: it has a table for each CPU that forwards. `None`: it is no Katran, or this
+/// process may not look.
+pub fn remembered_connections(pins: &Pins) -> Option<u64> {
+    let tables = balancers_map(pins, "lru_mapping")?;
+    let of_cpu = |cpu: u32| {
+        let id = tables.lookup(cpu.bytes(), MapFlags::ANY).ok()??;
+        Some(u32::from_bytes(&id))
+    };
+    let ids: BTreeSet<u32> = (0..tables.max_entries()).filter_map(of_cpu).collect();
+    let tables = ids.into_iter().filter_map(|id| MapHandle::from_map_id(id).ok());
+    Some(tables.map(|table| u64::from(table.max_entries())).sum())
 }
 
 /// A map of the program in the balancer's position, or of the embedded one, by its pin.

@@ -188,6 +188,42 @@ fn long_topics_route_by_all_of_their_bytes() {
 }
 
 #[test]
+fn a_topic_is_told_from_the_flow_s_last_by_each_of_its_bytes() {
+    let f = Fixture::new();
+    let mut c = Conn::open(&f, "10.1.1.1:4000");
+    c.data(&mqtt::connect(4));
+    let publish = |topic: &[u8]| mqtt::publish(topic, 0, b"1");
+    let client = c.client;
+    let last = || f.flow(client).unwrap().topic;
+    for length in (1..=40).chain([64, 127, 255, 256]) {
+        let topic = vec![b'x'; length];
+        let mut others: Vec<Vec<u8>> = [0, 7, 8, 31, 32, length / 2, length - 1]
+            .into_iter()
+            .filter(|at| *at < length)
+            .map(|at| {
+                let mut other = topic.clone();
+                other[at] = b'y';
+                other
+            })
+            .collect();
+        others.extend([vec![b'x'; length + 1], vec![b'x'; length - 1]]);
+        others.retain(|other| (1..=256).contains(&other.len()));
+        for other in others {
+            // In segments of their own, and in one.
+            for segments in [vec![&topic, &topic, &other], vec![&topic]] {
+                for topic in segments {
+                    c.data(&publish(topic));
+                    assert_eq!(last().as_bytes(), topic, "{}", topic.len());
+                }
+            }
+            c.data(&[publish(&topic), publish(&topic), publish(&other)].concat());
+            assert_eq!(last().as_bytes(), other, "{}", other.len());
+        }
+    }
+    assert_eq!(f.counters().get("malformed"), None);
+}
+
+#[test]
 fn a_topic_alias_is_as_before() {
     // Rule 4, MQTT 5 §3.3.2.3.4.
     let f = Fixture::new();

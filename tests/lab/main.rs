@@ -4,6 +4,7 @@ mod connectivity;
 mod delayed;
 mod fleet;
 mod health;
+mod katran;
 mod replay;
 #[path = "../support/mod.rs"]
 mod support;
