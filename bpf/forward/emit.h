@@ -86,6 +86,17 @@ static __always_inline bool clear_mark6(struct ipv6hdr *ip)
  * dst ← addr. The TCP checksum is left wrong on purpose: it is right again once the balancer
  * has put the service's address back.
  */
+static __always_inline void put_dst4(struct iphdr *ip, __be32 addr)
+{
+	ip->check = csum_replace4(ip->check, ip->daddr, addr);
+	ip->daddr = addr;
+}
+
+static __always_inline void put_dst6(struct ipv6hdr *ip, const __be32 addr[4])
+{
+	__builtin_memcpy(&ip->daddr, addr, sizeof(ip->daddr));
+}
+
 static __always_inline bool set_dst4(struct xdp_md *ctx, __be32 addr)
 {
 	struct cursor c = cursor_of(ctx);
@@ -94,8 +105,7 @@ static __always_inline bool set_dst4(struct xdp_md *ctx, __be32 addr)
 
 	if (!eth || !ip)
 		return false;
-	ip->check = csum_replace4(ip->check, ip->daddr, addr);
-	ip->daddr = addr;
+	put_dst4(ip, addr);
 	return true;
 }
 
@@ -107,7 +117,7 @@ static __always_inline bool set_dst6(struct xdp_md *ctx, const __be32 addr[4])
 
 	if (!eth || !ip)
 		return false;
-	__builtin_memcpy(&ip->daddr, addr, sizeof(ip->daddr));
+	put_dst6(ip, addr);
 	return true;
 }
 
@@ -116,16 +126,32 @@ static __always_inline bool set_dst(struct xdp_md *ctx, const __be32 addr[4], bo
 	return v6 ? set_dst6(ctx, addr) : set_dst4(ctx, addr[0]);
 }
 
-/* To the group, under its VIP; back to what it was if no balancer takes it. */
+/* On to the balancer, under a group's VIP; back to what it was if no balancer takes it. */
+static __always_inline int to_balancer(struct xdp_md *ctx, const struct service *svc, bool v6)
+{
+	bpf_tail_call(ctx, &root_array, POSITION_BALANCER);
+	count(REASON_NO_BALANCER);
+	set_dst(ctx, svc->addr, v6);
+	return XDP_PASS;
+}
+
 static __always_inline int to_group(struct xdp_md *ctx, const struct group *g,
 				    const struct service *svc, bool v6, enum reason reason)
 {
 	set_dst(ctx, g->vip, v6);
 	count(reason);
-	bpf_tail_call(ctx, &root_array, POSITION_BALANCER);
-	count(REASON_NO_BALANCER);
-	set_dst(ctx, svc->addr, v6);
-	return XDP_PASS;
+	return to_balancer(ctx, svc, v6);
+}
+
+/* Likewise, of a segment that is counted, and whose TCP header is at hand, behind an IP header without options. */
+static __always_inline int to_group_at(struct xdp_md *ctx, struct tcphdr *tcp,
+				       const struct group *g, const struct service *svc, bool v6)
+{
+	if (v6)
+		put_dst6((struct ipv6hdr *)tcp - 1, g->vip);
+	else
+		put_dst4((struct iphdr *)tcp - 1, g->vip[0]);
+	return to_balancer(ctx, svc, v6);
 }
 
 #endif /* MQTT_FWD_EMIT_H */

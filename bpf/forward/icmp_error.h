@@ -62,7 +62,7 @@ quoted_group(struct conn *c, const struct service_table *t, const struct service
 	if (!w)
 		return NULL;
 	c->key.service = svc->id;
-	c->tag = conn_tag(&c->key);
+	c->tag = flow_tag(flow_id(c, t));
 	w->tail_args.slot = svc->slot;
 	f = flow_find(c, t);
 	return f ? group_of(flow_binding(f, c)) : NULL;

@@ -213,34 +213,39 @@ static __always_inline int handle_other(struct xdp_md *ctx, struct conn *c,
 	return to_group(ctx, g, svc, c->v6, b.reason);
 }
 
-static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
-					  const struct service_table *t, const struct service *svc)
-{
-	const struct group *g;
-	struct flow *f;
-
-	if (is_bare(c) && !c->touches) {
-		g = group_of_slot(cache_find(c, t));
-		if (g)
-			return to_group(ctx, g, svc, c->v6, REASON_NO_DATA);
-	}
-	c->tag = conn_tag(&c->key);
-	f = flow_find(c, t);
-	if (f)
-		flow_touch(f);
-	if (f && !(c->touches & RETURNED)) {
-		g = group_of(flow_binding(f, c));
-		if (g && frame_plain(ctx, f, c, t))
-			return to_group(ctx, g, svc, c->v6, REASON_DATA);
-	}
-	return handle_other(ctx, c, t, svc, f);
-}
-
 /* What a segment is for, and its header. */
 struct addressed {
 	const struct service *svc;
-	const struct tcphdr *tcp;
+	struct tcphdr *tcp;
 };
+
+static __always_inline int handle_segment(struct xdp_md *ctx, struct conn *c,
+					  const struct service_table *t, const struct addressed *s)
+{
+	const struct service *svc = s->svc;
+	const struct group *g;
+	struct flow *f;
+	__u64 id;
+
+	if (is_bare(c) && !c->returned && !touches_flows(s->tcp)) {
+		g = group_of_slot(cache_find(c, t));
+		if (g) {
+			count(REASON_NO_DATA);
+			return to_group_at(ctx, s->tcp, g, svc, c->v6);
+		}
+	}
+	id = flow_id(c, t);
+	c->tag = flow_tag(id);
+	f = flow_by_id(id);
+	if (f)
+		flow_touch(f);
+	if (f && !c->returned) {
+		g = group_of(flow_binding(f, c));
+		if (g && frame_plain(ctx, f, c, t))
+			return to_group_at(ctx, s->tcp, g, svc, c->v6);
+	}
+	return handle_other(ctx, c, t, svc, f);
+}
 
 /* TCP header and payload of a packet whose IP header says that they end at `end` (offset). */
 static __always_inline bool conn_of(struct conn *c, const struct addressed *s, __u32 tcp_offset,
@@ -256,7 +261,6 @@ static __always_inline bool conn_of(struct conn *c, const struct addressed *s, _
 	c->seq = bpf_ntohl(tcp->seq);
 	c->ack = bpf_ntohl(tcp->ack_seq);
 	c->flags = ((__be16 *)tcp)[6];
-	c->touches = touches_flows(tcp);
 	c->payload = tcp_offset + header;
 	c->payload_length = end - c->payload;
 	return true;
@@ -302,7 +306,7 @@ static __always_inline int classify4(struct xdp_md *ctx, struct cursor *cur,
 		count(REASON_TOO_BIG_NO_DF);
 	}
 	if (clear_mark4(ip))
-		c->touches |= RETURNED;
+		c->returned = true;
 	return SEGMENT;
 }
 
@@ -347,7 +351,7 @@ static __always_inline int classify6(struct xdp_md *ctx, struct cursor *cur,
 	if (length > s->svc->max_packet)
 		return answer_too_big(ctx, s->svc->max_packet, true);
 	if (clear_mark6(ip))
-		c->touches |= RETURNED;
+		c->returned = true;
 	return SEGMENT;
 }
 
@@ -368,7 +372,7 @@ static __always_inline int verdict_of(struct xdp_md *ctx)
 		verdict = classify6(ctx, &cur, t, &c, &s);
 	else
 		return unchanged(REASON_NOT_IP);
-	return verdict == SEGMENT ? handle_segment(ctx, &c, t, s.svc) : verdict;
+	return verdict == SEGMENT ? handle_segment(ctx, &c, t, &s) : verdict;
 }
 
 SEC("xdp")

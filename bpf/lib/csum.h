@@ -18,7 +18,12 @@ static __always_inline __u16 csum_fold(__u64 sum)
 /* RFC 1624 eqn. 3: HC' = ~(~HC + ~m + m'), for a 32-bit field, all in network order. */
 static __always_inline __sum16 csum_replace4(__sum16 check, __be32 from, __be32 to)
 {
-	return ~csum_fold((__u64)(__u16)~check + (__u32)~from + to);
+	__u64 sum = (__u64)(__u16)~check + (__u32)~from + to;
+
+	/* 34 bits, 20, 17. */
+	sum = (sum >> 16) + (sum & 0xffff);
+	sum = (sum >> 16) + (sum & 0xffff);
+	return ~((sum >> 16) + sum);
 }
 
 /* The same for a 16-bit field. */

@@ -42,7 +42,11 @@ const volatile __u32 connections_per_address = 1000;
 /* PUBLISHes of a client, a second; 0: as many as it likes. */
 const volatile __u32 messages_per_client = 1000;
 
-MAP(counters, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, __u64, REASONS);
+/* All in one value: a packet that counts twice looks for it once. */
+struct counters {
+	__u64 of[REASONS]; /* enum reason */
+};
+MAP(counters, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct counters, 1);
 MAP(map_uses, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct map_use, TRACKED_MAPS);
 
 struct {
@@ -70,11 +74,23 @@ struct {
 
 static __always_inline void count_many(enum reason reason, __u32 times)
 {
-	__u32 key = reason;
-	__u64 *counter = bpf_map_lookup_elem(&counters, &key);
+	__u32 zero = 0, i = reason;
+	struct counters *c = bpf_map_lookup_elem(&counters, &zero);
 
-	if (counter)
-		*counter += times;
+	if (c && i < REASONS)
+		c->of[i] += times;
+}
+
+/* A verdict, and a note beside it. */
+static __always_inline void count_both(enum reason verdict, enum reason note)
+{
+	__u32 zero = 0;
+	struct counters *c = bpf_map_lookup_elem(&counters, &zero);
+
+	if (c) {
+		c->of[verdict]++;
+		c->of[note]++;
+	}
 }
 
 static __always_inline void count(enum reason reason)

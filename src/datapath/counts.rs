@@ -83,8 +83,9 @@ pub struct MapUse {
 impl Datapath {
     /// The reasons' counters, summed over CPUs.
     pub fn counters(&self) -> Result<Counters> {
-        let sum = |i| Ok(self.counters.get_per_cpu(&i)?.iter().sum());
-        (0..self.counters.max_entries()).map(sum).collect::<Result<_>>().map(Counters)
+        let of_cpus = self.counters.get_per_cpu(&0)?;
+        let sum = |i: usize| of_cpus.iter().map(|cpu| cpu.of[i]).sum();
+        Ok(Counters((0..REASONS.len()).map(sum).collect()))
     }
 
     /// The maps that packets fill, and how full they are.

@@ -2,9 +2,9 @@
 
 use crate::kernel;
 use crate::kernel::abi::{
-    client, client_id, client_route, client4, client6, flow6, group, handover, handover_keys,
-    map_use, member, member_slot, rescuer, route_edge, route_state, server_name, service_table,
-    topic, vip_definition,
+    client, client_id, client_route, client4, client6, counters, flow6, group, handover,
+    handover_keys, map_use, member, member_slot, rescuer, route_edge, route_state, server_name,
+    service_table, topic, vip_definition,
 };
 use crate::kernel::flow_table::FlowTable;
 use crate::kernel::maps::Table;
@@ -33,7 +33,7 @@ pub struct Datapath {
     /// The sidecar, as the datapath knows it.
     pub rescuer: Table<u32, rescuer>,
     pub flows: FlowTable,
-    pub counters: Table<u32, u64>,
+    pub counters: Table<u32, counters>,
     pub map_uses: Table<u32, map_use>,
 }
 

@@ -11,12 +11,13 @@ pub use super::skeletons::decap::types::{
 use super::skeletons::mqtt_fwd::types::__anon_flow_7;
 pub use super::skeletons::mqtt_fwd::types::{
     adoption, adoption_kind, affinity, binding_mode, bound_by, chain_position, client,
-    client_flags, client_id, client_route, client_route_kind, client4, client6, event, event_kind,
-    fallback_reason, fleet_mode, flow, flow_flags, flow6, group, handover, handover_keys,
-    handover_limits, handover_state, limits, map_use, member, member_slot, misprediction_policy,
-    parser, reason, report_kind, rescue, rescue_flags, rescue_limits, rescuer, route_edge,
-    route_state, route_state_flags, segment_report, server_name, service, service_protocol,
-    service_table, special_group, topic, topic_verdict, tracked_map, vip_definition, vip_flags,
+    client_flags, client_id, client_route, client_route_kind, client4, client6, counters, event,
+    event_kind, fallback_reason, fleet_mode, flow, flow_flags, flow6, group, handover,
+    handover_keys, handover_limits, handover_state, limits, map_use, member, member_slot,
+    misprediction_policy, parser, reason, report_kind, rescue, rescue_flags, rescue_limits,
+    rescuer, route_edge, route_state, route_state_flags, segment_report, server_name, service,
+    service_protocol, service_table, special_group, topic, topic_verdict, tracked_map,
+    vip_definition, vip_flags,
 };
 pub use super::skeletons::takeover::types::takeover_counter;
 pub use super::skeletons::wrap::types::check_path;
@@ -52,7 +53,7 @@ macro_rules! pod {
 
 pod! {
     address, adoption, ask, ask_keys, asked, segment_report, check_path, client, client_id, client_route, client4, client6, event, flow, flow6, gateway, group,
-    handover, handover_keys, lb_stats, map_use, member, member_slot, real_definition, rescue, rescuer, route_edge,
+    counters, handover, handover_keys, lb_stats, map_use, member, member_slot, real_definition, rescue, rescuer, route_edge,
     route_state, server_name, service, service_table, source, topic, topic_verdict, vip_definition, vip_meta, vip_real,
 }
 

@@ -103,7 +103,7 @@ int mqtt_adopt(struct xdp_md *ctx)
 	c.ack = a->ack;
 	c.payload_length = a->payload_length;
 	c.v6 = a->v6;
-	c.tag = conn_tag(&c.key);
+	c.tag = flow_tag(flow_id(&c, t));
 	kind = a->kind;
 	binding = a->binding;
 	answers = !a->rst;

@@ -31,7 +31,7 @@ static __always_inline bool is_missed(const struct conn *c, const struct service
 
 	if (!f)
 		return !delayed; /* else the handshake's stage knows more */
-	if (c->touches & RETURNED || !group_of(flow_binding(f, c)))
+	if (c->returned || !group_of(flow_binding(f, c)))
 		return true;
 	if (delayed || !c->payload_length || !is_far(f, c))
 		return false;
@@ -40,9 +40,9 @@ static __always_inline bool is_missed(const struct conn *c, const struct service
 }
 
 /* Whether a segment without data was not asked for just now. */
-static __always_inline bool miss_again(const struct conn *c, const struct service_table *t)
+static __always_inline bool miss_again(const struct conn *c)
 {
-	__u64 *place = untracked_place(c, t), seen;
+	__u64 *place = untracked_place(c), seen;
 
 	if (!place)
 		return false;
@@ -79,15 +79,15 @@ int mqtt_miss(struct xdp_md *ctx)
 	if (!svc)
 		return XDP_DROP;
 	c = &w->tail_args.conn;
-	if (c->touches & RETURNED) {
+	if (c->returned) {
 		if (svc->binding == BINDING_DELAYED && is_still_here(ctx, c)) {
-			c->touches &= ~RETURNED;
+			c->returned = false;
 			bpf_tail_call(ctx, &stages, STAGE_HANDSHAKE);
 			return XDP_DROP;
 		}
 		count(REASON_RETURNED);
 	}
-	if (((c->payload_length || c->flags & bpf_htons(TCP_FIN)) || miss_again(c, t)) &&
+	if (((c->payload_length || c->flags & bpf_htons(TCP_FIN)) || miss_again(c)) &&
 	    budget_take(&budgets, BUDGET_MISSES, misses_per_window) &&
 	    report_segment(ctx, c, REPORT_MISSED))
 		count(REASON_MISSED);

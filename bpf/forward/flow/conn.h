@@ -6,28 +6,17 @@
 #include "../../abi/state.h"
 #include "../../lib/siphash.h"
 
-/* conn.touches of what came back from a broker host (abi/handover.h, MARK_RETURNED). */
-#define RETURNED 2
-
 struct conn {
 	struct flow6 key; /* IPv4: address in key.addr[0], the rest 0 */
-	__u32 tag; /* of the key, never 0: see struct flow */
+	__u32 tag; /* of the flow's id, never 0: see struct flow */
 	__u32 seq; /* host order */
 	__u32 ack; /* host order */
 	__u16 payload; /* offset from the start of the frame */
 	__u16 payload_length;
 	__u8 v6;
-	__u8 touches; /* looks into `flows`, though it has no data: see mqtt_fwd.bpf.c; RETURNED */
+	__u8 returned; /* from a broker host that has no such connection (abi/handover.h, MARK_RETURNED) */
 	__be16 flags; /* of TCP, in the word that begins with the header's length (RFC 9293 §3.1) */
 };
-
-static __always_inline __u32 conn_tag(const struct flow6 *key)
-{
-	__u32 tag = key->addr[0] ^ key->addr[1] ^ key->addr[2] ^ key->addr[3];
-
-	tag = (tag ^ (key->port | (__u32)key->service << 16) * 0x9e3779b1U) * 0x85ebca6bU;
-	return tag ^ tag >> 15 ?: 1;
-}
 
 /*
  * A flow's key in one word, by a secret, as its place in the table follows from it. IPv4: mixed, one to one, so that no
@@ -54,6 +43,12 @@ static __always_inline __u64 flow_id(const struct conn *c, const struct service_
 	id ^= id >> 32;
 	/* Two of 2⁶⁴ are none. */
 	return id == FLOW_FREE || id == FLOW_CLAIMED ? 1 : id;
+}
+
+/* What a place in the table says of whose it is, with less room: see struct flow. */
+static __always_inline __u32 flow_tag(__u64 id)
+{
+	return (__u32)(id ^ id >> 32) ?: 1;
 }
 
 static __always_inline struct client4 client4_of(const struct conn *c)

@@ -44,9 +44,8 @@ static __noinline struct flow *flow_search(__u64 id)
 	return NULL;
 }
 
-static __always_inline struct flow *flow_find(const struct conn *c, const struct service_table *t)
+static __always_inline struct flow *flow_by_id(__u64 id)
 {
-	__u64 id = flow_id(c, t);
 	struct flow *f = flow_place(id, 0);
 
 	if (f && READ_ONCE(f->id) == id)
@@ -55,6 +54,11 @@ static __always_inline struct flow *flow_find(const struct conn *c, const struct
 	if (f && READ_ONCE(f->id) == id)
 		return f;
 	return flow_search(id);
+}
+
+static __always_inline struct flow *flow_find(const struct conn *c, const struct service_table *t)
+{
+	return flow_by_id(flow_id(c, t));
 }
 
 /* After so many units of flow.seen, a place whose flow is closing, or still on probation, is as good as free. */

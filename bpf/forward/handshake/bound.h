@@ -107,7 +107,7 @@ static __always_inline int bound(struct xdp_md *ctx, struct conn *c, struct scra
 
 	/* What was on these addresses before is over: the cookie says so. */
 	flow_remove(c, t);
-	untracked_forget(c, t);
+	untracked_forget(c);
 	if (!g)
 		return pass_on(ctx, REASON_NO_GROUP_VIP);
 	if (flow_bound(c, t)) {

@@ -16,9 +16,9 @@
 #define UNTRACKED_SOON_MS 3000
 #define UNTRACKED_LATE_MS 60000
 
-static __always_inline bool untracked_again(const struct conn *c, const struct service_table *t)
+static __always_inline bool untracked_again(const struct conn *c)
 {
-	__u64 *place = untracked_place(c, t), seen;
+	__u64 *place = untracked_place(c), seen;
 	__u32 age;
 
 	if (!place)
@@ -47,7 +47,7 @@ static __always_inline int handshake_untracked(struct xdp_md *ctx, struct conn *
 		tail_call_stage(ctx, c, svc, 0, STAGE_MISS);
 		return XDP_DROP;
 	}
-	if (!rst && !untracked_again(c, t)) {
+	if (!rst && !untracked_again(c)) {
 		count(REASON_UNTRACKED_DROPPED);
 		return XDP_DROP;
 	}

@@ -8,15 +8,10 @@
 /* log2 of the places in `untracked`. */
 const volatile __u32 untracked_bits = 12;
 
-/* Milliseconds | tag << 32. Tags of neighbouring addresses are alike, and must not share places. */
-static __always_inline __u64 *untracked_place(const struct conn *c, const struct service_table *t)
+/* Milliseconds | tag << 32. */
+static __always_inline __u64 *untracked_place(const struct conn *c)
 {
-	__u32 key = c->tag ^ (__u32)t->topic_key[0];
-
-	/* The finalizer of MurmurHash3 (public domain, A. Appleby). */
-	key = (key ^ key >> 16) * 0x85ebca6bU;
-	key = (key ^ key >> 13) * 0xc2b2ae35U;
-	key = (key ^ key >> 16) >> (32 - untracked_bits);
+	__u32 key = c->tag >> (32 - untracked_bits);
 
 	return bpf_map_lookup_elem(&untracked, &key);
 }
@@ -25,9 +20,9 @@ static __always_inline __u64 *untracked_place(const struct conn *c, const struct
  * A connection on these addresses is bound: what is noted of it says nothing about the next one, whose first segment may
  * come behind its second, too.
  */
-static __always_inline void untracked_forget(const struct conn *c, const struct service_table *t)
+static __always_inline void untracked_forget(const struct conn *c)
 {
-	__u64 *place = untracked_place(c, t);
+	__u64 *place = untracked_place(c);
 
 	if (place && READ_ONCE(*place) >> 32 == c->tag)
 		WRITE_ONCE(*place, 0);

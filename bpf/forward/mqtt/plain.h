@@ -19,7 +19,8 @@
 /* Whether nothing is to be found out about a flow but what it publishes. */
 static __always_inline bool is_plain(const struct flow *f)
 {
-	if (f->flags & NOT_PLAIN || !(f->connect & FLOW_CONNECT_READ) || flow_challenger(f))
+	if (f->flags & NOT_PLAIN ||
+	    (f->connect & (FLOW_CONNECT_READ | FLOW_CHALLENGED)) != FLOW_CONNECT_READ)
 		return false;
 	/* What it shows counts already. */
 	return !(f->flags & FLOW_TRUSTED) ||
@@ -53,11 +54,10 @@ static __always_inline __u32 plain_publish(struct xdp_md *ctx, struct flow *f, c
 	    !is_last_topic(f, t, topic_print(ctx, t, c->payload + header, topic, TOPIC_TEXT_MAX)) ||
 	    !publish_again(f))
 		return 0;
-	count(publish_reason(f));
 	return header - 2 + rest;
 }
 
-/* Frames a plain segment. Returns false, having changed nothing, if it is another. */
+/* Frames a plain segment, and counts it. Returns false, having changed nothing, if it is another. */
 static __always_inline bool frame_plain(struct xdp_md *ctx, struct flow *f, const struct conn *c,
 					const struct service_table *t)
 {
@@ -71,12 +71,14 @@ static __always_inline bool frame_plain(struct xdp_md *ctx, struct flow *f, cons
 	if (f->flags & FLOW_OPAQUE) {
 		if (c->seq != f->end)
 			return false;
+		count(REASON_DATA);
 	} else {
 		if (wanted >> 32 != c->tag || f->parser != PARSER_TYPE || f->candidates || skip)
 			return false;
 		behind = plain_publish(ctx, f, c, t);
 		if (!behind)
 			return false;
+		count_both(REASON_DATA, publish_reason(f));
 		f->ack = c->ack;
 		flow_next(f, c, c->seq + behind);
 	}
