@@ -184,8 +184,11 @@ static __always_inline int handle_other(struct xdp_md *ctx, struct conn *c,
 	struct bound b = {.reason = c->payload_length ? REASON_DATA : REASON_NO_DATA};
 	const struct group *g;
 
-	/* During an upgrade, flows that are not here yet are the last program's. */
-	if (!f && !is_syn(c) && has_predecessor)
+	/*
+	 * During an upgrade, flows that are not here yet are the last program's; and so are SYNs that keep nothing but a
+	 * note at the flow that was on their addresses before.
+	 */
+	if (!f && has_predecessor && (!is_syn(c) || svc->binding == BINDING_DELAYED))
 		bpf_tail_call(ctx, &predecessor, 0);
 	if (connections_per_address && !f && is_syn(c) && svc->binding == BINDING_PREDICTED &&
 	    !connection_admitted(c)) {

@@ -5,11 +5,14 @@ mod model;
 mod pieces;
 mod strangers;
 
+use std::os::fd::{AsFd as _, AsRawFd as _};
+
 use crate::support::datapath::{Fixture, JUMPED, XDP_DROP};
 use crate::support::{datapath, mqtt, packet};
-use connection::{Client, Offer, delayed, kept, reply, timestamps};
+use connection::{Client, Offer, delayed, delayed_where, kept, reply, timestamps};
 use etherparse::TcpOptionElement;
-use mqtt_fwd::kernel::abi::handover_keys;
+use libbpf_rs::{MapCore as _, MapFlags};
+use mqtt_fwd::kernel::abi::{Pod as _, flow_flags, handover_keys};
 use proptest::prelude::*;
 
 #[test]
@@ -163,6 +166,24 @@ fn a_device_is_served_whose_last_flow_only_the_cache_remembers() {
         open(&f, Client::new(addr, isn.wrapping_add(160_000_000)), b"sensor/b");
         assert_eq!(f.flow(old.addr).unwrap().group, "b");
     }
+}
+
+#[test]
+fn during_an_upgrade_a_flow_that_has_not_moved_yet_hears_of_a_syn_on_its_addresses() {
+    let (old, new) =
+        (delayed(), delayed_where(&datapath::SMALL, |rodata| rodata.has_predecessor = 1));
+    let program = old.skel.progs.mqtt_fwd.as_fd().as_raw_fd();
+    new.skel.maps.predecessor.update(0u32.bytes(), program.bytes(), MapFlags::ANY).unwrap();
+    for addr in ["10.1.1.7:5000", "[fd01:1::7]:5000"] {
+        let (mut client, _) = open(&old, Client::new(addr, 1 << 31), b"sensor/a");
+        client.isn = client.isn.wrapping_add(80_000_000);
+        client.opened(&reply(&new.send(&client.syn())));
+    }
+    let flows = old.datapath.flows.mapped().unwrap();
+    let told =
+        flows.entries().filter(|(_, f)| f.flags & flow_flags::FLOW_REUSED_PORT.0 as u16 != 0);
+    assert_eq!(told.count(), 2);
+    assert_eq!(kept(&new), 0);
 }
 
 #[test]
