@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use libbpf_rs::{MapCore as _, MapFlags, MapHandle};
+
 use crate::support::datapath::{XDP_PASS, XDP_TX};
 use crate::support::net::{Net, wait_for};
 use crate::support::packet;
@@ -30,6 +32,31 @@ fn load_is_repeatable_and_unload_leaves_nothing() {
     assert_eq!(fs::read_dir(net.bpf("mqtt_fwd")).unwrap().count(), 0);
     net.sh("! ip link show eth0 | grep -q xdp");
     assert!(net.ok(&["unload"]).contains("nothing of mqtt-fwd is on eth0"));
+}
+
+/// The programs of a load that call each other stay each other's: the last one's have another working memory.
+#[test]
+fn a_load_leaves_the_stages_of_the_last_one_alone() {
+    let net = Net::new();
+    let stages = || {
+        let dir = fs::read_dir(net.bpf("mqtt_fwd/eth0")).unwrap().flatten();
+        let dirs = dir.filter(|e| e.file_type().unwrap().is_dir());
+        let pins = dirs.flat_map(|dir| fs::read_dir(dir.path()).unwrap().flatten());
+        let pins = pins.filter(|pin| pin.file_name().to_string_lossy().starts_with("stages"));
+        let mut all: Vec<_> = pins.map(|pin| pin.path()).collect();
+        assert_eq!(all.len(), 1, "{all:?}");
+        MapHandle::from_pinned_path(all.remove(0)).unwrap()
+    };
+    let programs = |stages: &MapHandle| -> Vec<_> {
+        stages.keys().map(|key| stages.lookup(&key, MapFlags::ANY).unwrap()).collect()
+    };
+    net.ok(&["load"]);
+    let (last, before) = (stages(), programs(&stages()));
+    assert!(before.len() >= 5 && before.iter().all(Option::is_some), "{before:?}");
+    net.ok(&["load"]);
+    assert_eq!(programs(&last), before);
+    let now = programs(&stages());
+    assert!(now.len() == before.len() && now.iter().all(|one| !before.contains(one)), "{now:?}");
 }
 
 #[test]
