@@ -127,6 +127,9 @@ struct hello {
 /*
  * One packet's working memory. A map value rather than the stack: there is more room, and
  * the verifier takes what it reads from here as unknown, which keeps loops cheap to verify.
+ *
+ * While a build of the same layout is loaded, its stages are called by the last one's programs, and this is where each
+ * finds what the other noted: what is meant otherwise is to be named otherwise.
  */
 struct scratch {
 	__u32 offset; /* of the next unread byte, from the start of the frame */

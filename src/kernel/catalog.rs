@@ -16,13 +16,8 @@ pub enum Role {
     Flows,
     /// Made again.
     Scratch,
-    /// Of one load, and pinned so that it stands: the next one's programs in it would have the last one's call them, with
-    /// working memory that is not theirs.
-    Own,
     /// Others' as well: neither part of the layout's hash nor in the directory of the object's maps.
     Shared,
-    /// Of the program alone: not even pinned.
-    Internal,
 }
 
 /// Maps whose evictions are counted (`enum tracked_map`).
@@ -73,7 +68,7 @@ const fn map(
 }
 
 use Object::{Balancer as B, MqttFwd as M};
-use Role::{Configuration, Flows, Internal, Knowledge, Own, Scratch, Shared};
+use Role::{Configuration, Flows, Knowledge, Scratch, Shared};
 
 /// All of them.
 #[rustfmt::skip] // a table
@@ -110,8 +105,8 @@ pub const MAPS: [Map; 44] = [
     map(M, "client_rates",      Scratch,       None, None),
     map(M, "rescuer",           Scratch,       None, None),
     map(M, "predecessor",       Scratch,       None, None),
-    map(M, "stages",            Own,           None, None),
-    map(M, "scratch_area",      Internal,      None, None),
+    map(M, "stages",            Scratch,       None, None),
+    map(M, "scratch_area",      Scratch,       None, None),
     map(B, "vip_map",           Configuration, Some(|s| s.vips), None),
     map(B, "ch_rings",          Configuration, Some(|s| s.vips * balancer_limits::RING_SIZE.0), None),
     map(B, "reals",             Configuration, None, None),
@@ -137,17 +132,7 @@ pub fn role(name: &str) -> Role {
 
 /// Whether a map is pinned. libbpf's own (.rodata, .bss) belong to the program and go with it.
 pub fn is_pinned(name: &str) -> bool {
-    !name.contains('.') && role(name) != Role::Internal
-}
-
-/// Whether a load takes a pinned map over.
-pub fn is_taken_over(name: &str) -> bool {
-    is_pinned(name) && role(name) != Role::Own
-}
-
-/// Maps of one load.
-pub fn own() -> impl Iterator<Item = &'static str> {
-    MAPS.iter().filter(|map| map.role == Role::Own).map(|map| map.name)
+    !name.contains('.')
 }
 
 /// Maps whose evictions are counted.

@@ -3,7 +3,7 @@
 //! The order is such that packets never meet half a chain: maps, program, its position, and
 //! only then the root on the interface. What fails midway takes its own new pins back.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::path::{Path, PathBuf};
@@ -255,19 +255,16 @@ fn install(
     if let Some(mut adopt) = object.progs_mut().find(|program| program.name() == pins::ADOPT) {
         pin_program(&mut adopt, &pins.program(pins::ADOPT), &mut new_pins)?;
     }
-    let vanished =
-        || BpfError::NotLoaded { path: pins.program(place.program), what: "the program vanished" };
-    let info = object
-        .progs()
+    let mut program = object
+        .progs_mut()
         .find(|program| program.name() == place.program)
-        .and_then(|program| ProgramInfo::by_fd(program.as_fd()))
-        .ok_or_else(vanished)?;
-    pin_own_maps(object, &dir, info.id)?;
-    let mut program =
-        object.progs_mut().find(|program| program.name() == place.program).ok_or_else(vanished)?;
+        .ok_or_else(|| BpfError::NotLoaded { path: dir.clone(), what: "the program vanished" })?;
     pin_program(&mut program, &pins.program(place.program), &mut new_pins)?;
     chain.set(place.position, program.as_fd())?;
-    remove_others_maps(&dir, info.id)?;
+    let info = ProgramInfo::by_fd(program.as_fd()).ok_or_else(|| BpfError::NotLoaded {
+        path: pins.program(place.program),
+        what: "the program vanished",
+    })?;
     pins.set_current(place.object, &dir)?;
     if !place.root_reused {
         attach_root(spec, pins, &chain, &mut new_pins)?;
@@ -435,7 +432,7 @@ fn adopt_maps(object: &mut OpenObject, place: &dyn Fn(&str) -> PathBuf) -> Resul
     let mut adopted = Vec::new();
     for mut map in object.maps_mut() {
         let name = map.name().to_string_lossy().into_owned();
-        if !catalog::is_taken_over(&name) {
+        if !catalog::is_pinned(&name) {
             continue;
         }
         let path = place(&name);
@@ -480,49 +477,18 @@ fn pin_new_maps(
 ) -> Result<()> {
     for mut map in object.maps_mut() {
         let name = map.name().to_string_lossy().into_owned();
-        if !catalog::is_taken_over(&name) || adopted.contains(&name) {
+        if !catalog::is_pinned(&name) || adopted.contains(&name) {
             continue;
         }
         let path = place(&name);
-        pin_map(&mut map, &path)?;
+        map.pin(&path).map_err(|source| BpfError::Pin {
+            path: path.clone(),
+            action: "pinning",
+            source,
+        })?;
         new_pins.paths.push(path);
     }
     Ok(())
-}
-
-/// Pins the maps of this load alone, by the number of its program. They stay if the load fails, for their program may
-/// be in its position; the next load removes them.
-fn pin_own_maps(object: &mut libbpf_rs::Object, dir: &Path, program: u32) -> Result<()> {
-    for mut map in object.maps_mut() {
-        let name = map.name().to_string_lossy().into_owned();
-        if catalog::role(&name) == catalog::Role::Own {
-            pin_map(&mut map, &dir.join(format!("{name}_{program}")))?;
-        }
-    }
-    Ok(())
-}
-
-/// Removes those of other loads.
-fn remove_others_maps(dir: &Path, program: u32) -> Result<()> {
-    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let is_others = |map: &str| {
-            name.strip_prefix(map).is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
-                && name != format!("{map}_{program}")
-        };
-        if catalog::own().any(is_others) {
-            pins::remove_pin(&entry.path())?;
-        }
-    }
-    Ok(())
-}
-
-fn pin_map(map: &mut libbpf_rs::MapMut<'_>, path: &Path) -> Result<()> {
-    map.pin(path).map_err(|source| BpfError::Pin {
-        path: path.to_owned(),
-        action: "pinning",
-        source,
-    })
 }
 
 /// Pins a program in place of an earlier one, whose descriptor the chain holds until it is replaced.
