@@ -37,6 +37,11 @@ pub fn flow_id(key: &flow6, v6: bool, secret: [u64; 2]) -> u64 {
     }
 }
 
+/// What the place of a flow says of whose it is: `flow_tag` in `bpf/forward/flow/conn.h`.
+pub fn flow_tag(id: u64) -> u32 {
+    ((id ^ id >> 32) as u32).max(1)
+}
+
 /// Whether a place is some flow's.
 pub fn is_taken(id: u64) -> bool {
     id != FREE && id != CLAIMED

@@ -21,7 +21,7 @@ use siphasher::sip::SipHasher13;
 
 use super::abi::{Pod as _, flow_flags};
 use super::catalog::{Role, role};
-use super::flow_table::{Places, is_taken};
+use super::flow_table::{Places, flow_tag, is_taken};
 use super::layout::MapLayout;
 use super::maps::for_each_batch;
 use super::{BpfError, Result};
@@ -66,6 +66,15 @@ pub struct Upgrade {
 fn number<const SIZE: usize>(value: &[u8], at: usize) -> u64 {
     let bytes = value.get(at..at + SIZE).unwrap_or_default();
     bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte))
+}
+
+/// Gives a flow this build's tag, whatever the old one made it of; not one that has another flow's in part.
+fn tag(f: &mut [u8], id: u64, bound: usize, next: usize) {
+    if number::<4>(f, bound) == number::<4>(f, next) {
+        for at in [bound, next] {
+            f[at..at + 4].copy_from_slice(&flow_tag(id).to_le_bytes());
+        }
+    }
 }
 
 fn fingerprint(value: &[u8]) -> u64 {
@@ -191,11 +200,16 @@ impl Pair {
 
     /// Each flow of the old table, by its id, in the new layout, with what that was made of.
     fn for_each_flow(&self, id_at: usize, mut handle: impl FnMut(u64, &[u8], &[u8])) -> Result<()> {
+        let offset_of = |name| self.to.value.offset_of(name);
+        let tagged = offset_of("bound").zip(offset_of("next"));
         for_each_batch(&self.old, |_, values| {
             for old_value in values {
-                let f = self.to.value.convert(&self.from.value, old_value);
+                let mut f = self.to.value.convert(&self.from.value, old_value);
                 let id = number::<8>(&f, id_at);
                 if is_taken(id) {
+                    if let Some((bound, next)) = tagged {
+                        tag(&mut f, id, bound + 4, next + 4);
+                    }
                     handle(id, &f, old_value);
                 }
             }

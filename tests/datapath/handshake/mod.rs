@@ -13,6 +13,7 @@ use connection::{Client, Offer, delayed, delayed_where, kept, reply, timestamps}
 use etherparse::TcpOptionElement;
 use libbpf_rs::{MapCore as _, MapFlags};
 use mqtt_fwd::kernel::abi::{Pod as _, flow_flags, handover_keys};
+use mqtt_fwd::kernel::flow_table::flow_tag;
 use proptest::prelude::*;
 
 #[test]
@@ -184,6 +185,8 @@ fn during_an_upgrade_a_flow_that_has_not_moved_yet_hears_of_a_syn_on_its_address
         flows.entries().filter(|(_, f)| f.flags & flow_flags::FLOW_REUSED_PORT.0 as u16 != 0);
     assert_eq!(told.count(), 2);
     assert_eq!(kept(&new), 0);
+    // As upgrades make them.
+    assert!(flows.entries().all(|(_, f)| (f.bound >> 32) as u32 == flow_tag(f.id)));
 }
 
 #[test]
