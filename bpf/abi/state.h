@@ -262,7 +262,7 @@ struct cache_set {
 };
 SIZE_IS(struct cache_set, 64);
 
-/* Entries that the datapath added and removed: what is neither there nor removed was evicted. */
+/* Entries that were added and removed: what is neither there nor removed was evicted. */
 enum tracked_map {
 	TRACKED_FLOWS, /* `removed` are standing flows that gave their place to others; `added` is not counted */
 	TRACKED_CLIENTS,

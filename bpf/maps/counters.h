@@ -47,7 +47,8 @@ struct counters {
 	__u64 of[REASONS]; /* enum reason */
 };
 MAP(counters, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct counters, 1);
-MAP(map_uses, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct map_use, TRACKED_MAPS);
+/* Of each tracked map, and, behind those, what user space added and removed itself. */
+MAP(map_uses, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct map_use, 2 * TRACKED_MAPS);
 
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);

@@ -16,6 +16,7 @@ use crate::kernel::abi::{
     Pod, addr_words, binding_of, binding_parts, client, client_flags, client_id, client4, client6,
     group, name_text, service_table, topic, topic_verdict, words_addr,
 };
+use crate::kernel::catalog::Tracked;
 use crate::kernel::maps::Table;
 use crate::routes::hash::Keys;
 
@@ -298,14 +299,20 @@ impl Datapath {
     /// Removes what is known of an address or a client id, of all services.
     pub fn forget_client(&self, client: &str) -> Result<()> {
         for service in self.service_numbers()?.into_values() {
-            match client.parse() {
-                Ok(addr @ IpAddr::V4(_)) => self.clients.remove(&key4(service, addr))?,
-                Ok(addr @ IpAddr::V6(_)) => self.clients6.remove(&key6(service, addr))?,
-                Err(_) => false,
+            let (was_there, tracked) = match client.parse() {
+                Ok(addr @ IpAddr::V4(_)) => {
+                    (self.clients.remove(&key4(service, addr))?, Tracked::Clients)
+                }
+                Ok(addr @ IpAddr::V6(_)) => {
+                    (self.clients6.remove(&key6(service, addr))?, Tracked::Clients6)
+                }
+                Err(_) => continue,
             };
+            self.count_own(tracked, 0, was_there.into())?;
         }
         for key in self.client_id_keys(client)? {
-            self.client_ids.remove(&key)?;
+            let was_there = self.client_ids.remove(&key)?;
+            self.count_own(Tracked::ClientIds, 0, was_there.into())?;
         }
         Ok(())
     }
@@ -465,11 +472,12 @@ fn put_records(
     for (hash, entry) in new.topics {
         if datapath.topics.get(&hash)?.is_none() {
             datapath.topics.put(&hash, &entry)?;
+            datapath.count_own(Tracked::Topics, 1, 0)?;
         }
     }
-    datapath.clients.put_all(&new.v4)?;
-    datapath.clients6.put_all(&new.v6)?;
-    datapath.client_ids.put_all(&new.ids)?;
+    put_and_count(datapath, Tracked::Clients, &datapath.clients, &new.v4)?;
+    put_and_count(datapath, Tracked::Clients6, &datapath.clients6, &new.v6)?;
+    put_and_count(datapath, Tracked::ClientIds, &datapath.client_ids, &new.ids)?;
     if there.is_none() {
         return Ok(restored);
     }
@@ -477,6 +485,21 @@ fn put_records(
         + gone(&datapath.clients6, new.v6.iter().map(|(key, _)| key))?
         + gone(&datapath.client_ids, new.ids.iter().map(|(key, _)| key))?;
     Ok(restored)
+}
+
+/// Puts entries into a map, some of which may be there.
+fn put_and_count<K: Pod, V: Pod>(
+    datapath: &Datapath,
+    tracked: Tracked,
+    map: &Table<K, V>,
+    entries: &[(K, V)],
+) -> Result<()> {
+    let mut added = 0;
+    for (key, _) in entries {
+        added += u64::from(map.get(key)?.is_none());
+    }
+    map.put_all(entries)?;
+    datapath.count_own(tracked, added, 0)
 }
 
 /// How many of these keys are in a map no more.

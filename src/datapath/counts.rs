@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::Datapath;
 use crate::kernel::Result;
-use crate::kernel::abi::Pod;
+use crate::kernel::abi::{Pod, map_use};
 use crate::kernel::catalog::{self, Tracked};
 use crate::kernel::maps::Table;
 use crate::kernel::reasons::{REASONS, Reason};
@@ -117,6 +117,15 @@ impl Datapath {
         })
     }
 
+    /// Counts what this process added to a map, or removed from it.
+    pub fn count_own(&self, tracked: Tracked, added: u64, removed: u64) -> Result<()> {
+        let mut cpus = self.map_uses.get_per_cpu(&tracked.index_of_ours())?;
+        if let Some(first) = cpus.first_mut() {
+            (first.added, first.removed) = (first.added + added, first.removed + removed);
+        }
+        self.map_uses.put_per_cpu(&tracked.index_of_ours(), &cpus)
+    }
+
     fn use_of<K: Pod, V: Pod>(
         &self,
         name: &str,
@@ -125,7 +134,10 @@ impl Datapath {
     ) -> Result<MapUse> {
         // Packets go on adding and removing: the number of added entries is read first and that of removed ones
         // last, so that no entry seems evicted that was not.
-        let uses = || self.map_uses.get_per_cpu(&tracked.index());
+        let uses = || -> Result<Vec<map_use>> {
+            let ours = self.map_uses.get_per_cpu(&tracked.index_of_ours())?;
+            Ok([self.map_uses.get_per_cpu(&tracked.index())?, ours].concat())
+        };
         let added: u64 = uses()?.iter().map(|u| u.added).sum();
         let used = map.keys()?.len() as u64;
         let removed: u64 = uses()?.iter().map(|u| u.removed).sum();

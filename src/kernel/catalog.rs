@@ -44,6 +44,11 @@ impl Tracked {
         };
         map.0
     }
+
+    /// The index of what user space adds and removes.
+    pub fn index_of_ours(self) -> u32 {
+        tracked_map::TRACKED_MAPS.0 + self.index()
+    }
 }
 
 /// A map.

@@ -328,10 +328,10 @@ fn count_as_added(dir: &Path, moved: &Moved) -> Result<()> {
     }
     let uses: Table<u32, map_use> = Table::open(&path)?;
     for (name, tracked) in catalog::tracked() {
-        let mut cpus = uses.get_per_cpu(&tracked.index())?;
+        let mut cpus = uses.get_per_cpu(&tracked.index_of_ours())?;
         if let (Some(first), Some(count)) = (cpus.first_mut(), moved.entries.get(name)) {
             first.added += count;
-            uses.put_per_cpu(&tracked.index(), &cpus)?;
+            uses.put_per_cpu(&tracked.index_of_ours(), &cpus)?;
         }
     }
     Ok(())

@@ -49,6 +49,10 @@ fn all_arrived(lab: &Lab, reals: &[&str], messages: usize) {
     for counter in ["mispredicted", "publish_lost"] {
         assert_eq!(lab.counter(counter), 0, "{counter}");
     }
+    // Nor does it look as if a map were too small.
+    let status: Value = serde_json::from_str(&lab.mqtt_fwd(&["status", "--json"])).unwrap();
+    let maps = status["maps"].as_array().unwrap();
+    assert!(maps.len() > 3 && maps.iter().all(|map| map["evicted"] == 0), "{maps:?}");
 }
 
 const REALS: [&str; 6] =
