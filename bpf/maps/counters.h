@@ -75,11 +75,25 @@ struct {
 
 static __always_inline void count_many(enum reason reason, __u32 times)
 {
-	__u32 zero = 0, i = reason;
+	__u32 zero = 0;
 	struct counters *c = bpf_map_lookup_elem(&counters, &zero);
+	__u64 i = reason;
 
-	if (c && i < REASONS)
+	if (!c)
+		return;
+	if (__builtin_constant_p(reason)) {
+		c->of[reason] += times;
+		return;
+	}
+	/* What is compared is to be what is used, which the verifier before 6.13 does not see otherwise. */
+	barrier_var(i);
+	if (i < REASONS)
 		c->of[i] += times;
+}
+
+static __always_inline void count(enum reason reason)
+{
+	count_many(reason, 1);
 }
 
 /* A verdict, and a note beside it. */
@@ -92,11 +106,6 @@ static __always_inline void count_both(enum reason verdict, enum reason note)
 		c->of[verdict]++;
 		c->of[note]++;
 	}
-}
-
-static __always_inline void count(enum reason reason)
-{
-	count_many(reason, 1);
 }
 
 static __always_inline void map_used(enum tracked_map map, __u32 added, __u32 removed)
