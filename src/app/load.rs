@@ -10,7 +10,6 @@ use tracing::{debug, info, warn};
 use super::balancer::Embedded;
 use super::{Result, RunError};
 use crate::config::{BalancerKind, Config};
-use crate::handover::hellos;
 use crate::kernel::{load, privileges, xdp};
 use crate::{instance, metrics, systemd};
 
@@ -44,8 +43,7 @@ pub fn load(config: Config) -> Result<Loaded> {
     };
     load::load(&config.load_spec())?;
     let balancer = listener.map(|listener| Embedded::load(&config, listener)).transpose()?;
-    let holds_segments = config.fleet.is_some() || hellos::are_wanted(&config);
-    match privileges::drop_others(config.balancer == BalancerKind::Katran, holds_segments) {
+    match privileges::drop_others(config.balancer == BalancerKind::Katran, config.fleet.is_some()) {
         Ok(kept) => debug!("capabilities kept: {}", kept.join(", ")),
         Err(error) => warn!(%error, "capabilities that are not needed could not be dropped"),
     }

@@ -21,7 +21,6 @@ use crate::datapath::clients::GroupNumbers;
 use crate::datapath::handovers::Hello;
 use crate::datapath::misses::{self, Report, Segment};
 use crate::domain::Protocol;
-use crate::kernel::wire::Wire;
 use crate::kernel::{BpfError, test_run, xdp};
 use crate::reader::Reader;
 use crate::state::State;
@@ -94,8 +93,6 @@ struct Worker {
     datapath: Datapath,
     program: OwnedFd,
     interface: i32,
-    /// Where segments are put once the program has made of them what goes out. `None`: this process may not.
-    wire: Option<Wire>,
     held: HashMap<Key, Held>,
     bytes: usize,
     looked: Option<Instant>,
@@ -110,12 +107,10 @@ impl Worker {
         let program = Program::fd_from_pinned_path(&path);
         let program =
             program.map_err(|source| BpfError::Pin { path, action: "opening", source })?;
-        let interface = xdp::interface_index(&config.interface)?;
         Ok(Self {
             datapath: Datapath::open(&config.pins())?,
             program,
-            interface,
-            wire: Wire::open(interface).ok(),
+            interface: xdp::interface_index(&config.interface)?,
             held: HashMap::new(),
             bytes: 0,
             looked: None,
@@ -308,16 +303,7 @@ impl Worker {
     }
 
     fn inject(&self, frame: &[u8]) {
-        let program = self.program.as_fd();
-        // A live frame takes longer (docs/measurements.md, Fleet).
-        let done = match &self.wire {
-            Some(wire) => test_run::run(program, frame, 1).and_then(|run| match run.verdict {
-                libbpf_sys::XDP_TX => wire.send(&run.frame),
-                _ => Ok(()),
-            }),
-            None => test_run::inject(program, self.interface, frame),
-        };
-        if let Err(error) = done {
+        if let Err(error) = test_run::inject(self.program.as_fd(), self.interface, frame) {
             debug!(%error, "a segment of a ClientHello did not go on; its client repeats it");
         }
     }

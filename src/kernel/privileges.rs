@@ -12,8 +12,8 @@ const FILES: Capability = Capability::CAP_DAC_READ_SEARCH;
 /// To look at another process' BPF programs: a Katran's.
 const OTHERS: [Capability; 2] = [Capability::CAP_SYS_ADMIN, Capability::CAP_SYS_PTRACE];
 
-/// To send segments on that were held: a fleet's, and those of a ClientHello.
-const HELD: Capability = Capability::CAP_NET_RAW;
+/// To send segments on that a fleet's balancer has held.
+const FLEET: Capability = Capability::CAP_NET_RAW;
 
 /// The names of those that this process lacks.
 pub fn missing() -> Vec<String> {
@@ -37,13 +37,13 @@ fn effective() -> CapsHashSet {
 /// Drops all capabilities that are no longer needed, for good. Returns those kept.
 pub fn drop_others(
     beside_katran: bool,
-    holds_segments: bool,
+    in_fleet: bool,
 ) -> Result<Vec<String>, caps::errors::CapsError> {
     let mut keep: CapsHashSet = NEEDED.into_iter().chain([FILES]).collect();
     if beside_katran || !NEEDED.iter().all(|cap| effective().contains(cap)) {
         keep.extend(OTHERS);
     }
-    keep.extend(holds_segments.then_some(HELD));
+    keep.extend(in_fleet.then_some(FLEET));
     let kept: CapsHashSet = effective().intersection(&keep).copied().collect();
     for set in [CapSet::Inheritable, CapSet::Effective, CapSet::Permitted] {
         let there = caps::read(None, set)?;
