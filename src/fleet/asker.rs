@@ -36,10 +36,12 @@ const ANSWERS_MAX: usize = 4096;
 const AGAIN_MS: u16 = 2;
 /// How long an entry that came from the store too late is kept for its client's next try.
 const LATE: Duration = Duration::from_secs(10);
-/// After this process was away, it ends no connection as unknown for this long: other members that were away, too, have
-/// still to say what they keep.
+/// After this process or another member was away, no connection is ended as unknown for this long: what they keep is
+/// still on its way to the store.
 const SETTLING: Duration = Duration::from_secs(3);
-/// It is away if it does not get to work for that long.
+/// And none is taken for silent: its client may have spoken to who was away, and TCP repeats that after a while.
+const LISTENING: Duration = Duration::from_secs(10);
+/// This process is away if it does not get to work for that long.
 const AWAY: Duration = Duration::from_secs(1);
 /// Bytes: so that a burst of answers is not lost.
 const RECEIVE_BUFFER: usize = 4 << 20;
@@ -241,8 +243,17 @@ impl Worker {
         self.look_for_silent();
     }
 
+    /// Whether nobody has been away for so long.
+    fn all_there_for(&self, time: Duration) -> bool {
+        let others = self.fleet().all_there_for();
+        self.here.elapsed() >= time && others.is_none_or(|others| others >= time)
+    }
+
     /// Clients that said nothing after their CONNECT was answered here.
     fn look_for_silent(&mut self) {
+        if !self.all_there_for(LISTENING) {
+            return;
+        }
         match self.datapath.silent_handovers(silent::SILENT_S) {
             Ok(all) => {
                 for silent in all {
@@ -378,7 +389,7 @@ impl Worker {
                 fleet.stored.add(1);
                 Answer::Waiting(Box::new(kept))
             }
-            (Found::Gone | Found::Nowhere, None) if self.here.elapsed() < SETTLING => {
+            (Found::Gone | Found::Nowhere, None) if !self.all_there_for(SETTLING) => {
                 fleet.unanswered.add(1);
                 return;
             }

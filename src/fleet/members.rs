@@ -22,6 +22,10 @@ const FLEET_VERSION: u32 = 1;
 /// Seconds that a member is one after its last word, and that its tables stay.
 const ALIVE_S: u32 = 5;
 const TABLES_S: u32 = 60;
+/// Milliseconds without a word after which a member is away.
+const AWAY_MS: u64 = 1500;
+/// One that is away for so long is not waited for any more.
+const GONE: Duration = Duration::from_secs(10);
 /// From one time that tables are written to the next, if nothing changes.
 const WRITTEN: Duration = Duration::from_secs(20);
 
@@ -58,11 +62,19 @@ pub struct Members {
     tables: Option<(std::sync::Arc<Config>, Tables)>,
     /// Others' tables, as they were read for these hashes.
     others: BTreeMap<String, (BTreeMap<String, String>, Tables)>,
+    /// Who is away, since when that is known.
+    away: BTreeMap<String, Instant>,
 }
 
 impl Members {
     pub fn new(state: &State) -> Self {
-        Self { state: state.clone(), written: None, tables: None, others: BTreeMap::new() }
+        Self {
+            state: state.clone(),
+            written: None,
+            tables: None,
+            others: BTreeMap::new(),
+            away: BTreeMap::new(),
+        }
     }
 
     /// Says who this is, and looks who else is there.
@@ -109,23 +121,38 @@ impl Members {
         Ok(())
     }
 
-    /// Who is there. The names of those that have gone are forgotten.
+    /// Who is there. The names of those that have gone are forgotten, when their tables are.
     async fn entries(
-        &self,
+        &mut self,
         connection: &mut ConnectionManager,
         names: &[String],
     ) -> Result<BTreeMap<String, Entry>, RedisError> {
-        let mut entries = BTreeMap::new();
         if names.is_empty() {
-            return Ok(entries);
+            return Ok(BTreeMap::new());
         }
-        let keys: Vec<String> = names.iter().map(|name| entry_key(name)).collect();
-        let texts: Vec<Option<String>> = Cmd::mget(keys).query_async(connection).await?;
-        for (name, text) in names.iter().zip(texts) {
-            match text.and_then(|text| serde_json::from_str(&text).ok()) {
-                Some(entry) => drop(entries.insert(name.clone(), entry)),
-                None => Cmd::srem(MEMBERS, name).query_async::<()>(connection).await?,
+        let mut pipeline = Pipeline::new();
+        for name in names {
+            pipeline.add_command(Cmd::get(entry_key(name)));
+            pipeline.add_command(Cmd::pttl(entry_key(name)));
+            pipeline.add_command(Cmd::exists(tables_key(name)));
+        }
+        let answers: Vec<(Option<String>, i64, bool)> = pipeline.query_async(connection).await?;
+        let (mut entries, mut away) = (BTreeMap::new(), BTreeMap::new());
+        for (name, (text, left_ms, has_tables)) in names.iter().zip(answers) {
+            let entry = text.and_then(|text| serde_json::from_str(&text).ok());
+            let silent_ms =
+                (u64::from(ALIVE_S) * 1000).saturating_sub(left_ms.max(0).unsigned_abs());
+            if entry.is_none() && !has_tables {
+                Cmd::srem(MEMBERS, name).query_async::<()>(connection).await?;
+            } else if entry.is_none() || silent_ms > AWAY_MS {
+                let since = self.away.get(name).copied().unwrap_or_else(Instant::now);
+                away.insert(name.clone(), since);
             }
+            entries.extend(entry.map(|entry| (name.clone(), entry)));
+        }
+        self.away = away;
+        if self.away.values().any(|since| since.elapsed() < GONE) {
+            self.state.observed.fleet.note_away();
         }
         Ok(entries)
     }

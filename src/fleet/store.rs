@@ -19,8 +19,8 @@ use crate::domain::fleet::Store as Config;
 use crate::domain::waiting::Waiting;
 use crate::state::State;
 
-/// Seconds that a connection without a broker is kept.
-const KEPT_S: u32 = 10;
+/// Seconds that a connection without a broker is kept: longer than members that are away are waited for.
+const KEPT_S: u32 = 30;
 /// Wishes that wait for the store; beyond that, they are given up.
 const WAITING_MAX: usize = 65_536;
 /// Of those, in one pipeline.

@@ -81,6 +81,8 @@ pub struct Fleet {
     store: Mutex<Option<String>>,
     /// The other members, by name.
     members: Mutex<BTreeMap<String, Member>>,
+    /// When one of them was last away.
+    away: Mutex<Option<Instant>>,
 }
 
 /// Another balancer of the fleet.
@@ -170,6 +172,16 @@ impl Fleet {
     /// Who else is in the fleet.
     pub fn note_members(&self, members: BTreeMap<String, Member>) {
         *held(&self.members) = members;
+    }
+
+    /// A member is away: what it keeps is not in the store yet.
+    pub fn note_away(&self) {
+        *held(&self.away) = Some(Instant::now());
+    }
+
+    /// How long all members have been there; `None`: since this process was started.
+    pub fn all_there_for(&self) -> Option<Duration> {
+        held(&self.away).map(|last| last.elapsed())
     }
 
     /// The other members that are known.

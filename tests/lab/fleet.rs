@@ -202,6 +202,84 @@ fn a_store_that_is_lost_is_named_and_costs_no_established_connection() {
     no_problem(&lab, "lb2");
 }
 
+/// A client whose CONNECT is answered, and that publishes its only message when it is told to.
+struct Waiting {
+    process: std::process::Child,
+    go: String,
+}
+
+impl Waiting {
+    fn start(lab: &Lab, host: &str) -> Self {
+        let script = "import os, socket, sys, time
+s = socket.create_connection(('10.1.50.200', 1883)); s.settimeout(40)
+s.sendall(b'\\x10\\x0d\\0\\4MQTT\\4\\2\\0\\x3c\\0\\1z'); s.recv(4); open(sys.argv[1], 'w')
+while not os.path.exists(sys.argv[2]): time.sleep(0.01)
+s.sendall(b'\\x32\\x0b\\0\\3a/1\\0\\1late'); print(s.recv(4).hex())";
+        let file = |what| format!("/run/mqtt-fwd-lab/{}/{what}-{host}", lab.name);
+        let (ready, go) = (file("ready"), file("go"));
+        let mut command = lab.script("exec");
+        command.args([host, "python3", "-c", script, &ready, &go]);
+        let process = command.stdout(std::process::Stdio::piped()).spawn().unwrap();
+        wait_for("CONNACK", || std::path::Path::new(&ready).exists().then_some(()));
+        Self { process, go }
+    }
+
+    fn publish(&self) {
+        std::fs::write(&self.go, "").unwrap();
+    }
+
+    /// What it was answered: PUBACK, over the connection that it had.
+    fn answer(self) -> String {
+        String::from_utf8(self.process.wait_with_output().unwrap().stdout).unwrap()
+    }
+}
+
+#[test]
+fn what_only_a_dead_sidecar_can_tell_is_waited_for() {
+    let lab = fleet();
+    wait_for("lb is a member", || {
+        lab.ok("lb2", &["mqtt-fwd", "fleet", "--json"]).contains("\"lb\"").then_some(())
+    });
+    sent_through(&lab, &["lb"]);
+    let sidecar = |action: &str| {
+        assert!(lab.script("sidecar").args([action, "lb"]).output().unwrap().status.success());
+    };
+    sidecar("kill");
+    // After that long lb2 knows of it.
+    std::thread::sleep(Duration::from_millis(3500));
+    // Its program answers; nobody is there to put that into the store.
+    let client = Waiting::start(&lab, "c1");
+    sent_through(&lab, &["lb2"]);
+    client.publish();
+    wait_for("lb2 has asked for it", || (counter(&lab, "lb2", "missed") > 0).then_some(()));
+    std::thread::sleep(Duration::from_millis(500));
+    sidecar("start");
+    assert_eq!(client.answer().trim(), "40020001");
+    assert_eq!(lab.received()[&1], ["a/1 late"]);
+}
+
+#[test]
+fn who_spoke_while_sidecars_were_stopped_was_not_silent() {
+    let lab = fleet();
+    sent_through(&lab, &["lb"]);
+    let all = |signal: &str| {
+        for file in ["sidecar.pid", "sidecar-lb2.pid"] {
+            let file = format!("/run/mqtt-fwd-lab/{}/{file}", lab.name);
+            let pid = std::fs::read_to_string(file).unwrap();
+            assert!(Command::new("kill").args([signal, pid.trim()]).status().unwrap().success());
+        }
+    };
+    let client = Waiting::start(&lab, "c1");
+    all("-STOP");
+    sent_through(&lab, &["lb2"]);
+    client.publish();
+    // Longer than a client may be silent.
+    std::thread::sleep(Duration::from_millis(4500));
+    all("-CONT");
+    assert_eq!(client.answer().trim(), "40020001");
+    assert_eq!(lab.received()[&1], ["a/1 late"]);
+}
+
 #[test]
 fn a_flood_of_strangers_segments_leaves_nothing_and_hides_nothing() {
     let lab = fleet();
