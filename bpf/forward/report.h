@@ -8,6 +8,14 @@
 #include "../maps/counters.h"
 #include "../maps/scratch.h"
 
+/* What others had leaves a quarter of the ring to what this balancer alone can tell, of CONNECTs that it answers. */
+static __always_inline bool reports_crowded(void)
+{
+	__u64 size = bpf_ringbuf_query(&fleet_reports, BPF_RB_RING_SIZE);
+
+	return bpf_ringbuf_query(&fleet_reports, BPF_RB_AVAIL_DATA) > size / 4 * 3;
+}
+
 /* Hands the frame to the sidecar; false: there is no room. Global (see event.h). */
 __noinline int report_segment(struct xdp_md *ctx, const struct conn *c, __u32 kind)
 {
@@ -15,7 +23,7 @@ __noinline int report_segment(struct xdp_md *ctx, const struct conn *c, __u32 ki
 	__u32 length;
 	long failed;
 
-	if (!c || !w)
+	if (!c || !w || (kind == REPORT_MISSED && reports_crowded()))
 		return false;
 	length = frame_length(ctx);
 	barrier_var(length);

@@ -163,6 +163,11 @@ impl Segment {
         })
     }
 
+    /// Whether it only acknowledges.
+    pub fn is_bare(&self) -> bool {
+        self.payload_length == 0 && !self.fin && !self.rst
+    }
+
     /// As it came in.
     pub fn frame(&self) -> &[u8] {
         &self.frame

@@ -27,6 +27,8 @@ use crate::state::{Fleet, State};
 
 /// From one time that reals, groups and keys are looked at to the next; each host is asked as often, if for nothing.
 const LOOK: Duration = Duration::from_secs(1);
+/// For a service that is not known yet.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// While nothing is held, and while something is: then what nobody answers has to be given up in time.
 const IDLE_MS: u16 = 500;
 const BUSY_MS: u16 = 20;
@@ -39,8 +41,10 @@ const LATE: Duration = Duration::from_secs(10);
 /// After this process or another member was away, no connection is ended as unknown for this long: what they keep is
 /// still on its way to the store.
 const SETTLING: Duration = Duration::from_secs(3);
-/// And none is taken for silent: its client may have spoken to who was away, and TCP repeats that after a while.
+/// And none is taken for silent, within what its CONNECT is in the store: its client may have spoken to who was away, and
+/// TCP repeats that after a while.
 const LISTENING: Duration = Duration::from_secs(10);
+const SILENT_AT_LAST_S: u64 = 20;
 /// This process is away if it does not get to work for that long.
 const AWAY: Duration = Duration::from_secs(1);
 /// Bytes: so that a burst of answers is not lost.
@@ -102,6 +106,8 @@ struct Worker {
     /// Reals of services that are down, and whose connections are reset for that.
     gone: BTreeSet<(String, IpAddr)>,
     looked: Option<Instant>,
+    /// Who does not answer.
+    deaf: BTreeSet<IpAddr>,
     /// Since it was away.
     here: Instant,
 }
@@ -131,6 +137,7 @@ impl Worker {
             services: BTreeMap::new(),
             gone: BTreeSet::new(),
             looked: None,
+            deaf: BTreeSet::new(),
             here: Instant::now(),
             state,
         })
@@ -143,20 +150,21 @@ impl Worker {
             misses::ring(&pins, "fleet_reports", |report| read.borrow_mut().push_back(report))?;
         // SAFETY: libbpf's descriptor lives as long as `ring`.
         let ring_fd = unsafe { BorrowedFd::borrow_raw(ring.epoll_fd()) };
+        let mut last = Instant::now();
         loop {
             if self.looked.is_none_or(|last| last.elapsed() >= LOOK) {
                 self.look();
             }
-            let waiting = Instant::now();
             if self.wait(ring_fd, ended) {
                 return Ok(());
             }
-            if waiting.elapsed() > AWAY {
-                self.here = Instant::now();
+            let now = Instant::now();
+            if now.duration_since(last) > AWAY {
+                self.here = now;
             }
+            last = now;
             let _ = ring.consume();
             let mut full = 0;
-            let now = Instant::now();
             for report in read.borrow_mut().drain(..) {
                 match report {
                     Report::Missed(segment) => full += u64::from(!self.asking.hold(segment, now)),
@@ -232,6 +240,8 @@ impl Worker {
         reals.sort_unstable();
         reals.dedup();
         self.fleet().asks(&reals);
+        let asked = self.fleet().reals().into_iter();
+        self.deaf = asked.filter_map(|(real, asked)| asked.deaf().map(|_| real)).collect();
         let numbers: Vec<u16> = self.services.keys().copied().collect();
         let mut greeted = BTreeSet::new();
         for number in numbers {
@@ -243,18 +253,17 @@ impl Worker {
         self.look_for_silent();
     }
 
-    /// Whether nobody has been away for so long.
-    fn all_there_for(&self, time: Duration) -> bool {
-        let others = self.fleet().all_there_for();
+    /// Whether neither this process nor a member that is waited for has been away for so long.
+    fn none_away_for(&self, time: Duration) -> bool {
+        let others = self.fleet().none_away_for();
         self.here.elapsed() >= time && others.is_none_or(|others| others >= time)
     }
 
     /// Clients that said nothing after their CONNECT was answered here.
     fn look_for_silent(&mut self) {
-        if !self.all_there_for(LISTENING) {
-            return;
-        }
-        match self.datapath.silent_handovers(silent::SILENT_S) {
+        let silent_s =
+            if self.none_away_for(LISTENING) { silent::SILENT_S } else { SILENT_AT_LAST_S };
+        match self.datapath.silent_handovers(silent_s) {
             Ok(all) => {
                 for silent in all {
                     let connect = Segment::of_silent(&silent, silent::connect_again(&silent));
@@ -265,7 +274,12 @@ impl Worker {
         }
     }
 
-    fn keep(&self, (client, service): misses::Connection, kept: &misses::Kept) {
+    fn keep(&mut self, (client, service): misses::Connection, kept: &misses::Kept) {
+        // Its configuration is newer than the last look.
+        let is_long_ago = self.looked.is_none_or(|last| last.elapsed() > LOOK_AGAIN);
+        if !self.services.contains_key(&service) && is_long_ago {
+            self.look();
+        }
         if let (Some(store), Some(places)) = (&self.store, self.services.get(&service))
             && let Some(waiting) = places.waiting(kept)
         {
@@ -286,8 +300,8 @@ impl Worker {
             self.asking.stored(key, Some(waiting), now)
         } else {
             let (store, places) = (self.store.as_ref(), self.services.get(&key.service));
-            let asked =
-                store.zip(places).is_some_and(|(store, places)| store.take(&places.name, key));
+            let asked = !self.asking.only_acknowledges(&key)
+                && store.zip(places).is_some_and(|(store, places)| store.take(&places.name, key));
             if asked { None } else { self.asking.without_store(key, now) }
         };
         if let Some(decided) = decided {
@@ -297,10 +311,26 @@ impl Worker {
 
     fn read_taken(&mut self) {
         let Some(store) = &mut self.store else { return };
-        for (key, waiting) in store.taken() {
-            if !self.asking.holds(&key) {
-                self.late.extend(waiting.map(|waiting| (key, (waiting, Instant::now()))));
-            } else if let Some(decided) = self.asking.stored(key, waiting, Instant::now()) {
+        for (key, answer) in store.taken() {
+            let now = Instant::now();
+            let decided = match answer {
+                Ok(waiting) if !self.asking.holds(&key) => {
+                    self.late.extend(waiting.map(|waiting| (key, (waiting, now))));
+                    None
+                }
+                // Of another connection on these addresses, or what comes before the segment was lost.
+                Ok(Some(waiting)) if !self.asking.is_of(&key, &waiting) => {
+                    if let (Some(store), Some(places)) =
+                        (&self.store, self.services.get(&key.service))
+                    {
+                        store.give_back(&places.name, key.client, &waiting);
+                    }
+                    self.asking.stored(key, None, now)
+                }
+                Ok(waiting) => self.asking.stored(key, waiting, now),
+                Err(()) => self.asking.without_store(key, now),
+            };
+            if let Some(decided) = decided {
                 self.carry_out(decided);
             }
         }
@@ -342,12 +372,14 @@ impl Worker {
                     continue;
                 };
                 self.fleet().note_answer(real);
-                let (services, gone) = (&self.services, &self.gone);
+                let (services, gone, deaf) = (&self.services, &self.gone, &self.deaf);
+                let is_deaf = |real: IpAddr| self.store.is_some() && deaf.contains(&real);
                 let is_gone = |service: u16, real: IpAddr| {
                     let name = services.get(&service).map(|places| places.name.clone());
                     name.is_some_and(|name| gone.contains(&(name, real)))
                 };
-                let next = self.asking.answered(nonce, real, &had, &is_gone, Instant::now());
+                let next =
+                    self.asking.answered(nonce, real, &had, &is_gone, &is_deaf, Instant::now());
                 for next in next {
                     match next {
                         Next::Decided(decided) => self.carry_out(*decided),
@@ -375,21 +407,25 @@ impl Worker {
                 fleet.found.add(1);
                 Answer::Real(*binding)
             }
+            // Who does not answer may have it.
+            (Found::Gone | Found::Nowhere, Some(_)) if !self.deaf.is_empty() => return,
+            (Found::Gone, Some(silent)) if !fleet.store_was_lost_within(silent.age) => {
+                Answer::Elsewhere
+            }
             // Nobody else has gone on with it.
-            (Found::Kept(_) | Found::Nowhere, Some(silent)) => {
+            (_, Some(silent)) => {
                 if let Err(error) = self.binder.bind(&self.datapath, &silent) {
                     fleet.failed.add(1);
                     debug!(client = %silent.client, %error, "a silent client was not bound");
                 }
                 return;
             }
-            (Found::Gone, Some(_)) => Answer::Elsewhere,
             (Found::Kept(waiting), None) => {
                 let Some(kept) = places.kept(&waiting) else { return };
                 fleet.stored.add(1);
                 Answer::Waiting(Box::new(kept))
             }
-            (Found::Gone | Found::Nowhere, None) if !self.all_there_for(SETTLING) => {
+            (Found::Gone | Found::Nowhere, None) if !self.none_away_for(SETTLING) => {
                 fleet.unanswered.add(1);
                 return;
             }

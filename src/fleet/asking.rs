@@ -191,13 +191,15 @@ impl Asking {
         connections
     }
 
-    /// A broker host has answered. `none_left`: whoever is in it need not answer any more.
+    /// A broker host has answered. Who `is_gone` need not answer any more. Who `is_deaf` is not waited for before the store
+    /// is asked: what that has, no broker has. That nobody has it, all must have said.
     pub fn answered(
         &mut self,
         nonce: u64,
         real: IpAddr,
         had: &[Had],
         is_gone: &dyn Fn(u16, IpAddr) -> bool,
+        is_deaf: &dyn Fn(IpAddr) -> bool,
         now: Instant,
     ) -> Vec<Next> {
         let Some(round) = self.rounds.get_mut(&nonce) else { return Vec::new() };
@@ -220,7 +222,10 @@ impl Asking {
                     self.decide(key, Found::At(real), now)
                         .map(|decided| Next::Decided(Box::new(decided))),
                 );
-            } else if unanswered.iter().all(|real| is_gone(key.service, *real)) {
+            } else if unanswered
+                .iter()
+                .all(|real| is_gone(key.service, *real) || (!pending.twice && is_deaf(*real)))
+            {
                 pending.unanswered = None;
                 next.push(if pending.twice { Next::Nowhere(key) } else { Next::AskStore(key) });
             }
@@ -228,13 +233,23 @@ impl Asking {
         next
     }
 
-    /// What the store has of it. One that is not of the segment's connection does not count.
+    /// What the store has of it: of the segment's connection (`is_of`), or nothing.
     pub fn stored(&mut self, key: Key, kept: Option<Waiting>, now: Instant) -> Option<Decided> {
-        let first = self.pending.get(&key)?.segments.first()?;
-        match kept.filter(|kept| kept.is_before(first.seq)) {
+        match kept {
             Some(kept) => self.decide(key, Found::Kept(kept), now),
             None => self.nowhere(key, Found::Gone, now),
         }
+    }
+
+    /// Whether what the store had is what the first held segment comes behind.
+    pub fn is_of(&self, key: &Key, kept: &Waiting) -> bool {
+        let first = self.pending.get(key).and_then(|pending| pending.segments.first());
+        first.is_some_and(|first| kept.is_before(first.seq))
+    }
+
+    /// Whether nothing is held that could go on: acknowledgements alone take nothing out of the store.
+    pub fn only_acknowledges(&self, key: &Key) -> bool {
+        self.pending.get(key).is_none_or(|pending| pending.segments.iter().all(Segment::is_bare))
     }
 
     /// There is no store to ask.
@@ -312,6 +327,7 @@ mod tests {
     }
 
     const NOBODY_GONE: &dyn Fn(u16, IpAddr) -> bool = &|_, _| false;
+    const NOBODY_DEAF: &dyn Fn(IpAddr) -> bool = &|_| false;
 
     fn decided(next: Vec<Next>) -> Decided {
         match next.into_iter().next() {
@@ -327,13 +343,13 @@ mod tests {
             assert!(asking.hold(segment("10.1.1.1:1", seq), now));
         }
         assert_eq!(ask(&mut asking, 1, now), 1, "once for all three");
-        assert!(asking.answered(1, R2, &[Had::Nothing], NOBODY_GONE, now).is_empty());
-        let found = decided(asking.answered(1, R1, &[Had::This], NOBODY_GONE, now));
+        assert!(asking.answered(1, R2, &[Had::Nothing], NOBODY_GONE, NOBODY_DEAF, now).is_empty());
+        let found = decided(asking.answered(1, R1, &[Had::This], NOBODY_GONE, NOBODY_DEAF, now));
         assert_eq!((found.found, found.segments.len()), (Found::At(R1), 3));
         assert!(asking.is_idle() && asking.held == 0);
         // Late, doubled, or of nobody.
-        assert!(asking.answered(1, R2, &[Had::This], NOBODY_GONE, now).is_empty());
-        assert!(asking.answered(9, R1, &[Had::This], NOBODY_GONE, now).is_empty());
+        assert!(asking.answered(1, R2, &[Had::This], NOBODY_GONE, NOBODY_DEAF, now).is_empty());
+        assert!(asking.answered(9, R1, &[Had::This], NOBODY_GONE, NOBODY_DEAF, now).is_empty());
     }
 
     #[test]
@@ -341,16 +357,19 @@ mod tests {
         let (mut asking, now) = (Asking::default(), Instant::now());
         asking.hold(segment("10.1.1.1:1", 10), now);
         ask(&mut asking, 1, now);
-        assert!(asking.answered(1, R1, &[Had::Nothing], NOBODY_GONE, now).is_empty());
-        assert!(asking.answered(1, R1, &[Had::Nothing], NOBODY_GONE, now).is_empty(), "twice");
+        assert!(asking.answered(1, R1, &[Had::Nothing], NOBODY_GONE, NOBODY_DEAF, now).is_empty());
+        assert!(
+            asking.answered(1, R1, &[Had::Nothing], NOBODY_GONE, NOBODY_DEAF, now).is_empty(),
+            "twice"
+        );
         // One that does not answer delays its own only: this one is given up, and TCP repeats it.
         assert_eq!(asking.expire(now + PATIENCE), 1);
-        assert!(asking.answered(1, R2, &[Had::This], NOBODY_GONE, now).is_empty());
+        assert!(asking.answered(1, R2, &[Had::This], NOBODY_GONE, NOBODY_DEAF, now).is_empty());
 
         // One that is down, and whose connections are reset for that, need not answer.
         asking.hold(segment("10.1.1.1:1", 10), now);
         ask(&mut asking, 2, now);
-        let next = asking.answered(2, R1, &[Had::Other], &|_, real| real == R2, now);
+        let next = asking.answered(2, R1, &[Had::Other], &|_, real| real == R2, NOBODY_DEAF, now);
         let Some(Next::AskStore(key)) = next.into_iter().next() else {
             panic!("the store is asked")
         };
@@ -359,7 +378,7 @@ mod tests {
         let now = now + AGAIN;
         let due: Vec<Key> = asking.take_due(now).into_values().flatten().collect();
         asking.begin(3, &due, &[R1, R2], now);
-        let next = asking.answered(3, R1, &[Had::Nothing], &|_, real| real == R2, now);
+        let next = asking.answered(3, R1, &[Had::Nothing], &|_, real| real == R2, NOBODY_DEAF, now);
         let Some(Next::Nowhere(key)) = next.into_iter().next() else { panic!("that is all") };
         assert_eq!(asking.without_store(key, now).unwrap().found, Found::Nowhere);
         assert!(asking.is_idle() && !asking.asks_again());
@@ -371,8 +390,9 @@ mod tests {
         asking.hold(segment("10.1.1.1:1", 3_750_940_276), now);
         asking.hold(segment("10.1.1.1:1", 3_840_900_471), now);
         assert_eq!(ask(&mut asking, 1, now), 2, "each by its own numbers");
-        asking.answered(1, R2, &[Had::Nothing, Had::Nothing], NOBODY_GONE, now);
-        let next = asking.answered(1, R1, &[Had::Nothing, Had::This], NOBODY_GONE, now);
+        asking.answered(1, R2, &[Had::Nothing, Had::Nothing], NOBODY_GONE, NOBODY_DEAF, now);
+        let next =
+            asking.answered(1, R1, &[Had::Nothing, Had::This], NOBODY_GONE, NOBODY_DEAF, now);
         assert!(matches!(next[0], Next::AskStore(_)));
         assert!(matches!(&next[1], Next::Decided(d) if d.found == Found::At(R1)));
     }
@@ -392,10 +412,26 @@ mod tests {
         for (seq, is_of_it) in [(114, true), (100, true), (113, true), (115, false), (99, false)] {
             asking.hold(segment("10.1.1.1:1", seq), now);
             let key = asking.take_new().into_values().flatten().next().unwrap();
-            let found = asking.stored(key, Some(kept.clone()), now).map(|decided| decided.found);
-            assert_eq!(found, is_of_it.then(|| Found::Kept(kept.clone())), "{seq}");
+            assert_eq!(asking.is_of(&key, &kept), is_of_it, "{seq}");
             asking.expire(now + PATIENCE);
         }
+    }
+
+    #[test]
+    fn a_host_that_is_deaf_does_not_keep_from_the_store_what_no_broker_has() {
+        let (mut asking, now) = (Asking::default(), Instant::now());
+        asking.hold(segment("10.1.1.1:1", 10), now);
+        ask(&mut asking, 1, now);
+        let is_deaf: &dyn Fn(IpAddr) -> bool = &|real| real == R2;
+        let next = asking.answered(1, R1, &[Had::Nothing], NOBODY_GONE, is_deaf, now);
+        let [Next::AskStore(key)] = next[..] else { panic!("{next:?}") };
+        // The store has it not: that nobody has it, the deaf one is still to say.
+        assert!(asking.stored(key, None, now).is_none());
+        let now = now + AGAIN;
+        let due: Vec<Key> = asking.take_due(now).into_values().flatten().collect();
+        asking.begin(2, &due, &[R1, R2], now);
+        assert!(asking.answered(2, R1, &[Had::Nothing], NOBODY_GONE, is_deaf, now).is_empty());
+        assert_eq!(asking.expire(now + PATIENCE), 1);
     }
 
     #[test]

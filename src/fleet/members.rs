@@ -62,8 +62,15 @@ pub struct Members {
     tables: Option<(std::sync::Arc<Config>, Tables)>,
     /// Others' tables, as they were read for these hashes.
     others: BTreeMap<String, (BTreeMap<String, String>, Tables)>,
-    /// Who is away, since when that is known.
-    away: BTreeMap<String, Instant>,
+    /// Who is away, or was until lately.
+    away: BTreeMap<String, Away>,
+}
+
+/// A member that comes and goes is away all the time, so that it is not waited for again and again.
+#[derive(Debug, Clone, Copy)]
+struct Away {
+    since: Instant,
+    last: Instant,
 }
 
 impl Members {
@@ -100,10 +107,12 @@ impl Members {
             let mut set = Cmd::set(tables_key(&fleet.name), text);
             set.arg("EX").arg(TABLES_S);
             pipeline.add_command(set).ignore();
-            self.written = Some((entry.tables.clone(), Instant::now()));
         }
         pipeline.add_command(Cmd::smembers(MEMBERS));
         let (names,): (Vec<String>,) = pipeline.query_async(connection).await?;
+        if !self.written.as_ref().is_some_and(is_written) {
+            self.written = Some((entry.tables.clone(), Instant::now()));
+        }
         let others: Vec<String> = names.into_iter().filter(|name| *name != fleet.name).collect();
         let entries = self.entries(connection, &others).await?;
         self.others.retain(|name, _| entries.contains_key(name));
@@ -137,7 +146,7 @@ impl Members {
             pipeline.add_command(Cmd::exists(tables_key(name)));
         }
         let answers: Vec<(Option<String>, i64, bool)> = pipeline.query_async(connection).await?;
-        let (mut entries, mut away) = (BTreeMap::new(), BTreeMap::new());
+        let (now, mut entries, mut is_away) = (Instant::now(), BTreeMap::new(), false);
         for (name, (text, left_ms, has_tables)) in names.iter().zip(answers) {
             let entry = text.and_then(|text| serde_json::from_str(&text).ok());
             let silent_ms =
@@ -145,13 +154,14 @@ impl Members {
             if entry.is_none() && !has_tables {
                 Cmd::srem(MEMBERS, name).query_async::<()>(connection).await?;
             } else if entry.is_none() || silent_ms > AWAY_MS {
-                let since = self.away.get(name).copied().unwrap_or_else(Instant::now);
-                away.insert(name.clone(), since);
+                let away = self.away.entry(name.clone()).or_insert(Away { since: now, last: now });
+                away.last = now;
+                is_away |= now.duration_since(away.since) < GONE;
             }
             entries.extend(entry.map(|entry| (name.clone(), entry)));
         }
-        self.away = away;
-        if self.away.values().any(|since| since.elapsed() < GONE) {
+        self.away.retain(|_, away| now.duration_since(away.last) < GONE);
+        if is_away {
             self.state.observed.fleet.note_away();
         }
         Ok(entries)

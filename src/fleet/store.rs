@@ -1,13 +1,13 @@
 //! The store: what no broker has yet lies there for some seconds, so that any balancer can go on with it. It may be
 //! lost at any time: established connections do not need it.
 
-use std::collections::HashMap;
+use std::collections::VecDeque;
 use std::fs;
 use std::io::{self, Read as _, Write as _};
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use redis::aio::{ConnectionManager, ConnectionManagerConfig};
 use redis::{Client, Cmd, Pipeline, RedisError, TlsCertificates, Value};
@@ -19,10 +19,12 @@ use crate::domain::fleet::Store as Config;
 use crate::domain::waiting::Waiting;
 use crate::state::State;
 
-/// Seconds that a connection without a broker is kept: longer than members that are away are waited for.
+/// Seconds that a connection without a broker is kept: longer than its client may be silent (`asker::SILENT_AT_LAST_S`).
 const KEPT_S: u32 = 30;
-/// Wishes that wait for the store; beyond that, they are given up.
+/// Wishes that wait for the store; beyond that, the oldest are given up.
 const WAITING_MAX: usize = 65_536;
+/// For so long, while the store is not there: then a client that says nothing is bound without it.
+const WORTH: Duration = Duration::from_secs(20);
 /// Of those, in one pipeline.
 const PIPELINE_MAX: usize = 512;
 /// A store that takes longer is taken for lost.
@@ -46,16 +48,32 @@ pub enum StoreError {
 /// What is wanted of it.
 #[derive(Debug)]
 enum Wish {
-    Keep { key: String, value: String },
-    Forget { key: String },
-    Take { of: Key, key: String },
+    Keep {
+        key: String,
+        value: String,
+    },
+    /// Unless there is another by now.
+    GiveBack {
+        key: String,
+        value: String,
+    },
+    Forget {
+        key: String,
+    },
+    Take {
+        of: Key,
+        key: String,
+    },
 }
+
+/// What came of taking a connection; `Err`: the store did not say.
+type Taken = (Key, Result<Option<Waiting>, ()>);
 
 /// What the asking thread has of it.
 #[derive(Debug)]
 pub struct Store {
     wishes: mpsc::Sender<Wish>,
-    taken: Receiver<(Key, Option<Waiting>)>,
+    taken: Receiver<Taken>,
     /// Readable when something was taken.
     pub wake: UnixStream,
     pub task: tokio::task::JoinHandle<()>,
@@ -100,6 +118,13 @@ impl Store {
         }
     }
 
+    /// Keeps what was taken and is of another connection, or of a segment that was lost.
+    pub fn give_back(&self, service: &str, client: SocketAddr, waiting: &Waiting) {
+        if let Ok(value) = serde_json::to_string(waiting) {
+            let _ = self.wishes.try_send(Wish::GiveBack { key: key_of(service, client), value });
+        }
+    }
+
     /// A broker is given it now.
     pub fn forget(&self, service: &str, client: SocketAddr) {
         let _ = self.wishes.try_send(Wish::Forget { key: key_of(service, client) });
@@ -112,7 +137,7 @@ impl Store {
     }
 
     /// What was taken meanwhile.
-    pub fn taken(&mut self) -> Vec<(Key, Option<Waiting>)> {
+    pub fn taken(&mut self) -> Vec<Taken> {
         let mut bytes = [0; 256];
         while matches!(self.wake.read(&mut bytes), Ok(1..)) {}
         self.taken.try_iter().collect()
@@ -132,7 +157,7 @@ struct Task {
     client: Client,
     address: String,
     state: State,
-    taken: Sender<(Key, Option<Waiting>)>,
+    taken: Sender<Taken>,
     wake: UnixStream,
 }
 
@@ -156,8 +181,10 @@ impl Task {
         // On its own: what it reads and writes may be much, and connections do not wait for it.
         let learned = tokio::spawn(learned(self.state.clone(), connection.clone()));
         let _end = AbortOnDrop(learned);
-        let mut batch = Vec::with_capacity(PIPELINE_MAX);
+        let mut new = Vec::with_capacity(PIPELINE_MAX);
+        let mut waiting = VecDeque::new();
         loop {
+            let is_there = self.state.observed.fleet.store_lost().is_none();
             tokio::select! {
                 biased;
                 // First, or a burst of connections would make this member seem gone.
@@ -165,62 +192,100 @@ impl Task {
                     let result = tokio::time::timeout(PATIENCE * 2, members.beat(&mut connection)).await;
                     let result = result.unwrap_or_else(|_| Err(timed_out()));
                     self.note(result);
+                    waiting.retain(|(since, _): &(Instant, Wish)| since.elapsed() < WORTH);
                 }
-                count = wishes.recv_many(&mut batch, PIPELINE_MAX) => {
+                () = std::future::ready(()), if is_there && !waiting.is_empty() => {
+                    let result = self.carry_out(&mut connection, &mut waiting).await;
+                    self.note(result);
+                }
+                count = wishes.recv_many(&mut new, PIPELINE_MAX) => {
                     if count == 0 {
                         return;
                     }
-                    let result = self.carry_out(&mut connection, &batch).await;
-                    self.note(result);
-                    batch.clear();
+                    let now = Instant::now();
+                    waiting.extend(new.drain(..).map(|wish| (now, wish)));
+                    let too_many = waiting.len().saturating_sub(WAITING_MAX);
+                    waiting.drain(..too_many);
+                    if !is_there {
+                        self.refuse(&mut waiting);
+                    }
                 }
             }
         }
     }
 
-    /// All wishes in one pipeline. What was to be taken and was not there, or cannot be asked for, is not there.
+    /// What is to be taken does not wait for a store that is not there.
+    fn refuse(&mut self, waiting: &mut VecDeque<(Instant, Wish)>) {
+        let mut answers = Vec::new();
+        waiting.retain(|(_, wish)| match wish {
+            Wish::Take { of, .. } => {
+                answers.push((*of, Err(())));
+                false
+            }
+            _ => true,
+        });
+        self.tell(answers);
+    }
+
+    fn tell(&mut self, answers: Vec<Taken>) {
+        let mut some = false;
+        for answer in answers {
+            some |= self.taken.send(answer).is_ok();
+        }
+        if some {
+            let _ = self.wake.write(&[1]);
+        }
+    }
+
+    /// The next wishes, in one pipeline. If that fails, all but what was to be taken go on waiting.
     async fn carry_out(
         &mut self,
         connection: &mut ConnectionManager,
-        batch: &[Wish],
+        waiting: &mut VecDeque<(Instant, Wish)>,
     ) -> Result<(), RedisError> {
-        let mut pipeline = Pipeline::with_capacity(batch.len());
-        for wish in batch {
+        let count = waiting.len().min(PIPELINE_MAX);
+        let mut pipeline = Pipeline::with_capacity(count);
+        for (since, wish) in waiting.range(..count) {
             pipeline.add_command(match wish {
-                Wish::Keep { key, value } => {
+                // One that has waited long must not displace a newer connection's.
+                Wish::Keep { key, value } if since.elapsed() < PATIENCE => {
                     let mut cmd = Cmd::set(key, value);
                     cmd.arg("EX").arg(KEPT_S);
+                    cmd
+                }
+                Wish::Keep { key, value } | Wish::GiveBack { key, value } => {
+                    let mut cmd = Cmd::set(key, value);
+                    cmd.arg("NX").arg("EX").arg(KEPT_S);
                     cmd
                 }
                 Wish::Forget { key } => Cmd::del(key),
                 Wish::Take { key, .. } => Cmd::get_del(key),
             });
         }
-        let answers =
+        let values =
             tokio::time::timeout(PATIENCE, pipeline.query_async::<Vec<Value>>(connection)).await;
-        let answers = answers.unwrap_or_else(|_| Err(timed_out()));
-        let mut found: HashMap<usize, Waiting> = HashMap::new();
-        if let Ok(values) = &answers {
-            for (place, value) in values.iter().enumerate() {
-                let Value::BulkString(bytes) = value else { continue };
-                match serde_json::from_slice(bytes) {
-                    Ok(waiting) => drop(found.insert(place, waiting)),
-                    Err(error) => {
+        let values = match values.unwrap_or_else(|_| Err(timed_out())) {
+            Ok(values) => values,
+            Err(error) => {
+                self.refuse(waiting);
+                return Err(error);
+            }
+        };
+        let mut answers = Vec::new();
+        for ((_, wish), value) in waiting.drain(..count).zip(values) {
+            let Wish::Take { of, .. } = wish else { continue };
+            let found = match value {
+                Value::BulkString(bytes) => serde_json::from_slice(&bytes)
+                    .inspect_err(|error| {
                         debug!(%error, "the store has something else under a connection's name");
-                    }
-                }
-            }
+                    })
+                    .ok(),
+                _ => None,
+            };
+            answers.push((of, Ok(found)));
         }
-        let mut some = false;
-        for (place, wish) in batch.iter().enumerate() {
-            if let Wish::Take { of, .. } = wish {
-                some |= self.taken.send((*of, found.remove(&place))).is_ok();
-            }
-        }
-        if some {
-            let _ = self.wake.write(&[1]);
-        }
-        answers.map(drop)
+        self.tell(answers);
+        Ok(())
     }
 
     fn note(&self, result: Result<(), RedisError>) {

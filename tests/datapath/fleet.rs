@@ -261,25 +261,51 @@ fn a_late_segment_of_the_last_connection_does_not_cost_the_next_one_its_flow() {
     assert!(misses(&f).is_empty());
 }
 
+fn fleet_with_keys(text: &str) -> Fixture {
+    let f = fleet(text);
+    let keys = mqtt_fwd::kernel::abi::handover_keys { key: [[1, 2], [3, 4]], epoch: 1, pad: 0 };
+    f.datapath.handover_keys.put(&0, &keys).unwrap();
+    f
+}
+
+/// A connection whose CONNECT was answered.
+fn waiting<'a>(f: &'a Fixture, client: &str) -> (Conn<'a>, Vec<u8>) {
+    let mut conn = Conn::new(f, client);
+    let syn = packet::tcp(conn.client, conn.service, conn.isn, 0, |h| h.syn = true, &[]);
+    let syn_ack = f.send(&syn);
+    assert_eq!(syn_ack.verdict, XDP_TX);
+    let headers = etherparse::PacketHeaders::from_ethernet_slice(&syn_ack.packet).unwrap();
+    conn.ack = headers.transport.unwrap().tcp().unwrap().sequence_number.wrapping_add(1);
+    let connect = mqtt::connect(4);
+    assert_eq!(f.send(&conn.segment(&connect)).verdict, XDP_TX, "CONNACK");
+    conn.sent += connect.len() as u32;
+    conn.ack = conn.ack.wrapping_add(4);
+    (conn, connect)
+}
+
+#[test]
+fn a_lost_first_message_is_waited_for_whatever_comes_behind_it() {
+    let f = fleet_with_keys(&delayed());
+    for client in ["10.1.1.1:40000", "[fd01:1::1]:40000"] {
+        let (mut conn, _) = waiting(&f, client);
+        let (first, second) =
+            (mqtt::publish(b"sensor/b", 0, b"1"), mqtt::publish(b"sensor/b", 0, b"2"));
+        let lost = conn.segment(&first);
+        conn.sent += first.len() as u32;
+        assert_eq!(f.send(&conn.segment(&second)).verdict, XDP_DROP);
+        let asked = misses(&f).remove(0);
+        assert_eq!(adopt(&f, &asked, &Answer::Nobody).0, XDP_DROP, "no RST");
+        assert_eq!(f.send(&lost).verdict, JUMPED, "TCP repeats it");
+        assert_eq!(f.flow(conn.client).unwrap().bound_by, "message_answered");
+    }
+}
+
 #[test]
 fn a_connect_that_another_balancer_answered_goes_on_here() {
     let text = delayed();
-    let (there, here) = (fleet(&text), fleet(&text));
-    let keys = mqtt_fwd::kernel::abi::handover_keys { key: [[1, 2], [3, 4]], epoch: 1, pad: 0 };
-    for f in [&there, &here] {
-        f.datapath.handover_keys.put(&0, &keys).unwrap();
-    }
+    let (there, here) = (fleet_with_keys(&text), fleet_with_keys(&text));
     for client in ["10.1.1.1:40000", "[fd01:1::1]:40000"] {
-        let mut conn = Conn::new(&there, client);
-        let syn = packet::tcp(conn.client, conn.service, conn.isn, 0, |h| h.syn = true, &[]);
-        let syn_ack = there.send(&syn);
-        assert_eq!(syn_ack.verdict, XDP_TX);
-        let headers = etherparse::PacketHeaders::from_ethernet_slice(&syn_ack.packet).unwrap();
-        conn.ack = headers.transport.unwrap().tcp().unwrap().sequence_number.wrapping_add(1);
-        let connect = mqtt::connect(4);
-        assert_eq!(there.send(&conn.segment(&connect)).verdict, XDP_TX, "CONNACK");
-        conn.sent += connect.len() as u32;
-        conn.ack = conn.ack.wrapping_add(4);
+        let (conn, connect) = waiting(&there, client);
         let kept = reports(&there).into_iter().find_map(|report| match report {
             Report::Kept((of, service), kept) => {
                 assert_eq!(of, conn.client);

@@ -234,7 +234,7 @@ fn first_bytes(
     })
     .0;
     stream.set_nonblocking(false).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     let mut bytes = vec![0; 512];
     let mut length = 0;
     // Until the CONNECT is there.

@@ -386,7 +386,7 @@ fn the_service_manager_is_told_what_happens() {
     let net = Net::new();
     let path = net.dir.join("notify.sock");
     let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
-    socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     let next = |wanted: &str| {
         let mut buffer = [0; 4096];
         loop {

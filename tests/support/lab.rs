@@ -19,8 +19,8 @@ pub type Group = (&'static str, u8, &'static [u8]);
 
 pub fn config(groups: &[Group], routes: &[(&str, &str)]) -> String {
     let mut text = "interface = \"eth0\"\nbpffs = \"@BPFFS@\"\nbalancer = \"embedded\"\n\
-                    gateway_mac = \"@GATEWAY_MAC@\"\n[maps]\nclients = 1000\nflows = 1000\n\
-                    topics = 1000\nroute_states = 1000\nvips = 16\n"
+                    gateway_mac = \"@GATEWAY_MAC@\"\n[maps]\nclients = 1000\nclient_ids = 4000\n\
+                    flows = 1000\ntopics = 1000\nroute_states = 1000\nvips = 16\n"
         .to_owned();
     for (name, address, vip, real) in [
         ("mqtt", "10.1.50.200", "10.1.50.", "10.1.3."),

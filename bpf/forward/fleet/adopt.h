@@ -38,6 +38,15 @@ __noinline int adopt_forget(const struct conn *c, const struct service_table *t,
 	return 0;
 }
 
+/* Whether a connection waits here for what lies before the segment: that was lost on its way, and TCP repeats it. */
+static __always_inline bool is_waited_for(const struct conn *c)
+{
+	const struct handover *h = handover_find(c);
+
+	return h && h->state <= HANDOVER_SILENT && c->ack - h->server <= HANDOVER_CONNACK &&
+	       c->seq - h->start < FLOW_WINDOW;
+}
+
 /* A flow that is bound to the one broker host that has its connection. Global (see event.h). */
 __noinline int adopt_flow(const struct conn *c, const struct service_table *t, __u32 binding)
 {
@@ -128,6 +137,8 @@ int mqtt_adopt(struct xdp_md *ctx)
 		adopt_forget(&c, t, true);
 		return XDP_DROP;
 	default:
+		if (answers && is_waited_for(&c))
+			return XDP_DROP;
 		adopt_forget(&c, t, true);
 		count(REASON_NOBODY_HAS_IT);
 		/* An acknowledgement alone is the last of a connection, or the first, whose CONNECT is still to come. */

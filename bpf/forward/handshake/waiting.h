@@ -58,7 +58,7 @@ static __always_inline int handshake_waiting(struct xdp_md *ctx, struct conn *c,
 	struct bind_decision *v = decision_begin(w, behind, FLOW_CONNECTED);
 	bool again = c->seq == h->start, silent = h->state == HANDOVER_SILENT;
 
-	/* Another balancer had what comes before this, and a broker has the connection. */
+	/* What comes before this was lost, or another balancer had it, and a broker has the connection. */
 	if (fleet && seq_before(behind, c->seq)) {
 		tail_call_stage(ctx, c, svc, 0, STAGE_MISS);
 		return XDP_DROP;

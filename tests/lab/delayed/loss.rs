@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::{ROUTES, all_right, delayed, expect_all, sessions};
+use crate::support::lab::{Lab, ONE_REAL_EACH, config};
 use crate::support::session::run_all;
 use crate::support::wire::{Fate, Kind, Seen, Wire};
 
@@ -124,4 +125,28 @@ fn a_thousand_connections_through_random_loss() {
         }
         println!("{share} %: {count} connections, all messages right");
     }
+}
+
+/// What comes behind a lost first message is of a connection that no broker has, nor the store: in a fleet, too, it is
+/// waited for.
+#[test]
+fn a_fleet_waits_for_a_lost_first_message() {
+    let text = config(ONE_REAL_EACH, ROUTES).replace("vips = 16", "vips = 32");
+    let lab = Lab::up(&text, &["--balancers", "2", "--delayed", "--store"]);
+    let mut met = HashSet::new();
+    let rule = move |seen: Option<Seen>| match seen {
+        Some(s) if s.kind == Kind::Publish && met.insert(s.port) => {
+            if s.port % 2 == 0 {
+                Fate::Lost
+            } else {
+                Fate::Late(Duration::from_millis(80))
+            }
+        }
+        _ => Fate::Pass,
+    };
+    let _wire = Wire::of_client(&lab, "c1", Box::new(rule));
+    let mut all = sessions("fleet-0", 36, 5, 0);
+    all.extend(sessions("fleet-1", 36, 5, 1));
+    expect_all(&run_all(&lab, &all, 18));
+    all_right(&lab, &all);
 }
