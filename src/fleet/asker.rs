@@ -154,6 +154,7 @@ impl Worker {
         loop {
             if self.looked.is_none_or(|last| last.elapsed() >= LOOK) {
                 self.look();
+                last = Instant::now();
             }
             if self.wait(ring_fd, ended) {
                 return Ok(());
@@ -221,7 +222,6 @@ impl Worker {
     /// Takes up the configuration in force, keys, and who is down; asks everybody for nothing, so that who does not
     /// answer is known before it matters.
     fn look(&mut self) {
-        self.looked = Some(Instant::now());
         let config = self.state.config();
         match KeyFile::read(&config.handover_key) {
             Ok(file) => {
@@ -251,6 +251,7 @@ impl Worker {
         }
         self.late.retain(|_, (_, since)| since.elapsed() < LATE);
         self.look_for_silent();
+        self.looked = Some(Instant::now());
     }
 
     /// Whether neither this process nor a member that is waited for has been away for so long.
@@ -296,13 +297,20 @@ impl Worker {
     /// No broker host has it.
     fn ask_store(&mut self, key: Key) {
         let now = Instant::now();
-        let decided = if let Some((waiting, _)) = self.late.remove(&key) {
+        let late = self.late.get(&key).filter(|(waiting, _)| self.asking.is_of(&key, waiting));
+        let decided = if let Some((waiting, _)) = late.cloned() {
+            self.late.remove(&key);
             self.asking.stored(key, Some(waiting), now)
         } else {
             let (store, places) = (self.store.as_ref(), self.services.get(&key.service));
             let asked = !self.asking.only_acknowledges(&key)
                 && store.zip(places).is_some_and(|(store, places)| store.take(&places.name, key));
-            if asked { None } else { self.asking.without_store(key, now) }
+            if asked {
+                self.asking.note_asked(&key);
+                None
+            } else {
+                self.asking.without_store(key, now)
+            }
         };
         if let Some(decided) = decided {
             self.carry_out(decided);
@@ -325,7 +333,8 @@ impl Worker {
                     {
                         store.give_back(&places.name, key.client, &waiting);
                     }
-                    self.asking.stored(key, None, now)
+                    let is_behind = self.asking.is_behind(&key, &waiting);
+                    if is_behind { None } else { self.asking.stored(key, None, now) }
                 }
                 Ok(waiting) => self.asking.stored(key, waiting, now),
                 Err(()) => self.asking.without_store(key, now),
@@ -395,6 +404,12 @@ impl Worker {
         }
     }
 
+    /// Whether a broker host of a service, which is not known to be down, does not answer.
+    fn is_one_deaf(&self, places: &Places) -> bool {
+        let is_gone = |real: &IpAddr| self.gone.contains(&(places.name.clone(), *real));
+        places.reals.keys().any(|real| self.deaf.contains(real) && !is_gone(real))
+    }
+
     fn carry_out(&self, decided: Decided) {
         let fleet = self.fleet();
         let Decided { service, segments, silent, found, time } = decided;
@@ -408,7 +423,7 @@ impl Worker {
                 Answer::Real(*binding)
             }
             // Who does not answer may have it.
-            (Found::Gone | Found::Nowhere, Some(_)) if !self.deaf.is_empty() => return,
+            (Found::Gone | Found::Nowhere, Some(_)) if self.is_one_deaf(places) => return,
             (Found::Gone, Some(silent)) if !fleet.store_was_lost_within(silent.age) => {
                 Answer::Elsewhere
             }

@@ -23,6 +23,8 @@ use crate::kernel::ask::{Asked, Had};
 const AGAIN: Duration = Duration::from_millis(25);
 /// For so long segments are held; then TCP repeats them.
 const PATIENCE: Duration = Duration::from_millis(100);
+/// What is not further behind a CONNECT is of its connection (`FLOW_WINDOW`).
+const WINDOW: u32 = 1 << 20;
 /// Segments that are held, of all connections and of one.
 const HELD_MAX: usize = 4096;
 const HELD_OF_ONE: usize = 32;
@@ -52,7 +54,7 @@ pub enum Found {
     At(IpAddr),
     /// In the store, which has it no more.
     Kept(Waiting),
-    /// Not in the store.
+    /// Not in the store, or it did not say.
     Gone,
     /// The store cannot be asked, or there is none.
     Nowhere,
@@ -87,6 +89,8 @@ struct Pending {
     since: Instant,
     /// Who has not answered yet; `None`: no question is open.
     unanswered: Option<HashSet<IpAddr>>,
+    /// The store was asked.
+    asked_store: bool,
     /// All are asked once more, soon; they were.
     again: bool,
     twice: bool,
@@ -127,6 +131,7 @@ impl Asking {
                 silent: None,
                 since: now,
                 unanswered: None,
+                asked_store: false,
                 again: false,
                 twice: false,
             }
@@ -227,7 +232,10 @@ impl Asking {
                 .all(|real| is_gone(key.service, *real) || (!pending.twice && is_deaf(*real)))
             {
                 pending.unanswered = None;
-                next.push(if pending.twice { Next::Nowhere(key) } else { Next::AskStore(key) });
+                // Data may have come behind an acknowledgement that the store was not asked for.
+                let bare = pending.segments.iter().all(Segment::is_bare);
+                let is_all = pending.twice && (pending.asked_store || bare);
+                next.push(if is_all { Next::Nowhere(key) } else { Next::AskStore(key) });
             }
         }
         next
@@ -241,10 +249,23 @@ impl Asking {
         }
     }
 
-    /// Whether what the store had is what the first held segment comes behind.
+    /// Whether what the store had is what a held segment comes behind.
     pub fn is_of(&self, key: &Key, kept: &Waiting) -> bool {
+        let mut segments = self.pending.get(key).into_iter().flat_map(|pending| &pending.segments);
+        segments.any(|segment| kept.is_before(segment.seq))
+    }
+
+    /// Whether between the two something was lost, which TCP repeats.
+    pub fn is_behind(&self, key: &Key, kept: &Waiting) -> bool {
         let first = self.pending.get(key).and_then(|pending| pending.segments.first());
-        first.is_some_and(|first| kept.is_before(first.seq))
+        first.is_some_and(|first| first.seq.wrapping_sub(kept.start) < WINDOW)
+    }
+
+    /// The store is being asked.
+    pub fn note_asked(&mut self, key: &Key) {
+        if let Some(pending) = self.pending.get_mut(key) {
+            pending.asked_store = true;
+        }
     }
 
     /// Whether nothing is held that could go on: acknowledgements alone take nothing out of the store.
@@ -252,15 +273,16 @@ impl Asking {
         self.pending.get(key).is_none_or(|pending| pending.segments.iter().all(Segment::is_bare))
     }
 
-    /// There is no store to ask.
+    /// There is no store to ask, or it has nothing more to say.
     pub fn without_store(&mut self, key: Key, now: Instant) -> Option<Decided> {
-        self.nowhere(key, Found::Nowhere, now)
+        let asked = self.pending.get(&key)?.asked_store;
+        self.nowhere(key, if asked { Found::Gone } else { Found::Nowhere }, now)
     }
 
     /// Neither at a broker host nor in the store: asked for once more, or so it is.
     fn nowhere(&mut self, key: Key, found: Found, now: Instant) -> Option<Decided> {
         let pending = self.pending.get_mut(&key)?;
-        if pending.twice || pending.silent.is_some() {
+        if pending.twice || (pending.silent.is_some() && found == Found::Nowhere) {
             return self.decide(key, found, now);
         }
         if !pending.again {
@@ -379,9 +401,29 @@ mod tests {
         let due: Vec<Key> = asking.take_due(now).into_values().flatten().collect();
         asking.begin(3, &due, &[R1, R2], now);
         let next = asking.answered(3, R1, &[Had::Nothing], &|_, real| real == R2, NOBODY_DEAF, now);
-        let Some(Next::Nowhere(key)) = next.into_iter().next() else { panic!("that is all") };
+        // There was none to ask; it may be there now, or what was held then was an acknowledgement alone.
+        let [Next::AskStore(key)] = next[..] else { panic!("{next:?}") };
         assert_eq!(asking.without_store(key, now).unwrap().found, Found::Nowhere);
         assert!(asking.is_idle() && !asking.asks_again());
+    }
+
+    #[test]
+    fn what_is_not_in_the_store_is_not_asked_for_there_again() {
+        let (mut asking, now) = (Asking::default(), Instant::now());
+        asking.hold(segment("10.1.1.1:1", 10), now);
+        ask(&mut asking, 1, now);
+        asking.answered(1, R1, &[Had::Nothing], NOBODY_GONE, NOBODY_DEAF, now);
+        let next = asking.answered(1, R2, &[Had::Nothing], NOBODY_GONE, NOBODY_DEAF, now);
+        let [Next::AskStore(key)] = next[..] else { panic!("{next:?}") };
+        asking.note_asked(&key);
+        assert!(asking.stored(key, None, now).is_none(), "a host may have just been given it");
+        let now = now + AGAIN;
+        let due: Vec<Key> = asking.take_due(now).into_values().flatten().collect();
+        asking.begin(2, &due, &[R1, R2], now);
+        asking.answered(2, R1, &[Had::Nothing], NOBODY_GONE, NOBODY_DEAF, now);
+        let next = asking.answered(2, R2, &[Had::Nothing], NOBODY_GONE, NOBODY_DEAF, now);
+        let [Next::Nowhere(key)] = next[..] else { panic!("{next:?}") };
+        assert_eq!(asking.without_store(key, now).unwrap().found, Found::Gone);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The store: what no broker has yet lies there for some seconds, so that any balancer can go on with it. It may be
 //! lost at any time: established connections do not need it.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::fs;
 use std::io::{self, Read as _, Write as _};
 use std::net::SocketAddr;
@@ -21,7 +21,7 @@ use crate::state::State;
 
 /// Seconds that a connection without a broker is kept: longer than its client may be silent (`asker::SILENT_AT_LAST_S`).
 const KEPT_S: u32 = 30;
-/// Wishes that wait for the store; beyond that, the oldest are given up.
+/// Wishes that wait for the store; beyond that, they are given up.
 const WAITING_MAX: usize = 65_536;
 /// For so long, while the store is not there: then a client that says nothing is bound without it.
 const WORTH: Duration = Duration::from_secs(20);
@@ -64,6 +64,29 @@ enum Wish {
         of: Key,
         key: String,
     },
+}
+
+/// What is to be kept once the store is there again: of each client's address the last.
+#[derive(Debug, Default)]
+struct PutOff(HashMap<String, (Instant, String)>);
+
+impl PutOff {
+    fn add(&mut self, key: String, value: String) {
+        if self.0.len() < WAITING_MAX || self.0.contains_key(&key) {
+            self.0.insert(key, (Instant::now(), value));
+        }
+    }
+
+    fn forget(&mut self, key: &str) {
+        self.0.remove(key);
+    }
+
+    /// What is still worth it. It must not displace what another balancer has kept since.
+    fn take(&mut self) -> impl Iterator<Item = Wish> {
+        let all = std::mem::take(&mut self.0).into_iter();
+        let worth = all.filter(|(_, (since, _))| since.elapsed() < WORTH);
+        worth.map(|(key, (_, value))| Wish::GiveBack { key, value })
+    }
 }
 
 /// What came of taking a connection; `Err`: the store did not say.
@@ -183,6 +206,7 @@ impl Task {
         let _end = AbortOnDrop(learned);
         let mut new = Vec::with_capacity(PIPELINE_MAX);
         let mut waiting = VecDeque::new();
+        let mut put_off = PutOff::default();
         loop {
             let is_there = self.state.observed.fleet.store_lost().is_none();
             tokio::select! {
@@ -191,39 +215,43 @@ impl Task {
                 _ = beat.tick() => {
                     let result = tokio::time::timeout(PATIENCE * 2, members.beat(&mut connection)).await;
                     let result = result.unwrap_or_else(|_| Err(timed_out()));
+                    if result.is_ok() {
+                        waiting.extend(put_off.take());
+                    }
                     self.note(result);
-                    waiting.retain(|(since, _): &(Instant, Wish)| since.elapsed() < WORTH);
                 }
                 () = std::future::ready(()), if is_there && !waiting.is_empty() => {
                     let result = self.carry_out(&mut connection, &mut waiting).await;
+                    if result.is_err() {
+                        self.put_off(&mut waiting, &mut put_off);
+                    }
                     self.note(result);
                 }
                 count = wishes.recv_many(&mut new, PIPELINE_MAX) => {
                     if count == 0 {
                         return;
                     }
-                    let now = Instant::now();
-                    waiting.extend(new.drain(..).map(|wish| (now, wish)));
-                    let too_many = waiting.len().saturating_sub(WAITING_MAX);
-                    waiting.drain(..too_many);
+                    waiting.extend(new.drain(..));
                     if !is_there {
-                        self.refuse(&mut waiting);
+                        self.put_off(&mut waiting, &mut put_off);
                     }
                 }
             }
         }
     }
 
-    /// What is to be taken does not wait for a store that is not there.
-    fn refuse(&mut self, waiting: &mut VecDeque<(Instant, Wish)>) {
+    /// The store is not there: nothing is taken now, and what is to be kept waits for it.
+    fn put_off(&mut self, waiting: &mut VecDeque<Wish>, put_off: &mut PutOff) {
         let mut answers = Vec::new();
-        waiting.retain(|(_, wish)| match wish {
-            Wish::Take { of, .. } => {
-                answers.push((*of, Err(())));
-                false
+        for wish in waiting.drain(..) {
+            match wish {
+                Wish::Keep { key, value } | Wish::GiveBack { key, value } => {
+                    put_off.add(key, value)
+                }
+                Wish::Forget { key } => put_off.forget(&key),
+                Wish::Take { of, .. } => answers.push((of, Err(()))),
             }
-            _ => true,
-        });
+        }
         self.tell(answers);
     }
 
@@ -237,23 +265,22 @@ impl Task {
         }
     }
 
-    /// The next wishes, in one pipeline. If that fails, all but what was to be taken go on waiting.
+    /// The next wishes, in one pipeline; if that fails, they are still there.
     async fn carry_out(
         &mut self,
         connection: &mut ConnectionManager,
-        waiting: &mut VecDeque<(Instant, Wish)>,
+        waiting: &mut VecDeque<Wish>,
     ) -> Result<(), RedisError> {
         let count = waiting.len().min(PIPELINE_MAX);
         let mut pipeline = Pipeline::with_capacity(count);
-        for (since, wish) in waiting.range(..count) {
+        for wish in waiting.range(..count) {
             pipeline.add_command(match wish {
-                // One that has waited long must not displace a newer connection's.
-                Wish::Keep { key, value } if since.elapsed() < PATIENCE => {
+                Wish::Keep { key, value } => {
                     let mut cmd = Cmd::set(key, value);
                     cmd.arg("EX").arg(KEPT_S);
                     cmd
                 }
-                Wish::Keep { key, value } | Wish::GiveBack { key, value } => {
+                Wish::GiveBack { key, value } => {
                     let mut cmd = Cmd::set(key, value);
                     cmd.arg("NX").arg("EX").arg(KEPT_S);
                     cmd
@@ -264,15 +291,9 @@ impl Task {
         }
         let values =
             tokio::time::timeout(PATIENCE, pipeline.query_async::<Vec<Value>>(connection)).await;
-        let values = match values.unwrap_or_else(|_| Err(timed_out())) {
-            Ok(values) => values,
-            Err(error) => {
-                self.refuse(waiting);
-                return Err(error);
-            }
-        };
+        let values = values.unwrap_or_else(|_| Err(timed_out()))?;
         let mut answers = Vec::new();
-        for ((_, wish), value) in waiting.drain(..count).zip(values) {
+        for (wish, value) in waiting.drain(..count).zip(values) {
             let Wish::Take { of, .. } = wish else { continue };
             let found = match value {
                 Value::BulkString(bytes) => serde_json::from_slice(&bytes)
