@@ -246,7 +246,7 @@ impl Task {
         for wish in waiting.drain(..) {
             match wish {
                 Wish::Keep { key, value } | Wish::GiveBack { key, value } => {
-                    put_off.add(key, value)
+                    put_off.add(key, value);
                 }
                 Wish::Forget { key } => put_off.forget(&key),
                 Wish::Take { of, .. } => answers.push((of, Err(()))),
