@@ -56,6 +56,7 @@ enum Wish {
     GiveBack {
         key: String,
         value: String,
+        since: Instant,
     },
     Forget {
         key: String,
@@ -71,9 +72,9 @@ enum Wish {
 struct PutOff(HashMap<String, (Instant, String)>);
 
 impl PutOff {
-    fn add(&mut self, key: String, value: String) {
+    fn add(&mut self, key: String, value: String, since: Instant) {
         if self.0.len() < WAITING_MAX || self.0.contains_key(&key) {
-            self.0.insert(key, (Instant::now(), value));
+            self.0.insert(key, (since, value));
         }
     }
 
@@ -85,7 +86,7 @@ impl PutOff {
     fn take(&mut self) -> impl Iterator<Item = Wish> {
         let all = std::mem::take(&mut self.0).into_iter();
         let worth = all.filter(|(_, (since, _))| since.elapsed() < WORTH);
-        worth.map(|(key, (_, value))| Wish::GiveBack { key, value })
+        worth.map(|(key, (since, value))| Wish::GiveBack { key, value, since })
     }
 }
 
@@ -144,7 +145,8 @@ impl Store {
     /// Keeps what was taken and is of another connection, or of a segment that was lost.
     pub fn give_back(&self, service: &str, client: SocketAddr, waiting: &Waiting) {
         if let Ok(value) = serde_json::to_string(waiting) {
-            let _ = self.wishes.try_send(Wish::GiveBack { key: key_of(service, client), value });
+            let (key, since) = (key_of(service, client), Instant::now());
+            let _ = self.wishes.try_send(Wish::GiveBack { key, value, since });
         }
     }
 
@@ -245,9 +247,8 @@ impl Task {
         let mut answers = Vec::new();
         for wish in waiting.drain(..) {
             match wish {
-                Wish::Keep { key, value } | Wish::GiveBack { key, value } => {
-                    put_off.add(key, value);
-                }
+                Wish::Keep { key, value } => put_off.add(key, value, Instant::now()),
+                Wish::GiveBack { key, value, since } => put_off.add(key, value, since),
                 Wish::Forget { key } => put_off.forget(&key),
                 Wish::Take { of, .. } => answers.push((of, Err(()))),
             }
@@ -280,7 +281,7 @@ impl Task {
                     cmd.arg("EX").arg(KEPT_S);
                     cmd
                 }
-                Wish::GiveBack { key, value } => {
+                Wish::GiveBack { key, value, .. } => {
                     let mut cmd = Cmd::set(key, value);
                     cmd.arg("NX").arg("EX").arg(KEPT_S);
                     cmd
