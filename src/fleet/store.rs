@@ -210,7 +210,6 @@ impl Task {
         let mut waiting = VecDeque::new();
         let mut put_off = PutOff::default();
         loop {
-            let is_there = self.state.observed.fleet.store_lost().is_none();
             tokio::select! {
                 biased;
                 // First, or a burst of connections would make this member seem gone.
@@ -222,9 +221,12 @@ impl Task {
                     }
                     self.note(result);
                 }
-                () = std::future::ready(()), if is_there && !waiting.is_empty() => {
+                () = std::future::ready(()), if !waiting.is_empty() => {
                     let result = self.carry_out(&mut connection, &mut waiting).await;
-                    if result.is_err() {
+                    // A store that is back is noticed by the next wish, or the next beat.
+                    if result.is_ok() {
+                        waiting.extend(put_off.take());
+                    } else {
                         self.put_off(&mut waiting, &mut put_off);
                     }
                     self.note(result);
@@ -234,9 +236,6 @@ impl Task {
                         return;
                     }
                     waiting.extend(new.drain(..));
-                    if !is_there {
-                        self.put_off(&mut waiting, &mut put_off);
-                    }
                 }
             }
         }
