@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
-use std::time::Duration;
 
 use super::Datapath;
 use super::clients::GroupNumbers;
@@ -28,8 +27,6 @@ pub struct Silent {
     /// The last timestamps of the client and of the balancer (RFC 7323 §3), if they use them.
     pub timestamps: Option<(u32, u32)>,
     pub connect: Vec<u8>,
-    /// Since its CONNECT.
-    pub age: Duration,
     key: flow6,
 }
 
@@ -43,8 +40,8 @@ impl Silent {
     #[cfg(test)]
     pub(crate) fn between(client: SocketAddr, service: SocketAddr) -> Self {
         let connect = Vec::new();
-        let (age, key) = (Duration::ZERO, flow6::zeroed());
-        Self { client, service, start: 0, server: 0, timestamps: None, connect, age, key }
+        let key = flow6::zeroed();
+        Self { client, service, start: 0, server: 0, timestamps: None, connect, key }
     }
 }
 
@@ -132,7 +129,6 @@ impl Datapath {
                 server: h.server,
                 timestamps: (h.timestamps != 0).then_some((h.client_tsval, h.tsval)),
                 connect: h.connect[..length].to_vec(),
-                age: Duration::from_secs(now.saturating_sub(u64::from(h.born_s))),
                 key,
             })
         };

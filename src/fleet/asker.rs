@@ -306,7 +306,7 @@ impl Worker {
             let asked = !self.asking.only_acknowledges(&key)
                 && store.zip(places).is_some_and(|(store, places)| store.take(&places.name, key));
             if asked {
-                self.asking.note_asked(&key);
+                self.asking.note_asked(&key, true);
                 None
             } else {
                 self.asking.without_store(key, now)
@@ -337,7 +337,10 @@ impl Worker {
                     if is_behind { None } else { self.asking.stored(key, None, now) }
                 }
                 Ok(waiting) => self.asking.stored(key, waiting, now),
-                Err(()) => self.asking.without_store(key, now),
+                Err(()) => {
+                    self.asking.note_asked(&key, false);
+                    self.asking.without_store(key, now)
+                }
             };
             if let Some(decided) = decided {
                 self.carry_out(decided);
@@ -424,11 +427,9 @@ impl Worker {
             }
             // Who does not answer may have it.
             (Found::Gone | Found::Nowhere, Some(_)) if self.is_one_deaf(places) => return,
-            (Found::Gone, Some(silent)) if !fleet.store_was_lost_within(silent.age) => {
-                Answer::Elsewhere
-            }
+            (Found::Gone, Some(_)) => Answer::Elsewhere,
             // Nobody else has gone on with it.
-            (_, Some(silent)) => {
+            (Found::Kept(_) | Found::Nowhere, Some(silent)) => {
                 if let Err(error) = self.binder.bind(&self.datapath, &silent) {
                     fleet.failed.add(1);
                     debug!(client = %silent.client, %error, "a silent client was not bound");

@@ -54,7 +54,7 @@ pub enum Found {
     At(IpAddr),
     /// In the store, which has it no more.
     Kept(Waiting),
-    /// Not in the store, or it did not say.
+    /// Not in the store.
     Gone,
     /// The store cannot be asked, or there is none.
     Nowhere,
@@ -261,10 +261,10 @@ impl Asking {
         first.is_some_and(|first| first.seq.wrapping_sub(kept.start) < WINDOW)
     }
 
-    /// The store is being asked.
-    pub fn note_asked(&mut self, key: &Key) {
+    /// The store is being asked, or did not say.
+    pub fn note_asked(&mut self, key: &Key, is_asked: bool) {
         if let Some(pending) = self.pending.get_mut(key) {
-            pending.asked_store = true;
+            pending.asked_store = is_asked;
         }
     }
 
@@ -415,7 +415,7 @@ mod tests {
         asking.answered(1, R1, &[Had::Nothing], NOBODY_GONE, NOBODY_DEAF, now);
         let next = asking.answered(1, R2, &[Had::Nothing], NOBODY_GONE, NOBODY_DEAF, now);
         let [Next::AskStore(key)] = next[..] else { panic!("{next:?}") };
-        asking.note_asked(&key);
+        asking.note_asked(&key, true);
         assert!(asking.stored(key, None, now).is_none(), "a host may have just been given it");
         let now = now + AGAIN;
         let due: Vec<Key> = asking.take_due(now).into_values().flatten().collect();

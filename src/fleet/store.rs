@@ -52,7 +52,7 @@ enum Wish {
         key: String,
         value: String,
     },
-    /// Unless there is another by now.
+    /// If there is none under this key.
     GiveBack {
         key: String,
         value: String,

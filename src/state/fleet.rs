@@ -79,8 +79,6 @@ pub struct Fleet {
     idle: Mutex<Option<String>>,
     /// Why the store does not answer.
     store: Mutex<Option<String>>,
-    /// When it last did not.
-    store_lost: Mutex<Option<Instant>>,
     /// The other members, by name.
     members: Mutex<BTreeMap<String, Member>>,
     /// When one of them was last away.
@@ -162,7 +160,6 @@ impl Fleet {
     pub fn note_store(&self, lost: Option<String>) {
         if lost.is_some() {
             held(&self.members).clear();
-            *held(&self.store_lost) = Some(Instant::now());
         }
         *held(&self.store) = lost;
     }
@@ -170,11 +167,6 @@ impl Fleet {
     /// Why the store does not answer; `None`: it does, or there is none.
     pub fn store_lost(&self) -> Option<String> {
         held(&self.store).clone()
-    }
-
-    /// Whether the store was not there at some time within this one: what was to be kept then is not in it.
-    pub fn store_was_lost_within(&self, time: Duration) -> bool {
-        held(&self.store_lost).is_some_and(|last| last.elapsed() <= time)
     }
 
     /// Who else is in the fleet.

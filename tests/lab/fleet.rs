@@ -247,7 +247,7 @@ fn what_only_a_dead_sidecar_can_tell_is_waited_for() {
     sidecar("kill");
     // After that long lb2 knows of it.
     std::thread::sleep(Duration::from_millis(3500));
-    // Its program answers; nobody is there to put that into the store.
+    // Its program answers, and no sidecar writes that to the store.
     let client = Waiting::start(&lab, "c1");
     sent_through(&lab, &["lb2"]);
     client.publish();
