@@ -62,14 +62,14 @@ quoted_group(struct conn *c, const struct service_table *t, const struct service
 	if (!w)
 		return NULL;
 	c->key.service = svc->id;
-	c->tag = flow_tag(flow_id(c, t));
+	c->tag = flow_tag(flow_id_of(c, t));
 	w->tail_args.slot = svc->slot;
 	f = flow_find(c, t);
 	return f ? group_of(flow_binding(f, c)) : NULL;
 }
 
-/* SEGMENT: the error is addressed to its flow's group; else its verdict. */
-static __noinline int icmp_to_group4(struct xdp_md *ctx, const struct service_table *t)
+/* SEGMENT: the error is addressed to its flow's group; else its verdict. Global (see event.h). */
+__noinline int icmp_to_group4(struct xdp_md *ctx, const struct service_table *t)
 {
 	struct conn conn = {};
 	struct cursor c;
@@ -78,9 +78,10 @@ static __noinline int icmp_to_group4(struct xdp_md *ctx, const struct service_ta
 	const struct group *g;
 	__be16 *ports = c.pos;
 
-	if (!quoted || (void *)(ports + 2) > c.end)
+	if (!t || !quoted || (void *)(ports + 2) > c.end)
 		return unchanged(REASON_NOT_SERVICE);
-	svc = service_find4(t, quoted->saddr, ports[0]);
+	conn.key.addr[0] = quoted->saddr;
+	svc = service_at(t, service_slot(t, &conn, ports[0]));
 	if (!svc)
 		return unchanged(REASON_NOT_SERVICE);
 	conn.key.addr[0] = quoted->daddr;
@@ -93,7 +94,7 @@ static __noinline int icmp_to_group4(struct xdp_md *ctx, const struct service_ta
 	return SEGMENT;
 }
 
-static __noinline int icmp_to_group6(struct xdp_md *ctx, const struct service_table *t)
+__noinline int icmp_to_group6(struct xdp_md *ctx, const struct service_table *t)
 {
 	struct conn conn = {.v6 = true};
 	struct cursor c;
@@ -102,10 +103,10 @@ static __noinline int icmp_to_group6(struct xdp_md *ctx, const struct service_ta
 	const struct group *g;
 	__be16 *ports = c.pos;
 
-	if (!quoted || (void *)(ports + 2) > c.end)
+	if (!t || !quoted || (void *)(ports + 2) > c.end)
 		return unchanged(REASON_NOT_SERVICE);
 	copy_addr6(conn.key.addr, &quoted->saddr);
-	svc = service_find6(t, conn.key.addr, ports[0]);
+	svc = service_at(t, service_slot(t, &conn, ports[0]));
 	if (!svc)
 		return unchanged(REASON_NOT_SERVICE);
 	copy_addr6(conn.key.addr, &quoted->daddr);

@@ -61,6 +61,17 @@ static __always_inline const struct service *service_find6(const struct service_
 	return service_at(t, found);
 }
 
+/* The service at the address that `c` has in the place of the client's: its slot, else MAX_SERVICES. Global (see event.h). */
+__noinline __u32 service_slot(const struct service_table *t, const struct conn *c, __u32 port)
+{
+	const struct service *svc;
+
+	if (!t || !c)
+		return MAX_SERVICES;
+	svc = c->v6 ? service_find6(t, c->key.addr, port) : service_find4(t, c->key.addr[0], port);
+	return svc ? svc->slot : MAX_SERVICES;
+}
+
 /*
  * Whether it is a group's address and port that `c` has in the place of the client's address. A service's other
  * listeners have VIPs of its own address, which clients do send to. Global (see event.h).

@@ -26,17 +26,24 @@
 static __always_inline __u16 frame_sum(struct xdp_md *ctx, struct scratch *w, __u32 offset,
 				       __u32 length)
 {
+	__u32 padded = (length + 3) & ~3U;
 	__s64 sum = 0;
 
-	/* Zeroes behind it, and all of it summed: no size that differs for the verifier to follow. */
-	for (__u32 i = 0; i < SEGMENT_MAX; i += 8)
-		WRITE_ONCE(*(__u64 *)(w->segment + i), 0);
+	/* bpf_csum_diff takes whole words. */
+	if (!length || length > SEGMENT_MAX)
+		return 0;
+	*(__u32 *)(w->segment + ((length - 1) & (SEGMENT_MAX - 4))) = 0;
 	if (!frame_copy(ctx, offset, w->segment, length, SEGMENT_MAX))
 		return 0;
-	/* bpf_csum_diff takes 512 bytes at a time. */
-#pragma unroll
-	for (__u32 i = 0; i < SEGMENT_MAX; i += 512)
-		sum = bpf_csum_diff(NULL, 0, (__be32 *)(w->segment + i), 512, sum);
+	/* And 512 bytes at a time. */
+	for (__u32 i = 0; i < SEGMENT_MAX; i += 512) {
+		__u32 part = padded - i < 512 ? padded - i : 512;
+
+		barrier_var(part);
+		if (i >= padded || part > 512)
+			break;
+		sum = bpf_csum_diff(NULL, 0, (__be32 *)(w->segment + i), part, sum);
+	}
 	return csum_fold(sum & 0xffffffff);
 }
 

@@ -32,33 +32,42 @@ static __always_inline struct flow *flow_place(__u64 id, __u32 i)
 	return bpf_map_lookup_elem(&flows, &place);
 }
 
-/* Behind the first places, where most flows are. */
-static __noinline struct flow *flow_search(__u64 id)
+/* Which of a flow's places is its own, behind the first two, where most flows are; 0: none. Global (see event.h). */
+__noinline __u32 flow_search(__u64 id)
 {
 	for (__u32 i = 2; i < 2 * FLOW_WAYS; i++) {
-		struct flow *f = flow_place(id, i);
+		const struct flow *f = flow_place(id, i);
 
 		if (f && READ_ONCE(f->id) == id)
-			return f;
+			return i;
 	}
-	return NULL;
+	return 0;
 }
 
 static __always_inline struct flow *flow_by_id(__u64 id)
 {
 	struct flow *f = flow_place(id, 0);
+	__u32 place;
 
 	if (f && READ_ONCE(f->id) == id)
 		return f;
 	f = flow_place(id, 1);
 	if (f && READ_ONCE(f->id) == id)
 		return f;
-	return flow_search(id);
+	place = flow_search(id);
+	f = place ? flow_place(id, place) : NULL;
+	return f && READ_ONCE(f->id) == id ? f : NULL;
+}
+
+/* As flow_id(), where the code of an IPv6 flow's hash is too much to have once more. Global (see event.h). */
+__noinline __u64 flow_id_of(const struct conn *c, const struct service_table *t)
+{
+	return c && t ? flow_id(c, t) : FLOW_FREE;
 }
 
 static __always_inline struct flow *flow_find(const struct conn *c, const struct service_table *t)
 {
-	return flow_by_id(flow_id(c, t));
+	return flow_by_id(flow_id_of(c, t));
 }
 
 /* After so many units of flow.seen, a place whose flow is closing, or still on probation, is as good as free. */
@@ -138,7 +147,7 @@ __noinline __u32 flow_soonest(__u64 id, __u32 first, __u32 zero)
 static __noinline struct flow *flow_claim(const struct conn *c, const struct service_table *t,
 					  __u32 least, enum reason refused)
 {
-	__u64 own = flow_id(c, t), id;
+	__u64 own = flow_id_of(c, t), id;
 	__u32 first = flow_soonest(own, 0, 0), second = flow_soonest(own, FLOW_WAYS, 0), place,
 	      rank;
 	bool crowded = first >> 24 >= FLOW_WAYS - 1;
@@ -177,7 +186,7 @@ static __always_inline void flow_name(struct flow *f, const struct conn *c,
 	f->v6 = c->v6;
 	f->seen = flow_clock();
 	/* With all that was written before it. */
-	__sync_lock_test_and_set(&f->id, flow_id(c, t));
+	__sync_lock_test_and_set(&f->id, flow_id_of(c, t));
 }
 
 /*
@@ -196,10 +205,11 @@ static __always_inline struct flow *flow_new(const struct conn *c, const struct 
 
 static __always_inline void flow_remove(const struct conn *c, const struct service_table *t)
 {
-	struct flow *f = flow_find(c, t);
+	__u64 id = flow_id_of(c, t);
+	struct flow *f = flow_by_id(id);
 
 	if (f)
-		__sync_val_compare_and_swap(&f->id, flow_id(c, t), FLOW_FREE);
+		__sync_val_compare_and_swap(&f->id, id, FLOW_FREE);
 }
 
 #endif /* MQTT_FWD_FLOW_TABLE_H */

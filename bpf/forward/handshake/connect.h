@@ -119,14 +119,14 @@ static __always_inline int handshake_connect(struct xdp_md *ctx, struct conn *c,
 	read_connect(ctx, c);
 	if (is_piece(ctx, c, k))
 		return handshake_keep(ctx, c, w, t, svc, HANDOVER_PIECES, NO_GROUP);
-	identify(ctx, w, t, svc);
+	identify(ctx, t, svc);
 	will = will_group(ctx, t, svc);
 	fallback = connect_unanswerable(k, c);
 	if (fallback == FALLBACK_NOT_CONNECT && is_tls_handshake(ctx, c))
 		count(REASON_TLS_ON_PLAIN);
 	more = k->length && k->length < c->payload_length;
 
-	v->binding = route_of_client(ctx, w, t, svc);
+	v->binding = route_of_client(ctx, k, t, svc);
 	if (v->binding) {
 		v->bound_by = BOUND_BY_ROUTE;
 		v->flags = FLOW_ROUTED;

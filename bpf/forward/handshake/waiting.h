@@ -28,24 +28,35 @@ static __always_inline int handshake_answer(struct xdp_md *ctx, struct conn *c,
 	return XDP_TX;
 }
 
+struct kept_id {
+	struct scratch *w;
+	const struct handover *h;
+};
+
+static long kept_id_step(__u32 i, void *arg)
+{
+	const struct kept_id *kept = arg;
+	__u32 at = kept->h->id_offset + i;
+
+	if (i >= CLIENT_ID_TEXT_MAX || at >= HANDOVER_CONNECT_MAX)
+		return 1;
+	kept->w->client_id.text[i] = kept->h->connect[at];
+	return 0;
+}
+
 /* Its client id, from the CONNECT that is kept. */
 static __always_inline void identify_kept(struct scratch *w, const struct handover *h,
 					  const struct service *svc)
 {
+	struct kept_id kept = {.w = w, .h = h};
+
 	w->id = h->id;
 	if (!w->id)
 		return;
 	w->client_id.service = svc->id;
 	w->client_id.length = h->id_length;
-	for (__u32 i = 0; i < CLIENT_ID_TEXT_MAX; i++) {
-		__u32 at = h->id_offset + i;
-		__u8 byte = 0;
-
-		barrier_var(at);
-		if (i < h->id_length && at < HANDOVER_CONNECT_MAX)
-			byte = h->connect[at];
-		WRITE_ONCE(w->client_id.text[i], byte);
-	}
+	__builtin_memset(w->client_id.text, 0, sizeof(w->client_id.text));
+	bpf_loop(h->id_length, kept_id_step, &kept, 0);
 }
 
 /* A segment of a connection in WAIT. */

@@ -8,12 +8,15 @@
 /*
  * Whether a client is bound to its group straight although there is a relay: what it published lately
  * speaks of one group. Behind an address there may be many clients, so it must have published much,
- * and never anything to another.
+ * and never anything to another. Global (see event.h).
  */
-static __always_inline bool client_settled(const struct client *client, bool by_id)
+__noinline int client_settled(const struct client *client, __u32 by_id)
 {
-	__u32 best = client->best, known = 0;
+	__u32 best, known = 0;
 
+	if (!client)
+		return false;
+	best = client->best;
 	if (client->flags & (CLIENT_MULTI_GROUP | CLIENT_MISJUDGED | CLIENT_FOR_RELAY))
 		return false;
 	for (__u32 i = 0; i < CLIENT_GROUPS; i++)

@@ -65,12 +65,12 @@ static __always_inline int client_id_keep(const struct conn *c, struct scratch *
 /*
  * The routes were changed since the record was made. That is no evidence about the client: its
  * last topic has another group now, which user space has put beside it, and which groups it was
- * seen in under the old routes says nothing under the new ones.
+ * seen in under the old routes says nothing under the new ones. Global (see event.h).
  */
-static __always_inline void client_reroute(struct client *client, const struct service_table *t)
+__noinline int client_reroute(struct client *client, const struct service_table *t)
 {
-	if (client->generation == t->generation)
-		return;
+	if (!client || !t || client->generation == t->generation)
+		return 0;
 
 	__u64 key = client->topic;
 	const struct topic *topic = bpf_map_lookup_elem(&topics, &key);
@@ -84,6 +84,7 @@ static __always_inline void client_reroute(struct client *client, const struct s
 						    : best == 2 ? 2
 								: 0],
 				     t->generation);
+	return 0;
 }
 
 /* A flag of the record's is set: it takes many messages that do not speak for it until it is taken back. */
@@ -128,13 +129,21 @@ static __always_inline __u64 place_of_text(const __u8 text[TOPIC_TEXT_MAX], __u3
 	return siphash_final(&h, word, kept);
 }
 
-/* Stores the topic in w->stream with its group (w->publish), for people, for changes of routes, and so as not to walk again. */
-static __noinline int topic_store(struct scratch *w, const struct service *svc)
+/*
+ * Stores the topic in scratch.stream with its group (scratch.publish), for people, for changes of routes, and so as not
+ * to walk again. Global (see event.h).
+ */
+__noinline int topic_store(const struct service *svc)
 {
-	__u32 generation = w->publish.generation;
-	struct topic *stored = bpf_map_lookup_elem(&topics, &w->publish.hash);
+	struct scratch *w = scratch();
 	struct topic_verdict *verdict;
+	struct topic *stored;
+	__u32 generation;
 
+	if (!svc || !w)
+		return 0;
+	generation = w->publish.generation;
+	stored = bpf_map_lookup_elem(&topics, &w->publish.hash);
 	if (stored) {
 		verdict = generation & 1 ? &stored->verdict[1] : &stored->verdict[0];
 		verdict->generation = generation;

@@ -63,14 +63,22 @@ static __always_inline void topic_begin(struct topic_stream *s, const struct ser
 	route_enter(s, svc->start);
 }
 
-static __always_inline void topic_level_end(struct topic_stream *s, const struct service_table *t,
-					    const struct service *svc)
+/* A level of the topic in scratch.stream ends. Global (see event.h). */
+__noinline int topic_level_end(const struct service_table *t, const struct service *svc)
 {
-	__u32 may_be_literal = s->flags & ROUTE_HAS_EDGES && s->level.length <= svc->longest_level;
+	struct scratch *w = scratch();
+	struct topic_stream *s;
+	__u32 may_be_literal;
+
+	if (!t || !svc || !w)
+		return 0;
+	s = &w->stream;
+	may_be_literal = s->flags & ROUTE_HAS_EDGES && s->level.length <= svc->longest_level;
 
 	s->lookups += may_be_literal;
 	route_enter(s, route_step(s, siphash_stream_final(&s->level), may_be_literal));
 	siphash_stream_init(&s->level, t->route_key[0], t->route_key[1]);
+	return 0;
 }
 
 struct feed {
@@ -129,7 +137,7 @@ static long feed_levels(__u32 i, void *arg)
 		if (!p || 8 * i + j >= s->piece_len || s->flags & ROUTE_FINAL)
 			return 1;
 		if (*p == '/')
-			topic_level_end(s, f->t, f->svc);
+			topic_level_end(f->t, f->svc);
 		else if (s->flags & ROUTE_HAS_EDGES && s->level.length <= f->svc->longest_level)
 			siphash_byte(&s->level, *p);
 	}

@@ -174,10 +174,26 @@ __noinline int hello_text(struct xdp_md *ctx, __u32 bytes)
 	return h->outcome == HELLO_READ ? hello_refuse(h) : -1;
 }
 
+/* A byte of hello.text to the key of its route. Of names, the last one is the first. */
+static long route_key_step(__u32 i, void *arg)
+{
+	struct scratch *w = ((struct hello_scan *)arg)->w;
+	bool is_name = w->client_route.kind == CLIENT_ROUTE_SNI;
+	__u32 from = is_name ? w->hello.text_length - 1 - i : i;
+	__u8 byte = w->hello.text[from & (CLIENT_ROUTE_TEXT_MAX - 1)];
+
+	if (is_name && byte >= 'A' && byte <= 'Z')
+		byte |= 0x20;
+	w->client_route.text[i & (CLIENT_ROUTE_TEXT_MAX - 1)] = byte;
+	/* No name has a zero, and exact routes end with it. */
+	return !byte;
+}
+
 /* The group of the route that names hello.text; 0: there is none. Global (see event.h). */
 __noinline __u32 hello_route(const struct service_table *t, const struct service *svc, __u32 kind)
 {
 	struct scratch *w = scratch();
+	struct hello_scan s = {.w = w};
 	struct client_route *key;
 	const __u32 *group;
 	__u32 length;
@@ -186,26 +202,17 @@ __noinline __u32 hello_route(const struct service_table *t, const struct service
 		return 0;
 	key = &w->client_route;
 	length = w->hello.text_length;
+	if (!length || length > CLIENT_ROUTE_TEXT_MAX)
+		return 0;
 	__builtin_memset(key, 0, sizeof(*key));
 	key->prefix = 8 * (sizeof(*key) - sizeof(key->prefix));
 	key->service = svc->id;
 	key->kind = kind;
 	key->generation = t->generation & 1;
-	for (__u32 i = 0; i < CLIENT_ROUTE_TEXT_MAX; i++) {
-		__u32 from = kind == CLIENT_ROUTE_SNI ? length - 1 - i : i;
-		__u8 byte;
-
-		if (i >= length)
-			break;
-		barrier_var(from);
-		byte = w->hello.text[from & (CLIENT_ROUTE_TEXT_MAX - 1)];
-		/* No name has one, and exact routes end with it. */
-		if (!byte)
-			return 0;
-		if (kind == CLIENT_ROUTE_SNI && byte >= 'A' && byte <= 'Z')
-			byte |= 0x20;
-		WRITE_ONCE(key->text[i], byte);
-	}
+	/* The last step may be the one that found a zero. */
+	if (bpf_loop(length, route_key_step, &s, 0) != length ||
+	    !key->text[(length - 1) & (CLIENT_ROUTE_TEXT_MAX - 1)])
+		return 0;
 	group = bpf_map_lookup_elem(&client_routes, key);
 	return group ? binding_now(*group) : 0;
 }
