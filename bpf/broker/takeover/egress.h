@@ -52,28 +52,40 @@ static __always_inline enum reply classify_reply(struct __sk_buff *skb)
 
 #define PAYLOAD_MAX 2048 /* of a segment that is turned into RST */
 
-/* Turns the segment into RST, where the client takes the connection to be. */
-static __always_inline int reset(struct __sk_buff *skb, const struct segment *s, __u32 seq)
+struct payload_sum {
+	struct __sk_buff *skb;
+	__u32 offset;
+	__u32 sum;
+};
+
+static long payload_step(__u32 i, void *arg)
 {
-	__u32 offset = s->tcp + s->header, sum = 0, left = s->payload;
+	struct payload_sum *p = arg;
 	__be32 word;
 
-	if (left > PAYLOAD_MAX)
+	if (bpf_skb_load_bytes(p->skb, p->offset + 4 * i, &word, 4))
+		return 1;
+	p->sum = csum_fold((__u64)p->sum + word);
+	return 0;
+}
+
+/* Turns the segment into RST, where the client takes the connection to be. Global, so that the verifier looks at it once. */
+__noinline int reset(struct __sk_buff *skb, const struct segment *s, __u32 seq)
+{
+	struct payload_sum p = {.skb = skb};
+	__u32 left, sum;
+	__be32 word = 0;
+
+	if (!s || s->payload > PAYLOAD_MAX)
 		return TC_ACT_SHOT;
-	for (__u32 i = 0; i < PAYLOAD_MAX / 4; i++) {
-		if (left < 4)
-			break;
-		if (bpf_skb_load_bytes(skb, offset, &word, 4))
-			return TC_ACT_SHOT;
-		sum = csum_fold((__u64)sum + word);
-		offset += 4;
-		left -= 4;
-	}
-	word = 0;
-	left &= 3;
-	if (left && bpf_skb_load_bytes(skb, offset, &word, left))
+	p.offset = s->tcp + s->header;
+	if (p.offset + s->payload > skb->len)
 		return TC_ACT_SHOT;
-	sum = csum_fold((__u64)sum + word);
+	left = s->payload & 3;
+	bpf_loop(s->payload / 4, payload_step, &p, 0);
+	if (left && bpf_skb_load_bytes(skb, p.offset + s->payload - left, &word, left))
+		return TC_ACT_SHOT;
+	sum = csum_fold((__u64)p.sum + word);
 
 	/* The payload goes out of the sum, and its length out of the pseudo header's. */
 	bpf_l4_csum_replace(skb, s->tcp + CHECK_OFFSET, 0, (__u16)~sum, 0);

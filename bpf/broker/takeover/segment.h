@@ -167,9 +167,13 @@ static long cookie_step(__u32 i, void *arg)
 	return s->found;
 }
 
-static __always_inline bool segment_has_cookie(const struct segment *s, const struct tcp_options *o)
+/* Global, so that the verifier looks at it once. */
+__noinline int segment_has_cookie(const struct segment *s, const struct tcp_options *o)
 {
 	__u32 zero = 0;
+
+	if (!s || !o)
+		return false;
 	struct cookie_search search = {
 		.keys = bpf_map_lookup_elem(&handover_keys, &zero),
 		.tuple = &s->tuple,
