@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::support::net::{Background, CONFIG, Net, PATIENCE, wait_for};
+use crate::support::net::{Background, CONFIG, Net, PATIENCE, assert_within, wait_for};
 use crate::support::server::Kind;
 
 /// In the namespace of the test.
@@ -89,7 +89,7 @@ fn what_a_restarted_balancer_forgot_is_put_back() {
             let started = Instant::now();
             wait_healthy(&net, &sidecar);
             // Noticed within 2 s, and put back within one more; a loaded machine gets a little more.
-            assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+            assert_within(started.elapsed(), Duration::from_secs(5));
             let verdict = net.through_root(&Net::syn("10.1.1.1", 1)).verdict;
             assert_eq!(verdict, crate::support::datapath::XDP_TX);
         }

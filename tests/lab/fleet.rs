@@ -4,7 +4,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::support::lab::{Lab, ONE_REAL_EACH, config};
-use crate::support::net::wait_for;
+use crate::support::net::{assert_within, wait_for};
 
 const DELAYED: &[&str] = &["--balancers", "2", "--delayed", "--store"];
 
@@ -122,7 +122,7 @@ fn what_differs_between_members_is_named() {
         named.contains("lb2") && named.contains("a/# → a") && named.contains("a/+ → a"),
         "{named}"
     );
-    assert!(after < Duration::from_secs(3), "{after:?}");
+    assert_within(after, Duration::from_secs(3));
     println!("named after {after:?}: {named}");
     std::fs::write(&file, &text).unwrap();
     lab.ok("lb2", &["mqtt-fwd", "apply"]);
@@ -164,7 +164,8 @@ fn a_host_that_does_not_answer_delays_only_its_own_connections() {
     ];
     lab.ok("r1", &[&up[..], &["--fleet-key", &other]].concat());
     let (named, after) = problem(&lab, "lb", "real_not_answering");
-    assert!(named.contains("10.1.3.201") && after < Duration::from_secs(10), "{after:?} {named}");
+    assert!(named.contains("10.1.3.201"), "{named}");
+    assert_within(after, Duration::from_secs(10));
     sent_through(&lab, &["lb2"]);
     let at = |real: u32| lab.received().get(&real).map_or(0, Vec::len);
     let before = at(2);
@@ -190,8 +191,8 @@ fn a_store_that_is_lost_is_named_and_costs_no_established_connection() {
     let client = Publisher::start(&lab, "c1", "a/1");
     wait_for("messages", || (!lab.received().is_empty()).then_some(()));
     assert!(lab.script("store").arg("kill").output().unwrap().status.success());
-    let (named, after) = problem(&lab, "lb2", "store_unreachable");
-    assert!(after < Duration::from_secs(5), "{after:?} {named}");
+    let (_, after) = problem(&lab, "lb2", "store_unreachable");
+    assert_within(after, Duration::from_secs(5));
     sent_through(&lab, &["lb2"]);
     let at = || lab.received()[&1].len();
     let before = at();

@@ -222,6 +222,26 @@ pub fn wait_for<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+/// What starting our program takes on a machine with nothing else to do.
+const START: Duration = Duration::from_millis(20);
+
+/// What happened took no longer than it may. On a busy machine that is longer, by as much as our program takes longer to
+/// start there, now.
+#[track_caller]
+pub fn assert_within(took: Duration, limit: Duration) {
+    if took < limit {
+        return;
+    }
+    let start = |_| {
+        let begun = Instant::now();
+        Command::new(env!("CARGO_BIN_EXE_mqtt-fwd")).arg("--version").output().unwrap();
+        begun.elapsed()
+    };
+    let start = (0..10).map(start).max().unwrap();
+    let busy = start.div_duration_f64(START).max(1.0);
+    assert!(took < limit.mul_f64(busy), "{took:?} of {limit:?}; a program starts in {start:?}");
+}
+
 /// What a client's next segment has as sequence and acknowledgement number.
 pub fn numbers(client: &TcpStream) -> (u32, u32) {
     let set = |option, value: i32| {

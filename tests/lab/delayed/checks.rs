@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::expect_all;
 use crate::support::lab::{Lab, config};
-use crate::support::net::wait_for;
+use crate::support::net::{assert_within, wait_for};
 use crate::support::server::example;
 use crate::support::session::{SERVICE, SERVICE6, STYLES, Session, run_all};
 use mqtt_fwd::kernel::takeover;
@@ -53,7 +53,7 @@ fn named(lab: &Lab, fault: &str, code: &str, text: &str) -> Duration {
     let doctor = output(lab, &["mqtt-fwd", "doctor"]);
     let about = if code == "real_down" { "health checks" } else { "gateway" };
     assert!(doctor.contains(&format!("warning   {about}")), "{fault}: {doctor}");
-    assert!(took < Duration::from_secs(10), "{fault}: after {took:?}");
+    assert_within(took, Duration::from_secs(10));
     let tested = lab.exec("lb", &["mqtt-fwd", "test", "--service", "mqtt"]);
     let tested_text = String::from_utf8_lossy(&tested.stdout);
     assert_eq!(tested.status.code(), Some(1), "{fault}: {tested_text}");
