@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * SipHash-1-3 (Aumasson, Bernstein: "SipHash: a fast short-input PRF"), keyed so that nobody
- * can prepare topics that collide. Fed with 8-byte words, or byte by byte with the same result.
+ * can prepare topics that collide. Fed with 8-byte words, or in pieces with the same result.
  */
 #ifndef MQTT_FWD_SIPHASH_H
 #define MQTT_FWD_SIPHASH_H
@@ -104,24 +104,17 @@ static __always_inline void siphash_stream_init(struct siphash_stream *s, __u64 
 	s->pad = 0;
 }
 
-static __always_inline void siphash_byte(struct siphash_stream *s, __u8 byte)
+/* One to eight bytes, wherever in a word the stream is; what is above them in `word` is 0. */
+static __always_inline void siphash_stream_bytes(struct siphash_stream *s, __u64 word, __u32 bytes)
 {
-	s->word |= (__u64)byte << (8 * (s->length & 7));
-	s->length++;
-	if (!(s->length & 7)) {
+	__u32 have = s->length & 7;
+
+	s->word |= word << 8 * have;
+	if (have + bytes >= 8) {
 		siphash_word(&s->h, s->word);
-		s->word = 0;
+		s->word = have ? word >> ((64 - 8 * have) & 63) : 0;
 	}
-}
-
-/* Eight bytes at once, wherever in a word the stream is. */
-static __always_inline void siphash_stream_word(struct siphash_stream *s, __u64 word)
-{
-	__u32 have = 8 * (s->length & 7);
-
-	siphash_word(&s->h, s->word | word << (have & 63));
-	s->word = have ? word >> ((64 - have) & 63) : 0;
-	s->length += 8;
+	s->length += bytes;
 }
 
 static __always_inline __u64 siphash_stream_final(struct siphash_stream *s)

@@ -59,7 +59,7 @@ static __always_inline binding_t filter_binding(const struct first_message *d, _
 	if (scan.length == length)
 		d->w->publish.hash = siphash_stream_final(&s->whole);
 	if (scan.length == length && !(s->flags & ROUTE_FINAL))
-		topic_level_end(d->t, d->svc);
+		topic_end(d->t, d->svc);
 	else if (scan.length != length && !(s->flags & ROUTE_FINAL))
 		return 0;
 	return stream_binding(d->w, d->svc);
@@ -103,12 +103,12 @@ static long first_message_step(__u32 index, void *arg)
 			if (!hash)
 				return 1;
 			w->publish.hash = hash;
-			topic_judge(d->ctx, d->t, d->svc, at, length);
+			topic_judge(d->ctx, d->t, d->svc, w, at, length);
 		} else {
 			topic_begin(&w->stream, d->t, d->svc);
 			topic_feed(d->ctx, d->t, d->svc, at, length);
 			if (!(w->stream.flags & ROUTE_FINAL))
-				topic_level_end(d->t, d->svc);
+				topic_end(d->t, d->svc);
 			w->publish.to = stream_binding(w, d->svc);
 			w->publish.hash = siphash_stream_final(&w->stream.whole);
 		}

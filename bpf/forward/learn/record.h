@@ -67,9 +67,9 @@ static __always_inline int client_id_keep(const struct conn *c, struct scratch *
  * last topic has another group now, which user space has put beside it, and which groups it was
  * seen in under the old routes says nothing under the new ones. Global (see event.h).
  */
-__noinline int client_reroute(struct client *client, const struct service_table *t)
+__noinline int client_reroute_now(struct client *client, const struct service_table *t)
 {
-	if (!client || !t || client->generation == t->generation)
+	if (!client || !t)
 		return 0;
 
 	__u64 key = client->topic;
@@ -85,6 +85,12 @@ __noinline int client_reroute(struct client *client, const struct service_table 
 								: 0],
 				     t->generation);
 	return 0;
+}
+
+static __always_inline void client_reroute(struct client *client, const struct service_table *t)
+{
+	if (client->generation != t->generation)
+		client_reroute_now(client, t);
 }
 
 /* A flag of the record's is set: it takes many messages that do not speak for it until it is taken back. */

@@ -17,7 +17,7 @@ static __noinline int whole_topic(const struct parse *p)
 	w->publish.hash = w->hash;
 	w->publish.print = w->print;
 	w->publish.inside = false;
-	topic_judge(p->ctx, p->t, service_of(p), w->offset, w->topic_length);
+	topic_judge(p->ctx, p->t, service_of(p), w, w->offset, w->topic_length);
 	p->f->parser = PARSER_TYPE;
 	w->offset += w->topic_length + w->after_topic;
 	return 0;
@@ -56,7 +56,7 @@ static __noinline enum streamed streamed_topic(const struct parse *p)
 		return STREAM_SAME;
 	}
 	if (!(w->stream.flags & ROUTE_FINAL))
-		topic_level_end(p->t, service_of(p));
+		topic_end(p->t, service_of(p));
 	w->budget -= TOPIC_COST_WALK + w->stream.lookups;
 	w->publish.to = stream_binding(w, service_of(p));
 	topic_store(service_of(p));

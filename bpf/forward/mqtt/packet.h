@@ -77,7 +77,8 @@ static __always_inline bool parse_whole(const struct parse *p, struct span *s)
 	__u64 print = whole ? topic_print(p->ctx, p->t, topic, h.topic, TOPIC_TEXT_MAX) : 0;
 	bool last = is_last_topic(f, p->t, print);
 	__u64 hash = last    ? f->topic
-		     : whole ? topic_hash(p->ctx, p->t, service_of(p)->id, topic, h.topic)
+		     : whole ? text_hash_inline(p->ctx, p->t->topic_key[0] ^ service_of(p)->id,
+						p->t->topic_key[1], topic, h.topic)
 			     : 0;
 
 	if (hash && hash == f->topic && f->generation == p->t->generation) {

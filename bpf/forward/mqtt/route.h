@@ -63,21 +63,23 @@ static __always_inline void topic_begin(struct topic_stream *s, const struct ser
 	route_enter(s, svc->start);
 }
 
-/* A level of the topic in scratch.stream ends. Global (see event.h). */
-__noinline int topic_level_end(const struct service_table *t, const struct service *svc)
+static __always_inline void level_end(struct topic_stream *s, const struct service_table *t,
+				      const struct service *svc)
 {
-	struct scratch *w = scratch();
-	struct topic_stream *s;
-	__u32 may_be_literal;
-
-	if (!t || !svc || !w)
-		return 0;
-	s = &w->stream;
-	may_be_literal = s->flags & ROUTE_HAS_EDGES && s->level.length <= svc->longest_level;
+	__u32 may_be_literal = s->flags & ROUTE_HAS_EDGES && s->level.length <= svc->longest_level;
 
 	s->lookups += may_be_literal;
 	route_enter(s, route_step(s, siphash_stream_final(&s->level), may_be_literal));
 	siphash_stream_init(&s->level, t->route_key[0], t->route_key[1]);
+}
+
+/* The last level of the topic in scratch.stream ends. Global (see event.h). */
+__noinline int topic_end(const struct service_table *t, const struct service *svc)
+{
+	struct scratch *w = scratch();
+
+	if (t && svc && w)
+		level_end(&w->stream, t, svc);
 	return 0;
 }
 
@@ -103,44 +105,56 @@ static long feed_words(__u32 i, void *arg)
 	s = *whole;
 #pragma unroll
 	for (int j = 0; j < FEED_WORDS; j++)
-		siphash_stream_word(&s, load_le64(p + 8 * j));
+		siphash_stream_bytes(&s, load_le64(p + 8 * j), 8);
 	*whole = s;
 	return 0;
 }
 
-/* Whether one of eight bytes is '/': the lowest such byte has its upper bit set. */
-static __always_inline bool has_slash(__u64 word)
+/* One to eight bytes of the frame, behind at least eight others, as headers are. */
+static __always_inline bool frame_bytes(struct xdp_md *ctx, __u32 offset, __u32 bytes, __u64 *word)
 {
-	__u64 x = word ^ 0x2f2f2f2f2f2f2f2fULL;
+	const __u8 *p = frame_at(ctx, offset + bytes - 8, 8);
 
-	return (x - 0x0101010101010101ULL) & ~x & 0x8080808080808080ULL;
+	if (!p)
+		return false;
+	*word = load_le64(p) >> (8 * (8 - bytes) & 63);
+	return true;
 }
 
-/* Up to eight more bytes into the automaton. */
+/* How many of eight bytes are in front of the first '/': the lowest upper bit that is set is that one's. */
+static __always_inline __u32 before_slash(__u64 word)
+{
+	__u64 x = word ^ 0x2f2f2f2f2f2f2f2fULL;
+	__u64 slashes = (x - 0x0101010101010101ULL) & ~x & 0x8080808080808080ULL;
+
+	return slashes ? ((slashes & -slashes) >> 7) * 0x0001020304050607ULL >> 56 : 8;
+}
+
+/* Up to eight more bytes into the automaton, and no further than a level's end. */
 static long feed_levels(__u32 i, void *arg)
 {
 	const struct feed *f = arg;
 	struct topic_stream *s = f->s;
-	const __u8 *p = frame_at(f->ctx, f->s->piece_off + 8 * i, 8);
+	__u32 bytes = s->piece_len < 8 ? s->piece_len : 8, level;
+	__u64 word;
 
-	if (s->flags & ROUTE_FINAL)
+	(void)i;
+	if (!bytes || s->flags & ROUTE_FINAL || !frame_bytes(f->ctx, s->piece_off, bytes, &word))
 		return 1;
-	if (p && 8 * i + 8 <= s->piece_len && !has_slash(*(__u64 *)p)) {
-		/* Longer than any literal, a level need not be hashed any further. */
-		if (s->flags & ROUTE_HAS_EDGES && s->level.length <= f->svc->longest_level)
-			siphash_stream_word(&s->level, load_le64(p));
-		return 0;
+	level = before_slash(word);
+	if (level < bytes) {
+		word &= (1ULL << 8 * level) - 1;
+		bytes = level + 1;
+	} else {
+		level = bytes;
 	}
-#pragma unroll
-	for (__u32 j = 0; j < 8; j++) {
-		p = frame_at(f->ctx, f->s->piece_off + 8 * i + j, 1);
-		if (!p || 8 * i + j >= s->piece_len || s->flags & ROUTE_FINAL)
-			return 1;
-		if (*p == '/')
-			topic_level_end(f->t, f->svc);
-		else if (s->flags & ROUTE_HAS_EDGES && s->level.length <= f->svc->longest_level)
-			siphash_byte(&s->level, *p);
-	}
+	s->piece_off += bytes;
+	s->piece_len -= bytes;
+	/* Longer than any literal, a level need not be hashed any further. */
+	if (s->flags & ROUTE_HAS_EDGES && s->level.length <= f->svc->longest_level)
+		siphash_stream_bytes(&s->level, word, level);
+	if (level < bytes)
+		level_end(s, f->t, f->svc);
 	return 0;
 }
 
@@ -155,7 +169,8 @@ __noinline int topic_feed(struct xdp_md *ctx, const struct service_table *t,
 
 	struct topic_stream *s = &w->stream;
 	struct feed f = {.ctx = ctx, .s = s, .t = t, .svc = svc};
-	__u32 before = s->whole.length;
+	__u32 before = s->whole.length, left = length % (8 * FEED_WORDS), bytes;
+	__u64 word;
 	const __u8 *p = frame_at(ctx, offset, 1);
 
 	if (!p)
@@ -173,16 +188,17 @@ __noinline int topic_feed(struct xdp_md *ctx, const struct service_table *t,
 			   TOPIC_TEXT_MAX);
 	}
 	if (!(s->flags & ROUTE_FINAL))
-		bpf_loop((length + 7) / 8, feed_levels, &f, 0);
+		bpf_loop(length, feed_levels, &f, 0);
 
+	s->piece_off = offset;
 	bpf_loop(length / (8 * FEED_WORDS), feed_words, &f, 0);
-	for (__u32 i = 0; i < 8 * FEED_WORDS - 1; i++) {
-		if (i >= length % (8 * FEED_WORDS))
+#pragma unroll
+	for (int i = 0; i < FEED_WORDS; i++) {
+		bytes = left < 8 ? left : 8;
+		if (!bytes || !frame_bytes(ctx, offset + length - left, bytes, &word))
 			break;
-		p = frame_at(ctx, offset + (length & ~(8U * FEED_WORDS - 1)) + i, 1);
-		if (!p)
-			break;
-		siphash_byte(&s->whole, *p);
+		siphash_stream_bytes(&s->whole, word, bytes);
+		left -= bytes;
 	}
 	return 0;
 }

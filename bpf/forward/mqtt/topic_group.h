@@ -17,8 +17,9 @@
 #define TOPIC_COST_WALK 24
 #define TOPIC_BYTES_A_UNIT 32
 
-/* The hash of a text that lies in the frame and is at most TOPIC_TEXT_MAX long; 0: it does not. Global (see event.h). */
-__noinline __u64 text_hash(struct xdp_md *ctx, __u64 key0, __u64 key1, __u32 offset, __u32 length)
+/* The hash of a text that lies in the frame and is at most TOPIC_TEXT_MAX long; 0: it does not. */
+static __always_inline __u64 text_hash_inline(struct xdp_md *ctx, __u64 key0, __u64 key1,
+					      __u32 offset, __u32 length)
 {
 	const void *end = frame_end(ctx);
 	const __u8 *pos = frame_start(ctx);
@@ -48,6 +49,12 @@ __noinline __u64 text_hash(struct xdp_md *ctx, __u64 key0, __u64 key1, __u32 off
 		tail = load_le64(pos) >> (64 - 8 * (left & 7));
 	}
 	return siphash_final(&h, tail, length);
+}
+
+/* Where no established flow's messages come by. Global (see event.h). */
+__noinline __u64 text_hash(struct xdp_md *ctx, __u64 key0, __u64 key1, __u32 offset, __u32 length)
+{
+	return text_hash_inline(ctx, key0, key1, offset, length);
 }
 
 static __always_inline __u64 topic_hash(struct xdp_md *ctx, const struct service_table *t,
@@ -104,35 +111,42 @@ static __always_inline binding_t stream_binding(const struct scratch *w, const s
 	return group == ANY_GROUP ? ANY_GROUP : binding_now(group);
 }
 
-/*
- * A topic that is not long, and whose hash is in scratch.publish: its group, or ANY_GROUP, goes there; 0: none
- * (group gone). What it cost is taken from scratch.budget. Global (see event.h).
- */
-__noinline int topic_judge(struct xdp_md *ctx, const struct service_table *t,
-			   const struct service *svc, __u32 offset, __u32 length)
+/* As topic_judge(), for a topic that is not stored, and is from now on. Global (see event.h). */
+__noinline int topic_walk(struct xdp_md *ctx, const struct service_table *t,
+			  const struct service *svc, __u32 offset, __u32 length)
 {
 	struct scratch *w = scratch();
-	const struct topic_verdict *v;
-	const struct topic *stored;
 
 	if (!t || !svc || !w)
 		return 0;
-	stored = bpf_map_lookup_elem(&topics, &w->publish.hash);
-	v = stored ? &stored->verdict[t->generation & 1] : NULL;
-	w->publish.generation = t->generation;
-	if (v && v->generation == t->generation) {
-		w->budget -= TOPIC_COST_STORED;
-		w->publish.to = v->binding;
-		return 0;
-	}
 	topic_begin(&w->stream, t, svc);
 	topic_feed(ctx, t, svc, offset, length);
 	if (!(w->stream.flags & ROUTE_FINAL))
-		topic_level_end(t, svc);
+		topic_end(t, svc);
 	w->budget -= TOPIC_COST_WALK + w->stream.lookups + length / TOPIC_BYTES_A_UNIT;
 	w->publish.to = stream_binding(w, svc);
 	topic_store(svc);
 	return 0;
+}
+
+/*
+ * A topic that is not long, and whose hash is in scratch.publish: its group, or ANY_GROUP, goes there; 0: none
+ * (group gone). What it cost is taken from scratch.budget.
+ */
+static __always_inline void topic_judge(struct xdp_md *ctx, const struct service_table *t,
+					const struct service *svc, struct scratch *w, __u32 offset,
+					__u32 length)
+{
+	const struct topic *stored = bpf_map_lookup_elem(&topics, &w->publish.hash);
+	const struct topic_verdict *v = stored ? &stored->verdict[t->generation & 1] : NULL;
+
+	w->publish.generation = t->generation;
+	if (v && v->generation == t->generation) {
+		w->budget -= TOPIC_COST_STORED;
+		w->publish.to = v->binding;
+		return;
+	}
+	topic_walk(ctx, t, svc, offset, length);
 }
 
 #endif /* MQTT_FWD_TOPIC_H */

@@ -28,7 +28,7 @@ __noinline int will_group(struct xdp_md *ctx, const struct service_table *t,
 	w->publish.hash = topic_hash(ctx, t, svc->id, w->connect.will, length);
 	if (!w->publish.hash)
 		return NO_GROUP;
-	topic_judge(ctx, t, svc, w->connect.will, length);
+	topic_judge(ctx, t, svc, w, w->connect.will, length);
 	if (!w->publish.to || binding_group(w->publish.to) == ANY_GROUP)
 		return NO_GROUP;
 	return binding_group(w->publish.to);
