@@ -121,6 +121,23 @@ static __always_inline bool frame_bytes(struct xdp_md *ctx, __u32 offset, __u32 
 	return true;
 }
 
+/* What fills no FEED_WORDS words. */
+static long feed_rest(__u32 i, void *arg)
+{
+	const struct feed *f = arg;
+	struct topic_stream *s = f->s;
+	__u32 bytes = s->piece_len < 8 ? s->piece_len : 8;
+	__u64 word;
+
+	(void)i;
+	if (!bytes || !frame_bytes(f->ctx, s->piece_off, bytes, &word))
+		return 1;
+	siphash_stream_bytes(&s->whole, word, bytes);
+	s->piece_off += bytes;
+	s->piece_len -= bytes;
+	return 0;
+}
+
 /* How many of eight bytes are in front of the first '/': the lowest upper bit that is set is that one's. */
 static __always_inline __u32 before_slash(__u64 word)
 {
@@ -169,8 +186,7 @@ __noinline int topic_feed(struct xdp_md *ctx, const struct service_table *t,
 
 	struct topic_stream *s = &w->stream;
 	struct feed f = {.ctx = ctx, .s = s, .t = t, .svc = svc};
-	__u32 before = s->whole.length, left = length % (8 * FEED_WORDS), bytes;
-	__u64 word;
+	__u32 before = s->whole.length;
 	const __u8 *p = frame_at(ctx, offset, 1);
 
 	if (!p)
@@ -192,14 +208,9 @@ __noinline int topic_feed(struct xdp_md *ctx, const struct service_table *t,
 
 	s->piece_off = offset;
 	bpf_loop(length / (8 * FEED_WORDS), feed_words, &f, 0);
-#pragma unroll
-	for (int i = 0; i < FEED_WORDS; i++) {
-		bytes = left < 8 ? left : 8;
-		if (!bytes || !frame_bytes(ctx, offset + length - left, bytes, &word))
-			break;
-		siphash_stream_bytes(&s->whole, word, bytes);
-		left -= bytes;
-	}
+	s->piece_off = offset + (length & ~(8U * FEED_WORDS - 1));
+	s->piece_len = length % (8 * FEED_WORDS);
+	bpf_loop(FEED_WORDS, feed_rest, &f, 0);
 	return 0;
 }
 
