@@ -4,6 +4,7 @@
 #define MQTT_FWD_MQTT_H
 
 #include "parse.h"
+#include "siphash.h"
 
 enum mqtt_type {
 	MQTT_CONNECT = 1,
@@ -34,6 +35,17 @@ static __always_inline const __u8 *frame_at(struct xdp_md *ctx, __u32 offset, __
 
 	p += offset & FRAME_MASK;
 	return (void *)(p + length) <= frame_end(ctx) ? p : NULL;
+}
+
+/* One to eight bytes of the frame, behind at least eight others, as headers are. */
+static __always_inline bool frame_bytes(struct xdp_md *ctx, __u32 offset, __u32 bytes, __u64 *word)
+{
+	const __u8 *p = frame_at(ctx, offset + bytes - 8, 8);
+
+	if (!p)
+		return false;
+	*word = load_le64(p) >> (8 * (8 - bytes) & 63);
+	return true;
 }
 
 /*

@@ -104,7 +104,7 @@ static __always_inline void siphash_stream_init(struct siphash_stream *s, __u64 
 	s->pad = 0;
 }
 
-/* One to eight bytes, wherever in a word the stream is; what is above them in `word` is 0. */
+/* Up to eight bytes, wherever in a word the stream is; what is above them in `word` is 0. */
 static __always_inline void siphash_stream_bytes(struct siphash_stream *s, __u64 word, __u32 bytes)
 {
 	__u32 have = s->length & 7;

@@ -110,17 +110,6 @@ static long feed_words(__u32 i, void *arg)
 	return 0;
 }
 
-/* One to eight bytes of the frame, behind at least eight others, as headers are. */
-static __always_inline bool frame_bytes(struct xdp_md *ctx, __u32 offset, __u32 bytes, __u64 *word)
-{
-	const __u8 *p = frame_at(ctx, offset + bytes - 8, 8);
-
-	if (!p)
-		return false;
-	*word = load_le64(p) >> (8 * (8 - bytes) & 63);
-	return true;
-}
-
 /* What fills no FEED_WORDS words. */
 static long feed_rest(__u32 i, void *arg)
 {

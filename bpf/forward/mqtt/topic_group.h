@@ -41,13 +41,8 @@ static __always_inline __u64 text_hash_inline(struct xdp_md *ctx, __u64 key0, __
 	}
 
 	__u64 tail = 0;
-	if (left) {
-		/* The eight bytes that end with the topic: headers lie before it, always. */
-		pos = frame_at(ctx, offset + length - 8, 8);
-		if (!pos)
-			return 0;
-		tail = load_le64(pos) >> (64 - 8 * (left & 7));
-	}
+	if (left && !frame_bytes(ctx, offset + length - left, left, &tail))
+		return 0;
 	return siphash_final(&h, tail, length);
 }
 
@@ -81,6 +76,7 @@ static __always_inline __u64 topic_print(struct xdp_md *ctx, const struct servic
 	const void *end = frame_end(ctx);
 	const __u8 *pos = frame_start(ctx);
 	__u32 left = length;
+	__u64 tail;
 
 	pos += offset & FRAME_MASK;
 	for (__u32 i = 0; i < max / 8; i++) {
@@ -95,10 +91,9 @@ static __always_inline __u64 topic_print(struct xdp_md *ctx, const struct servic
 		left -= 8;
 	}
 	if (left) {
-		pos = frame_at(ctx, offset + length - 8, 8);
-		if (!pos)
+		if (!frame_bytes(ctx, offset + length - left, left, &tail))
 			return 0;
-		print = print_word(print, load_le64(pos) >> (64 - 8 * (left & 7)));
+		print = print_word(print, tail);
 	}
 	return print ?: 1;
 }
