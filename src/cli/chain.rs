@@ -2,9 +2,13 @@
 
 use clap::Args;
 
+use tracing::debug;
+
 use super::error::Error;
+use super::executor;
 use super::table::line;
 use crate::config::{BalancerKind, Config};
+use crate::fleet::{self, LeaveError};
 use crate::instance;
 use crate::kernel::{adopt, load, unload};
 
@@ -66,12 +70,23 @@ impl Unload {
             }
             None => {}
         }
+        let mut left = Ok(0);
         let report = if self.keep_state {
             unload::take_out(&config.load_spec())?
         } else {
-            unload::unload(&config.load_spec())?
+            let executor = executor()?;
+            unload::unload(&config.load_spec(), || left = executor.block_on(fleet::leave(config)))?
         };
         print(&report, config);
+        match left {
+            Ok(0) => {}
+            Ok(count) => line(&format!(
+                "left to the fleet's other balancers: {count} connections that no broker has yet"
+            )),
+            // There was nothing to read them from.
+            Err(LeaveError::Bpf(error)) => debug!(%error, "nothing is left to other balancers"),
+            Err(error) => line(&format!("lost: {error}")),
+        }
         if config.balancer == BalancerKind::Katran && !self.keep_state {
             line(
                 "Katran keeps the groups' VIPs, which get no more packets: `mqtt-fwd katran list`",

@@ -337,6 +337,28 @@ impl Datapath {
         Ok(false)
     }
 
+    /// Connections whose CONNECT was answered here within the last `age_s` seconds and that no broker has yet, each with
+    /// its service's name.
+    pub fn waiting(
+        &self,
+        places: &BTreeMap<u16, Places>,
+        age_s: u64,
+    ) -> Result<Vec<(String, SocketAddr, Waiting)>> {
+        let now = boot_time().as_secs();
+        let mut all = Vec::new();
+        self.handovers.for_each(|key, h| {
+            if let Some(places) = places.get(&key.service)
+                && now.saturating_sub(h.born_s.into()) <= age_s
+                && let Some(waiting) = places.waiting(&Kept(h))
+            {
+                let addr = words_addr(key.addr, places.addr.is_ipv6());
+                let client = SocketAddr::new(addr, u16::from_be(key.port));
+                all.push((places.name.clone(), client, waiting));
+            }
+        })?;
+        Ok(all)
+    }
+
     /// All services' places, as far as the maps have the configuration's VIPs of reals.
     pub fn places(&self, config: &Config) -> Result<BTreeMap<u16, Places>> {
         let table = self.service_table()?;

@@ -157,6 +157,8 @@ impl Worker {
                 last = Instant::now();
             }
             if self.wait(ring_fd, ended) {
+                // What is still in the ring, the next process reads.
+                self.store.take().map(Store::finish);
                 return Ok(());
             }
             let now = Instant::now();

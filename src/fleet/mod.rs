@@ -5,7 +5,9 @@ mod asker;
 mod asking;
 pub mod key;
 mod learned;
+mod leave;
 mod members;
 mod store;
 
 pub use asker::{AskError, Asker};
+pub use leave::{LeaveError, leave};

@@ -10,7 +10,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use redis::aio::{ConnectionManager, ConnectionManagerConfig};
-use redis::{Client, Cmd, Pipeline, RedisError, TlsCertificates, Value};
+use redis::{AsyncConnectionConfig, Client, Cmd, Pipeline, RedisError, TlsCertificates, Value};
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
@@ -20,7 +21,7 @@ use crate::domain::waiting::Waiting;
 use crate::state::State;
 
 /// Seconds that a connection without a broker is kept: longer than its client may be silent (`asker::SILENT_AT_LAST_S`).
-const KEPT_S: u32 = 30;
+pub(super) const KEPT_S: u32 = 30;
 /// Wishes that wait for the store; beyond that, they are given up.
 const WAITING_MAX: usize = 65_536;
 /// For so long, while the store is not there: then a client that says nothing is bound without it.
@@ -100,7 +101,8 @@ pub struct Store {
     taken: Receiver<Taken>,
     /// Readable when something was taken.
     pub wake: UnixStream,
-    pub task: tokio::task::JoinHandle<()>,
+    task: tokio::task::JoinHandle<()>,
+    runtime: Handle,
     state: State,
 }
 
@@ -132,7 +134,15 @@ impl Store {
             wake: far,
         };
         let task = tokio::spawn(task.run(receiver));
-        Ok(Self { wishes, taken, wake: near, task, state: state.clone() })
+        let runtime = Handle::current();
+        Ok(Self { wishes, taken, wake: near, task, runtime, state: state.clone() })
+    }
+
+    /// Wishes for nothing more, and waits until all is carried out, within reason. Not for use in a task.
+    pub fn finish(mut self) {
+        self.wishes = mpsc::channel(1).0;
+        let task = tokio::time::timeout(PATIENCE, &mut self.task);
+        let _ = self.runtime.block_on(task);
     }
 
     /// Keeps a connection that no broker has yet.
@@ -176,6 +186,42 @@ fn client(config: &Config) -> Result<Client, StoreError> {
         fs::read(ca).map_err(|source| StoreError::Ca { path: ca.display().to_string(), source })?;
     let tls = TlsCertificates { client_tls: None, root_cert: Some(pem) };
     Client::build_with_tls(config.url.as_str(), tls).map_err(failed)
+}
+
+fn keep(key: &str, value: &str) -> Cmd {
+    let mut cmd = Cmd::set(key, value);
+    cmd.arg("EX").arg(KEPT_S);
+    cmd
+}
+
+fn keep_if_none(key: &str, value: &str) -> Cmd {
+    let mut cmd = keep(key, value);
+    cmd.arg("NX");
+    cmd
+}
+
+/// Keeps connections of a balancer that goes, without the tasks of one that runs.
+pub async fn keep_all(
+    config: &Config,
+    all: &[(String, SocketAddr, Waiting)],
+) -> Result<(), StoreError> {
+    let failed = |source| StoreError::Client { address: config.address(), source };
+    let client = client(config)?;
+    let timeouts = AsyncConnectionConfig::new()
+        .set_connection_timeout(Some(PATIENCE))
+        .set_response_timeout(Some(PATIENCE));
+    let mut connection =
+        client.get_multiplexed_async_connection_with_config(&timeouts).await.map_err(failed)?;
+    for some in all.chunks(PIPELINE_MAX) {
+        let mut pipeline = Pipeline::with_capacity(some.len());
+        for (service, client, waiting) in some {
+            if let Ok(value) = serde_json::to_string(waiting) {
+                pipeline.add_command(keep_if_none(&key_of(service, *client), &value));
+            }
+        }
+        pipeline.exec_async(&mut connection).await.map_err(failed)?;
+    }
+    Ok(())
 }
 
 struct Task {
@@ -275,16 +321,8 @@ impl Task {
         let mut pipeline = Pipeline::with_capacity(count);
         for wish in waiting.range(..count) {
             pipeline.add_command(match wish {
-                Wish::Keep { key, value } => {
-                    let mut cmd = Cmd::set(key, value);
-                    cmd.arg("EX").arg(KEPT_S);
-                    cmd
-                }
-                Wish::GiveBack { key, value, .. } => {
-                    let mut cmd = Cmd::set(key, value);
-                    cmd.arg("NX").arg("EX").arg(KEPT_S);
-                    cmd
-                }
+                Wish::Keep { key, value } => keep(key, value),
+                Wish::GiveBack { key, value, .. } => keep_if_none(key, value),
                 Wish::Forget { key } => Cmd::del(key),
                 Wish::Take { key, .. } => Cmd::get_del(key),
             });

@@ -41,8 +41,9 @@ pub fn take_out(spec: &LoadSpec) -> Result<Unloaded> {
     Ok(report)
 }
 
-/// Takes out exactly what is ours: our programs, our pins, and the root if nobody else needs it.
-pub fn unload(spec: &LoadSpec) -> Result<Unloaded> {
+/// Takes out exactly what is ours: our programs, our pins, and the root if nobody else needs it. `meanwhile` comes when no
+/// packet gets to our programs any more, and their maps are still pinned.
+pub fn unload(spec: &LoadSpec, meanwhile: impl FnOnce()) -> Result<Unloaded> {
     check_privileges()?;
     let pins = &spec.pins;
     pins.check()?;
@@ -72,6 +73,7 @@ pub fn unload(spec: &LoadSpec) -> Result<Unloaded> {
         }
     }
     let root_kept = detach_root(spec, pins, chain.as_ref(), &mut report)?;
+    meanwhile();
 
     remove_own_service_vips(pins);
     for object in [pins::Object::MqttFwd, pins::Object::Balancer] {

@@ -203,7 +203,7 @@ fn a_store_that_is_lost_is_named_and_costs_no_established_connection() {
     no_problem(&lab, "lb2");
 }
 
-/// A client whose CONNECT is answered, and that publishes its only message when it is told to.
+/// A client, by its host's last digit, whose CONNECT is answered, and that publishes its only message when it is told to.
 struct Waiting {
     process: std::process::Child,
     go: String,
@@ -213,13 +213,13 @@ impl Waiting {
     fn start(lab: &Lab, host: &str) -> Self {
         let script = "import os, socket, sys, time
 s = socket.create_connection(('10.1.50.200', 1883)); s.settimeout(40)
-s.sendall(b'\\x10\\x0d\\0\\4MQTT\\4\\2\\0\\x3c\\0\\1z'); s.recv(4); open(sys.argv[1], 'w')
+s.sendall(b'\\x10\\x0d\\0\\4MQTT\\4\\2\\0\\x3c\\0\\1' + sys.argv[3][-1:].encode()); s.recv(4); open(sys.argv[1], 'w')
 while not os.path.exists(sys.argv[2]): time.sleep(0.01)
 s.sendall(b'\\x32\\x0b\\0\\3a/1\\0\\1late'); print(s.recv(4).hex())";
         let file = |what| format!("/run/mqtt-fwd-lab/{}/{what}-{host}", lab.name);
         let (ready, go) = (file("ready"), file("go"));
         let mut command = lab.script("exec");
-        command.args([host, "python3", "-c", script, &ready, &go]);
+        command.args([host, "python3", "-c", script, &ready, &go, host]);
         let process = command.stdout(std::process::Stdio::piped()).spawn().unwrap();
         wait_for("CONNACK", || std::path::Path::new(&ready).exists().then_some(()));
         Self { process, go }
@@ -257,6 +257,29 @@ fn what_only_a_dead_sidecar_can_tell_is_waited_for() {
     sidecar("start");
     assert_eq!(client.answer().trim(), "40020001");
     assert_eq!(lab.received()[&1], ["a/1 late"]);
+}
+
+#[test]
+fn what_waits_at_a_balancer_that_is_unloaded_goes_on_at_another() {
+    let lab = fleet();
+    sent_through(&lab, &["lb"]);
+    assert!(lab.script("sidecar").args(["kill", "lb"]).output().unwrap().status.success());
+    // Its program answers, and no sidecar writes that to the store.
+    let client = Waiting::start(&lab, "c1");
+    let said = lab.ok("lb", &["mqtt-fwd", "unload"]);
+    assert!(said.contains("left to the fleet's other balancers: 1 connections"), "{said}");
+    sent_through(&lab, &["lb2"]);
+    client.publish();
+    assert_eq!(client.answer().trim(), "40020001");
+    assert_eq!(lab.received()[&1], ["a/1 late"]);
+    assert_eq!(counter(&lab, "lb2", "adopted_from_store"), 1);
+
+    // Without the store, it says so.
+    assert!(lab.script("sidecar").args(["kill", "lb2"]).output().unwrap().status.success());
+    let _lost = Waiting::start(&lab, "c2");
+    assert!(lab.script("store").arg("kill").output().unwrap().status.success());
+    let said = lab.ok("lb2", &["mqtt-fwd", "unload"]);
+    assert!(said.contains("lost: 1 connections that no broker has yet"), "{said}");
 }
 
 #[test]
