@@ -93,7 +93,8 @@ struct Worker {
     binder: Binder,
     asking: Asking,
     store: Option<Store>,
-    /// What was taken from the store for a segment that was given up meanwhile: its client repeats it.
+    /// What was taken from the store for a segment that was given up meanwhile: its client repeats it, here or at another
+    /// balancer, so it is in the store again, too.
     late: HashMap<Key, (Waiting, Instant)>,
     v4: UdpSocket,
     /// `None`: this host has no IPv6.
@@ -290,6 +291,12 @@ impl Worker {
         }
     }
 
+    fn give_back(&self, key: &Key, waiting: &Waiting) {
+        if let (Some(store), Some(places)) = (&self.store, self.services.get(&key.service)) {
+            store.give_back(&places.name, key.client, waiting);
+        }
+    }
+
     fn forget(&self, (client, service): misses::Connection) {
         if let (Some(store), Some(places)) = (&self.store, self.services.get(&service)) {
             store.forget(&places.name, client);
@@ -302,6 +309,7 @@ impl Worker {
         let late = self.late.get(&key).filter(|(waiting, _)| self.asking.is_of(&key, waiting));
         let decided = if let Some((waiting, _)) = late.cloned() {
             self.late.remove(&key);
+            self.forget((key.client, key.service));
             self.asking.stored(key, Some(waiting), now)
         } else {
             let (store, places) = (self.store.as_ref(), self.services.get(&key.service));
@@ -320,21 +328,20 @@ impl Worker {
     }
 
     fn read_taken(&mut self) {
-        let Some(store) = &mut self.store else { return };
-        for (key, answer) in store.taken() {
+        let taken = self.store.as_mut().map(Store::taken).unwrap_or_default();
+        for (key, answer) in taken {
             let now = Instant::now();
             let decided = match answer {
                 Ok(waiting) if !self.asking.holds(&key) => {
-                    self.late.extend(waiting.map(|waiting| (key, (waiting, now))));
+                    if let Some(waiting) = waiting {
+                        self.give_back(&key, &waiting);
+                        self.late.insert(key, (waiting, now));
+                    }
                     None
                 }
                 // Of another connection on these addresses, or what comes before the segment was lost.
                 Ok(Some(waiting)) if !self.asking.is_of(&key, &waiting) => {
-                    if let (Some(store), Some(places)) =
-                        (&self.store, self.services.get(&key.service))
-                    {
-                        store.give_back(&places.name, key.client, &waiting);
-                    }
+                    self.give_back(&key, &waiting);
                     let is_behind = self.asking.is_behind(&key, &waiting);
                     if is_behind { None } else { self.asking.stored(key, None, now) }
                 }

@@ -1,10 +1,18 @@
 //! What a balancer that is unloaded leaves to the others: connections whose CONNECT it has answered and that no broker
 //! has yet. No other host knows of those.
+//!
+//! ```text
+//! ring `fleet_reports`   what its `run` did not read any more, in order   ─► store
+//! map `handovers`        what that may have read, and not yet written     ─► store, if there is nothing
+//! ```
 
-use super::store::{self, StoreError};
+use std::net::SocketAddr;
+
+use super::store::{self, Left, StoreError};
 use crate::config::Config;
 use crate::datapath::Datapath;
-use crate::kernel::BpfError;
+use crate::datapath::misses::{self, Report};
+use crate::kernel::{self, BpfError};
 
 /// Why they are lost.
 #[derive(Debug, thiserror::Error)]
@@ -21,10 +29,34 @@ pub async fn leave(config: &Config) -> Result<usize, LeaveError> {
         return Ok(0);
     };
     let datapath = Datapath::open(&config.pins())?;
-    let all = datapath.waiting(&datapath.places(config)?, store::KEPT_S.into())?;
+    let places = datapath.places(config)?;
+    let mut all: Vec<(String, SocketAddr, Left)> = unread(config)?
+        .into_iter()
+        .filter_map(|report| match report {
+            Report::Kept((client, service), kept) => {
+                let places = places.get(&service)?;
+                Some((places.name.clone(), client, Left::Kept(places.waiting(&kept)?)))
+            }
+            Report::Given((client, service)) => {
+                Some((places.get(&service)?.name.clone(), client, Left::Given))
+            }
+            Report::Missed(_) | Report::Hello(_) => None,
+        })
+        .collect();
+    let known = datapath.waiting(&places, store::KEPT_S.into())?;
+    let count = known.len();
+    all.extend(known.into_iter().map(|(name, client, kept)| (name, client, Left::Known(kept))));
     if !all.is_empty() {
-        let count = all.len();
-        store::keep_all(store, &all).await.map_err(|source| LeaveError::Store { count, source })?;
+        store::leave(store, &all).await.map_err(|source| LeaveError::Store { count, source })?;
     }
-    Ok(all.len())
+    Ok(count)
+}
+
+/// What the datapath told a `run` that is no more.
+fn unread(config: &Config) -> kernel::Result<Vec<Report>> {
+    let mut all = Vec::new();
+    let ring = misses::ring(&config.pins(), "fleet_reports", |report| all.push(report))?;
+    let _ = ring.consume();
+    drop(ring);
+    Ok(all)
 }

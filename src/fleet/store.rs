@@ -200,11 +200,19 @@ fn keep_if_none(key: &str, value: &str) -> Cmd {
     cmd
 }
 
-/// Keeps connections of a balancer that goes, without the tasks of one that runs.
-pub async fn keep_all(
-    config: &Config,
-    all: &[(String, SocketAddr, Waiting)],
-) -> Result<(), StoreError> {
+/// What a balancer leaves.
+#[derive(Debug)]
+pub enum Left {
+    /// Kept here, and nobody else knows.
+    Kept(Waiting),
+    /// Kept here; others may have been told, and gone on with it.
+    Known(Waiting),
+    /// Given to a broker.
+    Given,
+}
+
+/// Leaves all of it, in order, without the tasks of a balancer that runs.
+pub async fn leave(config: &Config, all: &[(String, SocketAddr, Left)]) -> Result<(), StoreError> {
     let failed = |source| StoreError::Client { address: config.address(), source };
     let client = client(config)?;
     let timeouts = AsyncConnectionConfig::new()
@@ -214,10 +222,14 @@ pub async fn keep_all(
         client.get_multiplexed_async_connection_with_config(&timeouts).await.map_err(failed)?;
     for some in all.chunks(PIPELINE_MAX) {
         let mut pipeline = Pipeline::with_capacity(some.len());
-        for (service, client, waiting) in some {
-            if let Ok(value) = serde_json::to_string(waiting) {
-                pipeline.add_command(keep_if_none(&key_of(service, *client), &value));
-            }
+        for (service, client, left) in some {
+            let key = key_of(service, *client);
+            let value = |waiting| serde_json::to_string(waiting).unwrap_or_default();
+            pipeline.add_command(match left {
+                Left::Kept(waiting) => keep(&key, &value(waiting)),
+                Left::Known(waiting) => keep_if_none(&key, &value(waiting)),
+                Left::Given => Cmd::del(key),
+            });
         }
         pipeline.exec_async(&mut connection).await.map_err(failed)?;
     }

@@ -207,13 +207,15 @@ fn a_store_that_is_lost_is_named_and_costs_no_established_connection() {
 struct Waiting {
     process: std::process::Child,
     go: String,
+    port: u16,
 }
 
 impl Waiting {
     fn start(lab: &Lab, host: &str) -> Self {
         let script = "import os, socket, sys, time
 s = socket.create_connection(('10.1.50.200', 1883)); s.settimeout(40)
-s.sendall(b'\\x10\\x0d\\0\\4MQTT\\4\\2\\0\\x3c\\0\\1' + sys.argv[3][-1:].encode()); s.recv(4); open(sys.argv[1], 'w')
+s.sendall(b'\\x10\\x0d\\0\\4MQTT\\4\\2\\0\\x3c\\0\\1' + sys.argv[3][-1:].encode()); s.recv(4)
+open(sys.argv[1], 'w').write(str(s.getsockname()[1]))
 while not os.path.exists(sys.argv[2]): time.sleep(0.01)
 s.sendall(b'\\x32\\x0b\\0\\3a/1\\0\\1late'); print(s.recv(4).hex())";
         let file = |what| format!("/run/mqtt-fwd-lab/{}/{what}-{host}", lab.name);
@@ -221,8 +223,8 @@ s.sendall(b'\\x32\\x0b\\0\\3a/1\\0\\1late'); print(s.recv(4).hex())";
         let mut command = lab.script("exec");
         command.args([host, "python3", "-c", script, &ready, &go, host]);
         let process = command.stdout(std::process::Stdio::piped()).spawn().unwrap();
-        wait_for("CONNACK", || std::path::Path::new(&ready).exists().then_some(()));
-        Self { process, go }
+        let port = wait_for("CONNACK", || std::fs::read_to_string(&ready).ok()?.parse().ok());
+        Self { process, go, port }
     }
 
     fn publish(&self) {
@@ -266,6 +268,10 @@ fn what_waits_at_a_balancer_that_is_unloaded_goes_on_at_another() {
     assert!(lab.script("sidecar").args(["kill", "lb"]).output().unwrap().status.success());
     // Its program answers, and no sidecar writes that to the store.
     let client = Waiting::start(&lab, "c1");
+    // Of an earlier connection on that port, which was given to a broker when nobody could tell the store.
+    let key = format!("mqtt-fwd:waiting:mqtt:10.1.1.1:{}", client.port);
+    let old = r#"{"start":1,"server":2,"timestamps":null,"client_id":[0,0],"will_group":null,"connect":"1000","connect_sum":0}"#;
+    lab.ok("gw", &["redis-cli", "set", &key, old, "ex", "30"]);
     let said = lab.ok("lb", &["mqtt-fwd", "unload"]);
     assert!(said.contains("left to the fleet's other balancers: 1 connections"), "{said}");
     sent_through(&lab, &["lb2"]);
