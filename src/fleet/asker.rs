@@ -159,7 +159,9 @@ impl Worker {
             }
             if self.wait(ring_fd, ended) {
                 // What is still in the ring, the next process reads.
-                self.store.take().map(Store::finish);
+                if let Some(store) = self.store.take() {
+                    store.finish();
+                }
                 return Ok(());
             }
             let now = Instant::now();
