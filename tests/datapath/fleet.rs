@@ -301,6 +301,25 @@ fn a_lost_first_message_is_waited_for_whatever_comes_behind_it() {
 }
 
 #[test]
+fn a_late_segment_of_the_last_connection_does_not_cost_the_next_one_its_connect() {
+    let f = fleet_with_keys(&delayed());
+    for client in ["10.1.1.1:40000", "[fd01:1::1]:40000"] {
+        let before = Conn::new(&f, client);
+        f.send(&before.segment(b"x"));
+        let mut asked = misses(&f).remove(0);
+        asked.seq = asked.seq.wrapping_sub(90_000_000);
+        // Before the answer comes, the next connection on that port has begun.
+        let (conn, _) = waiting(&f, client);
+        assert_eq!(adopt(&f, &asked, &group(&f, "b")).0, XDP_DROP);
+        assert!(f.flow(conn.client).is_none());
+        let message = conn.segment(&mqtt::publish(b"sensor/b", 0, b"1"));
+        assert_eq!(f.send(&message).verdict, JUMPED);
+        assert_eq!(f.flow(conn.client).unwrap().bound_by, "message_answered");
+        assert!(misses(&f).is_empty());
+    }
+}
+
+#[test]
 fn a_connect_that_another_balancer_answered_goes_on_here() {
     let text = delayed();
     let (there, here) = (fleet_with_keys(&text), fleet_with_keys(&text));

@@ -16,6 +16,22 @@
 #include "../flow/delayed.h"
 #include "../services.h"
 
+/* Seconds in which the last segments of a connection may still come, once the next one on its addresses has begun. */
+#define LAST_SEGMENTS_S 2
+
+static __always_inline bool is_far_from(const struct handover *h, const struct conn *c)
+{
+	return c->seq - h->start + FLOW_WINDOW > 2 * FLOW_WINDOW;
+}
+
+/* Whether a connection on these addresses has just begun, and the segment is of the last one. */
+static __always_inline bool has_next_begun(const struct conn *c)
+{
+	const struct handover *h = handover_find(c);
+
+	return h && now_s() - h->born_s < LAST_SEGMENTS_S && is_far_from(h, c);
+}
+
 /*
  * Forgets what is known of these addresses; if it `may_stay`, not what is far from the segment: that may be a late one,
  * of a connection that is over, and the next one on its addresses has begun. Global (see event.h).
@@ -29,8 +45,7 @@ __noinline int adopt_forget(const struct conn *c, const struct service_table *t,
 		return 0;
 	f = flow_find(c, t);
 	h = handover_find(c);
-	if (may_stay &&
-	    ((f && is_far(f, c)) || (h && c->seq - h->start + FLOW_WINDOW > 2 * FLOW_WINDOW)))
+	if (may_stay && ((f && is_far(f, c)) || (h && is_far_from(h, c))))
 		return 0;
 	flow_remove(c, t);
 	handover_remove(c);
@@ -47,22 +62,22 @@ static __always_inline bool is_waited_for(const struct conn *c)
 	       c->seq - h->start < FLOW_WINDOW;
 }
 
-/* A flow that is bound to the one broker host that has its connection. Global (see event.h). */
+/* A flow that is bound to the one broker host that has its connection; false: none. Global (see event.h). */
 __noinline int adopt_flow(const struct conn *c, const struct service_table *t, __u32 binding)
 {
 	struct flow *f, *known;
 
-	if (!c || !t)
-		return 0;
+	if (!c || !t || has_next_begun(c))
+		return false;
 	known = flow_find(c, t);
 	/* Several of its segments were held. */
 	if (known && known->bound_by == BOUND_BY_REAL && flow_binding(known, c) == binding &&
 	    !is_far(known, c))
-		return 0;
+		return true;
 	adopt_forget(c, t, false);
 	f = flow_claim(c, t, RANK_STANDING, REASON_MAP_FULL);
 	if (!f)
-		return 0;
+		return false;
 	f->bound = tagged(c, binding);
 	f->next = tagged(c, c->seq);
 	f->end = c->seq;
@@ -74,7 +89,7 @@ __noinline int adopt_flow(const struct conn *c, const struct service_table *t, _
 	count(REASON_ADOPTED_FROM_REAL);
 	report_event(c, EVENT_BOUND, from_to(NO_GROUP, binding), 0,
 		     BOUND_BY_REAL << REPORT_BOUND_BY_SHIFT);
-	return 0;
+	return true;
 }
 
 /* Its kept CONNECT is in scratch.handover. Global (see event.h). */
@@ -126,9 +141,8 @@ int mqtt_adopt(struct xdp_md *ctx)
 
 	switch (kind) {
 	case ADOPTED_FROM_REAL:
-		if (!group_of(binding))
+		if (!group_of(binding) || !adopt_flow(&c, t, binding))
 			return XDP_DROP;
-		adopt_flow(&c, t, binding);
 		break;
 	case ADOPTED_FROM_STORE:
 		adopt_waiting(&c, t);
