@@ -1,7 +1,6 @@
 //! `load` and `unload`.
 
 use clap::Args;
-
 use tracing::debug;
 
 use super::error::Error;

@@ -34,6 +34,9 @@ const PATIENCE: Duration = Duration::from_millis(500);
 const JOIN_PAUSE: Duration = Duration::from_millis(50);
 /// From one look at the members to the next.
 pub(super) const BEAT: Duration = Duration::from_secs(1);
+/// From one try to reach a store that is lost to the next: until then, connections that move before their first message
+/// are reset.
+const TRY_AGAIN: Duration = Duration::from_millis(200);
 
 /// Why there is no store.
 #[derive(Debug, thiserror::Error)]
@@ -276,6 +279,8 @@ impl Task {
                     let result = result.unwrap_or_else(|_| Err(timed_out()));
                     if result.is_ok() {
                         waiting.extend(put_off.take());
+                    } else {
+                        beat.reset_after(TRY_AGAIN);
                     }
                     self.note(result);
                 }
