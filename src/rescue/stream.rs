@@ -29,6 +29,25 @@ pub struct Destination {
     pub router: Arc<Router>,
 }
 
+/// A client's topic aliases (MQTT 5 §3.3.2.3.4), as far as there is room for their topics.
+#[derive(Default)]
+struct Aliases {
+    topics: HashMap<u16, String>,
+    /// Of all topics that were set, those that another has replaced included.
+    bytes: usize,
+}
+
+impl Aliases {
+    fn set(&mut self, alias: u16, topic: &str) -> Result<(), Malformed> {
+        self.bytes += topic.len();
+        if self.bytes > SHARE {
+            return Err(Malformed { code: 0x97, what: "too many topic aliases" });
+        }
+        self.topics.insert(alias, topic.to_owned());
+        Ok(())
+    }
+}
+
 /// A stream being published.
 pub struct Stream {
     shared: Arc<Shared>,
@@ -39,8 +58,7 @@ pub struct Stream {
     next: u32,
     /// What has come and is not published.
     buffer: Vec<u8>,
-    aliases: HashMap<u16, String>,
-    alias_bytes: usize,
+    aliases: Aliases,
     connections: HashMap<Broker, Connection>,
     failed: Vec<Broker>,
     published: u64,
@@ -55,8 +73,7 @@ impl Stream {
             v5,
             next: key.start,
             buffer: Vec::new(),
-            aliases: HashMap::new(),
-            alias_bytes: 0,
+            aliases: Aliases::default(),
             connections: HashMap::new(),
             failed: Vec::new(),
             published: 0,
@@ -172,14 +189,10 @@ impl Stream {
         let short = Malformed { code: 0x81, what: "PUBLISH is shorter than what is in it" };
         let p = wire::publish(packet, h, self.v5)?.ok_or(short)?;
         let topic = if p.topic.is_empty() {
-            self.aliases.get(&p.alias).cloned()
+            self.aliases.topics.get(&p.alias).cloned()
         } else {
             if p.alias != 0 {
-                self.alias_bytes += p.topic.len();
-                if self.alias_bytes > SHARE {
-                    return Err(Malformed { code: 0x97, what: "too many topic aliases" });
-                }
-                self.aliases.insert(p.alias, p.topic.to_owned());
+                self.aliases.set(p.alias, p.topic)?;
             }
             Some(p.topic.to_owned())
         };
@@ -257,6 +270,23 @@ impl Stream {
                 self.shared.observed.rescue_lost.add(count);
                 self.failed.push(broker);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn topics_of_aliases_are_bounded_however_often_they_are_set() {
+        let long = "t".repeat(SHARE / 2);
+        for second in [1, 2] {
+            let mut aliases = Aliases::default();
+            assert!(aliases.set(1, &long).is_ok() && aliases.set(second, &long).is_ok());
+            assert_eq!(aliases.set(3, "t").unwrap_err().what, "too many topic aliases");
+            let kept: usize = aliases.topics.values().map(String::len).sum();
+            assert!(kept <= SHARE && !aliases.topics.contains_key(&3));
         }
     }
 }
